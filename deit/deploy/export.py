@@ -1,4 +1,4 @@
-"""A finished run written for other tools, and held against the original before it may stay."""
+"""Export a finished run for other tools, and verify the export against the original."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,12 +25,15 @@ from deit.models.saved import load_student
 from deit.models.student import Student
 
 BATCHES = (1, 5, 64)
-"""Sizes in which whatever is exported must answer alike."""
+"""The batch sizes in which exports are compared with the original."""
 
 
 class Verification(NamedTuple):
-    """What came of holding an export against the original: by which package it was loaded, on how
-    many images, the largest difference of a logit, and the largest that was allowed."""
+    """The comparison of an export with the original.
+
+    loader: the package that loaded the export. images: the number of test images. difference: the
+    largest difference of a logit; allowed: the largest that passes.
+    """
 
     loader: str
     images: int
@@ -39,53 +42,53 @@ class Verification(NamedTuple):
 
 
 def export(
-    run: Path,
-    out: Path | None,
+    run: str | Path,
+    out: str | Path | None,
     *,
-    name: str,
+    format: str,
     checkpoint: str = "best",
     root: str | None = None,
     images: int = 512,
-    licence: str | None = None,
+    license: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a run's student in a format, with a model card; the folder.
+    """Write a run's student in a format, with a model card; return the folder.
 
-    name: of the format. out: None: export-NAME in the run's folder. root: where the images lie now.
-    images: of the test split, on which the export has to answer as the original does.
-    licence: of the weights, for the card. force: replaces a folder.
+    out: default: export-FORMAT in the run's folder. format: a key of FORMATS. root: the
+    folder of the images, if they were moved. images: number of test images for the comparison with
+    the original. license: of the weights, for the card. force: replace an existing export.
 
-    Raises ConfigError where the format cannot hold the network, SystemFault where a package
-    is missing or the folder cannot be written, CheckpointError where the export answers otherwise;
-    nothing is left behind then.
+    Raises ConfigError if the format does not support the network, SystemFault if a package is
+    missing or the folder cannot be written, CheckpointError if the export differs from the
+    original. Then nothing is written.
     """
-    form = FORMATS[name]
+    export_format = FORMATS[format]
     config, saved = resolve_run(run, checkpoint)
-    student, facts = load_student(saved)
-    _check(form, student, facts, run)
-    require_packages(form.needs, f"--format {name}")
-    folder = out or saved.parent / f"export-{name}"
+    student, model_info = load_student(saved)
+    _check(export_format, student, model_info, Path(run))
+    require_packages(export_format.needs, f"--format {format}")
+    folder = saved.parent / f"export-{format}" if out is None else Path(out)
     check_output_dir(folder, force=force)
-    found = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
-    bare, normalise = split_normalization(student)
-    inputs = normalise(_views(config, root, images))
-    number = len(inputs)
-    inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]  # enough for every batch
+    metrics = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
+    bare, normalize = split_normalization(student)
+    inputs = normalize(_test_views(config, root, images))
+    num_images = len(inputs)
+    inputs = fill_batches(inputs)
     expected = run_graph(Graph(bare), outputs_of(bare), inputs)
     verified: list[Verification] = []
 
-    def write(place: Path) -> None:
-        form.write(place, bare, facts)
-        verified.extend(_verify_all(form, place, inputs, expected, number))
+    def write(target: Path) -> None:
+        export_format.write(target, bare, model_info)
+        verified.extend(_verify_all(export_format, target, inputs, expected, num_images))
         write_card(
-            place / "README.md",
+            target / "README.md",
             run=saved.parent,
-            name=name,
+            format=format,
             config=config,
-            facts=facts,
-            found=found,
-            verified=[one._asdict() for one in verified],
-            licence=licence,
+            model_info=model_info,
+            metrics=metrics,
+            verified=[verification._asdict() for verification in verified],
+            license=license,
         )
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,79 +99,97 @@ def export(
     return folder
 
 
-def _check(form: ExportFormat, student: Student, facts: ModelInfo, run: Path) -> None:
-    """Refuse a network that the format cannot hold. Raises ConfigError."""
-    if facts.student.qat != "none":
+def _check(export_format: ExportFormat, student: Student, model_info: ModelInfo, run: Path) -> None:
+    """Raise ConfigError if the format does not support the network."""
+    if model_info.student.qat != "none":
         raise ConfigError(
-            f"{run}: student.qat = {facts.student.qat!r}: a file of floats would answer "
-            "otherwise than the run; deit quantize writes the integers it was trained for"
+            f"{run}: student.qat = {model_info.student.qat!r}: a float export would predict "
+            "differently from the run; use deit quantize, which writes the integers that it was "
+            "trained for"
         )
-    form.check(student, facts)
+    export_format.check(student, model_info)
 
 
 def _verify_all(
-    form: ExportFormat, folder: Path, inputs: Tensor, expected: dict[str, Tensor], images: int
+    export_format: ExportFormat,
+    folder: Path,
+    inputs: Tensor,
+    expected: dict[str, Tensor],
+    num_images: int,
 ) -> list[Verification]:
-    """Compare an export with the original by every installed package that loads it. images: how
-    many different ones the inputs are."""
-    found = []
-    for loader, load in form.load.items():
+    """Compare an export with the original, by every installed package that loads it.
+
+    num_images: the number of distinct images in `inputs`.
+    """
+    verified = []
+    for loader, load in export_format.load.items():
         if find_spec(loader) is None:
-            info(f"          not tried with {loader}: it is not installed")
+            info(f"          not verified with {loader}: it is not installed")
             continue
-        one = verify(loader, load(folder), inputs, expected, tolerance=form.tolerance)
-        one = one._replace(images=images)
+        tolerance = export_format.tolerance
+        verification = verify(loader, load(folder), inputs, expected, tolerance=tolerance)
+        verification = verification._replace(images=num_images)
         info(
-            f"verified  {one.loader}: {one.images} test images in batches of "
-            f"{', '.join(map(str, BATCHES))}; logits differ by {one.difference:.1e} at most "
-            f"({one.allowed:.1e} is allowed), no answer differs"
+            f"verified  {loader}: {num_images} test images in batches of "
+            f"{', '.join(map(str, BATCHES))}; logits differ by {verification.difference:.1e} at "
+            f"most ({verification.allowed:.1e} is allowed), no prediction differs"
         )
-        found.append(one)
-    return found
+        verified.append(verification)
+    return verified
 
 
-def require_packages(packages: tuple[str, ...], what: str) -> None:
-    """Refuse, before the long work, what packages that are not there would have to do. what: the
-    option or command. Raises SystemFault."""
+def require_packages(packages: tuple[str, ...], needed_by: str) -> None:
+    """Raise SystemFault if a package is not installed. needed_by: an option or a command."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise SystemFault(f"{what} needs {', '.join(missing)}; pip install 'deit[export]'")
+        raise SystemFault(f"{needed_by} needs {', '.join(missing)}; pip install 'deit[export]'")
 
 
-_OURS = {
+_EXPORT_FILES = {
     *("README.md", "config.json", "model.safetensors", "preprocessor_config.json"),
     *("model.onnx", "model.pt2", "quantization.json"),
 }
 
 
 def check_output_dir(folder: Path, *, force: bool) -> None:
-    """Refuse, before the long work, a folder that cannot be written, or is there and may not be
-    replaced, or is no export: a run, or anything else of somebody's. Raises SystemFault."""
+    """Raise SystemFault if a folder cannot be written, before the export takes its time.
+
+    An existing export is replaced with `force` only; any other folder with files, such as a run, is
+    never replaced.
+    """
     if folder.exists():
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
-        if names and not ("README.md" in names and names <= _OURS):
+        if names and not ("README.md" in names and names <= _EXPORT_FILES):
             raise SystemFault(
-                f"--out {folder}: holds other things than an export "
-                f"({', '.join(sorted(names - _OURS)[:3]) or 'no README.md'}); give another --out"
+                f"--out {folder}: is not an export "
+                f"({', '.join(sorted(names - _EXPORT_FILES)[:3]) or 'no README.md'}); give another "
+                "--out"
             )
         if not force:
             raise SystemFault(f"--out {folder}: exists already; --force replaces it")
     check_writable(folder, option="--out")
 
 
-def _views(config: Config, root: str | None, number: int) -> Tensor:
-    """The evaluation views of so many images, spread over the test split, float32 in [0, 1]."""
+def _test_views(config: Config, root: str | None, num_images: int) -> Tensor:
+    """Return evaluation views of evenly spaced test images, float32 in [0, 1]."""
     data = config.data if root is None else dataclasses.replace(config.data, root=root)
     test = load_splits(data).test
-    chunks = evenly_spaced(len(test.labels), number).split(64)
-    return torch.cat(
-        list(evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu")))
-    )
+    chunks = evenly_spaced(len(test.labels), num_images).split(64)
+    views = evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu"))
+    return torch.cat(list(views))
+
+
+def fill_batches(inputs: Tensor) -> Tensor:
+    """Repeat images until there is one batch of each size of BATCHES."""
+    return inputs[torch.arange(max(len(inputs), sum(BATCHES))) % len(inputs)]
 
 
 def split_normalization(student: Student) -> tuple[Student, Callable[[Tensor], Tensor]]:
-    """The student made to take images as an exported network does, and what turns views into those:
-    minus mean, over standard deviation."""
+    """Move the normalization out of a student, as exported networks take normalized images.
+
+    Returns the student (changed in place) and the normalization of views in [0, 1]: minus mean,
+    over standard deviation.
+    """
     mean, std = student.mean.clone(), student.std.clone()
     student.mean.zero_()
     student.std.fill_(1)
@@ -177,39 +198,42 @@ def split_normalization(student: Student) -> tuple[Student, Callable[[Tensor], T
 
 @torch.no_grad()
 def run_graph(graph: Graph, names: tuple[str, ...], inputs: Tensor) -> Heads:
-    """The logits [images, classes] of a network by the names of its outputs, for normalised images
-    [images, 3, side, side]."""
-    parts = [graph(part) for part in inputs.split(64)]
-    return {name: torch.cat(values) for name, values in zip(names, zip(*parts))}
+    """Return the logits [images, classes] of a network by output name.
+
+    inputs: normalized images [images, 3, side, side].
+    """
+    outputs = [graph(batch) for batch in inputs.split(64)]
+    return {name: torch.cat(logits) for name, logits in zip(names, zip(*outputs))}
 
 
 @torch.no_grad()
 def verify(
-    loader: str, answer: InferenceFn, inputs: Tensor, expected: Heads, *, tolerance: float
+    loader: str, inference_fn: InferenceFn, inputs: Tensor, expected: Heads, *, tolerance: float
 ) -> Verification:
-    """Hold an export against the original, in batches of several sizes.
+    """Compare an export with the original, in batches of several sizes.
 
-    expected: the original's logits [images, classes] by output. tolerance: of a logit where the
-    largest is below 1, else in proportion to it. Raises CheckpointError where a logit differs by
-    more, or an answer at all.
+    loader: the package that loaded it, for messages. expected: the original's logits [images,
+    classes] by output. tolerance: largest difference of a logit, relative to the largest logit if
+    that is above 1. Raises CheckpointError if a logit differs by more, or if a predicted class
+    differs.
     """
     allowed = tolerance * max(1.0, *(float(logits.abs().max()) for logits in expected.values()))
-    largest, done, sizes = 0.0, 0, iter(BATCHES)
-    while done < len(inputs):
-        part = slice(done, done + next(sizes, BATCHES[-1]))
-        found = answer(inputs[part])
-        if "logits" not in found:
-            raise CheckpointError(f"the export, loaded by {loader}, gives no logits")
-        for name, theirs in found.items():
-            ours = expected[name][part]
-            where = f"the export, loaded by {loader}, differs on images from {done}: {name}"
-            if theirs.shape != ours.shape:
-                raise CheckpointError(f"{where} has the shape {tuple(theirs.shape)}")
-            difference = float((theirs - ours).abs().max())
-            if not difference <= allowed:  # nor a NaN
+    largest, start, sizes = 0.0, 0, iter(BATCHES)
+    while start < len(inputs):
+        rows = slice(start, start + next(sizes, BATCHES[-1]))
+        outputs = inference_fn(inputs[rows])
+        if "logits" not in outputs:
+            raise CheckpointError(f"the export, loaded by {loader}, has no output `logits`")
+        for name, logits in outputs.items():
+            original = expected[name][rows]
+            where = f"the export, loaded by {loader}, differs on images from {start}: {name}"
+            if logits.shape != original.shape:
+                raise CheckpointError(f"{where} has the shape {tuple(logits.shape)}")
+            difference = float((logits - original).abs().max())
+            if not difference <= allowed:  # also for NaN
                 raise CheckpointError(f"{where} by {difference:.2g}, {allowed:.2g} is allowed")
-            if not torch.equal(theirs.argmax(dim=1), ours.argmax(dim=1)):
-                raise CheckpointError(f"{where} answers with another class")
+            if not torch.equal(logits.argmax(dim=1), original.argmax(dim=1)):
+                raise CheckpointError(f"{where} predicts another class")
             largest = max(largest, difference)
-        done = part.stop
+        start = rows.stop
     return Verification(loader, len(inputs), largest, allowed)

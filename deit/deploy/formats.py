@@ -1,4 +1,4 @@
-"""The formats of other tools: how a student is written, and how its users load it."""
+"""Export formats: how a student is written, and how other packages load it."""
 
 import json
 import logging
@@ -26,19 +26,24 @@ from deit.models.transformers_format import (
 
 Heads = dict[str, Tensor]
 InferenceFn = Callable[[Tensor], Heads]
-"""Normalised images [batch, 3, side, side] -> logits by output, those of them a format has."""
+"""Normalized images [batch, 3, side, side] -> logits [batch, classes] by output name.
+
+A format can lack some of the outputs.
+"""
 
 OUTPUTS = {"logits": "fused", "class_logits": "class", "distillation_logits": "distillation"}
-"""The outputs of an exported network, and which of our heads they are; `logits` is the only one of
-a network with one head."""
+"""The outputs of an exported network, and the heads they are.
+
+A network with one head has the output `logits` only.
+"""
 
 
 class ExportFormat(NamedTuple):
-    """A way of writing a network.
+    """An export format.
 
-    check: raises ConfigError where the network cannot be written so. write: the files, into a
-    folder; the student takes normalised images. load: the folder by each package that loads it,
-    without our code. needs: packages that must be there. tolerance: largest difference of a logit.
+    check: raises ConfigError if the format does not support the network. write: writes a student
+    that takes normalized images into a folder. load: loads the folder, by the package that does it
+    without our code. needs: packages needed to write. tolerance: largest difference of a logit.
     """
 
     check: Callable[[Student, ModelInfo], object]
@@ -61,7 +66,7 @@ class Graph(nn.Module):
 
 
 def outputs_of(student: Student) -> tuple[str, ...]:
-    """The names of a student's outputs."""
+    """Return the names of a student's outputs."""
     return tuple(OUTPUTS) if has_distillation_head(student.network) else ("logits",)
 
 
@@ -69,69 +74,74 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_timm(folder: Path, student: Student, facts: ModelInfo) -> None:
+def _write_timm(folder: Path, student: Student, model_info: ModelInfo) -> None:
     save_weights(folder / WEIGHTS, student.network.state_dict())
-    _write_json(folder / "config.json", timm_config(facts, student.network))
+    _write_json(folder / "config.json", timm_config(model_info, student.network))
 
 
-def _with_timm(folder: Path) -> InferenceFn:
+def _load_with_timm(folder: Path) -> InferenceFn:
     network = load_from_timm(folder)
     return lambda images: {"logits": network(images)}
 
 
-def _write_transformers(folder: Path, student: Student, facts: ModelInfo) -> None:
+def _write_transformers(folder: Path, student: Student, model_info: ModelInfo) -> None:
     save_weights(folder / WEIGHTS, to_transformers(student.network.state_dict()))
-    _write_json(folder / "config.json", transformers_config(facts))
-    _write_json(folder / "preprocessor_config.json", preprocessor_config(facts))
+    _write_json(folder / "config.json", transformers_config(model_info))
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(model_info))
 
 
-def _with_transformers(folder: Path) -> InferenceFn:
+def _load_with_transformers(folder: Path) -> InferenceFn:
     network = load_from_transformers(folder)
-    names = {"logits": "logits", "cls_logits": "class_logits"}
-    names["distillation_logits"] = "distillation_logits"
+    names = {
+        "logits": "logits",
+        "cls_logits": "class_logits",
+        "distillation_logits": "distillation_logits",
+    }
 
-    def answer(images: Tensor) -> Heads:
-        found = network(pixel_values=images)
-        return {ours: found[theirs] for theirs, ours in names.items() if theirs in found}
+    def infer(images: Tensor) -> Heads:
+        outputs = network(pixel_values=images)
+        return {name: outputs[key] for key, name in names.items() if key in outputs}
 
-    return answer
-
-
-_TRACED = 2  # images of the example: one alone would be taken for a batch that is always one
+    return infer
 
 
-def _traced(student: Student, facts: ModelInfo) -> tuple[Graph, tuple[Tensor], dict[str, Any]]:
-    """What an exporter needs: the network, an example, and which of its sides may vary."""
-    side = facts.student.image_size
+_EXAMPLE_IMAGES = 2  # with one image, exporters would fix the batch size to one
+
+
+def _graph_and_example(
+    student: Student, model_info: ModelInfo
+) -> tuple[Graph, tuple[Tensor], dict[str, Any]]:
+    """Return what exporters take: the network, an example input, and its dynamic dimensions."""
+    side = model_info.student.image_size
     batch = torch.export.Dim("batch")
     return (
         Graph(student).eval(),
-        (torch.zeros(_TRACED, 3, side, side),),
+        (torch.zeros(_EXAMPLE_IMAGES, 3, side, side),),
         {"pixel_values": {0: batch}},
     )
 
 
-def _write_onnx(folder: Path, student: Student, facts: ModelInfo) -> None:
-    """One file: the weights lie in it, up to the 2 GB that ONNX allows."""
+def _write_onnx(folder: Path, student: Student, model_info: ModelInfo) -> None:
+    """Write one file, with the weights inside; ONNX allows 2 GB."""
     import onnx
 
-    model = _onnx_of(student, facts)
-    _drop_notes(model)
+    model = _export_onnx(student, model_info)
+    _clear_metadata(model)
     onnx.save(model, folder / "model.onnx")
 
 
-def write_onnx_with_metadata(folder: Path, student: Student, facts: ModelInfo) -> None:
-    """The same with what PyTorch notes on each node: the modules and lines that it comes from."""
+def write_onnx_with_metadata(folder: Path, student: Student, model_info: ModelInfo) -> None:
+    """Write an ONNX file that with PyTorch's metadata of each node (modules, source lines)."""
     import onnx
 
-    onnx.save(_onnx_of(student, facts), folder / "model.onnx")
+    onnx.save(_export_onnx(student, model_info), folder / "model.onnx")
 
 
-def _onnx_of(student: Student, facts: ModelInfo) -> Any:
+def _export_onnx(student: Student, model_info: ModelInfo) -> Any:
     import onnx
 
-    graph, example, shapes = _traced(student, facts)
-    with _tracing():
+    graph, example, shapes = _graph_and_example(student, model_info)
+    with _translate_errors():
         program = torch.onnx.export(
             graph,
             example,
@@ -143,54 +153,56 @@ def _onnx_of(student: Student, facts: ModelInfo) -> Any:
         )
     model = program.model_proto
     _dedupe_weights(model.graph)
-    onnx.helper.set_model_props(model, metadata(facts))
+    onnx.helper.set_model_props(model, metadata(model_info))
     return model
 
 
 def strip_node_metadata(file: Path) -> None:
-    """Leave them out of a file: of a small network they are a quarter."""
+    """Remove PyTorch's metadata from an ONNX file, a quarter of the bytes of a small network."""
     import onnx
 
     model = onnx.load(file)
-    _drop_notes(model)
+    _clear_metadata(model)
     onnx.save(model, file)
 
 
-def _drop_notes(model: Any) -> None:
+def _clear_metadata(model: Any) -> None:
     graph = model.graph
     values = (*graph.value_info, *graph.initializer, *graph.input, *graph.output)
-    for part in (graph, *graph.node, *values):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
+    for message in (graph, *graph.node, *values):
+        message.ClearField("metadata_props")
+        message.ClearField("doc_string")
 
 
 def _dedupe_weights(graph: Any) -> None:
-    """Leave one of equal weights in an ONNX graph: the exporter folds those that blocks share into
-    a copy for each use."""
+    """Keep one of several equal weights of an ONNX graph.
+
+    The exporter writes a copy of a weight for each block that shares it.
+    """
     first: dict[tuple[Any, ...], str] = {}
     names: dict[str, str] = {}
     for weight in graph.initializer:
         key = (weight.data_type, tuple(weight.dims), weight.raw_data)
         if weight.raw_data:
             names[weight.name] = first.setdefault(key, weight.name)
-    kept = [
+    weights = [
         weight for weight in graph.initializer if names.get(weight.name, weight.name) == weight.name
     ]
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(weights)
 
 
-def _with_onnxruntime(folder: Path) -> InferenceFn:
+def _load_with_onnxruntime(folder: Path) -> InferenceFn:
     return onnx_inference_fn(folder / "model.onnx")
 
 
-def onnx_inference_fn(path: Path, *, threads: int | None = None) -> InferenceFn:
-    """An ONNX file as a call, on the CPU by ONNX Runtime.
+def onnx_inference_fn(path: str | Path, *, threads: int | None = None) -> InferenceFn:
+    """Return an ONNX file as a function, run by ONNX Runtime on the CPU.
 
-    threads: as many compute, and none of them spins on for more work when an answer is there, as
-    by default they do: several files can then be timed in turns. None: ONNX Runtime's own choice.
+    threads: number of threads. They then do not spin while they wait for work, as they do by
+    default, so that the timing of several files in turns is fair. Default: ONNX Runtime's choice.
     """
     import onnxruntime
 
@@ -201,53 +213,53 @@ def onnx_inference_fn(path: Path, *, threads: int | None = None) -> InferenceFn:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
-    def answer(images: Tensor) -> Heads:
-        found = session.run(None, {"pixel_values": images.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, found)}
+    def infer(images: Tensor) -> Heads:
+        outputs = session.run(None, {"pixel_values": images.numpy()})
+        return {name: torch.from_numpy(logits) for name, logits in zip(names, outputs)}
 
-    return answer
+    return infer
 
 
-def _write_pt2(folder: Path, student: Student, facts: ModelInfo) -> None:
-    graph, example, shapes = _traced(student, facts)
-    with _tracing():
+def _write_pt2(folder: Path, student: Student, model_info: ModelInfo) -> None:
+    graph, example, shapes = _graph_and_example(student, model_info)
+    with _translate_errors():
         program = torch.export.export(graph, example, dynamic_shapes=shapes)
-    extra = {"metadata.json": json.dumps(metadata(facts), indent=1)}
-    with _quiet():
+    extra = {"metadata.json": json.dumps(metadata(model_info), indent=1)}
+    with _quiet_exporters():
         torch.export.save(program, folder / "model.pt2", extra_files=extra)
 
 
-def _with_torch(folder: Path) -> InferenceFn:
-    with _quiet():
+def _load_with_torch(folder: Path) -> InferenceFn:
+    with _quiet_exporters():
         network = torch.export.load(folder / "model.pt2").module()
 
-    def answer(images: Tensor) -> Heads:
-        found = network(images)
-        names = tuple(OUTPUTS) if len(found) > 1 else ("logits",)
-        return dict(zip(names, found))
+    def infer(images: Tensor) -> Heads:
+        outputs = network(images)
+        names = tuple(OUTPUTS) if len(outputs) > 1 else ("logits",)
+        return dict(zip(names, outputs))
 
-    return answer
+    return infer
 
 
-def metadata(facts: ModelInfo) -> dict[str, str]:
-    """What the user of a lone file must know: what its input is, and what its outputs mean."""
-    side = facts.student.image_size
+def metadata(model_info: ModelInfo) -> dict[str, str]:
+    """Return what users of a single file need: how to prepare its input, and the class names."""
+    side = model_info.student.image_size
     return {
-        "network": facts.student.name,
+        "network": model_info.student.name,
         "input": "pixel_values: float32 [batch, 3, height, width], RGB / 255, minus mean, over std",
         "image_size": str(side),
-        "resize_shortest_edge": str(round(side / facts.evaluation_crop)),
+        "resize_shortest_edge": str(round(side / model_info.evaluation_crop)),
         "interpolation": "bicubic",
         "crop": "center",
-        "mean": json.dumps(list(facts.mean)),
-        "std": json.dumps(list(facts.std)),
-        "class_names": json.dumps(list(facts.class_names)),
+        "mean": json.dumps(list(model_info.mean)),
+        "std": json.dumps(list(model_info.std)),
+        "class_names": json.dumps(list(model_info.class_names)),
     }
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters warn of their own innards; what matters is whether the file answers right."""
+def _quiet_exporters() -> Iterator[None]:
+    """Hide warnings of exporters about their internals: `verify` checks the outputs instead."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -260,54 +272,54 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _tracing() -> Iterator[None]:
-    """Quietly; what an exporter cannot follow is one clear message. Raises ConfigError."""
+def _translate_errors() -> Iterator[None]:
+    """Turn errors of an exporter into one ConfigError, and hide its warnings."""
     try:
-        with _quiet():
+        with _quiet_exporters():
             yield
     except Exception as error:  # exporters raise types of their own
-        first: BaseException = error
-        while first.__cause__ is not None:  # the outermost only says in which step it was
-            first = first.__cause__
-        raise_transient(first, "the exporter")
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outermost error only names the failed step
+            cause = cause.__cause__
+        raise_transient(cause, "the exporter")
         raise ConfigError(
-            f"the exporter cannot follow this network ({type(first).__name__}: "
-            f"{first_line(first)}); --format timm keeps a network of timm, weights and all"
+            f"the exporter cannot trace this network ({type(cause).__name__}: "
+            f"{first_line(cause)}); --format timm supports timm's networks"
         ) from error
 
 
-def _takes_any(student: Student, facts: ModelInfo) -> None:
-    """Any network can be traced; where one cannot, the exporter says so."""
+def _accept_any(student: Student, model_info: ModelInfo) -> None:
+    """Accept any network: the exporter raises if it cannot trace it."""
 
 
 FORMATS: dict[str, ExportFormat] = {
     "timm": ExportFormat(
-        check=lambda student, facts: timm_config(facts, student.network),
+        check=lambda student, model_info: timm_config(model_info, student.network),
         write=_write_timm,
-        load={"timm": _with_timm, "transformers": _with_transformers},
+        load={"timm": _load_with_timm, "transformers": _load_with_transformers},
         needs=(),
         tolerance=1e-5,
     ),
     "transformers": ExportFormat(
-        check=lambda student, facts: transformers_config(facts),
+        check=lambda student, model_info: transformers_config(model_info),
         write=_write_transformers,
-        load={"transformers": _with_transformers},
+        load={"transformers": _load_with_transformers},
         needs=EXPORT_PACKAGES["transformers"],
         tolerance=1e-5,
     ),
     "onnx": ExportFormat(
-        check=_takes_any,
+        check=_accept_any,
         write=_write_onnx,
-        load={"onnxruntime": _with_onnxruntime},
+        load={"onnxruntime": _load_with_onnxruntime},
         needs=EXPORT_PACKAGES["onnx"],
         tolerance=1e-4,
     ),
     "pt2": ExportFormat(
-        check=_takes_any,
+        check=_accept_any,
         write=_write_pt2,
-        load={"torch": _with_torch},
+        load={"torch": _load_with_torch},
         needs=(),
         tolerance=1e-5,
     ),
 }
-"""Every format by its name on the command line."""
+"""All formats, by the name on the command line."""

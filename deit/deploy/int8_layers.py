@@ -1,4 +1,4 @@
-"""What of a network can become integers: nodes of its ONNX graph, by the network's own names."""
+"""Find the layers of a network that can be quantized, and their nodes in its ONNX graph."""
 
 import ast
 import contextlib
@@ -15,23 +15,23 @@ from deit.core.errors import CheckpointError, ConfigError, DeitError, first_line
 from deit.models.surgery.weight_sharing import MixedAttention
 
 METHODS = {"static": ("MatMul", "Gemm", "Conv"), "dynamic": ("MatMul", "Gemm")}
-"""Which operations each method puts into integers: a convolution whose ranges are found in every
-batch is several times slower than a float one."""
+"""The operations that each method quantizes. A convolution with dynamic ranges is several times
+slower than a float one."""
 
 _NETWORK = "student.network."
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PRODUCTS = ("query_key", "attention_value")
-_KINDS = {nn.Linear: "Gemm", nn.Conv2d: "Conv"}
-_SHOWN = 24
+_OPERATIONS = {nn.Linear: "Gemm", nn.Conv2d: "Conv"}
+_MAX_NAMES = 24
 
 
 class QuantizableLayers(NamedTuple):
-    """What of a graph can become integers.
+    """The layers of a graph that can be quantized, by their names in the network.
 
-    nodes: the graph's nodes by the layer's name in the network, in their order; with `products`.
-    products: those of the layers that multiply two activations, such as blocks.0.attn.query_key.
-    weights: numbers in the weight of each layer, 0 of a product. operations: what each layer is in
-    ONNX. parameters: numbers in the float constants of the graph.
+    nodes: names of the layer's nodes in the graph; `products` are included. products: the layers
+    that multiply two activations, such as blocks.0.attn.query_key. weights: number of weights of
+    each layer, 0 for a product. operations: the ONNX operation of each layer. parameters: number of
+    float constants in the graph.
     """
 
     nodes: dict[str, tuple[str, ...]]
@@ -42,26 +42,29 @@ class QuantizableLayers(NamedTuple):
 
 
 def layers_of(network: nn.Module) -> QuantizableLayers:
-    """What `prepare` will find in the graph of a network of ours without adapters, as far as that
-    is known without the graph: no nodes, and as parameters those of the network."""
-    own = dict(network.named_modules())
+    """Predict what `prepare` will find in the graph of one of our networks without adapters.
+
+    The nodes are unknown without the graph; `parameters` are those of the network.
+    """
+    modules = dict(network.named_modules())
     operations = {
         name: operation
-        for name, module in own.items()
-        for kind, operation in _KINDS.items()
+        for name, module in modules.items()
+        for kind, operation in _OPERATIONS.items()
         if isinstance(module, kind)
     }
-    products = tuple(f"{name}.{one}" for name in attentions(network) for one in _PRODUCTS)
-    weights = {name: own[name].weight.numel() for name in operations} | dict.fromkeys(products, 0)
+    products = tuple(f"{name}.{product}" for name in attentions(network) for product in _PRODUCTS)
+    weights = {name: modules[name].weight.numel() for name in operations}
+    weights |= dict.fromkeys(products, 0)
     operations |= dict.fromkeys(products, "MatMul")
-    parameters = sum(one.numel() for one in network.parameters())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     return QuantizableLayers(
         dict.fromkeys(operations, ()), products, weights, operations, parameters
     )
 
 
 def attentions(network: nn.Module) -> list[str]:
-    """The names of the layers of attention, each of which multiplies activations twice."""
+    """Return the names of the attention layers, each of which has two products of activations."""
     return [
         name
         for name, module in network.named_modules()
@@ -70,9 +73,10 @@ def attentions(network: nn.Module) -> list[str]:
 
 
 def prepare(source: Path, target: Path) -> QuantizableLayers:
-    """Write a float graph with known shapes and folded constants, as quantizing needs it.
+    """Write a float graph with known shapes and folded constants, as quantization needs it.
 
-    source: as deit.deploy.formats writes it. Raises CheckpointError where ONNX Runtime cannot.
+    source: as deit.deploy.formats.write_onnx_with_metadata writes it. Raises CheckpointError if
+    ONNX Runtime fails.
     """
     import onnx
     from onnxruntime.quantization import quant_pre_process
@@ -84,97 +88,106 @@ def prepare(source: Path, target: Path) -> QuantizableLayers:
 
 
 def _scopes(node: Any) -> list[str]:
-    """The modules that a node was exported from, from the outermost to the innermost."""
-    told = next((one.value for one in node.metadata_props if one.key == _SCOPES), "[]")
-    return [name for name in ast.literal_eval(told) if name.startswith(_NETWORK)]
+    """Return the modules that a node was exported from, the outermost first."""
+    scopes = next((prop.value for prop in node.metadata_props if prop.key == _SCOPES), "[]")
+    return [name for name in ast.literal_eval(scopes) if name.startswith(_NETWORK)]
 
 
 def _layers(model: Any, scopes: dict[str, list[str]]) -> QuantizableLayers:
     import onnx
 
-    float_kind = onnx.TensorProto.FLOAT
-    held = {one.name: one for one in model.graph.initializer if one.data_type == float_kind}
-    sizes = {name: math.prod(one.dims) for name, one in held.items()}
-    found = QuantizableLayers({}, (), {}, {}, sum(sizes.values()))
+    sizes = {
+        constant.name: math.prod(constant.dims)
+        for constant in model.graph.initializer
+        if constant.data_type == onnx.TensorProto.FLOAT
+    }
+    layers = QuantizableLayers({}, (), {}, {}, sum(sizes.values()))
     for node in model.graph.node:
         if node.op_type not in METHODS["static"]:
             continue
         module = (scopes.get(node.name) or [""])[-1].removeprefix(_NETWORK)
         weight = next((name for name in node.input[:2] if name in sizes), None)
         if weight is None:
-            before = sum(name.startswith(f"{module}.") for name in found.products)
-            layer = f"{module}.{_PRODUCTS[before] if before < 2 else f'product_{before + 1}'}"
-            found = found._replace(products=(*found.products, layer))
+            index = sum(name.startswith(f"{module}.") for name in layers.products)
+            layer = f"{module}.{_PRODUCTS[index] if index < 2 else f'product_{index + 1}'}"
+            layers = layers._replace(products=(*layers.products, layer))
         else:
-            # A folded batch norm leaves a convolution in the norm's module; a weight that is equal
-            # to another may have its name.
-            names = (_named(weight), module) if node.op_type == "Conv" else (module, _named(weight))
+            # A folded batch norm leaves a convolution in the norm's module, so its weight has the
+            # right name. Equal weights share one name, so otherwise the module has the right one.
+            names = (_layer_of_weight(weight), module)
+            if node.op_type != "Conv":
+                names = names[::-1]
             layer = next(filter(None, names), node.name)
-        found.nodes[layer] = (*found.nodes.get(layer, ()), node.name)
-        found.weights[layer] = sizes.get(weight, 0)
-        found.operations[layer] = node.op_type
-    return found
+        layers.nodes[layer] = (*layers.nodes.get(layer, ()), node.name)
+        layers.weights[layer] = sizes.get(weight, 0)
+        layers.operations[layer] = node.op_type
+    return layers
 
 
-def _named(weight: str) -> str:
-    """The layer by the name of its weight, where that is the network's own; else empty."""
-    own = weight.startswith(_NETWORK) and weight.endswith(".weight")
-    return weight.removeprefix(_NETWORK).removesuffix(".weight") if own else ""
+def _layer_of_weight(weight: str) -> str:
+    """Return the layer that a weight is named after; "" if it has another name."""
+    if not (weight.startswith(_NETWORK) and weight.endswith(".weight")):
+        return ""
+    return weight.removeprefix(_NETWORK).removesuffix(".weight")
 
 
 def choose(
     layers: QuantizableLayers, *, method: str, attention: bool, exclude: str | None
 ) -> list[str]:
-    """The layers that become integers, in their order.
+    """Return the layers to quantize, in their order.
 
-    attention: products of two activations too. exclude: a regular expression that names layers
-    whole, to stay float. Raises ConfigError where it names none, or all of them, and where the
-    method would leave most of the network as it is.
+    method: a key of METHODS. attention: whether to include products of two activations. exclude: a
+    regular expression that matches whole names of layers, which stay float. Raises ConfigError if
+    it matches none or all of them, or if the method does not cover most of the network.
     """
-    able = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
+    candidates = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
     if not covers_enough(layers, method):
         raise ConfigError(
-            f"--method {method}: keeps convolutions in float, and they hold most weights of this "
+            f"--method {method}: does not quantize convolutions, which have most weights of this "
             "network; use --method static"
         )
-    able = [name for name in able if attention or name not in layers.products]
+    candidates = [name for name in candidates if attention or name not in layers.products]
     if exclude is None:
-        return able
-    kept = [name for name in able if not re.fullmatch(exclude, name)]
-    if len(kept) == len(able):
+        return candidates
+    chosen = [name for name in candidates if not re.fullmatch(exclude, name)]
+    if len(chosen) == len(candidates):
         raise ConfigError(
-            f"--exclude {exclude}: is the whole name of no layer (.* stands for anything); there "
-            f"are {_shortened(able)}"
+            f"--exclude {exclude}: does not match the whole name of any layer (.* matches "
+            f"anything); the layers are {_shorten(candidates)}"
         )
-    if not kept:
+    if not chosen:
         raise ConfigError(f"--exclude {exclude}: leaves no layer to quantize")
-    return kept
+    return chosen
 
 
 def covers_enough(layers: QuantizableLayers, method: str) -> bool:
-    """Whether a method puts at least half of the weights into integers."""
-    able = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
-    return 2 * sum(layers.weights[name] for name in able) >= sum(layers.weights.values())
+    """Return whether a method quantizes at least half of the weights."""
+    names = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
+    return 2 * sum(layers.weights[name] for name in names) >= sum(layers.weights.values())
 
 
-def _shortened(names: list[str]) -> str:
-    """The names on one line: of alike blocks the first, and no more than a person reads."""
-    shown = [name for name in names if not re.match(r"blocks\.[1-9]", name)][:_SHOWN]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+def _shorten(names: list[str]) -> str:
+    """Return the names on one line; of the blocks, which are equal, only the first."""
+    listed = [name for name in names if not re.match(r"blocks\.[1-9]", name)][:_MAX_NAMES]
+    num_more = len(names) - len(listed)
+    return ", ".join(listed) + (f" and {num_more} more" if num_more else "")
 
 
 @contextlib.contextmanager
-def by_onnxruntime(does: str) -> Iterator[None]:
-    """Without what its tools print; where they fail, by errors of any type, a CheckpointError, but
-    not of what says nothing of the network."""
+def by_onnxruntime(action: str) -> Iterator[None]:
+    """Hide what ONNX Runtime's tools print, and turn their errors into CheckpointError.
+
+    action: a verb for the message. Errors unrelated to the network, such as a full disk, are raised
+    as such.
+    """
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except DeitError:
-        raise  # of an image that it was given
+        raise  # from reading the images
     except Exception as error:  # ONNX Runtime's tools raise types of their own
         raise_transient(error, "ONNX Runtime")
         raise CheckpointError(
-            f"ONNX Runtime cannot {does} this network ({type(error).__name__}: {first_line(error)})"
+            f"ONNX Runtime cannot {action} this network ({type(error).__name__}: "
+            f"{first_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""How long several networks take for a batch, measured in turns."""
+"""Measure the latency of several networks in interleaved turns."""
 
 import time
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_LEAST, _MOST = 10, 200
-"""Turns: as many as give deciles a meaning, and as many as change them no more."""
-_WARM_S = 0.05
+_MIN_TURNS, _MAX_TURNS = 10, 200
+"""Deciles need at least ten values; more than 200 do not change them."""
+_WARM_UP_BELOW_S = 0.05
 
 
 class Latency(NamedTuple):
-    """Milliseconds a batch takes: median, first and ninth decile; of how many turns."""
+    """The time of a batch [ms]: median, first and ninth decile, over `turns` calls."""
 
     median_ms: float
     p10_ms: float
@@ -24,29 +24,29 @@ class Latency(NamedTuple):
 def latencies(
     networks: dict[str, Callable[[Tensor], object]], images: Tensor, *, seconds: float
 ) -> dict[str, Latency]:
-    """Measure networks beside each other, by name.
+    """Measure the latency of networks on one batch, by name.
 
-    images: the batch that all are given. seconds: about how long all of it takes; at least ten
-    turns are made. In each turn every network is called, in an order that moves on: what else the
-    machine does, its clock and its heat meet all of them alike. Before a call of less than 50 ms
-    goes one that is not measured: it brings the weights back into the caches, where steady use has
-    them.
+    images: the batch. seconds: the approximate total time; at least ten turns are run.
+
+    Each turn calls every network once, in an order that rotates, so that other load, clock and
+    temperature affect all of them equally. A call of less than 50 ms follows an untimed one, which
+    brings the weights back into the caches, as in steady use.
     """
     names = list(networks)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
-    for turn in range(_MOST):
-        if turn >= _LEAST and time.perf_counter() > end:
+    for turn in range(_MAX_TURNS):
+        if turn >= _MIN_TURNS and time.perf_counter() > end:
             break
         first = turn % len(names)
         for name in (*names[first:], *names[:first]):
             network = networks[name]
-            if not taken[name] or taken[name][-1] < 1000 * _WARM_S:
+            if not times[name] or times[name][-1] < 1000 * _WARM_UP_BELOW_S:
                 network(images)
             started = time.perf_counter()
             network(images)
-            taken[name].append(1000 * (time.perf_counter() - started))
-    return {name: _summary(times) for name, times in taken.items()}
+            times[name].append(1000 * (time.perf_counter() - started))
+    return {name: _summary(values) for name, values in times.items()}
 
 
 def _summary(times: list[float]) -> Latency:

@@ -1,4 +1,4 @@
-"""A run's student as float ONNX, held against the run; images as that file takes them."""
+"""Export a run's student as float ONNX, verified against the run, as the input of quantization."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from deit.core.console import info
 from deit.core.errors import CheckpointError
 from deit.core.tensors import evenly_spaced
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.deploy.export import BATCHES, run_graph, split_normalization, verify
+from deit.deploy.export import fill_batches, run_graph, split_normalization, verify
 from deit.deploy.formats import (
     FORMATS,
     Graph,
@@ -30,90 +30,111 @@ from deit.models.student import Student
 from deit.models.surgery.fake_quant import disable_fake_quant
 
 CHUNK = 64
-"""Images that a file is asked at once."""
-_VERIFIED = 512
+"""Images per call of an ONNX file."""
+_NUM_VERIFIED = 512
 
 
 class OnnxStudent(NamedTuple):
     """A student as float ONNX.
 
-    config: as the run is evaluated. run: its folder. normalise: turns views in [0, 1] into what the
-    file takes. original: the file; prepared: the same with known shapes, as quantizing needs it.
-    layers: what of it can become integers. test: the test images. checked: how it was held against
-    the run. rounding: the run itself, which takes what the file takes, where its layers round: the
-    file holds its weights as they are; None: it does not round, and answers as the file does.
+    config: for evaluation. run: the run's folder. normalize: turns views in [0, 1] into the file's
+    input. original: the file. prepared: the same with known shapes, as quantization needs it.
+    layers: those that can be quantized. test: the test images. verification: the comparison with
+    the run. fake_quant: the student with fake quantization, if it was trained with it (the file
+    has its float weights); it takes the file's input. None: the student is the file's original.
     """
 
     config: Config
-    facts: ModelInfo
+    model_info: ModelInfo
     run: Path
-    normalise: Callable[[Tensor], Tensor]
+    normalize: Callable[[Tensor], Tensor]
     original: Path
     prepared: Path
     layers: QuantizableLayers
     test: InMemoryImages | EncodedImages
-    checked: dict[str, Any]
-    rounding: Student | None
+    verification: dict[str, Any]
+    fake_quant: Student | None
 
     def inputs(
         self, images: InMemoryImages | EncodedImages, rows: Tensor, *, size: int = CHUNK
     ) -> Iterator[Tensor]:
-        """Images of a split in their evaluation view, normalised, so many at a time. rows: int64,
-        their places."""
-        device = torch.device("cpu")
-        for views in evaluation_batches(
-            images, rows.split(size), self.config.evaluation, device=device
-        ):
-            yield self.normalise(views)
+        """Yield evaluation views of a split, normalized, in batches of `size`.
+
+        rows: int64, the indices of the images.
+        """
+        settings, device = self.config.evaluation, torch.device("cpu")
+        for views in evaluation_batches(images, rows.split(size), settings, device=device):
+            yield self.normalize(views)
+
+    def test_inputs(self, num_images: int) -> Tensor:
+        """Return the inputs of test images, evenly spaced over the split."""
+        rows = evenly_spaced(len(self.test.labels), num_images)
+        return torch.cat(list(self.inputs(self.test, rows)))
 
 
 def split_images(
-    config: Config, facts: ModelInfo, run: Path, name: str
+    config: Config, model_info: ModelInfo, run: Path, name: str
 ) -> InMemoryImages | EncodedImages:
-    """The images of another split than test. Encoded ones stay so, whatever the run made of them:
-    few of them are looked at. Raises DataError."""
+    """Return the images of a split other than test. Raises DataError.
+
+    Encoded images are not decoded in advance, as only few of them are needed.
+    """
     config = config.replace(data={"storage": "files"})
-    return evaluation_images(config, facts, run, name, None, None).images
+    return evaluation_images(config, model_info, run, name, None, None).images
 
 
 def export_float_onnx(
-    config: Config, student: Student, facts: ModelInfo, *, run: Path, place: Path
+    config: Config, student: Student, model_info: ModelInfo, *, run: Path, folder: Path
 ) -> OnnxStudent:
-    """Write the student of a run into a folder and hold it against the original.
+    """Write a run's student as float ONNX and verify it against the student.
 
-    student: is made to take images as the file does, and stays with it where it rounds. Raises
-    CheckpointError where it answers otherwise, or holds attention in another form than quantizing
-    knows; ConfigError where it cannot be written.
+    student: is changed to take normalized images. folder: for the files. Raises CheckpointError if
+    the file differs from the student or if its attention is not recognized, ConfigError if the
+    network cannot be exported.
     """
-    test = evaluation_images(config, facts, run, "test", None, None).images
-    bare, normalise = split_normalization(student)
-    rounding = copy.deepcopy(bare) if facts.student.qat != "none" else None
+    test = evaluation_images(config, model_info, run, "test", None, None).images
+    bare, normalize = split_normalization(student)
+    fake_quant = copy.deepcopy(bare) if model_info.student.qat != "none" else None
     disable_fake_quant(bare.network)
-    original, prepared = place / "model.onnx", place / "prepared.onnx"
-    write_onnx_with_metadata(place, bare, facts)
+    original, prepared = folder / "model.onnx", folder / "prepared.onnx"
+    write_onnx_with_metadata(folder, bare, model_info)
     layers = prepare(original, prepared)
     strip_node_metadata(original)
     _check_products(layers, bare.network)
-    known = (config, facts, run, normalise, original, prepared, layers, test)
-    file = OnnxStudent(*known, {}, rounding)
-    inputs = torch.cat(list(file.inputs(test, evenly_spaced(len(test.labels), _VERIFIED))))
-    number = len(inputs)
-    inputs = inputs[torch.arange(max(number, sum(BATCHES))) % number]
+    file = OnnxStudent(
+        config=config,
+        model_info=model_info,
+        run=run,
+        normalize=normalize,
+        original=original,
+        prepared=prepared,
+        layers=layers,
+        test=test,
+        verification={},
+        fake_quant=fake_quant,
+    )
+    inputs = file.test_inputs(_NUM_VERIFIED)
+    num_images = len(inputs)
+    inputs = fill_batches(inputs)
     expected = run_graph(Graph(bare), outputs_of(bare), inputs)
-    tolerance = FORMATS["onnx"].tolerance
-    one = verify("onnxruntime", onnx_inference_fn(original), inputs, expected, tolerance=tolerance)
-    run = "the run's" if rounding is None else "those of the run's weights without roundings"
-    info(f"verified  the float file: logits differ from {run} by {one.difference:.1e} at most")
-    one = one._replace(loader="onnxruntime, before quantization", images=number)
-    return file._replace(checked=one._asdict())
+    inference_fn, tolerance = onnx_inference_fn(original), FORMATS["onnx"].tolerance
+    verification = verify("onnxruntime", inference_fn, inputs, expected, tolerance=tolerance)
+    reference = "the run's" if fake_quant is None else "those of the run without fake quantization"
+    info(
+        f"verified  the float file: logits differ from {reference} by "
+        f"{verification.difference:.1e} at most"
+    )
+    loader = "onnxruntime, before quantization"
+    verification = verification._replace(loader=loader, images=num_images)
+    return file._replace(verification=verification._asdict())
 
 
 def _check_products(layers: QuantizableLayers, network: nn.Module) -> None:
-    """Two products of activations in each block of attention, or they were not all found."""
-    number = len(attentions(network))
-    if number and len(layers.products) != 2 * number:
+    """Raise CheckpointError unless each attention layer has two products of activations."""
+    num_layers = len(attentions(network))
+    if num_layers and len(layers.products) != 2 * num_layers:
         raise CheckpointError(
-            f"the ONNX file holds {len(layers.products)} products of activations, for "
-            f"{number} layers of attention {2 * number} were expected: this release of "
-            "PyTorch or ONNX Runtime writes attention otherwise than quantizing knows"
+            f"the ONNX file has {len(layers.products)} products of activations; "
+            f"{num_layers} attention layers should have {2 * num_layers}: this release of PyTorch "
+            "or ONNX Runtime exports attention in an unknown form"
         )

@@ -1,4 +1,4 @@
-"""`deit prune`: heads and hidden units of a run cut out, and what is left taught once more."""
+"""`deit prune`: remove attention heads and hidden units of a run, and distill the rest again."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,14 @@ from deit.core.console import info
 from deit.core.errors import CheckpointError, ConfigError
 from deit.core.filesystem import check_writable, lock_dir, replace_dir, write_json
 from deit.core.json_io import check_same_request
-from deit.deploy.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED, PruneOptions
+from deit.deploy.prune_options import (
+    CONTROLS,
+    MANIFEST,
+    PRUNED,
+    RECOVERED,
+    SELECTION,
+    PruneOptions,
+)
 from deit.deploy.prune_selection import print_selection, scoring_config, select_units, units_to_keep
 from deit.deploy.prune_tables import print_pruning, prune_page, prune_result
 from deit.evaluation.load_run import resolve_run
@@ -36,42 +43,44 @@ _MAY_DIFFER = ("drop_path", "dropout", "qat")
 
 
 def prune(
-    run: Path,
-    asked: PruneOptions,
+    run: str | Path,
+    options: PruneOptions,
     recovery: Config,
-    out: Path,
+    out: str | Path,
     *,
     dry_run: bool = False,
-    name: str,
+    checkpoint: str,
     controls: tuple[str, ...],
     parallel: int,
     command: str = "",
 ) -> dict[str, Any]:
-    """Cut heads and hidden units out of a run's student, train what is left by a schedule with the
-    run's own teacher, and tell what each step did to accuracy, size and arithmetic.
+    """Prune the heads and hidden units of a run's student, train it again, and compare the steps.
 
-    recovery: the configuration and folder of that training, its student still whole. name: of the
-    run's checkpoint, best or last. controls: of CONTROLS, students of the same shape from random
-    weights. The same command goes on. Returns what results.json holds. Raises the
-    errors of deit.core.errors.
+    recovery: the configuration of the training after pruning, with the student before pruning.
+    checkpoint: of the run, best or last. controls: keys of CONTROLS, students of the same shape
+    trained from random weights. parallel: number of trainings in parallel. command: the command
+    line, for the records. The same call resumes an interrupted one.
+
+    Returns the content of results.json; empty for a dry run. Raises the errors of deit.core.errors.
     """
+    run, out = Path(run), Path(out)
     check_num_parallel(parallel, option="--parallel")
-    config, saved = resolve_run(run, name)
-    _check(config, saved, run)
-    _check_asked(config, recovery, controls)
-    numbers = units_to_keep(config, asked)
-    manifest = _asked_in_all(config, saved, asked, recovery)
+    config, saved = resolve_run(run, checkpoint)
+    _check_run(config, saved, run)
+    _check_recovery(config, recovery, controls)
+    num_units = units_to_keep(config, options)
+    manifest = _manifest(config, saved, options, recovery)
     check_same_request(out, MANIFEST, manifest, what="pruning")
-    controls = tuple(  # what is finished is told, whether it is asked for again or not
-        one
-        for one, folder in CONTROLS.items()
-        if one in controls or run_folder.read_result(out / folder) is not None
+    controls = tuple(  # finished controls are in the table, whether requested again or not
+        control
+        for control, folder in CONTROLS.items()
+        if control in controls or run_folder.read_result(out / folder) is not None
     )
-    _announce(config, recovery, controls)
-    asking = scoring_config(config, recovery, saved)
+    _print_plan(config, recovery, controls)
+    score_config = scoring_config(config, recovery, saved)
     if dry_run:
-        facts, kept, _ = select_units(asking, saved, asked, numbers)
-        print_selection(facts, kept)
+        model_info, units, _ = select_units(score_config, saved, options, num_units)
+        print_selection(model_info, units)
         info("dry run: nothing is written")
         return {}
     check_writable(out, option="--out")
@@ -79,22 +88,26 @@ def prune(
     with lock_dir(out, option="--out"):
         write_json(out / MANIFEST, manifest)
         if not (out / PRUNED / run_folder.CONFIG).is_file():
-            facts, kept, weights = select_units(asking, saved, asked, numbers)
-            print_selection(facts, kept)
-            _write(out / PRUNED, config, facts, kept, weights)
-        _, facts = load_student(out / PRUNED / run_folder.BEST)
-        runs = _runs(config, recovery, facts, out, controls)
-        FinishedRunChecker().check(runs)
-        left = unfinished(runs)
-        failed = train_with_retries(
-            left, parallel=parallel, retries=1, progress=RunProgress(len(left))
-        )
-        if failed:
-            raise combined_error(failed)
-        result = prune_result(run, name, out, runs, command)
+            model_info, units, weights = select_units(score_config, saved, options, num_units)
+            print_selection(model_info, units)
+            _write_pruned(out / PRUNED, config, model_info, units, weights)
+        _, model_info = load_student(out / PRUNED / run_folder.BEST)
+        runs = _runs(config, recovery, model_info, out, controls)
+        _train(runs, parallel)
+        result = prune_result(run, checkpoint, out, runs, command)
         _write_results(out, result)
     print_pruning(result)
     return result
+
+
+def _train(runs: list[RunSpec], parallel: int) -> None:
+    """Train the runs that are not finished. Raises the errors of those that fail twice."""
+    FinishedRunChecker().check(runs)
+    remaining = unfinished(runs)
+    progress = RunProgress(len(remaining))
+    failed = train_with_retries(remaining, parallel=parallel, retries=1, progress=progress)
+    if failed:
+        raise combined_error(failed)
 
 
 def _write_results(out: Path, result: dict[str, Any]) -> None:
@@ -104,114 +117,123 @@ def _write_results(out: Path, result: dict[str, Any]) -> None:
     info(f"wrote {out / 'results.md'}")
 
 
-def _check(config: Config, saved: Path, run: Path) -> None:
-    """Refuse what has no heads to cut. Raises ConfigError."""
+def _check_run(config: Config, saved: Path, run: Path) -> None:
+    """Raise CheckpointError if a run is not finished, ConfigError if it cannot be pruned."""
     if saved.parent.name != PRUNED and run_folder.read_result(saved.parent) is None:
         raise CheckpointError(
             f"{run}: is not finished; resume it first (its own command with --resume)"
         )
     if not config.student.is_transformer:
         raise ConfigError(
-            f"{run}: student.name = {config.student.name!r}: heads and hidden units are cut from "
-            "deit_* and vit_* only"
+            f"{run}: student.name = {config.student.name!r}: only deit_* and vit_* have heads and "
+            "hidden units to prune"
         )
     if config.student.adapters != "none":
         raise ConfigError(
-            f"{run}: student.adapters = {config.student.adapters!r}: cut the student first, then "
-            "adapt it"
+            f"{run}: student.adapters = {config.student.adapters!r}: a student with adapters "
+            "cannot be pruned; prune it first, then add adapters"
         )
     if config.student.shared_block_size > 1:
         raise ConfigError(
-            f"{run}: student.shared_block_size = {config.student.shared_block_size}: blocks that "
-            "share their weights "
-            "cannot be cut apart"
+            f"{run}: student.shared_block_size = {config.student.shared_block_size}: blocks with "
+            "shared weights cannot be pruned to different shapes"
         )
     if (saved / MASKS).is_file():
         raise ConfigError(
-            f"{run}: is pruned weight by weight, and would be dense again; cut the run before "
-            "that, then look for its tickets (deit lottery --init.weights)"
+            f"{run}: has pruning masks, which structured pruning would lose; prune the run without "
+            "masks, then search for lottery tickets in the result (deit lottery --init.weights)"
         )
 
 
-def _check_asked(config: Config, recovery: Config, controls: tuple[str, ...]) -> None:
-    """Refuse what would be told in the middle of the work, or never. Raises ConfigError."""
+def _check_recovery(config: Config, recovery: Config, controls: tuple[str, ...]) -> None:
+    """Raise ConfigError if the recovery does not fit the run."""
     for field in dataclasses.fields(config.student):
-        own, asked = (getattr(one.student, field.name) for one in (config, recovery))
-        if own != asked and field.name not in _MAY_DIFFER:
+        trained = getattr(config.student, field.name)
+        requested = getattr(recovery.student, field.name)
+        if trained != requested and field.name not in _MAY_DIFFER:
             raise ConfigError(
-                f"student.{field.name} = {asked!r}: the student is the run's ({own!r}); "
-                f"{', '.join(f'student.{name}' for name in _MAY_DIFFER)} may be another"
+                f"student.{field.name} = {requested!r}: the student is the run's ({trained!r}); "
+                f"only {', '.join(f'student.{name}' for name in _MAY_DIFFER)} can be changed"
             )
     if recovery.optim.trainable != "all":
         raise ConfigError(
-            f"optim.trainable = {recovery.optim.trainable!r}: what is left has to learn as a "
-            "whole; "
-            "use --optim.trainable all"
+            f"optim.trainable = {recovery.optim.trainable!r}: a pruned student has to be trained "
+            "as a whole; use --optim.trainable all"
         )
     if "long" in controls and config.init.weights is not None:
         raise ConfigError(
-            f"--controls long: the run itself began with weights (init.weights "
-            f"{config.init.weights}), so no student from random weights has been trained as long; "
-            "use --controls short"
+            f"--controls long: the run was itself initialized from weights (init.weights "
+            f"{config.init.weights}), so the length of its whole training is unknown; use "
+            "--controls short"
         )
 
 
-def _asked_in_all(
-    config: Config, saved: Path, asked: PruneOptions, recovery: Config
+def _manifest(
+    config: Config, saved: Path, options: PruneOptions, recovery: Config
 ) -> dict[str, Any]:
-    """What every call in a folder must have in common: whose weights, what goes, and all that
-    decides the result of what is trained."""
+    """Return what all calls in a folder must have in common.
+
+    These are the weights, the options, and all of the recovery that decides its result.
+    """
     if recovery.init != config.init:
-        raise ConfigError("start.*: is what this command itself decides; leave it out")
+        raise ConfigError("init.*: is set by this command; omit it")
     weights = {"weights": digest_of(read_weights(saved / WEIGHTS))}
-    return {**weights, **dataclasses.asdict(asked), **shared_targets.result_fields(recovery)}
+    return {**weights, **dataclasses.asdict(options), **shared_targets.result_fields(recovery)}
 
 
-def _announce(run: Config, recovery: Config, controls: tuple[str, ...]) -> None:
-    """What will be trained, and by whom it is taught."""
-    taught = ", ".join(recovery.teacher.source or recovery.teacher.target_stores)
+def _print_plan(run: Config, recovery: Config, controls: tuple[str, ...]) -> None:
+    """Print the schedules and teachers of the trainings."""
+    teachers = ", ".join(recovery.teacher.source or recovery.teacher.target_stores)
     if recovery.loss.kind == "none":
-        taught = "the labels alone"
-    info(f"recovery  {schedule_of(recovery.optim)}; taught by {taught}")
-    schedules = {"short": recovery.optim, "long": _in_all(run, recovery)}
+        teachers = "no distillation"
+    else:
+        teachers = f"distilled from {teachers}"
+    info(f"recovery  {schedule_of(recovery.optim)}; {teachers}")
+    schedules = {"short": recovery.optim, "long": _combined_schedule(run, recovery)}
     for control in controls:
-        info(
-            f"control   {CONTROLS[control]}, from random weights: {schedule_of(schedules[control])}"
-        )
+        schedule = schedule_of(schedules[control])
+        info(f"control   {CONTROLS[control]}, from random weights: {schedule}")
 
 
-def _in_all(run: Config, recovery: Config) -> OptimConfig:
-    """The run's own schedule over its epochs and those of the recovery, in parts as small as those
-    of the recovery: that is a matter of memory."""
+def _combined_schedule(run: Config, recovery: Config) -> OptimConfig:
+    """Return the run's schedule, for the epochs of the run and of the recovery together.
+
+    Gradient accumulation is that of the recovery, as it only depends on the memory.
+    """
     epochs = run.optim.epochs + recovery.optim.epochs
     return dataclasses.replace(
         run.optim, epochs=epochs, grad_accum_steps=recovery.optim.grad_accum_steps
     )
 
 
-def _write(
-    folder: Path, config: Config, facts: ModelInfo, kept: KeptUnits, weights: dict[str, Tensor]
+def _write_pruned(
+    folder: Path,
+    config: Config,
+    model_info: ModelInfo,
+    units: KeptUnits,
+    weights: dict[str, Tensor],
 ) -> None:
-    """The student that is left, in a folder like a run's: to be evaluated, exported, trained."""
-    wide = facts.student.width // facts.student.heads
-    left = dataclasses.replace(facts, student=pruned_config(facts.student, kept))
+    """Write the pruned student into a folder that can be evaluated and exported like a run."""
+    head_width = model_info.student.width // model_info.student.heads
+    pruned = dataclasses.replace(model_info, student=pruned_config(model_info.student, units))
     folder.mkdir(exist_ok=True)
-    slimmed = slice_weights(weights, kept, head_width=wide)
-    replace_dir(folder / run_folder.BEST, lambda best: save_student(best, slimmed, left))
-    write_json(folder / KEPT, kept._asdict())
-    write_json(folder / run_folder.CONFIG, to_dict(config.replace(student=left.student)))  # the end
+    sliced = slice_weights(weights, units, head_width=head_width)
+    replace_dir(folder / run_folder.BEST, lambda best: save_student(best, sliced, pruned))
+    write_json(folder / SELECTION, units._asdict())
+    # The configuration comes last: it marks the folder as complete.
+    write_json(folder / run_folder.CONFIG, to_dict(config.replace(student=pruned.student)))
 
 
 def _runs(
-    run: Config, recovery: Config, facts: ModelInfo, out: Path, controls: tuple[str, ...]
+    run: Config, recovery: Config, model_info: ModelInfo, out: Path, controls: tuple[str, ...]
 ) -> list[RunSpec]:
-    """The training of what is left, and of the same shape from random weights: as long as that, and
-    by the run's own schedule as long as the run and that together."""
+    """Return the recovery of the pruned student and its controls (see CONTROLS)."""
     shape = {
-        leaf: getattr(facts.student, leaf) for leaf in ("heads_per_block", "mlp_hidden_per_block")
+        field: getattr(model_info.student, field)
+        for field in ("heads_per_block", "mlp_hidden_per_block")
     }
     recovery = recovery.replace(student=shape, run={"keep_steps": ()})
-    anew = {
+    random_init = {
         "weights": None,
         "head": "keep",
         "pos_embed_resize": "deit",
@@ -219,20 +241,19 @@ def _runs(
         "start_step": 0,
     }
     source = str(out / PRUNED)
-    begun = out / RECOVERED / run_folder.CONFIG
-    if run_folder.list_checkpoints(
-        out / RECOVERED
-    ):  # from another directory it is spelled otherwise
-        source = load_config(begun).init.weights
+    config_file = out / RECOVERED / run_folder.CONFIG
+    if run_folder.list_checkpoints(out / RECOVERED):
+        # From another working directory, the same path is written differently.
+        source = load_config(config_file).init.weights
     else:
-        begun.unlink(missing_ok=True)  # of a process that was killed before its first checkpoint
-    # A control's normalisation is the same: that of the run which was cut.
-    colours = {"mean": facts.mean, "std": facts.std}
-    as_long = recovery.replace(init=anew, views=colours)
+        config_file.unlink(missing_ok=True)  # of a process killed before its first checkpoint
+    # Controls are normalized like the pruned run.
+    channel_stats = {"mean": model_info.mean, "std": model_info.std}
+    control = recovery.replace(init=random_init, views=channel_stats)
     configs = {
-        RECOVERED: recovery.replace(init={**anew, "weights": source}),
-        CONTROLS["short"]: as_long,
-        CONTROLS["long"]: dataclasses.replace(as_long, optim=_in_all(run, recovery)),
+        RECOVERED: recovery.replace(init={**random_init, "weights": source}),
+        CONTROLS["short"]: control,
+        CONTROLS["long"]: dataclasses.replace(control, optim=_combined_schedule(run, recovery)),
     }
-    names = [RECOVERED, *(CONTROLS[control] for control in controls)]
+    names = [RECOVERED, *(CONTROLS[name] for name in controls)]
     return [RunSpec(name, configs[name], out / name) for name in names]

@@ -1,4 +1,4 @@
-"""What a structured pruning is asked, and what cannot be; no torch."""
+"""The options of structured pruning, checked without importing torch."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,24 @@ from deit.config.sparsity import SCOPES
 from deit.core.errors import ConfigError, did_you_mean
 
 MANIFEST = "prune.json"
-KEPT = "kept_units.json"
+SELECTION = "kept_units.json"
 PRUNED, RECOVERED = "pruned", "recovered"
-"""What is in the folder of a pruning: what was asked, what stays, and the runs."""
+"""Files and folders of a pruning: the request, the units that were kept, and the two runs."""
 CONTROLS = {"short": "short-control", "long": "long-control"}
-"""Students of the same shape from random weights, with their folders: trained as long as the
-recovery, and as long as the run and its recovery together."""
+"""Students of the same shape from random weights, and their folders. `short` is trained as long as
+the recovery, `long` as long as the run and the recovery together."""
 CRITERIA = ("taylor", "magnitude")
-_RATIO = 0.5
+_DEFAULT_RATIO = 0.5
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What a command line says of a structured pruning.
+    """The options of structured pruning.
 
-    heads, hidden: the share of all heads and hidden units that goes. macs: instead of these, the
-    share of the blocks' arithmetic that stays. scope: all blocks ranked together, or the same share
-    of each. score: what parts are worth, by images or by weights. images: how many.
+    heads, hidden: the share of all attention heads and hidden MLP units to remove. macs: instead of
+    these, the share of the blocks' MACs to keep. scope: rank units over all blocks, or remove the
+    same share of each block. criterion: of importance, by images (taylor) or by weights. images:
+    number of images for taylor.
     """
 
     heads: float
@@ -43,14 +44,17 @@ def prune_options(
     criterion: str,
     images: int,
 ) -> PruneOptions:
-    """What the options come to; None: not given. Raises ConfigError."""
-    given = {"--ratio": ratio, "--macs": macs, "--heads": heads, "--hidden": hidden}
-    named = {option: value for option, value in given.items() if value is not None}
-    for option, value in named.items():
+    """Return the options of a command line; None: not given. Raises ConfigError.
+
+    ratio: the share of both heads and hidden units to remove.
+    """
+    shares = {"--ratio": ratio, "--macs": macs, "--heads": heads, "--hidden": hidden}
+    given = {option: value for option, value in shares.items() if value is not None}
+    for option, value in given.items():
         if not 0 <= value < 1 or (value == 0 and option in ("--ratio", "--macs")):
             raise ConfigError(f"{option} {value:g}: should be a share between 0 and 1")
-    if len(named) > 1 and set(named) != {"--heads", "--hidden"}:
-        raise ConfigError(f"{' and '.join(named)}: both say how much goes; give one of them")
+    if len(given) > 1 and set(given) != {"--heads", "--hidden"}:
+        raise ConfigError(f"{' and '.join(given)}: overlap; give only one of them")
     for option, value, known in (("--scope", scope, SCOPES), ("--criterion", criterion, CRITERIA)):
         if value not in known:
             raise ConfigError(
@@ -58,6 +62,14 @@ def prune_options(
             )
     if images < 1:
         raise ConfigError(f"--images {images}: should be at least 1")
-    both = (_RATIO if ratio is None else ratio) if named.keys() <= {"--ratio"} else 0.0
-    parts = (both if one is None else one for one in (heads, hidden))
-    return PruneOptions(*parts, macs, scope, criterion, images)
+    default = 0.0
+    if given.keys() <= {"--ratio"}:
+        default = _DEFAULT_RATIO if ratio is None else ratio
+    return PruneOptions(
+        default if heads is None else heads,
+        default if hidden is None else hidden,
+        macs,
+        scope,
+        criterion,
+        images,
+    )

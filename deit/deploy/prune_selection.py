@@ -1,4 +1,4 @@
-"""Which heads and hidden units of a run stay, by what they are worth."""
+"""Select the attention heads and hidden units of a run to keep, by importance."""
 
 import dataclasses
 import itertools
@@ -28,105 +28,113 @@ from deit.training.state import TrainingRun
 
 
 def select_units(
-    config: Config, saved: Path, asked: PruneOptions, numbers: tuple[int, int]
+    config: Config, saved: Path, options: PruneOptions, num_units: tuple[int, int]
 ) -> tuple[ModelInfo, KeptUnits, dict[str, Tensor]]:
-    """What the student is, which parts of it stay, and its weights. numbers: of heads and hidden
-    units that stay. Raises the errors of deit.core.errors."""
-    student, facts = load_student(saved)
-    if asked.criterion == "taylor":
-        scores = _by_images(config, asked.images)
+    """Return the saved student's model info, the units to keep, and its weights.
+
+    config: as `scoring_config` returns it. num_units: numbers of heads and hidden units to keep.
+    Raises the errors of deit.core.errors.
+    """
+    student, model_info = load_student(saved)
+    if options.criterion == "taylor":
+        scores = _taylor_scores(config, options.images)
     else:
         scores = magnitudes(student.network)
-    kept = KeptUnits(
-        select_top(scores.heads, numbers[0], scope=asked.scope),
-        select_top(scores.hidden, numbers[1], scope=asked.scope),
+    units = KeptUnits(
+        select_top(scores.heads, num_units[0], scope=options.scope),
+        select_top(scores.hidden, num_units[1], scope=options.scope),
     )
-    return facts, kept, student.network.state_dict()
+    return model_info, units, student.network.state_dict()
 
 
-def units_to_keep(config: Config, asked: PruneOptions) -> tuple[int, int]:
-    """How many heads and hidden units stay, at least one of each in every block. Raises
-    ConfigError where that is none of what was asked."""
+def units_to_keep(config: Config, options: PruneOptions) -> tuple[int, int]:
+    """Return the numbers of heads and hidden units to keep.
+
+    Raises ConfigError if that is less than one of each per block.
+    """
     student = config.student
-    if asked.macs is not None:
+    if options.macs is not None:
         try:
-            return numbers_for_macs(student, asked.macs)
+            return numbers_for_macs(student, options.macs)
         except ValueError:
             raise ConfigError(
-                f"--macs {asked.macs:g}: one head and one hidden unit in every block are more"
+                f"--macs {options.macs:g}: is below the MACs of one head and one hidden unit per "
+                "block; give a larger share"
             ) from None
-    totals = student.block_heads, student.block_hidden
-    found = []
-    for option, parts, share in zip(("heads", "hidden"), totals, (asked.heads, asked.hidden)):
-        number = round(sum(parts) * (1 - share))
-        if number < len(parts):
-            raise ConfigError(
-                f"--{option} {share:g}: leaves {number} of {sum(parts)}, and each of {len(parts)} "
-                "blocks needs one"
-            )
-        found.append(number)
-    return found[0], found[1]
+    return (
+        _num_remaining("heads", student.block_heads, options.heads),
+        _num_remaining("hidden", student.block_hidden, options.hidden),
+    )
+
+
+def _num_remaining(option: str, per_block: tuple[int, ...], share: float) -> int:
+    """Return the number of units left without a share of them. Raises ConfigError."""
+    num_units = round(sum(per_block) * (1 - share))
+    if num_units < len(per_block):
+        raise ConfigError(
+            f"--{option} {share:g}: keeps {num_units} of {sum(per_block)}, and each of the "
+            f"{len(per_block)} blocks needs one"
+        )
+    return num_units
 
 
 def scoring_config(config: Config, recovery: Config, saved: Path) -> Config:
-    """The run's own configuration, begun with its weights, with the data, the teachers and the
-    device where the command line says that they are now."""
-    where = {leaf: getattr(recovery.data, leaf) for leaf in ("root", "num_workers", "storage")}
-    device = {leaf: getattr(recovery.run, leaf) for leaf in ("device", "precision")}
+    """Return the run's configuration for computing importance scores.
+
+    It starts from the run's weights. Images, teachers and device are those of the recovery, as they
+    may have been moved.
+    """
+    data = {field: getattr(recovery.data, field) for field in ("root", "num_workers", "storage")}
+    device = {field: getattr(recovery.run, field) for field in ("device", "precision")}
     plain = {"compile": "none", "linear_backend": "torch", "sharding": "none", "trackers": ()}
     config = dataclasses.replace(config, teacher=recovery.teacher)
     return config.replace(
-        data=where,
+        data=data,
         init={"weights": str(saved), "head": "keep", "pruning_masks": "keep", "start_step": 0},
         optim={"trainable": "all"},
         run={**plain, **device, "keep_steps": ()},
     )
 
 
-def _by_images(config: Config, number: int) -> Scores:
-    """What parts are worth to the run's own objective, on training views and with its teacher."""
+def _taylor_scores(config: Config, num_images: int) -> Scores:
+    """Return importance scores for the run's own loss, on training views and with its teacher."""
     run = build_run(config)
     student: Student = run.accelerator.unwrap_model(run.student).eval()
-    watch = TaylorScorer(student.network)
-    with watch.on(student.network):
-        for loss in _losses(run, student, number):
-            watch.add(loss)
-    return watch.scores()
+    scorer = TaylorScorer(student.network)
+    with scorer.on(student.network):
+        for loss in _losses(run, student, num_images):
+            scorer.add(loss)
+    return scorer.scores()
 
 
-def _losses(run: TrainingRun, student: Student, number: int) -> Iterator[Tensor]:
-    """The objective of batches of about so many training views, each the sum over its images."""
-    epochs, block = run.config.optim.epochs, run.loader.block
-    all_of_them = run.loader.steps_per_epoch * run.config.optim.grad_accum_steps
-    total = min(-(-number // block), all_of_them)
+def _losses(run: TrainingRun, student: Student, num_images: int) -> Iterator[Tensor]:
+    """Yield the loss of each micro-batch of training views, summed over its images."""
+    num_epochs, micro_batch = run.config.optim.epochs, run.loader.block
+    per_epoch = run.loader.steps_per_epoch * run.config.optim.grad_accum_steps
+    total = min(-(-num_images // micro_batch), per_epoch)
     batches = itertools.islice(run.loader.epoch(0), total)
-    for batch in progress(batches, total=total, title="what parts are worth"):
-        answers = None if run.ensemble is None else run.ensemble(batch)
-        # As at the end of the training, where a teacher's term has its whole weight.
+    for batch in progress(batches, total=total, title="importance scores"):
+        teacher_output = None if run.ensemble is None else run.ensemble(batch)
+        # As at the end of training, when the distillation term has its full weight.
         losses = distillation_loss(
-            student(batch.images), batch.targets, answers, run.config.loss, epoch=epochs
+            student(batch.images), batch.targets, teacher_output, run.config.loss, epoch=num_epochs
         )
         yield losses["total"] * len(batch.targets)
 
 
-def print_selection(facts: ModelInfo, kept: KeptUnits) -> None:
-    """Which parts stay, block by block."""
+def print_selection(model_info: ModelInfo, units: KeptUnits) -> None:
+    """Print how many heads and hidden units each block keeps."""
+    student = model_info.student
+    blocks = zip(units.heads, student.block_heads, units.hidden, student.block_hidden)
     rows = [
-        (str(place), f"{len(heads)} of {of_heads}", f"{len(hidden)} of {of_hidden}")
-        for place, (heads, of_heads, hidden, of_hidden) in enumerate(
-            zip(
-                kept.heads,
-                facts.student.block_heads,
-                kept.hidden,
-                facts.student.block_hidden,
-            )
-        )
+        (str(block), f"{len(heads)} of {num_heads}", f"{len(hidden)} of {num_hidden}")
+        for block, (heads, num_heads, hidden, num_hidden) in enumerate(blocks)
     ]
-    table("what stays", ("block", "heads", "hidden units"), rows)
-    numbers = [sum(map(len, one)) for one in (kept.heads, kept.hidden)]
-    whole = [sum(facts.student.block_heads), sum(facts.student.block_hidden)]
-    share = macs_of(facts.student, *numbers) / macs_of(facts.student, *whole)
+    table("units kept", ("block", "heads", "hidden units"), rows)
+    after = [sum(map(len, per_block)) for per_block in (units.heads, units.hidden)]
+    before = [sum(student.block_heads), sum(student.block_hidden)]
+    share = macs_of(student, *after) / macs_of(student, *before)
     info(
-        f"{numbers[0]} of {whole[0]} heads and {numbers[1]} of {whole[1]} hidden units: "
-        f"{format_percent(share)} % of the blocks' arithmetic"
+        f"{after[0]} of {before[0]} heads and {after[1]} of {before[1]} hidden units: "
+        f"{format_percent(share)} % of the blocks' MACs"
     )

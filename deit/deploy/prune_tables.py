@@ -1,4 +1,4 @@
-"""What a structured pruning came to: its steps as numbers, a table and a page."""
+"""The results of structured pruning: a JSON record, a table and a Markdown page."""
 
 from pathlib import Path
 from typing import Any
@@ -6,59 +6,62 @@ from typing import Any
 from deit.core import run_folder
 from deit.core.console import format_percent, table
 from deit.core.json_io import load_json_as, translate_value_errors
-from deit.deploy.prune_options import CONTROLS, KEPT, MANIFEST, PRUNED, RECOVERED
+from deit.deploy.prune_options import CONTROLS, MANIFEST, PRUNED, RECOVERED, SELECTION
 from deit.evaluation.cache import EvaluationCache
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import resolve_run
-from deit.evaluation.result_rows import top1_by_head
+from deit.evaluation.result_rows import teacher_agreement, top1_by_head
 from deit.experiments.runner import RunSpec
 from deit.models.saved import WEIGHTS
 from deit.viz.tables import HEADS, markdown_table
 
 
 def prune_result(
-    run: Path, name: str, out: Path, runs: list[RunSpec], command: str
+    run: Path, checkpoint: str, out: Path, runs: list[RunSpec], command: str
 ) -> dict[str, Any]:
-    """What results.json holds: of each step top-1 by head, agreement, arithmetic and bytes. No
-    speeds: each was evaluated at a time of its own, and `deit variants` measures in turns."""
+    """Return the content of results.json: for each step its accuracy, agreement, MACs and size.
+
+    Speed is missing on purpose, as the steps are evaluated at different times; `deit variants`
+    measures it in interleaved turns.
+    """
     rows = {}
     root = runs[0].config.data.root
-    found = evaluate(run, checkpoint=name, root=root, cost=True)
-    rows[_called(run)] = _row(found, resolve_run(run, name)[1], 0)
-    found = evaluate(out / PRUNED, root=root, cost=True)
-    rows[PRUNED] = _row(found, out / PRUNED / run_folder.BEST, 0)
-    evaluations = EvaluationCache()
-    for one in runs:
-        found = evaluations.get(one.out, root=root, cost=True).metrics
-        rows[one.name] = _row(found, one.out / run_folder.BEST, one.config.optim.epochs)
-    with translate_value_errors(out / PRUNED / KEPT):
-        kept = load_json_as(out / PRUNED / KEPT, dict[str, list[list[int]]])
-        kept = {name: kept[name] for name in ("heads", "hidden")}
+    metrics = evaluate(run, checkpoint=checkpoint, root=root, cost=True)
+    rows[_label(run)] = _row(metrics, resolve_run(run, checkpoint)[1], 0)
+    metrics = evaluate(out / PRUNED, root=root, cost=True)
+    rows[PRUNED] = _row(metrics, out / PRUNED / run_folder.BEST, 0)
+    cache = EvaluationCache()
+    for spec in runs:
+        metrics = cache.get(spec.out, root=root, cost=True).metrics
+        rows[spec.name] = _row(metrics, spec.out / run_folder.BEST, spec.config.optim.epochs)
+    selection = out / PRUNED / SELECTION
+    with translate_value_errors(selection):
+        units = load_json_as(selection, dict[str, list[list[int]]])
+        units = {name: units[name] for name in ("heads", "hidden")}
     return {
         "run": str(run),
-        "split": found["split"],
-        "num_samples": found["num_samples"],
+        "split": metrics["split"],
+        "num_samples": metrics["num_samples"],
         "rows": rows,
-        "kept": kept,
+        "kept": units,
         "asked": load_json_as(out / MANIFEST, dict[str, Any]),
         "command": command,
-        "environment": found["environment"] | {"command": command},
+        "environment": metrics["environment"] | {"command": command},
     }
 
 
-def _called(run: Path) -> str:
+def _label(run: Path) -> str:
     name = run.resolve().name
     return f"{name} itself" if name in (PRUNED, RECOVERED, *CONTROLS.values()) else name
 
 
-def _row(found: dict[str, Any], saved: Path, epochs: int) -> dict[str, Any]:
-    agreed = found["agreement"].get("fused", found["agreement"]["class"]).get("teacher")
+def _row(metrics: dict[str, Any], saved: Path, epochs: int) -> dict[str, Any]:
     return {
-        "top1": top1_by_head(found),
-        "agreement": agreed,
+        "top1": top1_by_head(metrics),
+        "agreement": teacher_agreement(metrics),
         "epochs": epochs,
         "bytes": (saved / WEIGHTS).stat().st_size,
-        **{name: found["cost"][name] for name in ("parameters", "gmacs")},
+        **{name: metrics["cost"][name] for name in ("parameters", "gmacs")},
     }
 
 
@@ -67,7 +70,7 @@ _COLUMNS = (
     "class head",
     "distillation head",
     "fused",
-    "agrees with teacher %",
+    "agreement with teacher %",
     "epochs",
     "parameters",
     "MMACs",
@@ -76,20 +79,20 @@ _COLUMNS = (
 
 
 def _cells(result: dict[str, Any]) -> list[list[str]]:
-    found = []
+    cells = []
     for name, row in result["rows"].items():
         shares = [*(row["top1"][head] for head in HEADS), row["agreement"]]
-        found.append(
+        cells.append(
             [
                 name,
-                *("-" if one is None else format_percent(one) for one in shares),
+                *("-" if share is None else format_percent(share) for share in shares),
                 str(row["epochs"] or "-"),
                 f"{row['parameters']:,}",
                 f"{1000 * row['gmacs']:.1f}",
                 f"{row['bytes'] / 1e3:,.0f}",
             ]
         )
-    return found
+    return cells
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -97,20 +100,20 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def prune_page(result: dict[str, Any]) -> str:
-    """The table as Markdown, what stayed in each block, and where the numbers come from."""
-    kept = result["kept"]
+    """Return the table, the units of each block and the environment as Markdown."""
+    units = result["kept"]
     blocks = ", ".join(
         f"{len(heads)} heads and {len(hidden)} units"
-        for heads, hidden in zip(kept["heads"], kept["hidden"])
+        for heads, hidden in zip(units["heads"], units["hidden"])
     )
     environment = result["environment"]
     where = f"{environment['device_name']}, commit {environment['commit']}"
     return (
         f"# {_title(result)}\n\n{markdown_table(_COLUMNS, _cells(result))}\n\n"
-        f"Kept, block by block: {blocks}.\n\n`{result['command']}`\n\n{where}\n"
+        f"Kept in each block: {blocks}.\n\n`{result['command']}`\n\n{where}\n"
     )
 
 
 def print_pruning(result: dict[str, Any]) -> None:
-    """The table, for a person."""
+    """Print the table."""
     table(_title(result), _COLUMNS, _cells(result))

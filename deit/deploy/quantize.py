@@ -1,4 +1,4 @@
-"""A finished run's student as an int8 file for ONNX Runtime, measured beside its float one."""
+"""Quantize a finished run's student to int8 for ONNX Runtime, and measure what that changes."""
 
 import math
 import shutil
@@ -43,18 +43,17 @@ from deit.models.saved import ModelInfo, load_student
 from deit.models.student import Student
 from deit.models.surgery.fake_quant import fake_quant_layers
 
-_CALIBRATED_ON = 128
-_CALIBRATED_AT_ONCE = 8  # with all their activations in memory
+_NUM_CALIBRATION_IMAGES = 128
+_CALIBRATION_BATCH = 8  # all activations of a batch are in memory
 
 
 class QuantizeOptions(NamedTuple):
-    """What is asked of a quantization.
+    """The options of a quantization.
 
-    method: of deit.deploy.int8_layers.METHODS. images: training images that static calibrates on,
-    None: 128; range_method: of deit.deploy.int8_graph.CALIBRATIONS, None: minmax; percentile: of
-    `percentile`.
-    attention: whether products of two activations become integers. exclude: a regular expression,
-    the layers that stay float.
+    method: a key of deit.deploy.int8_layers.METHODS. images: number of training images that static
+    calibrates on; default: 128. range_method: a key of deit.deploy.int8_graph.CALIBRATIONS;
+    default: minmax. percentile: for that range method [%]. attention: whether to quantize products
+    of two activations. exclude: a regular expression for the names of layers that stay float.
     """
 
     method: str = "static"
@@ -66,76 +65,88 @@ class QuantizeOptions(NamedTuple):
 
 
 def quantize(
-    run: Path,
-    out: Path | None,
-    plan: QuantizeOptions,
+    run: str | Path,
+    out: str | Path | None,
+    options: QuantizeOptions,
     *,
     max_drop: float = 1.0,
     sensitivity: bool = False,
     checkpoint: str = "best",
     root: str | None = None,
-    json_file: Path | None = None,
+    json_file: str | Path | None = None,
     force: bool = False,
     command: str = "",
 ) -> Path:
-    """Write a run's student as int8, with a card and what was measured; the folder.
+    """Write a run's student as int8, with a model card and measurements; return the folder.
 
-    out: default: quantized-METHOD in the run's folder. max_drop: percentage points of top-1 on the
-    test images that may be lost. sensitivity: also measure each layer alone. root: where the images
-    are now. json_file: also write the numbers here. force: replace folder and file.
+    out: default: quantized-METHOD in the run's folder. max_drop: the largest loss of top-1 on the
+    test images [percentage points]. sensitivity: also measure each layer alone. root: the folder of
+    the images, if they were moved. json_file: also write the measurements to this file. force:
+    replace folder and file. command: the command line, for the records.
 
-    Raises SystemFault where a package is missing or a file cannot be written, ConfigError where
-    nothing can be quantized, DataError with too few training images, CheckpointError where the run
-    is not finished or too much accuracy is lost; nothing is written then.
+    Raises SystemFault if a package is missing or a file cannot be written, ConfigError if the
+    options do not apply to the network, DataError with too few training images, CheckpointError if
+    the run is not finished or if too much accuracy is lost. Then nothing is written.
     """
+    run, json_file = Path(run), None if json_file is None else Path(json_file)
     require_packages(FORMATS["onnx"].needs, "deit quantize")
     config, saved = resolve_run(run, checkpoint)
     _check_finished(saved.parent)
-    _check_learnt(config, plan, run)
-    folder = out or saved.parent / f"quantized-{plan.method}"
+    _check_fake_quant(config, options, run)
+    folder = saved.parent / f"quantized-{options.method}" if out is None else Path(out)
     check_output_dir(folder, force=force)
     check_file(json_file, option="--json", replace=force)
     config = evaluation_config(config, root=root, device="cpu")
-    student, facts = load_student(saved)
-    _check_early(plan, config, student, facts, saved.parent)
-    found = {"run": str(run), "checkpoint": saved.name, **_about(config, command)}
-    with tempfile.TemporaryDirectory(prefix="deit-") as scratch:
-        file = export_float_onnx(config, student, facts, run=saved.parent, place=Path(scratch))
-        target = Path(scratch) / "int8.onnx"
-        found = _written(found, file, plan, target, sensitivity=sensitivity)
-        found |= compare_on_test(file, target)
-        if file.rounding is not None:
-            found["as_the_run"] = compare_to_run(file, target)
-        others = _other_methods(file, plan)
-        found |= check_accuracy_drop(found, max_drop, others, trainable=_trainable(config.student))
+    student, model_info = load_student(saved)
+    _check_before_export(options, config, student, model_info, saved.parent)
+    report: dict[str, Any] = {"run": str(run), "checkpoint": saved.name, "command": command}
+    report["environment"] = _environment(config, command)
+    with tempfile.TemporaryDirectory(prefix="deit-") as name:
+        scratch = Path(name)
+        file = export_float_onnx(config, student, model_info, run=saved.parent, folder=scratch)
+        target = scratch / "int8.onnx"
+        report |= _write_and_describe(report, file, options, target, sensitivity=sensitivity)
+        report |= _compare(report, file, options, target, max_drop)
 
-        def write(place: Path) -> None:
-            copied = Path(shutil.copyfile(target, place / "model.onnx"))
-            found["batches"] = check_batch_invariance(file, copied)
-            _add_costs(found, file, copied)
-            write_json(place / "quantization.json", found)
-            _write_card(place / "README.md", file, found)
+        def write(new_folder: Path) -> None:
+            copied = Path(shutil.copyfile(target, new_folder / "model.onnx"))
+            report["batches"] = check_batch_invariance(file, copied)
+            _add_costs(report, file, copied)
+            write_json(new_folder / "quantization.json", report)
+            _write_card(new_folder / "README.md", file, report)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_dir(folder, write, replace=force)
-    print_quantization(found)
+    print_quantization(report)
     if json_file is not None:
-        write_json(json_file, found)
+        write_json(json_file, report)
         info(f"wrote {json_file}")
-    info(f"quantized {folder}: {', '.join(sorted(one.name for one in folder.iterdir()))}")
+    info(f"quantized {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return folder
 
 
-def _about(config: Config, command: str) -> dict[str, Any]:
-    return {"command": command, "environment": _environment(config, command)}
+def _compare(
+    report: dict[str, Any],
+    file: OnnxStudent,
+    options: QuantizeOptions,
+    target: Path,
+    max_drop: float,
+) -> dict[str, Any]:
+    """Return the report with the comparison of float and int8. Raises CheckpointError."""
+    report = report | compare_on_test(file, target)
+    if file.fake_quant is not None:
+        report["as_the_run"] = compare_to_run(file, target)
+    other_methods = _other_methods(file, options)
+    trainable = _is_trainable(file.config.student)
+    return report | check_accuracy_drop(report, max_drop, other_methods, trainable=trainable)
 
 
 def _check_finished(run: Path) -> None:
-    """Refuse a run that is not trained to its end. Raises CheckpointError."""
-    out_of_prune = run.parent
-    if run.name == PRUNED and (out_of_prune / MANIFEST).is_file():
+    """Raise CheckpointError if a run is not finished."""
+    pruning = run.parent
+    if run.name == PRUNED and (pruning / MANIFEST).is_file():
         raise CheckpointError(
-            f"{run}: was pruned and is not trained; quantize {out_of_prune / RECOVERED}"
+            f"{run}: was pruned and not trained after that; quantize {pruning / RECOVERED}"
         )
     if read_result(run) is None:
         raise CheckpointError(
@@ -143,75 +154,78 @@ def _check_finished(run: Path) -> None:
         )
 
 
-def _other_methods(file: OnnxStudent, plan: QuantizeOptions) -> list[str]:
-    """The methods that may lose less accuracy; none for a run trained for its own."""
-    if file.rounding is not None:
+def _other_methods(file: OnnxStudent, options: QuantizeOptions) -> list[str]:
+    """Return methods that may lose less accuracy; none for a run trained with fake quantization."""
+    if file.fake_quant is not None:
         return []
-    return [name for name in METHODS if name != plan.method and covers_enough(file.layers, name)]
+    return [name for name in METHODS if name != options.method and covers_enough(file.layers, name)]
 
 
-def _check_learnt(config: Config, plan: QuantizeOptions, run: Path) -> None:
-    """Refuse to quantize a run that was trained for one file in another way. Raises ConfigError."""
-    rounding = config.student.qat
-    if rounding == "none":
+def _check_fake_quant(config: Config, options: QuantizeOptions, run: Path) -> None:
+    """Raise ConfigError if a run was trained with a quantization that differs from the options."""
+    qat = config.student.qat
+    if qat == "none":
         return
-    asked = {
-        "--method dynamic": plan.method == "dynamic",
-        "--calibration-images": plan.images is not None,
-        "--calibration-method": plan.range_method is not None,
-        "--quantize-attention": plan.attention,
+    differs = {
+        "--method dynamic": options.method == "dynamic",
+        "--calibration-images": options.images is not None,
+        "--calibration-method": options.range_method is not None,
+        "--quantize-attention": options.attention,
     }
-    if wrong := [option for option, given in asked.items() if given]:
+    if invalid := [option for option, given in differs.items() if given]:
         raise ConfigError(
-            f"{wrong[0]}: {run} was trained for one file (student.qat {rounding}): static, by "
-            "the ranges it has learnt, products of attention in float; leave it out"
+            f"{invalid[0]}: {run} was trained with fake quantization (student.qat {qat}), which "
+            "fixes static ranges and keeps products of attention in float; omit this option"
         )
 
 
-def _check_early(
-    plan: QuantizeOptions, config: Config, student: Student, facts: ModelInfo, run: Path
+def _check_before_export(
+    options: QuantizeOptions, config: Config, student: Student, model_info: ModelInfo, run: Path
 ) -> None:
-    """Refuse, before the export, which takes the most, what can be known without it. Raises
-    ConfigError, DataError and CheckpointError."""
-    rounded = fake_quant_layers(student.network).values()
-    if rounded and not any(layer.range.any() for layer in rounded):
+    """Check all that is known before the export, which takes most of the time.
+
+    Raises ConfigError, DataError and CheckpointError.
+    """
+    fake_quant = fake_quant_layers(student.network).values()
+    if fake_quant and not any(layer.range.any() for layer in fake_quant):
         raise CheckpointError(
-            f"{run}: student.qat = {config.student.qat!r}: has learnt no ranges, no "
-            "update was made; train it on"
+            f"{run}: student.qat = {config.student.qat!r}, but there are no activation ranges "
+            "because the run was never trained; resume training first"
         )
-    # What adapters, and timm's others, call the functions that they compute only the graph tells.
+    # The layers of adapters and of other timm networks are only known from the graph.
     if config.student.name in STUDENTS and config.student.adapters == "none":
         layers = layers_of(student.network)
-        choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
-    if plan.method == "static" and config.student.qat == "none":
-        number = len(split_images(config, facts, run, "train").labels)
-        if number < _images(plan):
+        choose(layers, method=options.method, attention=options.attention, exclude=options.exclude)
+    if options.method == "static" and config.student.qat == "none":
+        num_images = len(split_images(config, model_info, run, "train").labels)
+        if num_images < _num_calibration_images(options):
             raise DataError(
-                f"--calibration-images {_images(plan)}: there are {number} training images; ask "
-                "for no "
-                "more, or take --method dynamic, which needs none"
+                f"--calibration-images {_num_calibration_images(options)}: there are only "
+                f"{num_images} training images; use fewer, or --method dynamic, which needs none"
             )
 
 
-def _images(plan: QuantizeOptions) -> int:
-    return plan.images or _CALIBRATED_ON
+def _num_calibration_images(options: QuantizeOptions) -> int:
+    return options.images or _NUM_CALIBRATION_IMAGES
 
 
-def _written(
-    known: dict[str, Any],
+def _write_and_describe(
+    report: dict[str, Any],
     file: OnnxStudent,
-    plan: QuantizeOptions,
+    options: QuantizeOptions,
     target: Path,
     *,
     sensitivity: bool,
 ) -> dict[str, Any]:
-    """Write the int8 file; what is known, with what was done, and each layer alone if asked."""
+    """Write the int8 file; return the report with its layers, ranges and sensitivity."""
     layers = file.layers
-    chosen = choose(layers, method=plan.method, attention=plan.attention, exclude=plan.exclude)
+    chosen = choose(
+        layers, method=options.method, attention=options.attention, exclude=options.exclude
+    )
     reduce_range = int8_sums_saturate(int8_flags())
-    found = {
-        **known,
-        "method": plan.method,
+    report = {
+        **report,
+        "method": options.method,
         "int8_layers": chosen,
         "products": list(layers.products),
         "float_layers": [name for name in layers.nodes if name not in chosen],
@@ -220,109 +234,121 @@ def _written(
         "reduce_range": reduce_range,
     }
     ranges = None
-    if file.rounding is not None:
-        ranges, found["calibration"] = _learnt(file)
-    elif plan.method == "static":
-        ranges, found["calibration"] = _calibrate(file, plan)
-    for line in describe(found):
-        info(f"quantizes {line}")
+    if file.fake_quant is not None:
+        ranges, report["calibration"] = _trained_ranges(file)
+    elif options.method == "static":
+        ranges, report["calibration"] = _calibrate(file, options)
+    for line in describe(report):
+        info(f"quantize  {line}")
 
     def write(path: Path, names: list[str]) -> None:
         write_int8(file.prepared, path, layers, names, ranges=ranges, reduce_range=reduce_range)
 
     write(target, chosen)
     if sensitivity:
-        found["sensitivity"] = layer_sensitivity(file, chosen, write, target.parent)
-        print_sensitivity(found["sensitivity"])
-    return found
+        report["sensitivity"] = layer_sensitivity(file, chosen, write, target.parent)
+        print_sensitivity(report["sensitivity"])
+    return report
 
 
 def _environment(config: Config, command: str) -> dict[str, Any]:
-    about = environment_info(build_accelerator(config.run), command)
+    environment = environment_info(build_accelerator(config.run), command)
     for package in FORMATS["onnx"].needs:
-        about["packages"][package] = metadata.version(package)
-    return {**about, "int8_flags": list(int8_flags())}
+        environment["packages"][package] = metadata.version(package)
+    return {**environment, "int8_flags": list(int8_flags())}
 
 
-def _learnt(file: OnnxStudent) -> tuple[Any, dict[str, Any]]:
-    """The ranges of activations as training left them."""
-    layers = fake_quant_layers(file.rounding.network)
+def _trained_ranges(file: OnnxStudent) -> tuple[Any, dict[str, Any]]:
+    """Return the ranges of activations from training, and where they are from."""
+    layers = fake_quant_layers(file.fake_quant.network)
     ranges = {name: layer.range for name, layer in layers.items()}
-    told = {"split": "train", "view": "training", "how": "learnt"}
-    return ranges_from_training(file.prepared, file.layers, ranges), told
+    calibration = {"split": "train", "view": "training", "how": "learnt"}
+    return ranges_from_training(file.prepared, file.layers, ranges), calibration
 
 
-def _calibrate(file: OnnxStudent, plan: QuantizeOptions) -> tuple[Any, dict[str, Any]]:
-    """The ranges of activations, and what they were found on. Raises DataError."""
-    train = split_images(file.config, file.facts, file.run, "train")
-    how, seed = plan.range_method or "minmax", file.config.data.split_seed
-    rows = stratified_indices(train.labels, _images(plan), seed=seed, stream="calibration")
-    batches = file.inputs(train, rows, size=_CALIBRATED_AT_ONCE)
-    total = math.ceil(len(rows) / _CALIBRATED_AT_ONCE)
-    watched = progress(batches, total=total, title="calibrating")
-    ranges = calibrate(file.prepared, watched, how=how, percentile=plan.percentile)
-    asked = {"how": how, "percentile": plan.percentile, "seed": seed}
-    return ranges, {"split": "train", "view": "evaluation", "num_samples": len(rows), **asked}
+def _calibrate(file: OnnxStudent, options: QuantizeOptions) -> tuple[Any, dict[str, Any]]:
+    """Return the ranges of activations, and the images and method. Raises DataError."""
+    train = split_images(file.config, file.model_info, file.run, "train")
+    method, seed = options.range_method or "minmax", file.config.data.split_seed
+    num_images = _num_calibration_images(options)
+    rows = stratified_indices(train.labels, num_images, seed=seed, stream="calibration")
+    batches = file.inputs(train, rows, size=_CALIBRATION_BATCH)
+    total = math.ceil(len(rows) / _CALIBRATION_BATCH)
+    batches = progress(batches, total=total, title="calibrating")
+    ranges = calibrate(file.prepared, batches, method=method, percentile=options.percentile)
+    return ranges, {
+        "split": "train",
+        "view": "evaluation",
+        "num_samples": len(rows),
+        "how": method,
+        "percentile": options.percentile,
+        "seed": seed,
+    }
 
 
 def check_accuracy_drop(
-    found: dict[str, Any], most: float, others: list[str], *, trainable: bool
+    report: dict[str, Any], max_drop: float, other_methods: list[str], *, trainable: bool
 ) -> dict[str, float]:
-    """By how many points top-1 falls. others: methods that may do better; trainable: whether
-    training under roundings may. Raises CheckpointError where that is more than may be."""
-    before, after = (final_head(found[name]["heads"])["top1"] for name in ("float", "int8"))
+    """Return the loss of top-1 [percentage points]; raise CheckpointError if it is too large.
+
+    other_methods: methods to suggest in the message. trainable: whether to suggest training with
+    fake quantization.
+    """
+    before, after = (final_head(report[name]["heads"])["top1"] for name in ("float", "int8"))
     drop = round(100 * (before - after), 9)
-    if drop <= most:
-        return {"drop_points": drop, "max_drop_points": most}
-    ways = [f"--method {name}" for name in others]
-    seen = found["calibration"]
-    if seen is not None and seen["how"] != "learnt":
-        ways += [
-            f"--calibration-method {how}" for how in ("minmax", "percentile") if how != seen["how"]
+    if drop <= max_drop:
+        return {"drop_points": drop, "max_drop_points": max_drop}
+    suggestions = [f"--method {name}" for name in other_methods]
+    calibration = report["calibration"]
+    if calibration is not None and calibration["how"] != "learnt":
+        suggestions += [
+            f"--calibration-method {method}"
+            for method in ("minmax", "percentile")
+            if method != calibration["how"]
         ]
-        if seen["num_samples"] < _CALIBRATED_ON:
-            ways.append(f"--calibration-images {_CALIBRATED_ON}")
-    noisiest = "the layers that --sensitivity shows to be the noisiest"
-    if "sensitivity" in found:
-        noisiest = f"'{found['sensitivity']['layers'][0]['layer']}', the noisiest layer"
-    ways.append(f"--exclude {noisiest}")
+        if calibration["num_samples"] < _NUM_CALIBRATION_IMAGES:
+            suggestions.append(f"--calibration-images {_NUM_CALIBRATION_IMAGES}")
+    noisiest = "the noisiest layers, as listed by --sensitivity"
+    if "sensitivity" in report:
+        noisiest = f"'{report['sensitivity']['layers'][0]['layer']}', the noisiest layer"
+    suggestions.append(f"--exclude {noisiest}")
     if trainable:
-        ways.append(
-            f"deit finetune --from {found['run']} --schedule int8 --out {found['run']}-int8"
+        suggestions.append(
+            f"deit finetune --from {report['run']} --schedule int8 --out {report['run']}-int8"
         )
     raise CheckpointError(
-        f"{found['run']}: int8 takes {drop:.2f} points off its top-1 ({100 * before:.2f} to "
-        f"{100 * after:.2f} %), --max-drop {most:g} is allowed; nothing is kept; try "
-        f"{', or '.join(ways)}"
+        f"{report['run']}: int8 lowers top-1 by {drop:.2f} points ({100 * before:.2f} to "
+        f"{100 * after:.2f} %), --max-drop {max_drop:g} is allowed; nothing was written; try "
+        f"{', or '.join(suggestions)}"
     )
 
 
-def _trainable(student: StudentConfig) -> bool:
-    """Whether a student could be, and was not yet, trained under roundings."""
+def _is_trainable(student: StudentConfig) -> bool:
+    """Return whether a student can be trained with fake quantization, and was not yet."""
     plain = student.qat == "none" and student.adapters == "none" and student.shared_block_size == 1
     return plain and student.is_transformer
 
 
-def _add_costs(found: dict[str, Any], file: OnnxStudent, target: Path) -> None:
-    """Bytes and times of both files."""
-    times = interleaved_latency(file, target, threads=found["environment"]["threads"])
+def _add_costs(report: dict[str, Any], file: OnnxStudent, target: Path) -> None:
+    """Add size and latency of both files to the report."""
+    latency = interleaved_latency(file, target, threads=report["environment"]["threads"])
     for name, path in (("float", file.original), ("int8", target)):
-        found[name]["bytes"] = path.stat().st_size
-        found[name]["latency"] = times[name]
+        report[name]["bytes"] = path.stat().st_size
+        report[name]["latency"] = latency[name]
 
 
-def _write_card(path: Path, file: OnnxStudent, found: dict[str, Any]) -> None:
-    heads = {"distillation": None, **found["int8"]["heads"]}
+def _write_card(path: Path, file: OnnxStudent, report: dict[str, Any]) -> None:
+    heads = {"distillation": None, **report["int8"]["heads"]}
     heads.setdefault("fused", heads["class"])
-    measured = {name: found[name] for name in ("split", "num_samples")}
+    images = {name: report[name] for name in ("split", "num_samples")}
     write_card(
         path,
         run=file.run,
-        name="onnx",
+        format="onnx",
         config=file.config,
-        facts=file.facts,
-        found={**measured, "heads": heads, "teacher": None},
-        verified=[file.checked],
-        licence=None,
-        quantized=quantization_card(found),
+        model_info=file.model_info,
+        metrics={**images, "heads": heads, "teacher": None},
+        verified=[file.verification],
+        license=None,
+        quantized=quantization_card(report),
     )

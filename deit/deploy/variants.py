@@ -1,6 +1,6 @@
-"""`deit variants`: every smaller version of a run beside it, in one table and one picture."""
+"""`deit variants`: compare a run with its smaller variants in one table and one plot."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,19 +44,22 @@ from deit.models.surgery.token_merging import with_merging
 from deit.models.weight_files import digest_of, read_weights
 from deit.viz.tables import HEADS
 
-_TIMED = (1, 64)
-_TIMED_S = 1.5  # for each version and size of the batch
+_LATENCY_BATCHES = (1, 64)
+_TIMED_S = 1.5  # for each variant and batch size
 _FILES = ("variants.json", "variants.md", "variants.png")
-_SAME = 0.999  # of a float file: the last bits may decide between two classes
-_ALIKE = 0.8  # the share of equal answers below which an int8 file is of another network
-_AS_MEASURED = RunConfig(device="cpu", precision="fp32")
+_MIN_FLOAT_AGREEMENT = 0.999  # rounding can decide between two classes
+_MIN_INT8_AGREEMENT = 0.8  # below, an int8 file is of other weights
+_EVALUATED_ON = RunConfig(device="cpu", precision="fp32")
 InferenceFn = Callable[[Tensor], dict[str, Tensor]]
 """Views [batch, 3, side, side] in [0, 1] -> logits [batch, classes] by head."""
 
 
 class Variant(NamedTuple):
-    """A smaller version of a student, or the student itself. run: whose it is; onnx: its file,
-    None where PyTorch computes it; merge: how many tokens each of its blocks merges."""
+    """A student, or a smaller variant of it.
+
+    run: the folder of the run that it is of. onnx: its ONNX file; None: it is computed by PyTorch.
+    merge: number of tokens merged in each block.
+    """
 
     name: str
     run: Path
@@ -65,49 +68,53 @@ class Variant(NamedTuple):
 
 
 def variants(
-    run: Path,
-    more: list[Path],
+    run: str | Path,
+    more: Sequence[str | Path],
     *,
     merges: tuple[int, ...],
     root: str | None,
-    json_file: Path | None,
+    json_file: str | Path | None,
     force: bool,
     command: str = "",
 ) -> dict[str, Any]:
-    """Measure a run and what was made smaller of it on the same test images, and its time on this
-    machine in turns; write variants.json, variants.md and variants.png into the run's folder
-    `variants`.
+    """Measure a run and its smaller variants: accuracy on the test images, size, MACs and latency.
 
-    Found by itself: what `deit export --format onnx` and `deit quantize` left in the run's folder,
-    and what `deit prune` made of it beside it, with files of theirs. more: other runs (levels of a
-    search for tickets, runs adapted or trained otherwise) of the same classes. merges: how many
-    tokens the run's blocks merge, a version each. force: replaces the ladder that is there, and the
-    JSON file. Returns what variants.json holds.
-    Raises the errors of deit.core.errors.
+    Variants are the ONNX files in the run's folder (`deit export --format onnx`, `deit quantize`)
+    and the results of `deit prune` next to it, with their ONNX files. Latency is measured in
+    interleaved turns. Writes variants.json, variants.md and variants.png into the folder `variants`
+    of the run.
+
+    more: other runs on the same classes, such as the levels of a lottery search. merges: numbers of
+    tokens merged in each block, a variant each. json_file: also write the result to this file.
+    force: replace existing files. command: the command line, for the records.
+
+    Returns the content of variants.json. Raises the errors of deit.core.errors.
     """
-    run_folder.require_run(run)  # beside which everything else is looked for
+    run, more = Path(run), [Path(path) for path in more]
+    json_file = None if json_file is None else Path(json_file)
+    run_folder.require_run(run)
     check_file(json_file, option="--json", replace=force)
-    versions = versions_of(run, more, merges)
-    if any(version.onnx is not None for version in versions):
+    all_variants = find_variants(run, more, merges)
+    if any(variant.onnx is not None for variant in all_variants):
         require_packages(FORMATS["onnx"].needs, "measuring an ONNX file")
-    _check_place(run / "variants", force=force)
-    config, facts, labels, views = _images(run, root)
-    rungs = {version.name: _rung(version, config, facts) for version in versions}
-    answers = {name: _answers(rung.ask, views(), len(labels), name) for name, rung in rungs.items()}
-    _drop_stale_files(versions, answers)
-    first = final_head(answers[versions[0].name])
+    _check_output_dir(run / "variants", force=force)
+    config, model_info, labels, views = _test_images(run, root)
+    entries = {variant.name: _load_variant(variant, config, model_info) for variant in all_variants}
+    predictions = {
+        name: _predict(entry.infer, views(), len(labels), name) for name, entry in entries.items()
+    }
+    _drop_stale_files(all_variants, predictions)
+    reference = final_head(predictions[all_variants[0].name])
     rows: dict[str, dict[str, Any]] = {}
-    for name, own in answers.items():
+    for name, by_head in predictions.items():
         rows[name] = {
-            **rungs[name].about,
-            "top1": {head: _share(own.get(head), labels) for head in HEADS},
-            "same_answers": _share(final_head(own), first),
+            **entries[name].properties,
+            "top1": {head: _agreement(by_head.get(head), labels) for head in HEADS},
+            "same_answers": _agreement(final_head(by_head), reference),
         }
-    rungs = {name: rungs[name] for name in rows}
-    images = next(views())
-    for batch, taken in _times(rungs, images).items():
-        for name, latency in taken.items():
-            rows[name].setdefault("latency", {})[batch] = latency
+    networks = {name: entries[name].infer for name in rows}
+    for name, by_batch in _latencies(networks, next(views())).items():
+        rows[name]["latency"] = by_batch
     result = {
         "run": str(run),
         "split": "test",
@@ -115,211 +122,239 @@ def variants(
         "image_size": config.student.image_size,
         "rows": rows,
         "command": command,
-        "environment": environment_info(build_accelerator(_AS_MEASURED), command),
+        "environment": environment_info(build_accelerator(_EVALUATED_ON), command),
     }
     print_variants(result)
     _write(result, run, json_file, force=force)
     return result
 
 
-def _check_place(folder: Path, *, force: bool) -> None:
-    """Refuse, before the long work, a ladder that is there and may not be replaced, and what is
-    none. Raises SystemFault."""
+def _check_output_dir(folder: Path, *, force: bool) -> None:
+    """Raise SystemFault if the output folder cannot be written, before anything is measured."""
     if folder.exists():
         others = sorted(path.name for path in folder.glob("*") if path.name not in _FILES)
         if others or not folder.is_dir():
             raise SystemFault(
-                f"{folder}: is to hold the ladder, and holds {', '.join(others[:3]) or 'a file'}; "
-                "move it away"
+                f"{folder}: is needed for the output of deit variants, but contains "
+                f"{', '.join(others[:3]) or 'a file'}; move it away"
             )
         if not force:
             raise SystemFault(f"{folder}: exists already; --force replaces it")
     check_writable(folder, option="RUN")
 
 
-def versions_of(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> list[Variant]:
-    """The run, what was made of it, and the other runs with their files. Raises CheckpointError,
-    and ConfigError where one is named twice."""
+def find_variants(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> list[Variant]:
+    """Return the run, its variants, and the other runs with their ONNX files.
+
+    Raises CheckpointError, and ConfigError if a run is given twice.
+    """
     _, saved = resolve_run(run, "best")
     warn_unfinished(saved.parent)
-    found = _of_run(run, run.resolve().name)
-    own_name = found[0].name
-    found += [Variant(f"{own_name}, merging {one}", run, merge=one) for one in merges]
-    own = digest_of(read_weights(saved / WEIGHTS))
+    variants = _of_run(run, run.resolve().name)
+    run_name = variants[0].name
+    variants += [Variant(f"{run_name}, merging {num}", run, merge=num) for num in merges]
+    digest = digest_of(read_weights(saved / WEIGHTS))
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
-        if load_json_as(manifest, dict[str, Any]).get("weights") != own:
+        if load_json_as(manifest, dict[str, Any]).get("weights") != digest:
             continue
-        for part in (RECOVERED, *CONTROLS.values()):
-            if run_folder.read_result(manifest.parent / part) is not None:
-                name = f"{manifest.parent.name}, {part}"
-                found += _of_run(manifest.parent / part, name)
-    by_itself = {version.run.resolve() for version in found[1:]} - {run.resolve()}
-    for one in more:
-        warn_unfinished(resolve_run(one, "best")[1].parent)
-        if one.resolve() in by_itself:
+        for folder in (RECOVERED, *CONTROLS.values()):
+            if run_folder.read_result(manifest.parent / folder) is not None:
+                name = f"{manifest.parent.name}, {folder}"
+                variants += _of_run(manifest.parent / folder, name)
+    pruned = {variant.run.resolve() for variant in variants[1:]} - {run.resolve()}
+    for path in more:
+        warn_unfinished(resolve_run(path, "best")[1].parent)
+        if path.resolve() in pruned:
             continue
-        known = [version.run.resolve() for version in found]
-        if one.resolve() in known:
-            raise ConfigError(f"{one}: is among the versions already; name it once or not at all")
-        names = {version.name for version in found}
-        called = one.resolve().name
-        found += _of_run(one, str(one) if called in names else called)
-    return found
+        if path.resolve() in [variant.run.resolve() for variant in variants]:
+            raise ConfigError(f"{path}: is given twice; give each run once")
+        names = {variant.name for variant in variants}
+        name = path.resolve().name
+        variants += _of_run(path, str(path) if name in names else name)
+    return variants
 
 
 def _of_run(run: Path, name: str) -> list[Variant]:
-    """A run, and the ONNX files in its folder."""
+    """Return a run and the ONNX files in its folder."""
     files = [*sorted(run.glob("export-*/model.onnx")), *sorted(run.glob("quantized-*/model.onnx"))]
-    kinds = {"export-onnx": "ONNX", "quantized-static": "int8 static"}
-    kinds["quantized-dynamic"] = "int8 dynamic"
-    made = [
-        Variant(f"{name}, {kinds.get(file.parent.name, file.parent.name)}", run, file)
+    labels = {
+        "export-onnx": "ONNX",
+        "quantized-static": "int8 static",
+        "quantized-dynamic": "int8 dynamic",
+    }
+    exported = [
+        Variant(f"{name}, {labels.get(file.parent.name, file.parent.name)}", run, file)
         for file in files
     ]
-    return [Variant(name, run), *made]
+    return [Variant(name, run), *exported]
 
 
-def _images(
+def _test_images(
     run: Path, root: str | None
 ) -> tuple[Config, ModelInfo, Tensor, Callable[[], Iterator[Tensor]]]:
-    """The configuration of a run and its facts, the labels of the test images, and these as all
-    versions are shown them, batch by batch, as often as they are wanted."""
+    """Return a run's configuration and model info, the test labels, and a function for the views.
+
+    The function returns an iterator over the batches of test views, each time it is called.
+    """
     config, saved = resolve_run(run, "best")
     config = evaluation_config(config, root=root, device="cpu")
-    _, facts = load_student(saved)
-    test = evaluation_images(config, facts, run, "test", None, None).images
+    _, model_info = load_student(saved)
+    test = evaluation_images(config, model_info, run, "test", None, None).images
     chunks = torch.arange(len(test.labels)).split(CHUNK)
 
     def views() -> Iterator[Tensor]:
         return evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu"))
 
-    return config, facts, test.labels, views
+    return config, model_info, test.labels, views
 
 
 class VariantEntry(NamedTuple):
-    ask: InferenceFn
-    about: dict[str, Any]
+    """A loaded variant. properties: engine, parameters, nonzero parameters, GMACs and bytes."""
+
+    infer: InferenceFn
+    properties: dict[str, Any]
 
 
-def _rung(version: Variant, config: Config, facts: ModelInfo) -> VariantEntry:
-    """How a version is asked, and what it is: engine, parameters, those that are not 0, bytes,
-    arithmetic. config, facts: of the run they stand beside. Raises ConfigError and DataError where
-    it would not be asked as by its own evaluation."""
-    own_config, saved = resolve_run(version.run, "best")
-    student, own = load_student(saved)
-    if own.class_names != facts.class_names:
-        raise DataError(f"{version.run}: knows other classes than the run")
-    field = differing_split_field(own_config.data, config.data)
-    if field not in (None, "data.root"):  # images may have been moved
-        raise DataError(
-            f"{version.run}: has another {field} than the run, so it may have learnt from images "
-            "that the run is tested on"
-        )
-    for name in ("image_size", "eval_crop_pct"):
-        mine, theirs = (
-            one.student.image_size if name == "image_size" else one.evaluation_crop
-            for one in (own, facts)
-        )
-        if mine != theirs:
-            raise ConfigError(
-                f"{version.run}: is evaluated at {name} {mine}, the run at {theirs}; deit evaluate "
-                "puts different ones into one table"
-            )
+def _load_variant(variant: Variant, config: Config, model_info: ModelInfo) -> VariantEntry:
+    """Load a variant and measure its size.
+
+    config, model_info: of the run that it is compared with. Raises ConfigError and DataError if the
+    two are not comparable.
+    """
+    variant_config, saved = resolve_run(variant.run, "best")
+    student, variant_info = load_student(saved)
+    _check_comparable(variant, variant_config, variant_info, config, model_info)
     student.eval()
-    if version.merge:
-        student.network = with_merging(student.network, version.merge)
+    if variant.merge:
+        student.network = with_merging(student.network, variant.merge)
     weights = student.network.state_dict()
     parameters = student.network.parameters()
-    cost = cost_of(student, side=own.student.image_size, batch=1)
-    about: dict[str, Any] = {
-        "folder": str(version.run),
-        "engine": "PyTorch" if version.onnx is None else "ONNX Runtime",
+    cost = cost_of(student, side=variant_info.student.image_size, batch=1)
+    properties: dict[str, Any] = {
+        "folder": str(variant.run),
+        "engine": "PyTorch" if variant.onnx is None else "ONNX Runtime",
         "parameters": cost.parameters,
-        "nonzero": sum(int(one.count_nonzero()) for one in parameters),
+        "nonzero": sum(int(parameter.count_nonzero()) for parameter in parameters),
         "gmacs": cost.gmacs,
     }
-    if version.onnx is None:
-        about["bytes"] = (saved / WEIGHTS).stat().st_size
-        if (saved / BASE).is_file():  # a file of adapters is of no use without what they belong to
-            about["bytes"] = len(to_safetensors_bytes(weights))
-        return VariantEntry(_by_torch(student), about)
-    folder = version.onnx.parent
-    about["bytes"] = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-    return VariantEntry(_by_onnx(version.onnx, student), about)
+    if variant.onnx is None:
+        properties["bytes"] = (saved / WEIGHTS).stat().st_size
+        if (saved / BASE).is_file():  # the file has the adapters only: count the base as well
+            properties["bytes"] = len(to_safetensors_bytes(weights))
+        return VariantEntry(_torch_inference_fn(student), properties)
+    files = variant.onnx.parent.glob("model.onnx*")
+    properties["bytes"] = sum(file.stat().st_size for file in files)
+    return VariantEntry(_onnx_inference_fn(variant.onnx, student), properties)
+
+
+def _check_comparable(
+    variant: Variant,
+    variant_config: Config,
+    variant_info: ModelInfo,
+    config: Config,
+    model_info: ModelInfo,
+) -> None:
+    """Raise an error if a variant and the run differ in classes, splits or views.
+
+    Raises DataError and ConfigError.
+    """
+    if variant_info.class_names != model_info.class_names:
+        raise DataError(f"{variant.run}: has other classes than the run")
+    field = differing_split_field(variant_config.data, config.data)
+    if field not in (None, "data.root"):  # images may have been moved
+        raise DataError(
+            f"{variant.run}: has another {field} than the run, so it may have been trained on the "
+            "run's test images"
+        )
+    views = {
+        "image_size": (variant_info.student.image_size, model_info.student.image_size),
+        "eval_crop_pct": (variant_info.evaluation_crop, model_info.evaluation_crop),
+    }
+    for name, (of_variant, of_run) in views.items():
+        if of_variant != of_run:
+            raise ConfigError(
+                f"{variant.run}: is evaluated at {name} {of_variant}, the run at {of_run}; use "
+                "deit evaluate to compare them"
+            )
 
 
 @torch.inference_mode()
-def _ask(student: Student, views: Tensor) -> dict[str, Tensor]:
+def _infer(student: Student, views: Tensor) -> dict[str, Tensor]:
     heads = logits_by_head(student(views))
     return {head: heads[head] for head in HEADS if head in heads}
 
 
-def _by_torch(student: Student) -> InferenceFn:
-    return lambda views: _ask(student, views)
+def _torch_inference_fn(student: Student) -> InferenceFn:
+    return lambda views: _infer(student, views)
 
 
-def _by_onnx(file: Path, student: Student) -> InferenceFn:
-    """An ONNX file, which takes normalised images."""
-    answer, mean, std = (
-        onnx_inference_fn(file, threads=torch.get_num_threads()),
-        student.mean,
-        student.std,
-    )
+def _onnx_inference_fn(file: Path, student: Student) -> InferenceFn:
+    """Return an ONNX file, which takes normalized images, as a function of views."""
+    run_onnx = onnx_inference_fn(file, threads=torch.get_num_threads())
+    mean, std = student.mean, student.std
 
-    def ask(views: Tensor) -> dict[str, Tensor]:
-        outputs = answer((views - mean) / std)
-        alone = len(outputs) == 1
-        return {"class" if alone else OUTPUTS[name]: one for name, one in outputs.items()}
+    def infer(views: Tensor) -> dict[str, Tensor]:
+        outputs = run_onnx((views - mean) / std)
+        one_head = len(outputs) == 1
+        return {"class" if one_head else OUTPUTS[name]: outputs[name] for name in outputs}
 
-    return ask
+    return infer
 
 
-def _answers(
-    ask: InferenceFn, views: Iterator[Tensor], number: int, name: str
+def _predict(
+    infer: InferenceFn, views: Iterator[Tensor], num_images: int, name: str
 ) -> dict[str, Tensor]:
-    """The class of each image by head, int64 [number]."""
-    parts = [
-        {head: logits.argmax(dim=1) for head, logits in ask(part).items()}
-        for part in progress(views, total=-(-number // CHUNK), title=name)
+    """Return the predicted class of each image by head, int64 [num_images]."""
+    batches = [
+        {head: logits.argmax(dim=1) for head, logits in infer(batch).items()}
+        for batch in progress(views, total=-(-num_images // CHUNK), title=name)
     ]
-    return {head: torch.cat([part[head] for part in parts]) for head in parts[0]}
+    return {head: torch.cat([batch[head] for batch in batches]) for head in batches[0]}
 
 
-def _drop_stale_files(versions: list[Variant], answers: dict[str, dict[str, Tensor]]) -> None:
-    """Drop the ONNX files that were made of other weights than the run has now: a float one gives
-    other answers, an integer one many others."""
-    of = {version.run: version.name for version in versions if not (version.onnx or version.merge)}
-    for version in versions:
-        if version.onnx is None:
+def _drop_stale_files(variants: list[Variant], predictions: dict[str, dict[str, Tensor]]) -> None:
+    """Drop ONNX files that were exported from other weights than the run has now.
+
+    A float file then predicts some other classes, an int8 file many.
+    """
+    run_names = {
+        variant.run: variant.name
+        for variant in variants
+        if variant.onnx is None and not variant.merge
+    }
+    for variant in variants:
+        if variant.onnx is None:
             continue
-        theirs, ours = (final_head(answers[name]) for name in (version.name, of[version.run]))
-        least = _SAME if version.onnx.parent.name.startswith("export-") else _ALIKE
-        same = _share(theirs, ours)
-        if same < least:
+        of_file = final_head(predictions[variant.name])
+        of_run = final_head(predictions[run_names[variant.run]])
+        is_float = variant.onnx.parent.name.startswith("export-")
+        share = _agreement(of_file, of_run)
+        if share < (_MIN_FLOAT_AGREEMENT if is_float else _MIN_INT8_AGREEMENT):
             warn(
-                f"{version.onnx}: left out, {format_percent(same)} % of its answers are those of "
-                f"{version.run}/best; made of other weights? (deit export, deit quantize --force)"
+                f"{variant.onnx}: skipped, its agreement with {variant.run}/best is only "
+                f"{format_percent(share)} %; if it was exported from other weights, repeat deit "
+                "export or deit quantize with --force"
             )
-            del answers[version.name]
+            del predictions[variant.name]
 
 
-def _share(answers: Tensor | None, labels: Tensor) -> float | None:
-    return None if answers is None else (answers == labels).double().mean().item()
+def _agreement(predictions: Tensor | None, classes: Tensor) -> float | None:
+    return None if predictions is None else (predictions == classes).double().mean().item()
 
 
-def _times(rungs: dict[str, VariantEntry], images: Tensor) -> dict[str, dict[str, Any]]:
-    """How long every version takes for a batch of each size, in turns."""
-    images = images[torch.arange(max(_TIMED)) % len(images)]
-    asks = {name: rung.ask for name, rung in rungs.items()}
-    found = {}
-    for batch in progress(_TIMED, total=len(_TIMED), title="timing in turns"):
-        taken = latencies(asks, images[:batch], seconds=_TIMED_S * len(asks))
-        found[str(batch)] = {name: one._asdict() for name, one in taken.items()}
-    return found
+def _latencies(networks: dict[str, InferenceFn], images: Tensor) -> dict[str, dict[str, Any]]:
+    """Return the latency by network and batch size, measured in interleaved turns."""
+    images = images[torch.arange(max(_LATENCY_BATCHES)) % len(images)]
+    by_name: dict[str, dict[str, Any]] = {name: {} for name in networks}
+    for batch in progress(_LATENCY_BATCHES, total=len(_LATENCY_BATCHES), title="latency"):
+        measured = latencies(networks, images[:batch], seconds=_TIMED_S * len(networks))
+        for name, latency in measured.items():
+            by_name[name][str(batch)] = latency._asdict()
+    return by_name
 
 
 def _write(result: dict[str, Any], run: Path, json_file: Path | None, *, force: bool) -> None:
-    """Numbers, table and picture into the run's folder; the numbers where they were asked for."""
+    """Write the result as JSON, Markdown and plot into the run's folder, and as JSON elsewhere."""
 
     def write(folder: Path) -> None:
         write_json(folder / "variants.json", result)
@@ -327,7 +362,7 @@ def _write(result: dict[str, Any], run: Path, json_file: Path | None, *, force: 
         try:
             draw_variants(result, folder / "variants.png")
         except SystemFault as error:
-            info(f"no picture: {error}")
+            info(f"no plot: {error}")
 
     atomic_write_dir(run / "variants", write, replace=force)
     for name in sorted(path.name for path in (run / "variants").iterdir()):

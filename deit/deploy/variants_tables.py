@@ -1,4 +1,4 @@
-"""The versions of a run as a table and a picture; reads plain values only, no torch."""
+"""The variants of a run as a table and a plot, from plain values; without torch."""
 
 from pathlib import Path
 from typing import Any
@@ -16,41 +16,41 @@ _COLUMNS = (
     "fused",
     "agreement %",
     "parameters",
-    "not 0",
+    "nonzero",
     "KB",
     "MMACs",
     "ms, batch 1",
     "ms, batch 64",
 )
-_NAMED = 6
+_MAX_NAMED_POINTS = 6
 _NOTE = (
-    "Same answers: as the first. MMACs: of the network as it is computed in float; zeros of a mask "
-    "and integers take as many. Times: median of turns, all versions in each; runs by PyTorch in "
-    "eager mode, files by ONNX Runtime, so hold an int8 file against the float ONNX file (deit "
+    "Agreement: with the predictions of the first row. MMACs: of the float network; masks and int8 "
+    "do not lower them. Latency: median over interleaved turns; runs are computed by PyTorch in "
+    "eager mode, files by ONNX Runtime, so compare an int8 file with the float ONNX file (deit "
     "export --format onnx)."
 )
 
 
 def print_variants(result: dict[str, Any]) -> None:
-    """The table, for a person."""
+    """Print the table; columns without information are omitted."""
     title = f"{result['run']}: top-1 % on {result['num_samples']} {result['split']} images"
     zeros = any(row["nonzero"] != row["parameters"] for row in result["rows"].values())
-    left_out = {"engine"} if zeros else {"engine", "not 0"}  # names and note tell as much
-    shown = [place for place, head in enumerate(_COLUMNS) if head not in left_out]
-    rows = [[cells[place] for place in shown] for cells in _cells(result)]
-    table(title, [_COLUMNS[place] for place in shown], rows)
+    omitted = {"engine"} if zeros else {"engine", "nonzero"}  # both follow from names and note
+    columns = [index for index, name in enumerate(_COLUMNS) if name not in omitted]
+    rows = [[cells[index] for index in columns] for cells in _cells(result)]
+    table(title, [_COLUMNS[index] for index in columns], rows)
     info(_NOTE)
 
 
 def _cells(result: dict[str, Any]) -> list[list[str]]:
-    found = []
+    cells = []
     for name, row in result["rows"].items():
         shares = [*(row["top1"][head] for head in HEADS), row["same_answers"]]
-        found.append(
+        cells.append(
             [
                 name,
                 row["engine"],
-                *("-" if one is None else format_percent(one) for one in shares),
+                *("-" if share is None else format_percent(share) for share in shares),
                 f"{row['parameters']:,}",
                 f"{row['nonzero']:,}",
                 f"{row['bytes'] / 1e3:,.0f}",
@@ -58,11 +58,11 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
                 *(f"{row['latency'][batch]['median_ms']:.3g}" for batch in ("1", "64")),
             ]
         )
-    return found
+    return cells
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, and where the numbers come from."""
+    """Return the table and its environment as Markdown."""
     environment = result["environment"]
     threads = environment["threads"]
     where = (
@@ -70,40 +70,46 @@ def markdown(result: dict[str, Any]) -> str:
         f"{environment['packages']['torch']}, commit {environment['commit']}"
     )
     return (
-        f"# {result['run']} and what was made of it\n\nTop-1 % on {result['num_samples']} "
+        f"# {result['run']} and its variants\n\nTop-1 % on {result['num_samples']} "
         f"{result['split']} images at {result['image_size']} px. {_NOTE}\n\n"
         f"{markdown_table(_COLUMNS, _cells(result))}\n\n`{result['command']}`\n\n{where}\n"
     )
 
 
 def draw_variants(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against bytes and against the time of a batch of 64, a dot a version, as a PNG.
+    """Draw accuracy against file size and against latency (batch of 64), a point per variant.
 
-    Raises SystemFault without matplotlib.
+    result: the content of variants.json. path: a PNG file. Raises SystemFault without
+    matplotlib.
     """
     charts.check()
     from matplotlib.figure import Figure
 
     rows = result["rows"]
     top1 = {name: 100 * final_head_top1(row["top1"]) for name, row in rows.items()}
-    across = {
+    x_values = {
         "KB on disk": {name: row["bytes"] / 1e3 for name, row in rows.items()},
         "ms for a batch of 64": {
             name: row["latency"]["64"]["median_ms"] for name, row in rows.items()
         },
     }
-    # Of many, numbers stand at the dots, and the names beside them.
-    called = {name: str(place) for place, name in enumerate(rows, start=1)}
-    many = len(rows) > _NAMED
-    figure = Figure(figsize=(14 if many else 12, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(4, 4, 2)) if many else figure.subplots(1, 2)
-    for axes, (label, values) in zip(panels, across.items()):
-        points = {called[name] if many else name: (values[name], top1[name]) for name in rows}
+    # Many points are numbered, with a legend of the names.
+    numbers = {name: str(index) for index, name in enumerate(rows, start=1)}
+    is_numbered = len(rows) > _MAX_NAMED_POINTS
+    figure = Figure(figsize=(14 if is_numbered else 12, 4.4), layout="constrained")
+    if is_numbered:
+        all_axes = figure.subplots(1, 3, width_ratios=(4, 4, 2))
+    else:
+        all_axes = figure.subplots(1, 2)
+    for axes, (label, values) in zip(all_axes, x_values.items()):
+        points = {
+            numbers[name] if is_numbered else name: (values[name], top1[name]) for name in rows
+        }
         charts.scatter(points, label, f"{result['split']} top-1 %")(axes)
         axes.grid(alpha=0.25)
-    if many:
-        told = "\n".join(f"{number:>2}  {name}" for name, number in called.items())
-        panels[2].text(0, 0.5, told, va="center", linespacing=1.5)
-        panels[2].set_axis_off()
-    figure.suptitle(f"{result['run']} and what was made of it")
+    if is_numbered:
+        legend = "\n".join(f"{index:>2}  {name}" for name, index in numbers.items())
+        all_axes[2].text(0, 0.5, legend, va="center", linespacing=1.5)
+        all_axes[2].set_axis_off()
+    figure.suptitle(f"{result['run']} and its variants")
     save_figure(figure, path, dpi=150)

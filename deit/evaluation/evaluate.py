@@ -1,7 +1,6 @@
 """Evaluation of a finished run: metrics of every head and of the teacher on the same images."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,21 +9,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from deit.config.data_section import DataConfig
-from deit.config.schema import Config, TeacherConfig
-from deit.config.teachers import teacher_specs
+from deit.config.schema import Config
 from deit.core.accelerator import environment_info, hardware_summary
-from deit.core.console import warn
-from deit.core.errors import CheckpointError, ConfigError, DataError
+from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import digest_of_images, held_out
-from deit.distill.build import build_accelerator, image_sizes, teacher_input_size
+from deit.distill.build import build_accelerator
 from deit.distill.inference import evaluation_batches, predict_split
-from deit.distill.teacher_check import check_class_order, log_class_order
-from deit.distill.teacher_ensemble import combine_teachers
 from deit.evaluation.load_run import (
     EvaluationSet,
     evaluation_config,
@@ -32,13 +27,13 @@ from deit.evaluation.load_run import (
     resolve_run,
     student_at_resolution,
 )
+from deit.evaluation.teacher_logits import combine_logits, largest_batch, teacher_logits
 from deit.models.attention import token_cosines
 from deit.models.cost import cost_of
 from deit.models.metadata import ModelInfo
 from deit.models.onednn_linear import use_onednn
 from deit.models.student import Student, has_distillation_head
 from deit.models.surgery.token_merging import token_numbers, with_merging
-from deit.models.teacher_sources import load_teacher
 
 HEADS = ("class", "distillation", "fused", "fused_softmax")
 
@@ -107,13 +102,9 @@ def evaluate_run(
     eval_set = evaluation_images(config, model_info, run, split, test_set, root)
     if len(eval_set.images.labels) < accelerator.num_processes:
         raise DataError(f"the {split} split has fewer images than processes")
-    if config.run.linear_backend == "onednn":
-        use_onednn(student)
-    student = student.to(accelerator.device)
-    side = config.student.image_size
-    check_inference_memory(
-        student, student.forward, side, accelerator, _largest_batch(config, eval_set)
-    )
+    student = _to_device(student, config, accelerator)
+    side, num_images = config.student.image_size, largest_batch(config, eval_set.images)
+    check_inference_memory(student, student.forward, side, accelerator, num_images)
     teacher = teacher if test_set is None else "none"
     outputs = _run_networks(accelerator, config, student, teacher, model_info.class_names, eval_set)
     metrics: dict[str, Any] = {
@@ -182,8 +173,8 @@ def _run_networks(
             interruption=interruption,
         )
         seconds = time.perf_counter() - started
-        teachers = _teacher_logits(
-            accelerator, config, teacher, class_names, eval_set, interruption
+        teachers = teacher_logits(
+            accelerator, config, teacher, class_names, eval_set.images, interruption
         )
         interruption.raise_if_stopped(now=True)
     heads = {name: logits[:, eval_set.columns] for name, logits in logits_by_head(outputs).items()}
@@ -211,7 +202,7 @@ def _result(
     predictions = {name: logits.argmax(dim=1) for name, logits in outputs.heads.items()}
     confidence = {name: _confidence(logits) for name, logits in outputs.heads.items()}
     if outputs.teachers:
-        combined = _combine(config, torch.stack(list(outputs.teachers.values()), dim=1))
+        combined = combine_logits(config, list(outputs.teachers.values()))
         metrics["teacher"] = head_metrics(combined, eval_set.labels)
         predictions["teacher"] = combined.argmax(dim=1)
         confidence["teacher"] = _confidence(combined)
@@ -236,10 +227,6 @@ def _result(
     return EvaluationResult(metrics, predictions, confidence, eval_set.labels, split_key, digest)
 
 
-def _largest_batch(config: Config, eval_set: EvaluationSet) -> int:
-    return min(config.run.eval_batch_size, len(eval_set.images.labels))
-
-
 def cost_of_run(run: str | Path) -> dict[str, Any]:
     """Return what `evaluate_run` puts under `cost`, without evaluating the run.
 
@@ -248,9 +235,14 @@ def cost_of_run(run: str | Path) -> dict[str, Any]:
     config, saved = resolve_run(run, "best")
     student, _ = student_at_resolution(saved, None)
     accelerator = build_accelerator(config.run)
+    return _cost(_to_device(student, config, accelerator), config)
+
+
+def _to_device(student: Student, config: Config, accelerator: Accelerator) -> Student:
+    """Move a student to its device, with the linear layers that the run uses."""
     if config.run.linear_backend == "onednn":
         use_onednn(student)
-    return _cost(student.to(accelerator.device), config)
+    return student.to(accelerator.device)
 
 
 def _cost(student: Student, config: Config) -> dict[str, Any]:
@@ -287,90 +279,6 @@ def _token_cosine(
         for views in evaluation_batches(images, chunks, config.evaluation, device=device)
     ]
     return torch.cat(cosines).mean(dim=0).tolist()
-
-
-def _teacher_logits(
-    accelerator: Any,
-    config: Config,
-    source: str | None,
-    class_names: tuple[str, ...],
-    eval_set: EvaluationSet,
-    interruption: GracefulStop,
-) -> dict[str, Tensor]:
-    """Return the logits of each teacher by its description; empty without a teacher.
-
-    The run's own teacher (source None) may be missing: that only warns, and is silent for a run
-    that was trained without its teacher.
-    """
-    is_own_teacher, is_quiet = source is None, config.loss.kind == "none"
-    spec = config.teacher
-    if not is_own_teacher:
-        sources = () if source == "none" else tuple(source.split(","))
-        same = len(sources) == len(spec.source)  # moved teachers keep the settings of the run
-        spec = replace(spec, source=sources) if same else TeacherConfig(source=sources)
-    if not spec.source:
-        return {}
-    if is_own_teacher and spec.code_sources:
-        if not is_quiet:
-            warn(
-                f"the run's teacher is skipped: {', '.join(spec.code_sources)} is code; give it "
-                "with --teacher if you trust it"
-            )
-        return {}
-    side = config.student.image_size
-    try:
-        teachers = [
-            load_teacher(teacher, class_names, image_size=side) for teacher in teacher_specs(spec)
-        ]
-    except (DataError, CheckpointError, ConfigError) as error:
-        if not is_own_teacher:
-            raise
-        if not is_quiet:
-            warn(f"the run's teacher is skipped: {error}")
-        return {}
-    teacher_size = teacher_input_size([teacher.image_size for teacher in teachers])
-    size = image_sizes(
-        eval_set.images,
-        student_size=side,
-        teacher_size=teacher_size,
-        data_size=config.data.image_size,
-        crop=config.views.crop,
-    ).teacher
-    logits: dict[str, Tensor] = {}
-    for teacher in teachers:
-        network = teacher.to(accelerator.device)
-        batch = _largest_batch(config, eval_set)
-        check_inference_memory(network, network.forward, size, accelerator, batch)
-        outputs = predict_split(
-            accelerator,
-            network,
-            eval_set.images,
-            config.evaluation,
-            "teacher",
-            size=size,
-            interruption=interruption,
-        )
-        log_class_order(teacher, class_names)
-        try:
-            predictions = outputs.class_logits.argmax(dim=1)
-            check_class_order(teacher, predictions, eval_set.images.labels, class_names)
-        except DataError as error:
-            if not is_own_teacher:
-                raise
-            warn(str(error))  # the run was trained with this class order
-        name = teacher.description
-        logits[f"{name} ({len(logits) + 1})" if name in logits else name] = outputs.class_logits
-    return logits
-
-
-def _combine(config: Config, logits: Tensor) -> Tensor:
-    """Return the ensemble's logits [images, classes] of teachers [images, teachers, classes]."""
-    num_teachers = logits.shape[1]
-    weights = tuple(teacher.weight for teacher in teacher_specs(config.teacher))
-    if len(weights) != num_teachers:
-        weights = (1 / num_teachers,) * num_teachers
-    mode = "logits" if config.teacher.combine == "logits" else "probabilities"
-    return combine_teachers(logits, weights, mode, temperature=1.0).logits[:, 0]
 
 
 def head_metrics(logits: Tensor | None, labels: Tensor) -> dict[str, float] | None:

@@ -119,7 +119,7 @@ def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, m
 def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
     names = {run_folder.CONFIG, run_folder.ENVIRONMENT, run_folder.RESUMED, run_folder.RESULT}
     names |= {run_folder.STATE, run_log.METRICS, run_log.HASH_CHAIN, run_log.NONFINITE_LOG, BASE}
-    names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.KEPT}
+    names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.SELECTION}
     marks = {run_folder.CONFIG, manifest.MANIFEST, prune_options.MANIFEST}
     for there in names:
         folder = tmp_path / there

@@ -1,4 +1,4 @@
-"""Evaluation further: other resolutions and crops, several runs, ImageNet's variants, costs."""
+"""Tests of `deit evaluate`: resolutions, crops, several runs, ImageNet's variants, costs."""
 
 import json
 import re
@@ -37,17 +37,17 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.parametrize("crop", [None, 0.8])
-def test_another_resolution_by_hand(crop, runs):
-    found = evaluate(runs / "student", resolution=16, crop=crop)
-    student, facts = load_student(runs / "student" / "best")
-    larger, at = student_at_resolution(runs / "student" / "best", 16)
-    assert (facts.student.image_size, at.student.image_size) == (8, 16)
+def test_evaluate_other_resolution_equals_resized_student(crop, runs):
+    metrics = evaluate(runs / "student", resolution=16, crop=crop)
+    student, model_info = load_student(runs / "student" / "best")
+    resized, resized_info = student_at_resolution(runs / "student" / "best", 16)
+    assert (model_info.student.image_size, resized_info.student.image_size) == (8, 16)
     expected = resize_positions(student.network.pos_embed, prefix=2, side=8, kernel="deit")
-    assert torch.equal(larger.network.pos_embed, expected.positions)
+    assert torch.equal(resized.network.pos_embed, expected.positions)
     config = load_config(runs / "student" / "config.json")
-    stored = round(16 / (crop or 1))
+    side = round(16 / (crop or 1))
     config = config.replace(
-        data={"image_size": stored},
+        data={"image_size": side},
         student={"image_size": 16},
         views={"eval_crop_pct": crop or 1.0},
     )
@@ -58,46 +58,45 @@ def test_another_resolution_by_hand(crop, runs):
     )
     assert views.shape[-1] == 16
     with torch.no_grad():
-        heads = logits_by_head(larger.eval()(views))
+        heads = logits_by_head(resized.eval()(views))
     for name in ("class", "distillation", "fused"):
-        assert found["heads"][name]["top1"] == pytest.approx(
-            topk_accuracy(heads[name], test.labels)
-        )
-    assert (found["image_size"], found["eval_crop_pct"]) == (16, crop or 1.0)
+        expected = topk_accuracy(heads[name], test.labels)
+        assert metrics["heads"][name]["top1"] == pytest.approx(expected)
+    assert (metrics["image_size"], metrics["eval_crop_pct"]) == (16, crop or 1.0)
     with raises(CheckpointError, "--resolution 15", "2 px"):
         evaluate(runs / "student", resolution=15)
 
 
-def test_the_tokens_over_depth_are_told(runs, capsys):
-    found = evaluate(runs / "student")
-    assert len(found["token_cosine"]) == 3
-    assert all(-1 <= value <= 1 for value in found["token_cosine"])
+def test_evaluate_prints_token_cosine_disagreement_and_cost(runs, capsys):
+    metrics = evaluate(runs / "student")
+    assert len(metrics["token_cosine"]) == 3
+    assert all(-1 <= value <= 1 for value in metrics["token_cosine"])
     assert evaluate(runs / "teacher")["token_cosine"] is None
     assert run_command("evaluate", [str(runs / "student")], "deit evaluate") == 0
-    said = capsys.readouterr().out
-    assert " ".join(f"{value:.2f}" for value in found["token_cosine"]) in said
-    shares = found["agreement"]
-    everyone = ("truth", "teacher", "class", "distillation", "fused")
-    (row,) = re.findall(r"^│ truth +│(.+)│$", said, re.MULTILINE)
+    output = capsys.readouterr().out
+    assert " ".join(f"{value:.2f}" for value in metrics["token_cosine"]) in output
+    shares = metrics["agreement"]
+    names = ("truth", "teacher", "class", "distillation", "fused")
+    (row,) = re.findall(r"^│ truth +│(.+)│$", output, re.MULTILINE)
     assert row.replace(" ", "").split("│") == [
-        format_percent(1 - shares["truth"][name]) for name in everyone
+        format_percent(1 - shares["truth"][name]) for name in names
     ]
-    assert re.search(r"\d GMACs\b.* images/s .*\d+ to \d+.*\b1 thread\b.*torch \d", said)
+    assert re.search(r"\d GMACs\b.* images/s .*\d+ to \d+.*\b1 thread\b.*torch \d", output)
 
 
-def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
+def test_evaluate_several_runs_and_resolutions_share_one_table(runs, tmp_path, capsys):
     names = ("student", "labels")
     arguments = [*(str(runs / name) for name in names), "--resolution", "8,16"]
-    arguments += ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "found.json")]
+    arguments += ["--plot", str(tmp_path / "plot.png"), "--json", str(tmp_path / "report.json")]
     assert run_command("evaluate", arguments, "deit evaluate") == 0
-    said = capsys.readouterr().out
-    found = json.loads((tmp_path / "found.json").read_text())
-    rows = found["rows"]
+    output = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = report["rows"]
     assert list(rows) == ["student, 8 px", "student, 16 px", "labels, 8 px", "labels, 16 px"]
-    assert found["command"] == f"deit evaluate {shlex.join(arguments)}"
-    single_run = evaluate(runs / "labels", resolution=16)
-    assert rows["labels, 16 px"]["heads"] == single_run["heads"]
-    shares = found["agreement"]
+    assert report["command"] == f"deit evaluate {shlex.join(arguments)}"
+    expected = evaluate(runs / "labels", resolution=16)["heads"]
+    assert rows["labels, 16 px"]["heads"] == expected
+    shares = report["agreement"]
     assert {"truth", "teacher of student, 8 px", *rows} <= set(shares)
     for name, row in rows.items():
         assert shares["truth"][name] == pytest.approx(row["heads"]["fused"]["top1"])
@@ -105,16 +104,16 @@ def test_several_runs_and_resolutions_in_one_table(runs, tmp_path, capsys):
         teacher = "teacher of student, 8 px"
         assert shares[teacher][name] == shares[name][teacher]
         assert row["cost"]["parameters"] > 0
-        assert name in said
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert picture.width > 500
+        assert name in output
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > 500
     assert run_command("evaluate", arguments, "deit evaluate") == 5
-    said = capsys.readouterr().err
-    assert f"--json {tmp_path / 'found.json'}" in said
-    assert "--force" in said
+    output = capsys.readouterr().err
+    assert f"--json {tmp_path / 'report.json'}" in output
+    assert "--force" in output
 
 
-def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
+def test_evaluate_runs_on_different_classes_have_no_agreement(runs, tmp_path):
     few = digits_teacher().replace(data={"classes": ("1", "2")}, optim={"epochs": 1})
     train(few.replace(optim={"warmup_epochs": 0}), tmp_path / "few")
     arguments = [str(runs / "labels"), str(tmp_path / "few"), "--json", str(tmp_path / "f.json")]
@@ -123,7 +122,7 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "named"),
+    ("arguments", "code", "parts"),
     [
         (("--resolution", "8,x"), 2, ["--resolution 8,x"]),
         (("--resolution", "0"), 2, ["--resolution 0"]),
@@ -144,29 +143,29 @@ def test_runs_of_other_images_are_not_held_against_each_other(runs, tmp_path):
         (("--run.eval_batch_size", "0"), 2, ["--run.eval_batch_size 0"]),
     ],
 )
-def test_bad_options_are_one_line(arguments, code, named, runs, capsys):
+def test_evaluate_invalid_options_print_one_line(arguments, code, parts, runs, capsys):
     assert run_command("evaluate", [str(runs / "student"), *arguments], "deit evaluate") == code
-    said = capsys.readouterr().err
-    assert [one for one in named if one not in said] == []
-    assert len(said.strip().splitlines()) == 1
+    output = capsys.readouterr().err
+    assert [part for part in parts if part not in output] == []
+    assert len(output.strip().splitlines()) == 1
 
 
-def test_so_many_images_as_have_room_are_evaluated_at_once(runs, monkeypatch, capsys):
+def test_evaluate_batch_above_memory_names_a_size_that_fits(runs, monkeypatch, capsys):
     monkeypatch.setattr(host_memory, "free_memory", lambda device: 2**17)
     command = [str(runs / "student"), "--resolution", "16"]
     assert run_command("evaluate", command, "deit evaluate") == 5
-    said = capsys.readouterr().err
-    assert re.search(r"run\.eval_batch_size = 256\b.* 16 px\b", said)
-    _, option, advice = said.partition("--run.eval_batch_size ")
-    number = advice.split()[0]
-    assert 1 <= int(number) < 256
-    assert run_command("evaluate", [*command, option.strip(), number], "deit evaluate") == 0
+    output = capsys.readouterr().err
+    assert re.search(r"run\.eval_batch_size = 256\b.* 16 px\b", output)
+    _, option, advice = output.partition("--run.eval_batch_size ")
+    batch = advice.split()[0]
+    assert 1 <= int(batch) < 256
+    assert run_command("evaluate", [*command, option.strip(), batch], "deit evaluate") == 0
 
 
-def test_the_number_of_images_at_once_changes_no_answer(runs):
-    one, other = (evaluate(runs / "student", batch=batch)["heads"] for batch in (None, 7))
-    for head, found in one.items():
-        assert found["top1"] == other[head]["top1"]
+def test_evaluate_batch_size_does_not_change_accuracy(runs):
+    default, small = (evaluate(runs / "student", batch=batch)["heads"] for batch in (None, 7))
+    for head, metrics in default.items():
+        assert metrics["top1"] == small[head]["top1"]
 
 
 # ImageNet's variants
@@ -190,77 +189,77 @@ def write_class_images(root, names, files=("a.png",)):
     return root
 
 
-def test_the_variants_are_those_of_the_command_line():
+def test_variants_equal_test_sets_of_command_line():
     assert tuple(VARIANTS) == TEST_SETS
 
 
-@pytest.mark.parametrize(("name", "number"), [("a", 200), ("r", 200), ("sketch", 1000)])
-def test_a_variant_is_cut_to_its_classes(name, number, tmp_path):
+@pytest.mark.parametrize(("name", "num_classes"), [("a", 200), ("r", 200), ("sketch", 1000)])
+def test_load_variant_has_its_classes_and_labels(name, num_classes, tmp_path):
     expected = classes_of(name)
-    assert len(expected) == number
+    assert len(expected) == num_classes
     root = write_class_images(tmp_path / name, expected)
-    found = load_variant(name, str(root), synsets())
-    assert len(found.columns) == number
-    assert {synsets()[column] for column in found.columns} == set(expected)
-    # Every image's right answer is the column of its own folder.
-    for row in (0, number // 2, number - 1):
-        column = found.columns[int(found.accepted[row].long().argmax())]
-        assert f"/{synsets()[column]}/" in found.images.name(row).replace("\\", "/")
-        assert found.accepted[row].sum() == 1
+    variant = load_variant(name, str(root), synsets())
+    assert len(variant.columns) == num_classes
+    assert {synsets()[column] for column in variant.columns} == set(expected)
+    # The correct class of every image is that of its folder.
+    for row in (0, num_classes // 2, num_classes - 1):
+        column = variant.columns[int(variant.accepted[row].long().argmax())]
+        assert f"/{synsets()[column]}/" in variant.images.name(row).replace("\\", "/")
+        assert variant.accepted[row].sum() == 1
 
 
-def test_v2_is_named_by_number(tmp_path):
-    root = write_class_images(tmp_path / "v2", [str(number) for number in range(1000)])
-    found = load_variant("v2", str(root), synsets())
-    assert found.columns == tuple(range(1000))
+def test_load_variant_v2_folders_are_numbers(tmp_path):
+    root = write_class_images(tmp_path / "v2", [str(label) for label in range(1000)])
+    variant = load_variant("v2", str(root), synsets())
+    assert variant.columns == tuple(range(1000))
     for row in (0, 11, 999):
-        number = int(found.images.name(row).replace("\\", "/").split("/")[-2])
-        assert int(found.accepted[row].long().argmax()) == number
+        label = int(variant.images.name(row).replace("\\", "/").split("/")[-2])
+        assert int(variant.accepted[row].long().argmax()) == label
 
 
-def test_a_network_of_some_classes_sees_their_images_alone(tmp_path):
+def test_load_variant_network_with_few_classes_skips_other_images(tmp_path):
     expected = classes_of("a")
     root = write_class_images(tmp_path / "a", expected)
     known = (expected[7], "n00000000", expected[3])
-    found = load_variant("a", str(root), known)
-    assert found.columns == (0, 2)
-    assert len(found.images.labels) == 2
-    assert re.findall(r"\d+", found.note) == ["2", "200", "2", "200"]  # of images, of classes
+    variant = load_variant("a", str(root), known)
+    assert variant.columns == (0, 2)
+    assert len(variant.images.labels) == 2
+    assert re.findall(r"\d+", variant.note) == ["2", "200", "2", "200"]  # images, then classes
 
 
-def test_real_has_several_right_answers(tmp_path):
-    names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(50_000)]
+def test_load_variant_real_accepts_several_classes(tmp_path):
+    names = [f"ILSVRC2012_val_{index + 1:08d}.JPEG" for index in range(50_000)]
     labels = RealLabelsImagenet(names).real_labels
-    several = next(name for name in names if len(labels[name]) > 1)
-    nothing = next(name for name in names if not labels[name])
+    ambiguous = next(name for name in names if len(labels[name]) > 1)
+    unlabeled = next(name for name in names if not labels[name])
     single = next(name for name in names if len(labels[name]) == 1)
     root = write_class_images(tmp_path / "real", synsets())
     for file in root.rglob("a.png"):
         file.rename(file.with_name(single))
     folder = root / synsets()[0]
-    for name in (several, nothing):
+    for name in (ambiguous, unlabeled):
         Image.new("RGB", (4, 4)).save(folder / name)
-    found = load_variant("real", str(root), synsets())
-    assert len(found.images.labels) == 1001  # the image without a label is left out
-    rows = {found.images.name(row).rpartition("/")[2]: row for row in range(1001)}
-    accepted = found.accepted[rows[several]]
-    assert accepted.nonzero().flatten().tolist() == sorted(labels[several])
-    (folder / several).rename(folder / "other.JPEG")
+    variant = load_variant("real", str(root), synsets())
+    assert len(variant.images.labels) == 1001  # without the unlabeled image
+    rows = {variant.images.name(row).rpartition("/")[2]: row for row in range(1001)}
+    accepted = variant.accepted[rows[ambiguous]]
+    assert accepted.nonzero().flatten().tolist() == sorted(labels[ambiguous])
+    (folder / ambiguous).rename(folder / "other.JPEG")
     with raises(DataError, "other.JPEG", names[0]):
         load_variant("real", str(root), synsets())
 
 
-def test_another_folder_is_refused(tmp_path):
+def test_load_variant_other_folder_raises(tmp_path):
     root = write_class_images(tmp_path / "cats", ["cat", "dog"])
     with raises(DataError, "'cat'"):
         load_variant("a", str(root), synsets())
-    whole = write_class_images(tmp_path / "a", classes_of("a"))
+    complete = write_class_images(tmp_path / "a", classes_of("a"))
     with raises(DataError, "variant a", "'ant'"):
-        load_variant("a", str(whole), ("ant", "bee"))
+        load_variant("a", str(complete), ("ant", "bee"))
 
 
-def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
-    """A student of three ImageNet classes, on ImageNet-A; the numbers by hand."""
+def test_evaluate_variant_from_command_line(tmp_path, capsys):
+    """Evaluate a student of three ImageNet classes on ImageNet-A; the numbers are known."""
     expected = classes_of("a")
     names = sorted(expected[:3])
     for split in ("train", "test"):
@@ -276,18 +275,18 @@ def test_a_variant_is_evaluated_from_the_command_line(tmp_path, capsys):
         "evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "deit evaluate"
     )
     assert code == 0, capsys.readouterr().err
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert (found["split"], found["num_samples"]) == ("ImageNet a", 6)
-    assert found["command"].startswith("deit evaluate ")
-    assert found["command"].endswith(f"--json {tmp_path / 'f.json'}")
+    metrics = json.loads((tmp_path / "f.json").read_text())
+    assert (metrics["split"], metrics["num_samples"]) == ("ImageNet a", 6)
+    assert metrics["command"].startswith("deit evaluate ")
+    assert metrics["command"].endswith(f"--json {tmp_path / 'f.json'}")
     assert re.search(r"\b6\b.*\b400\b.*\b3\b.*\b200\b", capsys.readouterr().out)
-    assert found["teacher"] is None
+    assert metrics["teacher"] is None
 
 
 # metrics
 
 
-def test_several_right_answers_count_by_hand():
+def test_topk_accuracy_several_labels_by_hand():
     logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
     accepted = torch.tensor([[True, True, False], [True, False, True], [True, False, False]])
     assert topk_accuracy(logits, accepted) == pytest.approx(1 / 3)
@@ -298,35 +297,35 @@ def test_several_right_answers_count_by_hand():
     assert calibration_error(logits, as_bool) == calibration_error(logits, single)
 
 
-@pytest.mark.parametrize("word", ["evaluate", "predict"])
-def test_files_that_are_there_are_not_replaced_unasked(word, runs, tmp_path, capsys):
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (8, 8)).save(picture)
-    mine = tmp_path / "mine.json"
-    mine.write_text("mine")
-    arguments = [str(runs / "student"), *([str(picture)] if word == "predict" else [])]
-    arguments += ["--json", str(mine)]
-    assert run_command(word, arguments, word) == 5
-    said = capsys.readouterr().err
-    assert f"--json {mine}" in said
-    assert "--force" in said
-    assert mine.read_text() == "mine"
-    assert run_command(word, [*arguments, "--force"], word) == 0
-    assert mine.read_text().startswith("{")
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_json_existing_file_is_replaced_with_force_only(command, runs, tmp_path, capsys):
+    image = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(image)
+    existing = tmp_path / "existing.json"
+    existing.write_text("existing")
+    arguments = [str(runs / "student"), *([str(image)] if command == "predict" else [])]
+    arguments += ["--json", str(existing)]
+    assert run_command(command, arguments, command) == 5
+    output = capsys.readouterr().err
+    assert f"--json {existing}" in output
+    assert "--force" in output
+    assert existing.read_text() == "existing"
+    assert run_command(command, [*arguments, "--force"], command) == 0
+    assert existing.read_text().startswith("{")
 
 
-def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_path):
-    """Two sets of two classes, as many images of each."""
-    quick = {"epochs": 1, "batch_size": 4, "warmup_epochs": 0}
+def test_evaluate_runs_on_different_images_have_no_agreement(tmp_path):
+    """Two data sets with equal labels, but other images and class names."""
+    optim = {"epochs": 1, "batch_size": 4, "warmup_epochs": 0}
     for name, classes in (("one", "ab"), ("other", "cd")):
         for label in classes:
-            place = tmp_path / f"pictures-{name}" / label
-            place.mkdir(parents=True)
+            folder = tmp_path / f"images-{name}" / label
+            folder.mkdir(parents=True)
             for index in range(10):
                 noise = torch.randint(256, (8, 8, 3), dtype=torch.uint8)
-                Image.fromarray(noise.numpy()).save(place / f"{index}.png")
-        data = {"source": "folder", "root": str(tmp_path / f"pictures-{name}"), "image_size": 8}
-        train(digits_teacher().replace(data=data, optim=quick), tmp_path / name)
+                Image.fromarray(noise.numpy()).save(folder / f"{index}.png")
+        data = {"source": "folder", "root": str(tmp_path / f"images-{name}"), "image_size": 8}
+        train(digits_teacher().replace(data=data, optim=optim), tmp_path / name)
     runs = [tmp_path / name for name in ("one", "other")]
     labels = [load_splits(load_config(run / "config.json").data).test.labels for run in runs]
     assert torch.equal(*labels)
@@ -335,65 +334,64 @@ def test_other_images_of_the_same_labels_are_not_held_against_each_other(tmp_pat
     assert "agreement" not in json.loads((tmp_path / "f.json").read_text())
 
 
-def test_the_checkpoint_that_was_measured_is_named(runs):
-    newest_one = latest_checkpoint(runs / "student")
-    assert evaluate(newest_one)["checkpoint"] == newest_one.name
-    assert evaluate(runs / "student", checkpoint="last")["checkpoint"] == newest_one.name
+def test_evaluate_reports_name_of_checkpoint(runs):
+    newest = latest_checkpoint(runs / "student")
+    assert evaluate(newest)["checkpoint"] == newest.name
+    assert evaluate(runs / "student", checkpoint="last")["checkpoint"] == newest.name
     assert evaluate(runs / "student" / "best", checkpoint="last")["checkpoint"] == "best"
 
 
-def test_a_survey_of_a_variant_begins_with_its_mistakes(runs, tmp_path, capsys):
+def test_evaluate_several_runs_unknown_classes_fail_first(runs, tmp_path, capsys):
     arguments = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
     assert run_command("evaluate", [*arguments, "--data.root", str(tmp_path)], "deit evaluate") == 3
-    said = capsys.readouterr()
-    assert re.search(r"\bvariant a\b.*'0'", said.err)
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert re.search(r"\bvariant a\b.*'0'", output.err)
+    assert output.out == ""
 
 
 STORAGE = {"memory": {"storage": "memory"}, "files": {"storage": "files", "num_workers": 0}}
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """Runs of the same pictures, in memory and in files, with the same weights."""
-    folder = tmp_path_factory.mktemp("stored")
+def runs_by_storage(tmp_path_factory):
+    """Return runs on the same images, in memory and in files, with the same weights."""
+    folder = tmp_path_factory.mktemp("runs_by_storage")
     for label in "ab":
-        place = folder / "pictures" / label
-        place.mkdir(parents=True)
+        class_folder = folder / "images" / label
+        class_folder.mkdir(parents=True)
         for index in range(8):
             noise = torch.randint(256, (40 + index, 50, 3), dtype=torch.uint8)
-            Image.fromarray(noise.numpy()).save(place / f"{index}.png")
-    data = {"source": "folder", "root": str(folder / "pictures"), "image_size": 24}
+            Image.fromarray(noise.numpy()).save(class_folder / f"{index}.png")
+    data = {"source": "folder", "root": str(folder / "images"), "image_size": 24}
     config = digits_teacher().replace(data=data, student={"image_size": 16})
     config = config.replace(optim={"epochs": 1, "batch_size": 4, "warmup_epochs": 0})
-    for storage, how in STORAGE.items():
-        train(config.replace(data=how), folder / storage)
+    for storage, data in STORAGE.items():
+        train(config.replace(data=data), folder / storage)
     shutil.rmtree(folder / "files" / "best")
     shutil.copytree(folder / "memory" / "best", folder / "files" / "best")
     return folder
 
 
 @pytest.mark.parametrize("crop", [None, 0.8, 1.0])
-def test_a_picture_is_resized_once_wherever_it_lies(crop, stored):
-    """From memory and from files, at any crop, the views are the same."""
-    found = [evaluate(stored / storage, crop=crop)["heads"]["class"] for storage in STORAGE]
-    assert found[0] == found[1]
+def test_evaluate_images_in_memory_and_in_files_are_equal(crop, runs_by_storage):
+    """Images are resized once, wherever they are stored."""
+    folders = [runs_by_storage / storage for storage in STORAGE]
+    in_memory, in_files = (evaluate(run, crop=crop)["heads"]["class"] for run in folders)
+    assert in_memory == in_files
 
 
-@pytest.mark.parametrize("deeper", [False, True])
-def test_a_teacher_that_lay_beside_its_student_is_found_where_both_are_now(
-    deeper, runs, tmp_path, capsys
-):
-    """As in a comparison, and, a folder deeper, in a sweep."""
-    place = tmp_path / "runs" if deeper else tmp_path
+@pytest.mark.parametrize("in_sweep", [False, True])
+def test_evaluate_moved_run_finds_moved_teacher(in_sweep, runs, tmp_path, capsys):
+    """A teacher is next to the run in a comparison, one folder above in a sweep."""
+    folder = tmp_path / "runs" if in_sweep else tmp_path
     shutil.copytree(runs / "teacher", tmp_path / "teacher")
-    shutil.copytree(runs / "student", place / "student")
-    config = json.loads((place / "student" / "config.json").read_text())
+    shutil.copytree(runs / "student", folder / "student")
+    config = json.loads((folder / "student" / "config.json").read_text())
     config["teacher"]["source"] = ["elsewhere/teacher"]
-    (place / "student" / "config.json").write_text(json.dumps(config))
+    (folder / "student" / "config.json").write_text(json.dumps(config))
     before = evaluate(runs / "student")["teacher"]
-    assert evaluate(place / "student")["teacher"] == before
+    assert evaluate(folder / "student")["teacher"] == before
     config["teacher"]["source"] = ["elsewhere/other"]
-    (place / "student" / "config.json").write_text(json.dumps(config))
-    assert evaluate(place / "student")["teacher"] is None
+    (folder / "student" / "config.json").write_text(json.dumps(config))
+    assert evaluate(folder / "student")["teacher"] is None
     assert "elsewhere/other" in capsys.readouterr().err

@@ -12,15 +12,13 @@ from deit.core.types import logits_by_head
 from deit.datasets.splits import load_splits
 from deit.deploy.export import split_normalization
 from deit.deploy.formats import write_onnx_with_metadata
-from deit.deploy.int8_layers import (
-    prepare,
-)
+from deit.deploy.int8_layers import prepare
 from deit.distill.inference import evaluation_batches
 from deit.models.saved import ModelInfo, build_student, load_student
 
 SMALL_DEIT = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 QUANTIZABLE = [("distilled", "static"), ("distilled", "dynamic"), ("plain", "static")]
-QUANTIZABLE += [("convnet", "static")]  # by dynamic it is refused
+QUANTIZABLE += [("convnet", "static")]  # dynamic does not support it
 WITHOUT_TEACHER = {"loss": LOSS_PRESETS["none"], "teacher": {"source": ()}}
 ONE_BLOCK = {**SMALL_DEIT, "depth": 1}  # a second block takes a third of the time of an export
 STUDENTS = {
@@ -32,12 +30,12 @@ STUDENTS = {
 WRITTEN = {}
 
 
-def write_once(folder, student, facts):
-    """A network is exported once, which takes the most."""
-    held = student.state_dict().values()
-    key = (repr(facts), tuple(value.double().sum().item() for value in held))
+def write_once(folder, student, model_info):
+    """Write an ONNX file; export each network only once, as that takes most of the time."""
+    weights = student.state_dict().values()
+    key = (repr(model_info), tuple(weight.double().sum().item() for weight in weights))
     if key not in WRITTEN:
-        write_onnx_with_metadata(folder, student, facts)
+        write_onnx_with_metadata(folder, student, model_info)
         WRITTEN[key] = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(WRITTEN[key])
 
@@ -48,7 +46,7 @@ def quantization_report(folder):
 
 @torch.no_grad()
 def split_views(run, name):
-    """Normalised evaluation views of a whole split, their labels, and the run's own logits."""
+    """Return normalized evaluation views of a split, their labels, and the run's logits by head."""
     config = load_config(run / "config.json")
     student, _ = load_student(run / "best")
     images = getattr(load_splits(config.data), name)
@@ -57,12 +55,12 @@ def split_views(run, name):
         list(evaluation_batches(images, chunks, config.evaluation, device=torch.device("cpu")))
     )
     heads = logits_by_head(student.eval()(views))
-    _, normalise = split_normalization(student)
-    return normalise(views), images.labels, heads
+    _, normalize = split_normalization(student)
+    return normalize(views), images.labels, heads
 
 
 class OnnxGraph:
-    """An ONNX file as what makes and what takes each tensor."""
+    """An ONNX graph with the producer of each tensor."""
 
     def __init__(self, path):
         import onnx
@@ -71,38 +69,37 @@ class OnnxGraph:
         onnx.checker.check_model(model, full_check=True)
         self.model = model
         self.nodes = {node.name: node for node in model.graph.node}
-        self.maker = {out: node for node in model.graph.node for out in node.output}
-        self.constants = {one.name: one for one in model.graph.initializer}
+        self.producers = {out: node for node in model.graph.node for out in node.output}
+        self.constants = {constant.name: constant for constant in model.graph.initializer}
 
     def kinds(self, *names):
-        """What makes each input of a node."""
+        """Return the operations that produce the inputs of a node, given by one of its names."""
         node = next(self.nodes[name] for name in names if name in self.nodes)
-        return [self.maker[name].op_type for name in node.input if name in self.maker]
+        return [self.producers[name].op_type for name in node.input if name in self.producers]
 
     def integer_layers(self, layers):
-        """The layers that are computed in integers, by static or dynamic."""
-        found = set()
+        """Return the layers that are computed in int8, by static or dynamic quantization."""
+        int8_layers = set()
         for layer, names in layers.nodes.items():
             for name in names:
                 quantized = [f"{name}_quant", f"{name}_MatMul_quant"]
-                if any(one in self.nodes for one in quantized):
-                    assert self.nodes[next(q for q in quantized if q in self.nodes)].op_type == (
-                        "MatMulInteger"
-                    )
-                    found.add(layer)
+                matches = [node for node in quantized if node in self.nodes]
+                if matches:
+                    assert self.nodes[matches[0]].op_type == "MatMulInteger"
+                    int8_layers.add(layer)
                 elif self.kinds(name, f"{name}_MatMul")[:2] == ["DequantizeLinear"] * 2:
-                    found.add(layer)
-        return found
+                    int8_layers.add(layer)
+        return int8_layers
 
 
 def prepared_network(folder, name, *, size=8, classes=3, **settings):
-    """A random network as float ONNX, prepared: its path, its layers, itself."""
+    """Return a prepared float ONNX file of a random network, its layers, and the network."""
     student = StudentConfig(name=name, image_size=size, **settings)
-    facts = ModelInfo(student, tuple(map(str, range(classes))), (0.5,) * 3, (0.5,) * 3, 1.0)
+    model_info = ModelInfo(student, tuple(map(str, range(classes))), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(0)
-    network = build_student(facts)
+    network = build_student(model_info)
     bare, _ = split_normalization(network)
-    write_once(folder, bare, facts)
+    write_once(folder, bare, model_info)
     layers = prepare(folder / "model.onnx", folder / "prepared.onnx")
     return folder / "prepared.onnx", layers, network.network
 
@@ -110,7 +107,7 @@ def prepared_network(folder, name, *, size=8, classes=3, **settings):
 @functools.cache
 @torch.no_grad()
 def views_of_test_set(run):
-    """All test images as an exported network takes them, and the run's logits by head."""
+    """Return all test images as inputs of an export, and the run's logits by head."""
     config = load_config(run / "config.json")
     student, _ = load_student(run / "best")
     test = load_splits(config.data).test

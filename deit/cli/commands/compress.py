@@ -199,7 +199,7 @@ def prune(arguments: list[str], program: str) -> None:
         recovery.config,
         recovery.out,
         dry_run=recovery.dry_run,
-        name=options.checkpoint,
+        checkpoint=options.checkpoint,
         controls=controls,
         parallel=options.parallel,
         command=command_of(program, arguments),

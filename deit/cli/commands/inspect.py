@@ -217,11 +217,11 @@ def export(arguments: list[str], program: str) -> None:
     export(
         options.run,
         options.out,
-        name=options.format,
+        format=options.format,
         checkpoint=options.checkpoint,
         root=options.root,
         images=options.images,
-        licence=options.license,
+        license=options.license,
         force=options.force,
     )
 

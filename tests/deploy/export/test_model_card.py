@@ -25,8 +25,8 @@ pytest.importorskip("onnxruntime")
 SNIPPETS = """
 import contextlib, io, json, os, sys
 snippet_outputs = {}
-for name, snippet, place in json.load(sys.stdin):
-    os.chdir(place)
+for name, snippet, folder in json.load(sys.stdin):
+    os.chdir(folder)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(snippet, name, "exec"), {"__name__": "__main__"})
     snippet_outputs[name] = out.getvalue()
@@ -41,22 +41,25 @@ def snippets_of(folder):
 
 @pytest.fixture(scope="module")
 def snippet_outputs(runs, exports, tmp_path_factory):
-    """What the snippets of the cards print, by format and place in the card: in a process that
-    knows nothing of us, one for all, since each would import the same libraries."""
-    picture = load_splits(load_config(runs / "distilled" / "config.json").data).test.pixels[0]
-    asked = []
+    """Return the output of the cards' snippets, by format and index.
+
+    They run in one process that cannot import deit, as they all import the same libraries.
+    """
+    pixels = load_splits(load_config(runs / "distilled" / "config.json").data).test.pixels[0]
+    snippets = []
     for form in FORMATS:
-        place = tmp_path_factory.mktemp(form) / "export"
-        shutil.copytree(exports["distilled", form], place)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(place / "picture.png")
-        asked += [(f"{form} {n}", one, str(place)) for n, one in enumerate(snippets_of(place))]
+        folder = tmp_path_factory.mktemp(form) / "export"
+        shutil.copytree(exports["distilled", form], folder)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / "image.png")
+        for index, snippet in enumerate(snippets_of(folder)):
+            snippets.append((f"{form} {index}", snippet, str(folder)))
     hidden = ("PYTHONPATH", "PYTHONSTARTUP")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
         [sys.executable, "-c", SNIPPETS],
         cwd=tmp_path_factory.mktemp("elsewhere"),
         env={**environment, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        input=json.dumps(asked),
+        input=json.dumps(snippets),
         capture_output=True,
         text=True,
         timeout=300,
@@ -66,7 +69,7 @@ def snippet_outputs(runs, exports, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_card_tells_and_its_snippets_run(form, runs, exports, snippet_outputs):
+def test_model_card_snippets_run_and_predict(form, runs, exports, snippet_outputs):
     folder = exports["distilled", form]
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: ")
@@ -75,16 +78,16 @@ def test_the_card_tells_and_its_snippets_run(form, runs, exports, snippet_output
     for loader in FORMATS[form].load:
         assert f"| {loader} | " in card
     _, heads = views_of_test_set(runs / "distilled")
-    answer = str(heads["fused"][0].argmax().item())
+    predicted = str(heads["fused"][0].argmax().item())
     snippets = snippets_of(folder)
     assert snippets
-    for number in range(len(snippets)):
-        printed = snippet_outputs[f"{form} {number}"].strip()
-        assert printed == answer or f"'label': '{answer}'" in printed.split("}")[0]
+    for index in range(len(snippets)):
+        printed = snippet_outputs[f"{form} {index}"].strip()
+        assert printed == predicted or f"'label': '{predicted}'" in printed.split("}")[0]
 
 
 @pytest.mark.fault("E14")
-def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path):
+def test_model_card_omits_folders_and_escapes_class_names(tmp_path):
     home = "/home/ann"
     config = digits().replace(
         data={"source": "folder", "root": f"{home}/data/pets"},
@@ -92,9 +95,9 @@ def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path
         init={"weights": f"{home}/weights.pth"},
     )
     names = ("a|b", "<script>", "snow_leopard_", "two\nlines")
-    facts = ModelInfo(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    model_info = ModelInfo(config.student, names, (0.5,) * 3, (0.5,) * 3, 1.0)
     command = f"train_deit.py digits --data.root={home}/data/pets --out '~/runs/pets'"
-    about = {
+    environment = {
         "command": command,
         "deit": "0",
         "commit": "c",
@@ -104,13 +107,21 @@ def test_a_card_names_nobodys_folders_and_shows_class_names_as_they_are(tmp_path
         "threads": 1,
         "precision": "no",
     }
-    (tmp_path / "environment.json").write_text(json.dumps(about))
-    measured = {"top1": 0.5, "top5": 1.0, "calibration_error": 0.1}
-    heads = dict.fromkeys(("class", "distillation", "fused"), measured)
-    found = {"heads": heads, "teacher": None, "num_samples": 4, "split": "test"}
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    values = {"top1": 0.5, "top5": 1.0, "calibration_error": 0.1}
+    heads = dict.fromkeys(("class", "distillation", "fused"), values)
+    metrics = {"heads": heads, "teacher": None, "num_samples": 4, "split": "test"}
     card = tmp_path / "README.md"
-    told = {"config": config, "facts": facts, "found": found, "verified": [], "licence": None}
-    write_card(card, run=tmp_path, name="onnx", **told)
+    write_card(
+        card,
+        run=tmp_path,
+        format="onnx",
+        config=config,
+        model_info=model_info,
+        metrics=metrics,
+        verified=[],
+        license=None,
+    )
     text = card.read_text()
     assert home not in text
     assert "~" not in text

@@ -18,8 +18,8 @@ from tests.helpers.exports import (
 )
 from tests.helpers.trained import trained
 
-HALF = {"train_fraction": 0.5}
-BRIEF = {"epochs": 5, "batch_size": 32, "warmup_epochs": 1, "lr": 3e-3}
+DATA = {"train_fraction": 0.5}
+OPTIM = {"epochs": 5, "batch_size": 32, "warmup_epochs": 1, "lr": 3e-3}
 PLAIN = {**SMALL_DEIT, "name": "vit_micro", "depth": 1}
 RUNS = {"distilled": {"student": SMALL_DEIT}, "plain": {"student": PLAIN}}
 
@@ -32,19 +32,19 @@ def _export_once():
 
 @pytest.fixture(scope="package")
 def runs(tmp_path_factory):
-    """Finished runs: a distilled student, a plain one, a ConvNet."""
+    """Return a folder with finished runs: a distilled student, a plain one, a ConvNet."""
     folder = tmp_path_factory.mktemp("runs")
     trained(digits_teacher().replace(optim={"epochs": 3}), folder / "convnet")
     for name, sections in RUNS.items():
         train(
-            digits().replace(data=HALF, optim=BRIEF, **WITHOUT_TEACHER, **sections), folder / name
+            digits().replace(data=DATA, optim=OPTIM, **WITHOUT_TEACHER, **sections), folder / name
         )
     return folder
 
 
 @pytest.fixture(scope="package")
 def folders(runs):
-    """Every run by every method that serves it, as (run, method) -> folder."""
+    """Quantize every run by every method that supports it, as (run, method) -> folder."""
     return {
         (name, method): quantize.quantize(
             runs / name,
@@ -59,7 +59,7 @@ def folders(runs):
 
 @pytest.fixture(scope="package")
 def micro(tmp_path_factory):
-    """A small DeiT of random weights, prepared: path, layers, network; and images for it."""
+    """Return a prepared ONNX file of a random small DeiT, its layers, the network, and images."""
     folder = tmp_path_factory.mktemp("micro")
     images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     return *prepared_network(folder, "deit_micro", patch_size=2, **SMALL_DEIT), images

@@ -1,4 +1,4 @@
-"""Timing of int8 files, and what the processor does with int8 sums."""
+"""Tests of latency measurements and of the processor's int8 extensions."""
 
 import pytest
 import torch
@@ -10,9 +10,6 @@ from deit.deploy.formats import onnx_inference_fn
 pytest.importorskip("sklearn")
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-
-# the processor, the clock
 
 
 @pytest.mark.parametrize(
@@ -28,11 +25,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
         ("", "arm64", False),
     ],
 )
-def test_sums_are_cut_off_on_x86_without_vnni(flags, machine, expected):
+def test_saturates_on_x86_without_vnni(flags, machine, expected):
     assert hardware.int8_sums_saturate(tuple(flags.split()), machine) == expected
 
 
-def test_flags_are_read_where_linux_tells_them(tmp_path, monkeypatch):
+def test_int8_flags_are_read_from_cpuinfo(tmp_path, monkeypatch):
     cpuinfo = tmp_path / "cpuinfo"
     monkeypatch.setattr(hardware, "_CPUINFO", cpuinfo)
     assert hardware.int8_flags() == ()
@@ -43,20 +40,20 @@ def test_flags_are_read_where_linux_tells_them(tmp_path, monkeypatch):
     assert hardware.int8_flags() == ("asimddp", "i8mm")
 
 
-def test_a_timed_session_has_its_threads_and_lets_them_rest(micro, monkeypatch):
-    asked, session = [], onnxruntime.InferenceSession
+def test_onnx_inference_fn_threads_are_set_and_do_not_spin(micro, monkeypatch):
+    used_options, session = [], onnxruntime.InferenceSession
 
-    def watched(path, options, **others):
-        asked.append(options)
+    def recording_session(path, options, **others):
+        used_options.append(options)
         return session(path, options, **others)
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recording_session)
     onnx_inference_fn(micro[0], threads=2)
-    assert asked[0].intra_op_num_threads == 2
-    assert asked[0].get_session_config_entry("session.force_spinning_stop") == "1"
+    assert used_options[0].intra_op_num_threads == 2
+    assert used_options[0].get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_networks_are_timed_in_turns(monkeypatch):
+def test_latencies_networks_are_interleaved(monkeypatch):
     now, called = [0.0], []
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
 
@@ -67,19 +64,19 @@ def test_networks_are_timed_in_turns(monkeypatch):
 
         return call
 
-    slow = iter([5.0, 10.0] * 20)  # each second call is the one that counts
+    slow = iter([5.0, 10.0] * 20)  # every second call is timed
     fast = iter([9.0, 1.0] * 19 + [9.0, 3.0])
-    found = latency.latencies(
+    measured = latency.latencies(
         {"slow": network("slow", slow), "fast": network("fast", fast)},
         torch.zeros(1),
         seconds=0.49,
     )
-    assert found["slow"] == pytest.approx((10, 10, 10, 20))
-    assert found["fast"] == pytest.approx((1, 1, 1, 20))
+    assert measured["slow"] == pytest.approx((10, 10, 10, 20))
+    assert measured["fast"] == pytest.approx((1, 1, 1, 20))
     assert called[:8] == ["slow", "slow", "fast", "fast", "fast", "fast", "slow", "slow"]
 
 
-def test_ten_turns_are_made_and_long_calls_need_no_warming(monkeypatch):
+def test_latencies_slow_network_has_ten_turns_without_warm_up(monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
 
@@ -87,9 +84,9 @@ def test_ten_turns_are_made_and_long_calls_need_no_warming(monkeypatch):
         calls.append(len(calls))
         now[0] += (100 + len(calls)) / 1000
 
-    found = latency.latencies({"one": network}, torch.zeros(1), seconds=0)
-    assert found["one"].turns == 10
-    assert len(calls) == 11  # the first turn cannot know
-    assert found["one"].median_ms == pytest.approx(106.5)
-    assert found["one"].p10_ms == pytest.approx(102.9)
-    assert found["one"].p90_ms == pytest.approx(110.1)
+    measured = latency.latencies({"one": network}, torch.zeros(1), seconds=0)["one"]
+    assert measured.turns == 10
+    assert len(calls) == 11  # the first turn has a warm-up call
+    assert measured.median_ms == pytest.approx(106.5)
+    assert measured.p10_ms == pytest.approx(102.9)
+    assert measured.p90_ms == pytest.approx(110.1)

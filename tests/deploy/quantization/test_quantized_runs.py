@@ -1,4 +1,4 @@
-"""Runs exported to int8: the outputs, the report and the model card of the files."""
+"""Tests of quantized runs: outputs, quantization.json, model card."""
 
 import json
 import math
@@ -28,28 +28,25 @@ onnxruntime = pytest.importorskip("onnxruntime")
 FILES = ["README.md", "model.onnx", "quantization.json"]
 
 
-# calibration images
+def test_quantize_calibrates_on_training_images_in_evaluation_view(runs, tmp_path, monkeypatch):
+    calibrated = []
 
-
-def test_calibration_sees_training_images_in_their_evaluation_view(runs, tmp_path, monkeypatch):
-    seen = []
-
-    def watched(path, batches, **how):
+    def recording_calibrate(path, batches, **options):
         batches = list(batches)
-        seen.extend(torch.cat(batches))
-        return calibrate(path, batches, **how)
+        calibrated.extend(torch.cat(batches))
+        return calibrate(path, batches, **options)
 
-    monkeypatch.setattr(quantize, "calibrate", watched)
+    monkeypatch.setattr(quantize, "calibrate", recording_calibrate)
     folder = quantize.quantize(
-        runs / "distilled", tmp_path / "q", QuantizeOptions(images=40), max_drop=5
+        str(runs / "distilled"), str(tmp_path / "q"), QuantizeOptions(images=40), max_drop=5
     )
     images, labels, _ = split_views(runs / "distilled", "train")
     others = torch.cat(
         [split_views(runs / "distilled", name)[0] for name in ("validation", "test")]
     )
     rows = stratified_indices(labels, 40, seed=0, stream="calibration")
-    assert torch.equal(torch.stack(seen), images[rows])
-    assert not any((one == others).flatten(1).all(1).any() for one in seen)
+    assert torch.equal(torch.stack(calibrated), images[rows])
+    assert not any((image == others).flatten(1).all(1).any() for image in calibrated)
     assert quantization_report(folder)["calibration"] == {
         "split": "train",
         "view": "evaluation",
@@ -60,134 +57,130 @@ def test_calibration_sees_training_images_in_their_evaluation_view(runs, tmp_pat
     }
 
 
-# a run, quantized
-
-
 @pytest.mark.parametrize(("name", "method"), QUANTIZABLE)
-def test_what_is_told_is_what_the_file_answers(name, method, runs, folders):
+def test_quantize_report_equals_outputs_of_file(name, method, runs, folders):
     folder = folders[name, method]
     assert sorted(file.name for file in folder.iterdir()) == FILES
-    found = quantization_report(folder)
+    report = quantization_report(folder)
     inputs, labels, heads = split_views(runs / name, "test")
     session = onnxruntime.InferenceSession(folder / "model.onnx")
-    outputs = [one.name for one in session.get_outputs()]
-    parts = [session.run(None, {"pixel_values": part.numpy()}) for part in inputs.split(64)]
-    logits = {key: numpy.concatenate(values) for key, values in zip(outputs, zip(*parts))}
+    names = [output.name for output in session.get_outputs()]
+    batches = [session.run(None, {"pixel_values": batch.numpy()}) for batch in inputs.split(64)]
+    logits = {key: numpy.concatenate(values) for key, values in zip(names, zip(*batches))}
     order = {"class_logits": "class", "distillation_logits": "distillation", "logits": "fused"}
-    named = {order[key] if len(logits) > 1 else "class": value for key, value in logits.items()}
-    assert list(found["int8"]["heads"]) == [one for one in order.values() if one in named]
-    for head, after in named.items():
+    by_head = {order[key] if len(logits) > 1 else "class": value for key, value in logits.items()}
+    assert list(report["int8"]["heads"]) == [head for head in order.values() if head in by_head]
+    for head, after in by_head.items():
         before = heads[head].numpy()
-        for kind, one in (("float", before), ("int8", after)):
-            top1 = (one.argmax(1) == labels.numpy()).mean()
-            assert found[kind]["heads"][head]["top1"] == pytest.approx(top1)
-        same = (before.argmax(1) == after.argmax(1)).mean()
-        assert found["agreement"][head] == pytest.approx(same)
-        assert same > 0.95
-        ratio = 10 * numpy.log10((before**2).sum() / ((after - before) ** 2).sum())
-        assert found["sqnr_db"][head] == pytest.approx(ratio, abs=0.05)
-        assert ratio > 25
-    assert (found["num_samples"], found["split"]) == (len(labels), "test")
-    assert found["int8"]["bytes"] == (folder / "model.onnx").stat().st_size
-    assert found["int8"]["bytes"] < 0.4 * found["float"]["bytes"]
+        for kind, values in (("float", before), ("int8", after)):
+            top1 = (values.argmax(1) == labels.numpy()).mean()
+            assert report[kind]["heads"][head]["top1"] == pytest.approx(top1)
+        agreement = (before.argmax(1) == after.argmax(1)).mean()
+        assert report["agreement"][head] == pytest.approx(agreement)
+        assert agreement > 0.95
+        decibels = 10 * numpy.log10((before**2).sum() / ((after - before) ** 2).sum())
+        assert report["sqnr_db"][head] == pytest.approx(decibels, abs=0.05)
+        assert decibels > 25
+    assert (report["num_samples"], report["split"]) == (len(labels), "test")
+    assert report["int8"]["bytes"] == (folder / "model.onnx").stat().st_size
+    assert report["int8"]["bytes"] < 0.4 * report["float"]["bytes"]
     for kind in ("float", "int8"):
-        assert list(found[kind]["latency"]) == ["1", "64"]
-        assert all(one["p10_ms"] <= one["median_ms"] for one in found[kind]["latency"].values())
-    assert found["command"] == f"deit quantize {name} --method {method}"
-    assert found["environment"]["command"] == found["command"]
-    assert found["environment"]["threads"] == 1
-    assert found["environment"]["packages"]["onnxruntime"] == onnxruntime.__version__
+        assert list(report[kind]["latency"]) == ["1", "64"]
+        assert all(row["p10_ms"] <= row["median_ms"] for row in report[kind]["latency"].values())
+    assert report["command"] == f"deit quantize {name} --method {method}"
+    assert report["environment"]["command"] == report["command"]
+    assert report["environment"]["threads"] == 1
+    assert report["environment"]["packages"]["onnxruntime"] == onnxruntime.__version__
 
 
 @pytest.mark.parametrize(("name", "method"), QUANTIZABLE)
-def test_only_dynamic_depends_on_who_else_is_in_the_batch(name, method, runs, folders):
-    found = quantization_report(folders[name, method])["batches"]
+def test_quantize_only_dynamic_depends_on_batch(name, method, runs, folders):
+    batches = quantization_report(folders[name, method])["batches"]
     inputs, _, _ = split_views(runs / name, "test")
-    answer = onnx_inference_fn(folders[name, method] / "model.onnx")
+    infer = onnx_inference_fn(folders[name, method] / "model.onnx")
     rows = torch.linspace(0, len(inputs) - 1, 64).round().long()
-    one_by_one = torch.cat([answer(one)["logits"] for one in inputs[rows].split(1)])
-    difference = (one_by_one - answer(inputs[rows])["logits"]).abs().max().item()
-    assert difference <= found["difference"] + 1e-5
-    assert (found["difference"] > 1e-3) == (method == "dynamic")
-    assert found["other_answers"] <= 3
+    one_by_one = torch.cat([infer(image)["logits"] for image in inputs[rows].split(1)])
+    difference = (one_by_one - infer(inputs[rows])["logits"]).abs().max().item()
+    assert difference <= batches["difference"] + 1e-5
+    assert (batches["difference"] > 1e-3) == (method == "dynamic")
+    assert batches["other_answers"] <= 3
 
 
-def test_the_file_keeps_its_metadata_and_knows_no_other_operations(runs, folders):
+def test_quantize_file_has_metadata_and_default_opset_only(runs, folders):
     for folder in folders.values():
         model = onnx.load(folder / "model.onnx")
-        about = {one.key: one.value for one in model.metadata_props}
-        assert json.loads(about["class_names"]) == [str(label) for label in range(10)]
-        assert not any(key.startswith("onnx.") for key in about)
-        assert {one.domain for one in model.opset_import} == {""}
+        metadata = {prop.key: prop.value for prop in model.metadata_props}
+        assert json.loads(metadata["class_names"]) == [str(label) for label in range(10)]
+        assert not any(key.startswith("onnx.") for key in metadata)
+        assert {opset.domain for opset in model.opset_import} == {""}
 
 
-def test_each_layer_alone_is_measured_on_validation_images(runs, tmp_path, capsys):
-    place = tmp_path / "q"
-    options = ("--out", place, "--sensitivity", "--json", tmp_path / "all.json", "--max-drop", 5)
-    given = [str(word) for word in (runs / "distilled", *options, "--exclude", "head_dist")]
-    assert run_command("quantize", given, "deit quantize") == 0
-    said = capsys.readouterr().out
-    found = quantization_report(place)
-    assert found == json.loads((tmp_path / "all.json").read_text())
-    assert found["environment"]["command"] == f"deit quantize {shlex.join(given)}"
-    rows = found["sensitivity"]["layers"]
-    assert {row["layer"] for row in rows} == set(found["int8_layers"])
+def test_quantize_sensitivity_uses_validation_images(runs, tmp_path, capsys):
+    folder = tmp_path / "q"
+    options = ("--out", folder, "--sensitivity", "--json", tmp_path / "all.json", "--max-drop", 5)
+    arguments = [str(a) for a in (runs / "distilled", *options, "--exclude", "head_dist")]
+    assert run_command("quantize", arguments, "deit quantize") == 0
+    output = capsys.readouterr().out
+    report = quantization_report(folder)
+    assert report == json.loads((tmp_path / "all.json").read_text())
+    assert report["environment"]["command"] == f"deit quantize {shlex.join(arguments)}"
+    rows = report["sensitivity"]["layers"]
+    assert {row["layer"] for row in rows} == set(report["int8_layers"])
     for row in rows:
-        assert re.search(rf"{re.escape(row['layer'])}\D+{row['sqnr_db']:.1f}\b", said)
-    assert "head_dist" in found["float_layers"]
-    ratios = [row["sqnr_db"] for row in rows]
-    assert ratios == sorted(ratios)
+        assert re.search(rf"{re.escape(row['layer'])}\D+{row['sqnr_db']:.1f}\b", output)
+    assert "head_dist" in report["float_layers"]
+    decibels = [row["sqnr_db"] for row in rows]
+    assert decibels == sorted(decibels)
     assert sum(row["noise_share"] for row in rows) == pytest.approx(1)
-    powers = [10 ** (-ratio / 10) for ratio in ratios]
+    powers = [10 ** (-value / 10) for value in decibels]
     assert rows[0]["noise_share"] == pytest.approx(powers[0] / sum(powers))
     inputs, labels, heads = split_views(runs / "distilled", "validation")
-    assert found["sensitivity"]["num_samples"] == len(labels)
+    assert report["sensitivity"]["num_samples"] == len(labels)
     top1 = (heads["fused"].argmax(1) == labels).double().mean().item()
-    assert found["sensitivity"]["top1"] == pytest.approx(top1)
-    # The noises of the layers add up to that of the whole file, but for what they have in common.
-    whole = onnx_inference_fn(place / "model.onnx")(inputs)["logits"]
+    assert report["sensitivity"]["top1"] == pytest.approx(top1)
+    # The noise of the layers adds up to that of the whole file, except for correlations.
+    int8_logits = onnx_inference_fn(folder / "model.onnx")(inputs)["logits"]
     assert -10 * math.log10(sum(powers)) == pytest.approx(
-        signal_to_noise(heads["fused"], whole), abs=2
+        signal_to_noise(heads["fused"], int8_logits), abs=2
     )
-    # One layer, by another way: all others excluded.
-    worst = rows[0]["layer"]
-    others = f"(?!{re.escape(worst)}$).*"
-    plan = QuantizeOptions(exclude=others)
-    single_layer = quantize.quantize(
-        runs / "distilled", tmp_path / "single-layer", plan, max_drop=5
-    )
-    assert quantization_report(single_layer)["int8_layers"] == [worst]
-    logits = onnx_inference_fn(single_layer / "model.onnx")(inputs)["logits"]
-    assert signal_to_noise(heads["fused"], logits) == pytest.approx(ratios[0], abs=0.01)
+    # The same for one layer, with all others excluded.
+    noisiest = rows[0]["layer"]
+    options = QuantizeOptions(exclude=f"(?!{re.escape(noisiest)}$).*")
+    one_layer = quantize.quantize(runs / "distilled", tmp_path / "one", options, max_drop=5)
+    assert quantization_report(one_layer)["int8_layers"] == [noisiest]
+    logits = onnx_inference_fn(one_layer / "model.onnx")(inputs)["logits"]
+    assert signal_to_noise(heads["fused"], logits) == pytest.approx(decibels[0], abs=0.01)
 
 
-def test_the_card_tells_it_and_its_snippet_runs(runs, folders, tmp_path, monkeypatch, capsys):
-    """The same snippet runs in a process of its own in tests/deploy/test_export.py."""
+def test_quantize_model_card_describes_file_and_snippet_runs(
+    runs, folders, tmp_path, monkeypatch, capsys
+):
+    """tests/deploy/export/test_model_card.py runs the same snippet in a process without deit."""
     folder = folders["distilled", "static"]
-    card, found = (folder / "README.md").read_text(), quantization_report(folder)
+    card, report = (folder / "README.md").read_text(), quantization_report(folder)
     assert re.search(r"minmax\D*\b128\b", card)
-    assert f"{len(found['products'])} products" in card
-    assert f"| fused | {100 * found['int8']['heads']['fused']['top1']:.1f} |" in card
-    assert f"metric_value: {found['int8']['heads']['fused']['top1']:.4f}".rstrip("0") in card or (
+    assert f"{len(report['products'])} products" in card
+    assert f"| fused | {100 * report['int8']['heads']['fused']['top1']:.1f} |" in card
+    assert f"metric_value: {report['int8']['heads']['fused']['top1']:.4f}".rstrip("0") in card or (
         "value:" in card
     )
-    place = tmp_path / "copy"
-    shutil.copytree(folder, place)
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
     config = load_config(runs / "distilled" / "config.json")
     pixels = load_splits(config.data).test.pixels[0]
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / "picture.png")
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(copied / "image.png")
     inputs, _, _ = split_views(runs / "distilled", "test")
-    answer = onnx_inference_fn(place / "model.onnx")(inputs[:1])["logits"].argmax().item()
+    predicted = onnx_inference_fn(copied / "model.onnx")(inputs[:1])["logits"].argmax().item()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (tmp_path / "snippet.py").write_text(snippet)
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(copied)
     capsys.readouterr()
     runpy.run_path(str(tmp_path / "snippet.py"), run_name="__main__")
-    assert capsys.readouterr().out.strip() == str(answer)
+    assert capsys.readouterr().out.strip() == str(predicted)
 
 
 @pytest.mark.slow
-def test_the_command_from_elsewhere(runs, command_server, tmp_path):
+def test_quantize_command_in_other_directory_writes_files(runs, command_server, tmp_path):
     done = command_server.run(
         *("quantize", runs / "plain", "--method", "dynamic", "--out", "q", "--max-drop", "100"),
         cwd=tmp_path,

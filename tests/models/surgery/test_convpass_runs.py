@@ -363,7 +363,7 @@ def test_two_processes_train_and_save_the_same_part(place, command_server, tmp_p
 def test_formats_without_adapters_say_so(place, tmp_path, form):
     pytest.importorskip("transformers")
     with raises(ConfigError, "student.adapters = 'convpass'", "--format onnx") as error:
-        export(place / "adapted", tmp_path / "out", name=form)
+        export(place / "adapted", tmp_path / "out", format=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -374,7 +374,7 @@ def test_graphs_take_them_along(place, tmp_path, form):
     if form == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    out = export(place / "adapted", tmp_path / "out", name=form, images=64)
+    out = export(place / "adapted", tmp_path / "out", format=form, images=64)
     assert (out / f"model.{form}").is_file()
 
 

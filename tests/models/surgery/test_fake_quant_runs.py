@@ -184,7 +184,7 @@ def test_it_teaches_and_is_evaluated_as_its_file(place):
 @pytest.mark.parametrize("form", FORMATS)
 def test_formats_of_floats_are_refused(place, tmp_path, form):
     with raises(ConfigError, place / "int8", "student.qat", "'int8'", "quantize") as error:
-        export(place / "int8", tmp_path / "out", name=form)
+        export(place / "int8", tmp_path / "out", format=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -269,7 +269,7 @@ def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeyp
     assert "--exclude" in told
     assert not any(word in told for word in ("finetune", "--calibration-method", "dynamic"))
     said = " ".join(capsys.readouterr().out.split())
-    assert "learnt" in said
+    assert "fake quantization" in said
     found = json.loads(Path("run/quantized-static/quantization.json").read_text())
     assert f"{found['as_the_run']['sqnr_db']['fused']:.1f} dB" in said
     assert found["calibration"]["how"] == "learnt"
@@ -278,7 +278,7 @@ def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeyp
         assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
         assert found["as_the_run"]["agreement"][head] > 0.995
         assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
-    assert "learnt" in Path("run/quantized-static/README.md").read_text()
+    assert "fake quantization" in Path("run/quantized-static/README.md").read_text()
 
 
 @pytest.mark.slow
