@@ -1,4 +1,4 @@
-"""The facts of the machine a run happens on: devices, precision, versions, commit."""
+"""Accelerate for a run: device, precision, processes; versions, commit and peak memory."""
 
 import functools
 import gc
@@ -34,28 +34,30 @@ _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def resolve_precision(precision: str, device_type: str) -> str:
-    """fp32, bf16 or fp16: the configured one, or what the launcher asked for.
+    """Return fp32, bf16 or fp16; for auto the precision that the launcher sets, else fp32.
 
-    Raises SystemFault where the device cannot compute in it.
+    Raises SystemFault if the device does not support it.
     """
     if precision == "auto":
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        names = {theirs: ours for ours, theirs in _ACCELERATE_NAMES.items()}
-        if asked not in names:
-            raise SystemFault(f"--mixed_precision {asked}: not supported; use no, bf16, fp16")
-        precision = names[asked]
+        accelerate_name = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        names = {value: key for key, value in _ACCELERATE_NAMES.items()}
+        if accelerate_name not in names:
+            raise SystemFault(
+                f"--mixed_precision {accelerate_name}: not supported; use no, bf16, fp16"
+            )
+        precision = names[accelerate_name]
     if precision == "fp16" and device_type == "cpu":
-        raise SystemFault("run.precision = 'fp16': a CPU cannot; use fp32")
+        raise SystemFault("run.precision = 'fp16': not supported on a CPU; use fp32")
     if precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise SystemFault("run.precision = 'bf16': this GPU cannot; use fp16 or fp32")
+        raise SystemFault("run.precision = 'bf16': not supported by this GPU; use fp16 or fp32")
     return precision
 
 
 def resolve_device(device: str) -> str:
-    """`cuda` or `cpu`. Raises SystemFault if cuda is asked for and not there."""
+    """Return `cuda` or `cpu`. Raises SystemFault if `cuda` is given and not available."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise SystemFault("run.device = 'cuda': no CUDA device here; use --run.device cpu")
+        raise SystemFault("run.device = 'cuda': no CUDA device found; use --run.device cpu")
     if device == "auto":
         return "cuda" if available else "cpu"
     return device
@@ -69,21 +71,20 @@ _SHARDING = {
 
 
 def _check_launcher() -> None:
-    """Refuse what would train something else than it says. Raises SystemFault."""
+    """Raise SystemFault for launcher settings that would have no effect or a wrong one."""
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise SystemFault(
-                f"the launcher asks for {name} ({variable}); a student is divided among processes "
-                "by --run.sharding fsdp (what FSDP2 and ZeRO's stage 3 do; docs/scaling.md) under "
-                "a "
-                "launcher of distributed_type MULTI_GPU, or torchrun"
+                f"the launcher sets {name} ({variable}), which is not supported; to shard the "
+                "student, use --run.sharding fsdp (FSDP2, like ZeRO stage 3; docs/scaling.md) with "
+                "distributed_type MULTI_GPU, or with torchrun"
             )
     variable = "ACCELERATE_DYNAMO_BACKEND"
-    asked = os.environ.get(variable, "no")
-    if asked.lower() != "no":
+    backend = os.environ.get(variable, "no")
+    if backend.lower() != "no":
         raise SystemFault(
-            f"the launcher asks for torch.compile ({variable} {asked}); launch without, and give "
-            "--run.compile default"
+            f"the launcher sets torch.compile ({variable} {backend}), which is not supported; "
+            "launch without it, and use --run.compile default"
         )
 
 
@@ -96,106 +97,108 @@ def create_accelerator(
     gradient_compression: str = "none",
     timeout_s: float = 300.0,
 ) -> Accelerator:
-    """Return Accelerate's object for a device, precision and accumulation.
+    """Create Accelerate's object for a run.
 
-    The arguments are the fields of `RunConfig` of the same names, and optim.grad_accum_steps.
-    Raises SystemFault where the machine cannot do what is asked.
+    The arguments are the fields of `RunConfig` with the same names, and optim.grad_accum_steps.
+    Raises SystemFault if the machine or the launcher does not support them.
     """
     _check_launcher()
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     if precision == "fp16" and sharding != "none":
-        raise SystemFault("run.sharding: not with fp16, which the launcher asks for; use bf16")
+        raise SystemFault("run.sharding: not with fp16, which the launcher sets; use bf16")
     if device == "cpu":
         raise_malloc_threshold()
     name = _ACCELERATE_NAMES[precision]
-    # One process may evaluate runs of several precisions; Accelerate knows one until it is told.
+    # A process may evaluate runs of different precisions; Accelerate keeps the first until reset.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != name:
         AcceleratorState._reset_state()
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=name,
-        # As a plugin: the plain argument is overruled by an environment variable of the launcher.
+        # As a plugin: an environment variable of the launcher overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=grad_accum_steps, sync_with_dataloader=False
         ),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-            _gradient_exchange(gradient_compression),
+            _ddp_kwargs(gradient_compression),
         ],
     )
 
 
-def _gradient_exchange(compression: str) -> DistributedDataParallelKwargs:
-    """In pieces of 4 MiB, so that the exchange begins while gradients are still computed: the 21 MB
-    of a DeiT-Ti would be one piece by default. And without a copy: gradients lie in the pieces."""
+def _ddp_kwargs(compression: str) -> DistributedDataParallelKwargs:
     hooks = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+    # Buckets of 4 MiB, so that all-reduce starts during the backward pass: by default the 21 MB of
+    # a DeiT-Ti are one bucket. Gradients are views of the buckets, which saves a copy.
     return DistributedDataParallelKwargs(
         bucket_cap_mb=4, gradient_as_bucket_view=True, comm_hook=hooks[compression]
     )
 
 
-def in_main_process(accelerator: Accelerator, work: Callable[[], int], what: object) -> int:
-    """Call a function in the main process alone; return its result, a whole number from 0 on, in
-    all processes.
+def in_main_process(accelerator: Accelerator, work: Callable[[], int], subject: object) -> int:
+    """Call a function in the main process only; return its result, an integer >= 0, in all.
 
-    what: is read or tried, for the message. Raises the function's DeitError in the main process, an
-    OSError as SystemFault, and an error of the same exit code in the other processes.
+    Every process must call it. subject: what is read or tried, for the message.
+    Raises the function's DeitError in the main process (an OSError as SystemFault), and an error
+    with the same exit code in the other processes.
     """
-    number, trouble = 0, None
+    result, failure = 0, None
     if accelerator.is_main_process:
         try:
-            number = work()
+            result = work()
         except DeitError as error:
-            trouble = error
+            failure = error
         except OSError as error:
-            trouble = SystemFault(f"{error.filename or what}: {error.strerror}")
-        if trouble is not None:
-            number = -trouble.exit_code
-    shared = torch.tensor(number, device=accelerator.device)
-    number = int(accelerator.reduce(shared, reduction="sum"))
-    if trouble is not None:
-        raise trouble
-    if number < 0:
+            failure = SystemFault(f"{error.filename or subject}: {error.strerror}")
+        if failure is not None:
+            result = -failure.exit_code
+    shared = torch.tensor(result, device=accelerator.device)
+    result = int(accelerator.reduce(shared, reduction="sum"))
+    if failure is not None:
+        raise failure
+    if result < 0:
         kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, CheckpointError)}
-        raise kinds.get(-number, SystemFault)(f"{what}: see process 0")
-    return number
+        raise kinds.get(-result, SystemFault)(f"{subject}: see process 0")
+    return result
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether the flag is true in any process. Every process has to call it."""
+    """Return whether the flag is true in any process. Every process must call it."""
     flags = torch.tensor(float(flag), device=accelerator.device)
     return accelerator.reduce(flags, reduction="sum").item() > 0
 
 
 def compile_module(network: nn.Module, mode: str) -> None:
-    """Let torch compile a network's forward and backward pass at its first call, in a mode of
-    run.compile. In its place: names, weights and copies of it stay as they are."""
+    """Compile a network in place, in a mode of run.compile; torch does it at the first call.
+
+    Parameter names and weights stay as they are.
+    """
     network.compile(mode=None if mode == "default" else mode)
 
 
 def uses_cuda_graphs(compile_mode: str) -> bool:
-    """Return whether networks compiled in a mode are recorded as CUDA graphs, whose outputs are
-    overwritten by the next call."""
+    """Return whether a mode of run.compile records CUDA graphs, whose next call overwrites the
+    outputs of the last."""
     return compile_mode in ("reduce-overhead", "max-autotune")
 
 
 def raise_malloc_threshold() -> None:
-    """Let glibc keep blocks of up to 31 MiB for the next tensor.
+    """Make glibc reuse freed blocks of up to 31 MiB; no effect with other C libraries.
 
-    It hands larger blocks than any freed so far back to the system, and takes pages anew, zeroed,
-    for every tensor: that made crops four times and a small training step a quarter slower. Having
-    freed one such block it keeps them (mallopt(3), M_MMAP_THRESHOLD); elsewhere this does nothing.
+    glibc returns blocks to the system that are larger than any freed before, and gets zeroed pages
+    again for the next tensor. That made crops four times slower and a small training step 25 %
+    slower. Freeing one block of this size raises the threshold (mallopt(3), M_MMAP_THRESHOLD).
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def destroy_process_group() -> None:
-    """Join the threads of the process group while the interpreter still stands.
+    """Destroy the process group before the interpreter shuts down.
 
-    Left to the end of the process, a thread of Gloo that holds a Python object may ask for the
-    interpreter after it is gone, and the process of a finished run then ends by SIGABRT. They live
-    as long as any network wrapped for several processes does: the caller keeps none.
+    Otherwise a thread of Gloo that holds a Python object may need the interpreter after its end,
+    and the process of a finished run is killed by SIGABRT. The threads live as long as any network
+    wrapped in DDP, so the caller must not keep one.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # a wrapped network may be in a cycle of references
@@ -203,23 +206,22 @@ def destroy_process_group() -> None:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether processes could not talk: one is gone, or did not answer in time.
+    """Return whether an error means that another process has exited or timed out.
 
-    Gloo says so by a plain RuntimeError, in words of its own.
+    Gloo raises a plain RuntimeError for it, so the message decides.
     """
     if isinstance(error, torch.distributed.DistError):
         return True
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    phrases = ("gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory so far [MB]: on a GPU what torch held there at once, else what this process
-    held of the machine's."""
+    """Return the peak memory [MiB] so far: allocated by torch on a GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else kilobytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS: bytes, Linux: KiB
 
 
 def environment_info(accelerator: Accelerator, command: str = "") -> dict[str, Any]:
@@ -233,10 +235,10 @@ def environment_info(accelerator: Accelerator, command: str = "") -> dict[str, A
         "platform": platform.platform(),
         "packages": {
             **{package: metadata.version(package) for package in _PACKAGES},
-            "torch": str(torch.__version__),  # tells the CUDA build apart, its metadata does not
+            "torch": str(torch.__version__),  # with the CUDA build, which the metadata lacks
         },
         "device": device.type,
-        "device_name": _name_of(device),
+        "device_name": _device_name(device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": {v: k for k, v in _ACCELERATE_NAMES.items()}[accelerator.mixed_precision],
@@ -244,20 +246,22 @@ def environment_info(accelerator: Accelerator, command: str = "") -> dict[str, A
 
 
 def hardware_summary(device: torch.device) -> str:
-    """What a speed or a peak of memory that is measured here and now depends on, in a line."""
-    threads = torch.get_num_threads()
-    by = "" if device.type == "cuda" else f", {count_noun(threads, 'thread')}"
-    return f"{_name_of(device)}{by}, torch {torch.__version__}"
+    """Return device, threads and torch version in a line, to go with measured speeds."""
+    num_threads = torch.get_num_threads()
+    threads = "" if device.type == "cuda" else f", {count_noun(num_threads, 'thread')}"
+    return f"{_device_name(device)}{threads}, torch {torch.__version__}"
 
 
-def _name_of(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of this checkout, with `-dirty` if it has changes; None outside a checkout. Asked
-    once: what is loaded stays what it was."""
+    """Return the commit of this checkout, with `-dirty` if it has changes; None outside a checkout.
+
+    Cached: the loaded code does not change when the checkout does.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""The launcher that started this process: where it is gone, this process should stop as well."""
+"""The launcher that started this process, and the signals by which both are stopped."""
 
 import ctypes
 import os
@@ -12,57 +12,63 @@ from functools import cache
 from types import FrameType
 
 PARALLEL_RUNS_ENV = "DEIT_AT_ONCE"
-"""In the environment of a run that one of our commands started: how many run beside each other."""
-_NAMES = ("TORCHELASTIC_RUN_ID", PARALLEL_RUNS_ENV)
-_OF_ACCELERATE = "ACCELERATE_MIXED_PRECISION"
-_PARENT = os.getppid()  # as early as may be: a launcher may die while torch is still imported
+"""Environment variable of runs that `deit sweep` started: how many run in parallel."""
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", PARALLEL_RUNS_ENV)
+_ACCELERATE_VARIABLE = "ACCELERATE_MIXED_PRECISION"
+_PARENT = os.getppid()  # read early: a launcher may exit while torch is being imported
 _PR_SET_PDEATHSIG = 1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 SIGNALS = (*STOPPING, SAVING)
-"""What asks a command to stop, and a run to save: SLURM's warning."""
+"""Signals that stop a command, and SIGUSR1 (SLURM's warning), at which a run saves."""
 SAME_SIGNAL_S = 2.0
-"""Within so many seconds another signal is the same one again: torchrun hands on to its processes
-what the terminal has sent them already."""
+"""A second signal within this time counts as the first one: torchrun forwards to its processes a
+signal that the terminal has already sent them."""
 
 
 _standalone = False
-_unobeyed = 0
+_pending_stop = 0
 
 
 def mark_standalone() -> None:
-    """Say that this process is a command, and not a program or notebook that calls one: then it may
-    be ended at once."""
+    """Mark this process as a command, which may exit at any time.
+
+    Otherwise it is a program or notebook that calls a command.
+    """
     global _standalone
     _standalone = True
 
 
 def is_standalone() -> bool:
-    """Whether this process is a command, as `mark_standalone` says."""
+    """Return whether `mark_standalone` was called in this process."""
     return _standalone
 
 
-def set_pending_stop(number: int) -> None:
-    """Record a stop signal until `clear_pending_stop`: another handler than the one that received
-    it may have to obey it."""
-    global _unobeyed
-    _unobeyed = _unobeyed or number
+def set_pending_stop(signum: int) -> None:
+    """Record a stop signal until `clear_pending_stop`; the first one is kept.
+
+    The handler that obeys it can be another than the one that received it.
+    """
+    global _pending_stop
+    _pending_stop = _pending_stop or signum
 
 
 def pending_stop() -> int:
-    """The signal that asked to stop and was not obeyed yet; 0 for none."""
-    return _unobeyed
+    """Return the stop signal that has not been obeyed yet; 0 if there is none."""
+    return _pending_stop
 
 
 def clear_pending_stop() -> None:
-    """Say that the signal that asked to stop is obeyed."""
-    global _unobeyed
-    _unobeyed = 0
+    """Mark the pending stop signal as obeyed."""
+    global _pending_stop
+    _pending_stop = 0
 
 
 def exit_now(text: str, code: int) -> None:
-    """End this process in its middle, with a last line on standard error if that takes one: it may
-    be closed, its disk full, or a pipe that nobody reads."""
+    """Exit without cleaning up, after printing a line to standard error if that cannot block.
+
+    Standard error may be closed, on a full disk, or a pipe without a reader.
+    """
     with suppress(OSError, ValueError):
         if text and select.select([], [2], [], 0)[1]:
             os.write(2, f"{text}\n".encode())
@@ -70,65 +76,65 @@ def exit_now(text: str, code: int) -> None:
 
 
 def frame_before_import(frame: FrameType | None) -> FrameType | None:
-    """The frame that began the import in whose middle the program is; None where it is in none.
+    """Return the frame whose import statement is being executed; None outside of an import.
 
-    An exception there may end the process by SIGABRT: parts of libraries written in C++ call Python
-    where no exception may leave them, while they are set up.
+    A signal handler must not raise during an import: C++ libraries call Python while they are
+    initialized, and an exception there can end the process by SIGABRT.
     """
-    found = None
+    importing_frame = None
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            found = frame.f_back
+            importing_frame = frame.f_back
         frame = frame.f_back
-    return found
+    return importing_frame
 
 
 def has_launcher() -> bool:
-    """Whether torchrun, accelerate launch or a command of ours started this process."""
-    return any(name in os.environ for name in _NAMES) or (
-        _OF_ACCELERATE in os.environ and _started_by_accelerate()
+    """Return whether torchrun, accelerate launch or a command of deit started this process."""
+    return any(name in os.environ for name in _LAUNCHER_VARIABLES) or (
+        _ACCELERATE_VARIABLE in os.environ and _started_by_accelerate()
     )
 
 
 @cache
 def _started_by_accelerate() -> bool:
-    """Users export Accelerate's variables, too: then their shell is no launcher."""
+    # The variable does not prove it: users also export Accelerate's variables in a shell.
     import psutil
 
     try:
-        return any("accelerate" in word for word in psutil.Process(_PARENT).cmdline())
+        return any("accelerate" in argument for argument in psutil.Process(_PARENT).cmdline())
     except psutil.Error:
         return False
 
 
 def processes_on_host() -> int:
-    """How many processes of ours share this machine, this one among them."""
-    beside = int(os.environ.get(PARALLEL_RUNS_ENV, "1"))
-    return beside * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return how many training processes share this machine, including this one."""
+    num_runs = int(os.environ.get(PARALLEL_RUNS_ENV, "1"))
+    return num_runs * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def exit_with_parent() -> None:
-    """Ask the system for SIGTERM when the launcher dies, where it offers that."""
+    """Make the system send SIGTERM to this process when its launcher exits (Linux only)."""
     if has_launcher() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def parent_exited() -> bool:
-    """Whether the launcher that was there at first is no more."""
+    """Return whether the launcher that started this process has exited."""
     return has_launcher() and os.getppid() != _PARENT
 
 
 def kill_with_parent(parent: int) -> None:
-    """Have this process killed as soon as the one that started it is gone. parent: its number."""
+    """Make this process end as soon as its parent exits. parent: the parent's process id."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before
+        if os.getppid() != parent:  # it exited before the call
             os._exit(1)
     else:
-        threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _leave_after(parent: int) -> None:
+def _exit_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,8 +1,8 @@
-"""Counter-based randomness: every number is a function of (seed, stream, epoch, sample, repeat).
+"""Counter-based random numbers: each is a function of (seed, stream, epoch, sample, repeat).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in
-int64 tensor operations, so the same words come out on every device, in any order, at any batch size
-and process count, and nothing has to be saved to resume.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in int64
+tensor operations. The numbers are the same on every device, in any order, at any batch size and
+number of processes. Resuming needs no saved state.
 """
 
 import math
@@ -16,16 +16,25 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BLOCK_BITS = 16  # of the counter's last word; the upper ones hold the repeat
+_BLOCK_BITS = 16  # low bits of the counter's last word; the high bits hold the repeat
 
 
 class Keys(NamedTuple):
-    """Names the random numbers of a batch: one row of numbers for each sample.
+    """The keys of the random numbers of a batch; each sample gets a row of numbers.
 
     seed: integer in [0, 2**64).
     epoch: integer in [0, 2**32).
-    samples: int64 [batch], each in [0, 2**32).
-    repeats: int64 [batch], each in [0, 2**16): which of the views of a sample this is; None: all 0.
+    samples: int64 [B], each in [0, 2**32).
+    repeats: int64 [B], each in [0, 2**16): the index of the view of a sample. Default: all 0.
+
+    The numbers of a sample do not depend on the other samples of the batch:
+
+    >>> batch = Keys(seed=0, epoch=3, samples=torch.tensor([7, 42]))
+    >>> alone = Keys(seed=0, epoch=3, samples=torch.tensor([42]))
+    >>> torch.equal(uniform(batch, "crop", 4)[1], uniform(alone, "crop", 4)[0])
+    True
+    >>> random_words(alone, "crop", 2).tolist()
+    [[602942979, 614813068]]
     """
 
     seed: int
@@ -35,11 +44,10 @@ class Keys(NamedTuple):
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Four 32-bit words for each counter.
+    """Return four 32-bit words for each counter, as four int64 tensors with values in [0, 2**32).
 
-    counter: four int64 tensors of one shape, each value in [0, 2**32).
+    counter: four int64 tensors of one shape, with values in [0, 2**32).
     seed: the 64-bit key.
-    Returns four int64 tensors of that shape, values in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -57,9 +65,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def random_words(keys: Keys, stream: str, count: int) -> Tensor:
-    """Random words, int64 [batch, count], uniform over [0, 2**32).
+    """Return random words, int64 [B, count], uniform over [0, 2**32).
 
-    stream: the name of the consumer. Streams are independent, so a new augmentation never shifts
+    stream: the name of the consumer. Streams are independent: a new augmentation does not change
     the numbers of the others.
     """
     blocks = -(-count // 4)
@@ -69,26 +77,26 @@ def random_words(keys: Keys, stream: str, count: int) -> Tensor:
         block = block + (keys.repeats << _BLOCK_BITS).unsqueeze(1)
     epoch = torch.full_like(samples, keys.epoch)
     stream_id = torch.full_like(samples, zlib.crc32(stream.encode()))
-    drawn = philox((samples, epoch, stream_id, block), keys.seed)
-    return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
+    values = philox((samples, epoch, stream_id, block), keys.seed)
+    return torch.stack(values, dim=-1).flatten(1)[:, :count]
 
 
 def uniform(keys: Keys, stream: str, count: int) -> Tensor:
-    """Numbers uniform over [0, 1) on a grid of 2**-32, float64 [batch, count]."""
+    """Return numbers uniform over [0, 1) in steps of 2**-32, float64 [B, count]."""
     return random_words(keys, stream, count).double() * 2.0**-32
 
 
 def normal(keys: Keys, stream: str, count: int) -> Tensor:
-    """Standard normal variates, float64 [batch, count] (Box and Muller, 1958)."""
+    """Return standard normal variates, float64 [B, count] (Box and Muller 1958)."""
     draws = 1 - uniform(keys, stream, 2 * count)  # in (0, 1]
     radius = torch.sqrt(-2 * torch.log(draws[:, :count]))
     return radius * torch.cos(2 * math.pi * draws[:, count:])
 
 
 def permutation(seed: int, epoch: int, size: int) -> Tensor:
-    """A random order of range(size), int64 [size], for one epoch of one seed (on the CPU).
+    """Return a random permutation of range(size) for an epoch, int64 [size] on the CPU.
 
-    Sorted by 63 random bits, ties broken by index.
+    Sorts by 63 random bits; ties are broken by index.
     """
     keys = Keys(seed, epoch, torch.arange(size))
     high, low = random_words(keys, "order", 2).unbind(dim=1)
@@ -99,11 +107,12 @@ _BETA_ATTEMPTS = 12
 
 
 def _log_gamma(keys: Keys, stream: str, shape: float) -> Tensor:
-    """Logarithms of Gamma(shape) variates, float64 [batch], by Marsaglia and Tsang (ACM TOMS 26,
+    """Return logarithms of Gamma(shape) variates, float64 [B] (Marsaglia and Tsang, ACM TOMS 26,
     2000).
 
-    A fixed number of attempts keeps it a tensor operation: each is accepted with probability over
-    0.95, so 12 fail together less often than once in 10**15 draws (the last attempt then stands).
+    The number of attempts is fixed, so that it is a tensor operation. Each attempt is accepted with
+    a probability above 0.95, so all 12 are rejected less than once in 10**15 draws; then the last
+    one is used.
     """
     boosted = shape + 1 if shape < 1 else shape  # the method needs a shape of at least 1
     d = boosted - 1 / 3
@@ -120,9 +129,9 @@ def _log_gamma(keys: Keys, stream: str, shape: float) -> Tensor:
 
 
 def beta(keys: Keys, stream: str, alpha: float) -> Tensor:
-    """Beta(alpha, alpha) variates in [0, 1], float64 [batch]; alpha must be positive.
+    """Return Beta(alpha, alpha) variates in [0, 1], float64 [B]; alpha must be positive.
 
-    A ratio of two gammas, taken in logarithms: with a small alpha the gammas themselves underflow.
+    Computed from the logarithms of two gamma variates, which underflow themselves for small alpha.
     """
     first = _log_gamma(keys, f"{stream}/first", alpha)
     second = _log_gamma(keys, f"{stream}/second", alpha)
@@ -130,15 +139,19 @@ def beta(keys: Keys, stream: str, alpha: float) -> Tensor:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """Another 63-bit seed for a purpose of its own."""
+    """Return a 63-bit seed for a named purpose, independent of those for other names.
+
+    >>> derived_seed(0, "teacher")
+    4615293652292204298
+    """
     high, low = random_words(Keys(seed, 0, torch.tensor([0])), f"seed/{name}", 2)[0].tolist()
     return ((high >> 1) << 32) | low
 
 
 def step_seed(seed: int, step: int, micro_step: int) -> int:
-    """A 63-bit seed for what torch draws itself inside one step (drop path, dropout).
+    """Return a 63-bit seed for torch's own random numbers in a step (drop path, dropout).
 
-    part: tells the processes and micro-batches of one step apart.
+    micro_step: differs between the processes and micro-batches of a step.
     """
     keys = Keys(seed, micro_step, torch.tensor([step]))
     high, low = random_words(keys, "step", 2)[0].tolist()

@@ -1,4 +1,4 @@
-"""The run folder: its names, its checkpoints written whole, and the newest sound one found."""
+"""The run folder: its file names, its checkpoints, and the latest valid one of them."""
 
 import os
 import shutil
@@ -29,13 +29,13 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best"
 NAMES = ("best", "last")
-"""What a checkpoint may be asked for by: the best so far, the newest."""
-_PREFIX, _ASIDE = "checkpoint-", "damaged-"
+"""Names of checkpoints in options: the best so far, and the latest."""
+_PREFIX, _DAMAGED_PREFIX = "checkpoint-", "damaged-"
 
 
 @dataclass(frozen=True)
 class Packages:
-    """The versions of what computes."""
+    """Versions of packages in a run's environment."""
 
     torch: str
     timm: str
@@ -43,7 +43,7 @@ class Packages:
 
 @dataclass(frozen=True)
 class RecordedEnvironment:
-    """What a run has recorded of its environment, as far as others read it."""
+    """The fields of a run's environment.json that other commands read."""
 
     command: str
     deit: str
@@ -72,61 +72,62 @@ class Result:
     teachers: list[str]
 
 
-def read_environment(run: Path) -> RecordedEnvironment:
+def read_environment(run: str | Path) -> RecordedEnvironment:
     """Return the recorded environment of a run. Raises CheckpointError."""
-    return load_json_as(run / ENVIRONMENT, RecordedEnvironment)
+    return load_json_as(Path(run) / ENVIRONMENT, RecordedEnvironment)
 
 
 def check_run_dir(out: Path, *, resume: bool) -> None:
-    """Refuse a folder that would be overwritten, before anything is written or loaded.
+    """Check before any work that a run can be written to, or resumed in, a folder.
 
-    Raises ConfigError if it is not empty and resuming was not asked for, or holds no run;
-    CheckpointError where its run was made by an earlier release, or a name of ours is a link.
+    Raises ConfigError if it is not empty and `resume` is false, or if it holds no run;
+    CheckpointError if its run was written by an earlier release, or one of its files is a link;
+    SystemFault if it is not a folder.
     """
     try:
-        there = out.exists()
-    except OSError as error:  # a name that no disk takes
+        exists = out.exists()
+    except OSError as error:  # a name that the file system does not allow
         raise SystemFault(f"--out {out}: {error.strerror}") from None
-    if there and not out.is_dir():
+    if exists and not out.is_dir():
         raise SystemFault(f"--out {out}: is a file, not a folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     if all(name == LOCK or is_temporary(name) for name in names):
         _check_entries(out, names)
         return
     if CONFIG not in names:
-        raise ConfigError(
-            f"--out {out}: holds something, but no run (no {CONFIG}); give another --out"
-        )
+        raise ConfigError(f"--out {out}: is not empty and not a run (no {CONFIG}); give another")
     if not resume:
         raise ConfigError(
-            f"--out {out}: the folder is not empty; add --resume to go on with the run in it, "
-            "or give another --out"
+            f"--out {out}: the folder is not empty; add --resume to resume the run in it, or give "
+            "another --out"
         )
     _check_entries(out, names)
     if not (out / CONFIG).is_file():
-        raise ConfigError(f"--out {out}: its {CONFIG} is no file; give another --out")
+        raise ConfigError(f"--out {out}: its {CONFIG} is not a file; give another --out")
     if (out / "last").is_dir():
         raise CheckpointError(
-            f"--out {out}: a run of an earlier release (it has a folder `last`), which this one "
-            "does not resume; its best/ can be evaluated and fine-tuned; give another --out"
+            f"--out {out}: a run of an earlier release (it has a folder `last`), which cannot be "
+            "resumed; its best/ can be evaluated and fine-tuned; give another --out"
         )
 
 
 def _check_entries(out: Path, names: list[str]) -> None:
-    """Refuse links in a run folder, which lead out of it, and pipes and devices, which may block.
-    Raises CheckpointError."""
+    """Raise CheckpointError for links, pipes and devices among the files of a run.
+
+    Links can lead out of the folder; pipes and devices can block.
+    """
     for name in names:
-        ours = (
+        is_run_file = (
             name == BEST
-            or name.startswith((_PREFIX, _ASIDE, "."))
+            or name.startswith((_PREFIX, _DAMAGED_PREFIX, "."))
             or name.endswith((".json", ".jsonl"))
         )
-        if ours and (out / name).is_symlink():
+        if is_run_file and (out / name).is_symlink():
             raise CheckpointError(
-                f"{out / name}: is a link (to {os.path.realpath(out / name)}), and may lead "
-                "anywhere; put what it leads to in its place"
+                f"{out / name}: is a link (to {os.path.realpath(out / name)}); put the file or "
+                "folder itself there"
             )
-        if ours and (out / name).exists() and not is_plain(out / name):
+        if is_run_file and (out / name).exists() and not is_plain(out / name):
             raise CheckpointError(f"{out / name}: {NOT_PLAIN}; remove it")
 
 
@@ -135,107 +136,121 @@ def create_run_dir(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemFault(f"--out {out}: cannot be made ({error.strerror})") from None
+        raise SystemFault(f"--out {out}: cannot be created ({error.strerror})") from None
 
 
-def require_run(run: Path) -> None:
-    """Refuse what is no run folder. Raises CheckpointError."""
+def require_run(run: str | Path) -> None:
+    """Raise CheckpointError if a path is not a run folder."""
+    run = Path(run)
     if not run.is_dir():
-        beside = run.absolute().parent
-        others = [one.parent.name for one in beside.glob(f"*/{CONFIG}")]
-        raise CheckpointError(f"{run}: no such run folder{did_you_mean(run.name, others)}")
+        siblings = [path.parent.name for path in run.absolute().parent.glob(f"*/{CONFIG}")]
+        raise CheckpointError(f"{run}: no such run folder{did_you_mean(run.name, siblings)}")
     if not (run / CONFIG).is_file():
-        inside = sorted(str(one.parent) for one in run.glob(f"*/{CONFIG}"))
-        named = f"; in it is {inside[0]}" if inside else ""
-        raise CheckpointError(f"{run}: not a run folder (no {CONFIG}){named}")
+        runs_inside = sorted(str(path.parent) for path in run.glob(f"*/{CONFIG}"))
+        hint = f"; it contains {runs_inside[0]}" if runs_inside else ""
+        raise CheckpointError(f"{run}: not a run folder (no {CONFIG}){hint}")
 
 
-def read_result(out: Path) -> dict[str, Any] | None:
-    """What a finished run came to; None of one that is not. Raises CheckpointError."""
-    path = out / RESULT
+def read_result(out: str | Path) -> dict[str, Any] | None:
+    """Return the result of a finished run; None if the run is not finished.
+
+    Raises CheckpointError if result.json is invalid.
+    """
+    path = Path(out) / RESULT
     if not path.is_file():
         return None
-    found = asdict(load_json_as(path, Result))
+    result = asdict(load_json_as(path, Result))
     for name in ("epoch", "top1", "class_top1"):
-        if found["best"].get(name) is None:
+        if result["best"].get(name) is None:
             raise CheckpointError(f"{path}: best: no {name}")
-    return found
+    return result
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """Return the path of the checkpoint after `step` optimizer steps."""
     return out / f"{_PREFIX}{step:08d}"
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step of a checkpoint, by its name."""
+    """Return the step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
-def list_checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a run folder with their steps, the newest first; by name, for clocks and
-    copies make times of files meaningless."""
-    steps = []
+def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
+    """Return the checkpoints in a run folder with their steps, the latest first.
+
+    Ordered by name: file times change with clocks and copies.
+    """
+    out = Path(out)
+    checkpoints = []
     for path in out.glob(f"{_PREFIX}*"):
-        number = path.name.removeprefix(_PREFIX)
-        if number.isdecimal() and path.is_dir() and path == checkpoint_path(out, int(number)):
-            steps.append((int(number), path))
-    return sorted(steps, reverse=True)
+        digits = path.name.removeprefix(_PREFIX)
+        if digits.isdecimal() and path.is_dir() and path == checkpoint_path(out, int(digits)):
+            checkpoints.append((int(digits), path))
+    return sorted(checkpoints, reverse=True)
 
 
-Fill = Callable[[Path], dict[str, manifest.FileDigest] | None]
-"""Writes files into the folder it is given; returns what it knows of their digests already."""
+WriteFiles = Callable[[Path], dict[str, manifest.FileDigest] | None]
+"""Writes files into a folder; returns the digests that it has already computed, by name."""
 
 
 def save_checkpoint(
-    out: Path, step: int, fill: Fill, *, keep: int, keep_steps: Collection[int] = (), needs: int = 0
+    out: Path,
+    step: int,
+    write_files: WriteFiles,
+    *,
+    keep: int,
+    keep_steps: Collection[int] = (),
+    bytes_needed: int = 0,
 ) -> None:
-    """Write the checkpoint of a step, whole or not at all; then remove all but the newest `keep`,
-    and those of the steps that `stay`.
+    """Write the checkpoint of a step atomically, verify it, and remove old checkpoints.
 
-    needs: about how many bytes, for the message of a full disk.
-    Nothing is removed before the new one is
-    held against its manifest. Raises SystemFault where the disk refuses; the checkpoints
-    before are left then.
+    keep: how many of the latest checkpoints to keep, in addition to those of `keep_steps`.
+    bytes_needed: approximate size, for the message if the disk is full.
+    Raises SystemFault if writing fails; then all earlier checkpoints are kept.
     """
     target = checkpoint_path(out, step)
-    write_with_manifest(target, fill, step=step, needs=needs)
+    write_with_manifest(target, write_files, step=step, bytes_needed=bytes_needed)
     manifest.verify_dir(target)
     remove_old_checkpoints(out, keep=keep, keep_steps=keep_steps)
 
 
-def write_with_manifest(target: Path, fill: Fill, *, step: int, needs: int = 0) -> None:
-    """Fill a new folder, with a manifest, and put it in the place of `target`.
+def write_with_manifest(
+    target: Path, write_files: WriteFiles, *, step: int, bytes_needed: int = 0
+) -> None:
+    """Write a folder with a manifest, and replace `target` with it.
 
-    Raises SystemFault where the disk refuses.
+    Raises SystemFault if writing fails.
     """
 
     def write(folder: Path) -> None:
-        known = fill(folder) or {}
+        known = write_files(folder) or {}
         names = {file.name for file in folder.iterdir()}
         files = known | manifest.digests(folder, names - known.keys())
         manifest.write_manifest(folder, files, step=step)
         fault_point("manifest")
 
-    replace_dir(target, write, bytes_needed=needs)
+    replace_dir(target, write, bytes_needed=bytes_needed)
 
 
 def remove_old_checkpoints(out: Path, *, keep: int, keep_steps: Collection[int] = ()) -> None:
-    """Remove all but the newest checkpoints and those of the steps that stay; what a kill leaves of
-    that, the next start clears."""
-    passing = [path for step, path in list_checkpoints(out) if step not in keep_steps]
-    for path in passing[keep:]:
-        aside = path.with_name(f"{REMOVED_PREFIX}{path.name}")
-        path.rename(aside)
+    """Remove all checkpoints except the `keep` latest and those of `keep_steps`.
+
+    `clean_leftovers` removes what a killed process leaves of them.
+    """
+    removable = [path for step, path in list_checkpoints(out) if step not in keep_steps]
+    for path in removable[keep:]:
+        renamed = path.with_name(f"{REMOVED_PREFIX}{path.name}")
+        path.rename(renamed)
         fault_point("rotate")
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
-def latest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None where there is none at all.
+def latest_checkpoint(out: str | Path) -> Path | None:
+    """Return the latest valid checkpoint; None if there is no checkpoint at all.
 
-    Damaged ones are named and passed over. Raises CheckpointError where all are damaged, or one may
-    not be read; SystemFault where one cannot be read now.
+    Skips damaged ones, with a warning for each. Raises CheckpointError if all are damaged, or if
+    the permissions forbid reading one; SystemFault for a transient error.
     """
     damages = []
     for step, path in list_checkpoints(out):
@@ -247,47 +262,49 @@ def latest_checkpoint(out: Path) -> Path | None:
             damages.append(str(error))
             continue
         for damage in damages:
-            warn(f"passed over: {damage}")
-        for stray in sorted(manifest.unlisted_files(path)):
-            warn(f"{path / stray}: none of ours, and not read")
+            warn(f"skipped a damaged checkpoint: {damage}")
+        for name in sorted(manifest.unlisted_files(path)):
+            warn(f"{path / name}: not part of the checkpoint, ignored")
         return path
     if damages:
         raise CheckpointError(
-            f"{out}: no checkpoint is sound, so the run cannot go on:\n  " + "\n  ".join(damages)
+            f"{out}: all checkpoints are damaged, so the run cannot be resumed:\n  "
+            + "\n  ".join(damages)
         )
     return None
 
 
 def verify_checkpoint(path: Path, step: int) -> None:
-    """Hold a checkpoint against its manifest and its name. Raises CheckpointError."""
-    said = manifest.verify_dir(path).step
-    if said != step:
-        raise CheckpointError(f"{path}: holds step {said}, so it is not where it was written")
+    """Verify a checkpoint against its manifest and its name. Raises CheckpointError."""
+    actual = manifest.verify_dir(path).step
+    if actual != step:
+        raise CheckpointError(f"{path}: holds step {actual}, so the folder was renamed or moved")
 
 
 def rename_damaged(out: Path, *, after: int) -> None:
-    """Rename the checkpoints of later steps, which are damaged, so that nothing counts them."""
+    """Rename the damaged checkpoints of steps later than `after`, so that they are ignored."""
     for step, path in list_checkpoints(out):
         if step > after:
-            aside = path.with_name(f"{_ASIDE}{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            warn(f"{path} is damaged and was set aside as {aside.name}")
+            renamed = path.with_name(f"{_DAMAGED_PREFIX}{path.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
+            warn(f"{path} is damaged and was renamed to {renamed.name}")
 
 
 def is_checkpoint_dir(folder: Path) -> bool:
-    """Whether a path is named as a checkpoint in a run folder is."""
-    number = folder.name.removeprefix(_PREFIX)
-    return folder.name == BEST or (folder.name.startswith(_PREFIX) and number.isdecimal())
+    """Return whether a path has the name of a checkpoint in a run folder."""
+    digits = folder.name.removeprefix(_PREFIX)
+    return folder.name == BEST or (folder.name.startswith(_PREFIX) and digits.isdecimal())
 
 
 def damaged_checkpoints(out: Path) -> list[Path]:
-    """The checkpoints that `rename_damaged` has put away."""
-    return sorted(out.glob(f"{_ASIDE}{_PREFIX}*"))
+    """Return the checkpoints that `rename_damaged` has renamed."""
+    return sorted(out.glob(f"{_DAMAGED_PREFIX}{_PREFIX}*"))
 
 
-def find_checkpoint(out: Path, name: str) -> Path | None:
-    """The folder of the checkpoint asked for by one of NAMES; None where there is none."""
+def find_checkpoint(out: str | Path, name: str) -> Path | None:
+    """Return the folder of a checkpoint by name (one of NAMES); None if there is none."""
     if name == "last":
         return latest_checkpoint(out)
-    return out / name if (out / name).is_dir() else None
+    path = Path(out) / name
+    return path if path.is_dir() else None

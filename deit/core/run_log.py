@@ -1,4 +1,4 @@
-"""The logs of a run, a line of JSON a row: written, read, and cut where a resumed run goes on."""
+"""The logs of a run in JSON lines: appended, read, and truncated when a run is resumed."""
 
 import hashlib
 import json
@@ -22,8 +22,10 @@ NONFINITE_LOG = "nonfinite_steps.jsonl"
 
 
 def append(path: Path, row: dict[str, Any]) -> int:
-    """Add a row and bring it to the disk; what is not finite becomes null. The length of the file
-    then [bytes]. Raises SystemFault."""
+    """Append a row and sync it; numbers that are not finite become null.
+
+    Return the length of the file [bytes]. Raises SystemFault.
+    """
     try:
         with open_to_append(path, "ab") as file:
             file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
@@ -44,9 +46,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows, oldest first; an empty list without the file. What follows a line that is no row,
-    because a kill cut it off for instance, is left out."""
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows, oldest first; an empty list if there is no file.
+
+    Stops at the first line that is not a row, for example one cut off by a kill.
+    """
+    path = Path(path)
     rows = []
     for line in read_bytes(path).splitlines() if path.is_file() else ():
         try:
@@ -65,11 +70,12 @@ class _Loader(BaseModel):
 
 
 class _Epoch(BaseModel, extra="allow"):
-    """A row of metrics.jsonl. What is not finite is None.
+    """A row of metrics.jsonl. Numbers that are not finite are None.
 
-    train: losses by name, `<head>_top1` and `lr`. validation: top-1 by head and others; of epochs
-    with an evaluation. seconds: of training so far. loader, images_per_s, memory_mb: of epochs that
-    one command trained whole.
+    train: losses by name, `<head>_top1` and `lr`.
+    validation: top-1 by head and other metrics; only after epochs with an evaluation.
+    seconds: training time so far.
+    loader, images_per_s, memory_mb: only of epochs without an interruption.
     """
 
     epoch: int = Field(ge=1)
@@ -83,45 +89,52 @@ class _Epoch(BaseModel, extra="allow"):
 
     @model_validator(mode="after")
     def _complete(self) -> "_Epoch":
-        given = self.model_fields_set
-        for name, there in (
+        fields = self.model_fields_set
+        for name, is_present in (
             ("train.lr", self.train.get("lr") is not None),
-            ("validation.class_top1", "validation" not in given or "class_top1" in self.validation),
-            ("images_per_s", "loader" not in given or "images_per_s" in given),
+            (
+                "validation.class_top1",
+                "validation" not in fields or "class_top1" in self.validation,
+            ),
+            ("images_per_s", "loader" not in fields or "images_per_s" in fields),
         ):
-            if not there:
+            if not is_present:
                 raise ValueError(f"no {name}")
         return self
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, oldest first. Raises CheckpointError where one is not as a run
-    writes it; a last line that a kill cut off is left out."""
-    path = run / METRICS
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics, oldest first. A last line cut off by a kill is ignored.
+
+    Raises CheckpointError if another line is not a valid row.
+    """
+    path = Path(run) / METRICS
     rows = read(path)
     if path.is_file() and len(rows) < read_bytes(path).count(b"\n"):
-        raise CheckpointError(f"{path}: line {len(rows) + 1} is no row of JSON")
+        raise CheckpointError(f"{path}: line {len(rows) + 1} is not a JSON object")
     rows = as_typed(path, rows, list[_Epoch])
     return [row.model_dump(exclude_unset=True) for row in rows]
 
 
 def truncate(path: Path, length: int) -> None:
-    """Drop the rows behind `length` [bytes], which a resumed run writes again, and lines before
-    it that are no rows: they would hide what follows them."""
+    """Remove the rows after `length` [bytes], which a resumed run writes again.
+
+    Also removes lines before it that are not rows, because `read` stops at them.
+    """
     content = read_bytes(path) if path.is_file() else b""
     rows = [line for line in content[:length].splitlines(keepends=True) if _is_row(line)]
-    kept = b"".join(rows)
-    if len(kept) < length:
-        warn(f"{path}: not as it was written, so rows are lost; the run itself is not affected")
-    if content.startswith(kept):
-        if kept != content:
-            os.truncate(path, len(kept))
+    remaining = b"".join(rows)
+    if len(remaining) < length:
+        warn(f"{path}: was changed or damaged, so rows are lost; the run itself is not affected")
+    if content.startswith(remaining):
+        if remaining != content:
+            os.truncate(path, len(remaining))
     else:
-        atomic_write(path, kept)
+        atomic_write(path, remaining)
 
 
 def _is_row(line: bytes) -> bool:
-    """Whether a line is a whole row: half a one would spoil the next."""
+    """Return whether a line is a complete row, with its line end."""
     try:
         return line.endswith(b"\n") and isinstance(parse_strict_json(line), dict)
     except ValueError:
@@ -129,20 +142,21 @@ def _is_row(line: bytes) -> bool:
 
 
 def truncate_after_step(path: Path, step: int) -> None:
-    """Drop the rows of later updates than `step`."""
-    lines = len(read_bytes(path).splitlines()) if path.is_file() else 0
+    """Remove the rows of later steps than `step`."""
+    num_lines = len(read_bytes(path).splitlines()) if path.is_file() else 0
     rows = [row for row in read(path) if isinstance(row.get("step"), int)]
-    if len(rows) < lines:
-        warn(f"{path}: some rows cannot be read and are left out; the run itself is not affected")
-    kept = [row for row in rows if row["step"] <= step]
-    if len(kept) < lines:
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    if len(rows) < num_lines:
+        warn(f"{path}: removed rows that cannot be read; the run itself is not affected")
+    remaining = [row for row in rows if row["step"] <= step]
+    if len(remaining) < num_lines:
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in remaining).encode())
 
 
 def next_chain_hash(before: str, step: int, digests: dict[str, str]) -> str:
-    """The next link of a chain of hashes: SHA-256 of the one before, the step and what is now.
+    """Return the next hash of a hash chain: SHA-256 of the last hash, the step and the state.
 
-    before: "" for the first. digests: of the parts of a state by name.
+    before: the last hash, "" for the first.
+    digests: digests of the parts of the state, by name.
     """
     parts = " ".join(f"{name}={digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(f"{before} {step} {parts}".encode()).hexdigest()

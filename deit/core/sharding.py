@@ -1,4 +1,4 @@
-"""A student divided among processes (torch's fully_shard), and its tensors put together again."""
+"""Sharding of a student among processes (torch's fully_shard), and gathering of its tensors."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -14,37 +14,41 @@ from deit.core.errors import SystemFault
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
-# The imports inside the functions take half a second, and most commands divide nothing.
+# Imported inside the functions: it takes half a second, and most commands do not shard.
 
 
-def shard_degree(among: str, processes: int) -> int:
-    """Into how many parts run.sharding divides a student: 1 for none, and for one process.
+def shard_degree(sharding: str, num_processes: int) -> int:
+    """Return the number of shards of a student for run.sharding: 1 for none or a single process.
 
-    Raises SystemFault where nodes are asked for and the launcher does not say what they are.
+    Raises SystemFault for hsdp if the launcher does not set the processes per node.
     """
-    if among == "none" or processes == 1:
+    if sharding == "none" or num_processes == 1:
         return 1
-    if among == "fsdp":
-        return processes
-    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if of_node < 2 or processes % of_node:
+    if sharding == "fsdp":
+        return num_processes
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if per_node < 2 or num_processes % per_node:
         raise SystemFault(
-            f"run.sharding = 'hsdp': needs several processes on each node, as many on all; the "
-            f"launcher says {of_node} of {processes} (LOCAL_WORLD_SIZE; torchrun "
+            f"run.sharding = 'hsdp': needs two or more processes per node, the same number on "
+            f"each; the launcher sets {per_node} of {num_processes} (LOCAL_WORLD_SIZE; torchrun "
             "--nproc_per_node); use run.sharding fsdp"
         )
-    return of_node
+    return per_node
 
 
-def device_mesh(parts: int, processes: int, device: torch.device, timeout_s: float) -> "DeviceMesh":
-    """The processes as torch's sharding wants them: [processes], or with fewer parts [nodes,
-    parts], where each node holds everything once. All processes ask together."""
+def device_mesh(
+    num_shards: int, num_processes: int, device: torch.device, timeout_s: float
+) -> "DeviceMesh":
+    """Return the mesh of all processes: [processes], or [nodes, shards] if there are fewer shards.
+
+    With the second, each node holds the whole student once. Every process must call it.
+    """
     from torch.distributed import DeviceMesh, new_subgroups_by_enumeration
 
-    if parts == processes:
+    if num_shards == num_processes:
         return DeviceMesh.from_group(torch.distributed.group.WORLD, device.type)
-    nodes = torch.arange(processes).view(-1, parts)
-    # Made here, because a mesh makes groups that wait for a lost process as long as they like.
+    nodes = torch.arange(num_processes).view(-1, num_shards)
+    # Created here, because the groups that a mesh creates ignore the timeout.
     timeout = timedelta(seconds=timeout_s)
     groups = [
         new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
@@ -55,14 +59,16 @@ def device_mesh(parts: int, processes: int, device: torch.device, timeout_s: flo
 
 
 def shard_model(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = False) -> None:
-    """Leave each process its part of the weights of `model`, in place: a block (of model.network,
-    named `blocks` as in timm's transformers) is whole for as long as it computes, forward and
-    again backward; what is in no block, for the whole update.
+    """Shard the weights of `model` in place, so that each process keeps its part.
 
-    Gradients come out as means over the processes, each with its own part; compressed: exchanged
-    in bfloat16. To be called before an optimizer is built; the weights must be the same in all
-    processes, and may lie on the CPU: block by block they come to the mesh's device. Source: Zhao
-    et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 2020, "ZeRO", stage 3.
+    A block (of `model.network.blocks`, as in timm's transformers) is gathered while it computes its
+    forward and its backward pass; all other weights are gathered for the whole step. Gradients are
+    means over the processes, sharded as the weights; with `compressed` they are reduced in
+    bfloat16.
+
+    Call it before building an optimizer. The weights must be equal in all processes; they may be
+    on the CPU and are moved to the mesh's device block by block.
+    Source: Zhao et al. 2023, "PyTorch FSDP"; Rajbhandari et al. 2020, "ZeRO", stage 3.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -73,63 +79,68 @@ def shard_model(model: nn.Module, mesh: "DeviceMesh", *, compressed: bool = Fals
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `divide` was called on a model, or it is a part that is gathered for itself."""
+    """Return whether a module was sharded by `shard_model`, itself or as a block."""
     return hasattr(model, "unshard")
 
 
-def _in_parts(value: Tensor) -> bool:
-    return hasattr(value, "full_tensor")  # a DTensor
+def _is_dtensor(value: Tensor) -> bool:
+    return hasattr(value, "full_tensor")
 
 
 @contextmanager
 def gathered_parameters(model: nn.Module) -> Iterator[None]:
-    """The whole weights in every process while this lasts, and the first one's statistics of batch
-    norms, so that each computes for itself, as often as it likes; all processes enter together.
-    Nothing for a model that is not divided."""
-    parts = [module for module in model.modules() if is_sharded(module)]
-    if parts:
+    """Gather all weights in every process, and copy the buffers of process 0, within the block.
+
+    Each process can then run the model alone, as often as it needs. Every process must enter it.
+    No effect on a model that is not sharded.
+    """
+    modules = [module for module in model.modules() if is_sharded(module)]
+    if modules:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-def full_tensors(tensors: Mapping[str, Tensor], *, wanted: bool = True) -> dict[str, Tensor]:
-    """Tensors as one process would have them; those that are divided on the CPU, put together one
-    at a time, by all processes together. wanted: whether this process wants them; {} else."""
-    found = {}
+def full_tensors(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Return the tensors, with sharded ones gathered on the CPU one at a time.
+
+    keep: whether this process keeps the result; otherwise it only takes part and returns {}.
+    Every process must call it.
+    """
+    gathered = {}
     for name, value in tensors.items():
-        if _in_parts(value):
+        if _is_dtensor(value):
             value = value.full_tensor()
-            value = value.cpu() if wanted else value
-        if wanted:
-            found[name] = value
-    return found
+            value = value.cpu() if keep else value
+        if keep:
+            gathered[name] = value
+    return gathered
 
 
 def full_value(value: Tensor) -> Tensor:
-    """A number computed of divided tensors, the same in all processes."""
-    return value.full_tensor() if _in_parts(value) else value
+    """Return a scalar that was computed from sharded tensors, equal in all processes."""
+    return value.full_tensor() if _is_dtensor(value) else value
 
 
 def local_tensor(value: Tensor) -> Tensor:
-    """What this process holds of a tensor: the very memory."""
-    return value.to_local() if _in_parts(value) else value
+    """Return this process's part of a tensor, without a copy."""
+    return value.to_local() if _is_dtensor(value) else value
 
 
-def shard_like(value: Tensor, model: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `model` is divided; on its device."""
-    if not _in_parts(model):
+def shard_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor, sharded and placed as `reference` is."""
+    if not _is_dtensor(reference):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    value = value.to(model.device)
-    # Every process has read the same: nothing is sent.
-    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
+    value = value.to(reference.device)
+    # All processes have the same value, so nothing is sent (src_data_rank=None).
+    return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop or to save: noted at once, obeyed by all processes together."""
+"""Graceful stop: records signals to stop or save; all processes obey at the same step."""
 
 import faulthandler
 import os
@@ -29,190 +29,206 @@ from deit.core.parent_process import (
 )
 
 Item = TypeVar("Item")
-_ASK_EVERY_S = 0.25  # how often processes talk about it, at most
-_MOST_BETWEEN = 10  # steps: some may take much longer than those before
+_EXCHANGE_INTERVAL_S = 0.25  # shortest time between two exchanges of the processes
+_MAX_STEPS_BETWEEN = 10  # between two exchanges, because later steps may be much slower
 _STUCK_S = 20.0  # torchrun kills 30 s after SIGTERM
-_PATIENCE_S = 1.5  # for data, where a process that was asked to stop should not leave alone
+_DATA_TIMEOUT_S = 1.5  # how long a stopping process waits for data, so that others can stop with it
 _END = object()
 
 
-class _BetweenUpdates(StoppedBySignal):
-    """Stopped where nothing of an update has begun."""
+class _StoppedBetweenSteps(StoppedBySignal):
+    """Stopped before the first micro-batch of a step, so that no work is lost."""
 
 
 class GracefulStop(AbstractContextManager):
-    """While it is entered: signals are noted, and `asked` tells what to do about them.
+    """Records signals while it is entered; `pending_signal` returns the one to obey.
 
-    SIGTERM, SIGINT and SIGHUP ask to stop; SIGUSR1, SLURM's warning, to save and go on. Another one
-    that asks to stop, two seconds later or more, ends this process at once; sooner it is the same
-    one again, for Ctrl-C reaches torchrun's processes from the terminal and from torchrun. A signal
-    that was ignored (by nohup, in a background job) stays so. Where a launcher that started this
-    process is gone, that is as good as SIGTERM: `accelerate launch` leaves its process behind when
-    it is terminated.
+    SIGTERM, SIGINT and SIGHUP request a stop; SIGUSR1 (SLURM's warning) requests a checkpoint. A
+    second stop signal after two seconds or more ends this process at once. An earlier one counts as
+    the first, because Ctrl-C reaches the processes of torchrun from the terminal and from torchrun.
+    A signal that was ignored before (by nohup, or in a background job) stays ignored. If the
+    launcher exits, this counts as SIGTERM: `accelerate launch` leaves its process running when it
+    is terminated.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._noted, self._save_asked = 0, False
-        self._first: float | None = None  # when this process was asked to stop itself
-        self._before: dict[int, Any] = {}
+        self._received, self._save_requested = 0, False
+        self._received_at: float | None = None  # time of the stop signal to this process itself
+        self._previous_handlers: dict[int, Any] = {}
         self._group = None
-        self._several = accelerator.num_processes > 1
-        if self._several and accelerator.device.type != "cpu":
-            # Talking by way of the GPU would make every step wait for it.
+        self._is_distributed = accelerator.num_processes > 1
+        if self._is_distributed and accelerator.device.type != "cpu":
+            # Communicating through the GPU would make every step wait for it.
             self._group = torch.distributed.new_group(backend="gloo")
-        self._wait = self._between = 1
-        self._last = time.monotonic()
-        self._open = False
-        self._waiting_since: float | None = None  # for data, since when
+        self._steps_left = self._steps_between = 1  # until the next exchange of the processes
+        self._last_exchange = time.monotonic()
+        self._interruptible = False
+        self._waiting_since: float | None = None  # for data
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
-            self._before[SAVING] = signal.signal(SAVING, self._note)
-            for number in STOPPING:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._note)
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
-            if number := pending_stop():  # it came in the middle of an import, perhaps
-                self._note(number, None)
+            self._previous_handlers[SAVING] = signal.signal(SAVING, self._receive)
+            for signum in STOPPING:
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self._previous_handlers[signum] = signal.signal(signum, self._receive)
+            self._previous_handlers[signal.SIGALRM] = signal.signal(
+                signal.SIGALRM, self._stop_waiting
+            )
+            if signum := pending_stop():  # received before, for example during an import
+                self._receive(signum, None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._first is not None:
+        if self._received_at is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-        if self._noted:
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+        self._previous_handlers.clear()
+        if self._received:
             faulthandler.cancel_dump_traceback_later()
         if kind is not None and issubclass(kind, StoppedBySignal):
             clear_pending_stop()
-        elif kind is None and self._first is not None and pending_stop():
-            # It came after the last question.
-            os.kill(os.getpid(), self._noted)
+        elif kind is None and self._received_at is not None and pending_stop():
+            # Received after the last call of `pending_signal`: send it to the previous handler.
+            os.kill(os.getpid(), self._received)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == SAVING:
-            self._save_asked = True
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        """Record a signal (the signal handler)."""
+        if signum == SAVING:
+            self._save_requested = True
             return
         now = time.monotonic()
-        if self._first is not None:
-            if now - self._first < SAME_SIGNAL_S:
+        if self._received_at is not None:
+            if now - self._received_at < SAME_SIGNAL_S:
                 return
             if is_standalone():
-                exit_now("deit: a second signal: leaving at once", 128 + number)
+                exit_now("deit: second stop signal, exiting now", 128 + signum)
             if frame_before_import(frame):
                 return
-            raise StoppedBySignal(number)
-        self._noted, self._first = number, now
-        set_pending_stop(number)
-        # Where this process hangs and will be killed, say where.
+            raise StoppedBySignal(signum)
+        self._received, self._received_at = signum, now
+        set_pending_stop(signum)
+        # If this process hangs until it is killed, print where.
         faulthandler.dump_traceback_later(_STUCK_S, file=sys.__stderr__)
-        if self._open and not self._several and not frame_before_import(frame):
-            raise StoppedBySignal(number)
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S, 0.1)
+        if self._interruptible and not self._is_distributed and not frame_before_import(frame):
+            raise StoppedBySignal(signum)
+        signal.setitimer(signal.ITIMER_REAL, _DATA_TIMEOUT_S, 0.1)
 
-    def _late(self, number: int, frame: FrameType | None) -> None:
-        """Leave where this process waits for data all the time: nothing else would end that. What
-        takes shorter is waited for, so that an update in its middle is finished and saved."""
-        if self._waiting_since is None or self._first is None or frame_before_import(frame):
+    def _stop_waiting(self, signum: int, frame: FrameType | None) -> None:
+        """Stop if this process has waited for data all the time since the signal (handler of a
+        timer). Shorter waits are not interrupted, so that a started step is finished and saved."""
+        if self._waiting_since is None or self._received_at is None or frame_before_import(frame):
             return
-        if time.monotonic() - max(self._waiting_since, self._first) >= _PATIENCE_S:
-            raise StoppedBySignal(self._noted)
+        if time.monotonic() - max(self._waiting_since, self._received_at) >= _DATA_TIMEOUT_S:
+            raise StoppedBySignal(self._received)
 
     @property
-    def noted(self) -> int:
-        """The signal that this process was asked to stop by; 0 for none."""
-        return self._noted
+    def received(self) -> int:
+        """The stop signal that was received; 0 for none."""
+        return self._received
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """While it is entered nothing is begun that would be lost: a single process obeys a signal
-        in its middle. Raises Stopped. Several processes obey together, when they next ask."""
-        if self.noted and not self._several:
-            raise StoppedBySignal(self._noted)
-        before, self._open = self._open, True
+        """Allow a stop at any line of the block, where no work would be lost.
+
+        A single process raises StoppedBySignal when the signal arrives, or on entry if it has
+        arrived. Several processes stop together at the next call of `pending_signal`.
+        """
+        if self.received and not self._is_distributed:
+            raise StoppedBySignal(self._received)
+        before, self._interruptible = self._interruptible, True
         try:
             yield
         finally:
-            self._open = before
+            self._interruptible = before
 
     def iterate(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items, for which no process waits that was asked to stop. Raises Stopped: in a
-        single process at once; of several, which should stop together, some seconds later."""
-        yield from self._over(items, each=1)
+        """Yield the items, and stop waiting for the next one after a stop signal.
 
-    def micro_batches(self, items: Iterable[Item], *, each: int) -> Iterator[Item]:
-        """The same for the micro-batches of training, so many to an update: where one process would
-        wait for the first of an update they end early instead, for all of the run so far can be
-        saved there."""
+        Raises StoppedBySignal: a single process at once; one of several after some seconds, so that
+        they can stop together.
+        """
+        yield from self._iterate(items, per_step=1)
+
+    def micro_batches(self, items: Iterable[Item], *, per_step: int) -> Iterator[Item]:
+        """Yield the micro-batches of training as `iterate` does, `per_step` for each step.
+
+        If a single process is stopped while it waits for the first micro-batch of a step, the
+        iteration ends without an error: the run can be saved there.
+        """
         try:
-            yield from self._over(items, each=each)
-        except _BetweenUpdates:
+            yield from self._iterate(items, per_step=per_step)
+        except _StoppedBetweenSteps:
             return
 
-    def _over(self, items: Iterable[Item], *, each: int) -> Iterator[Item]:
-        iterator, number = iter(items), 0
+    def _iterate(self, items: Iterable[Item], *, per_step: int) -> Iterator[Item]:
+        iterator, index = iter(items), 0
         while True:
-            between = number % each == 0
+            between_steps = index % per_step == 0
             self._waiting_since = time.monotonic()
             try:
-                with self.interruptible() if between else nullcontext():
+                with self.interruptible() if between_steps else nullcontext():
                     item = next(iterator, _END)
             except StoppedBySignal as stop:
-                if between and not self._several:
-                    raise _BetweenUpdates(stop.signum) from None
+                if between_steps and not self._is_distributed:
+                    raise _StoppedBetweenSteps(stop.signum) from None
                 raise
             finally:
                 self._waiting_since = None
             if item is _END:
                 return
             yield item
-            number += 1
+            index += 1
 
     def pending_signal(self, *, now: bool = False) -> int:
-        """The signal to obey now, 0 for none; the same in all processes, where all ask equally
-        often. They talk at most a few times a second, so it may come some steps later.
+        """Return the signal to obey now, 0 for none; the same in all processes.
 
-        now: talk in any case.
+        All processes must call it equally often. They exchange signals at most a few times a
+        second, so a signal can be returned some steps late. now: exchange in this call.
         """
         if parent_exited():
-            self._noted = self._noted or signal.SIGTERM
-        own = self._noted or (SAVING if self._save_asked else 0)
-        number = self._all_reduce_signal(own, now) if self._several else own
-        if number == SAVING:
-            self._save_asked = False
-        elif number:
-            clear_pending_stop()  # who asked obeys it
-        return number
+            self._received = self._received or signal.SIGTERM
+        own_signal = self._received or (SAVING if self._save_requested else 0)
+        signum = self._all_reduce_signal(own_signal, now) if self._is_distributed else own_signal
+        if signum == SAVING:
+            self._save_requested = False
+        elif signum:
+            clear_pending_stop()  # the caller obeys it
+        return signum
 
     def reset_timing(self) -> None:
-        """Something of another pace begins, in all processes: what was measured counts no more."""
-        self._wait = self._between = 1
-        self._last = time.monotonic()
+        """Forget the measured time of a step, because the next ones take another time.
+
+        All processes must call it.
+        """
+        self._steps_left = self._steps_between = 1
+        self._last_exchange = time.monotonic()
 
     def raise_if_stopped(self, *, now: bool = False) -> None:
-        """Raises Stopped where stopping was asked for, as `asked` tells."""
-        number = self.pending_signal(now=now)
-        if number in STOPPING:
-            raise StoppedBySignal(number)
+        """Raise StoppedBySignal if `pending_signal` returns a stop signal."""
+        signum = self.pending_signal(now=now)
+        if signum in STOPPING:
+            raise StoppedBySignal(signum)
 
-    def _all_reduce_signal(self, own: int, now: bool) -> int:
-        self._wait -= 1
-        if self._wait > 0 and not now:
+    def _all_reduce_signal(self, own_signal: int, now: bool) -> int:
+        """Exchange signals if it is time to; return the one that all processes obey, else 0."""
+        self._steps_left -= 1
+        if self._steps_left > 0 and not now:
             return 0
-        moment = time.monotonic()
-        took = (moment - self._last) / (self._between - self._wait)
-        self._last = moment
-        said = torch.tensor([_RANK[own], took], dtype=torch.float64)
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group)
-        # All have the same number here, so all wait equally many steps until they talk again.
-        steps = int(_ASK_EVERY_S / max(float(said[1]), 1e-6))
-        self._wait = self._between = min(max(steps, 1), _MOST_BETWEEN)
-        number = _SIGNALS[int(said[0])]
-        if number in STOPPING:
-            self._noted = number
-        return number
+        exchanged_at = time.monotonic()
+        step_s = (exchanged_at - self._last_exchange) / (self._steps_between - self._steps_left)
+        self._last_exchange = exchanged_at
+        values = torch.tensor([_PRIORITY[own_signal], step_s], dtype=torch.float64)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._group)
+        # The values are now equal in all processes, so all exchange again after the same steps.
+        steps = int(_EXCHANGE_INTERVAL_S / max(float(values[1]), 1e-6))
+        self._steps_left = self._steps_between = min(max(steps, 1), _MAX_STEPS_BETWEEN)
+        signum = _SIGNALS[int(values[0])]
+        if signum in STOPPING:
+            self._received = signum
+        return signum
 
 
 _SIGNALS = (0, SAVING, *STOPPING)
-_RANK = {number: rank for rank, number in enumerate(_SIGNALS)}
+"""From the lowest to the highest priority, if processes received different ones."""
+_PRIORITY = {signum: priority for priority, signum in enumerate(_SIGNALS)}

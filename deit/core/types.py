@@ -1,4 +1,4 @@
-"""The records that pass between rooms: a batch, what a network answers, what teachers say."""
+"""Records shared by packages: a batch, the outputs of a student and of its teachers."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,14 @@ from torch import Tensor
 class Batch(NamedTuple):
     """A batch of training views.
 
-    images: float32 [batch, 3, height, width] in [0, 1]; each network normalises for itself.
-    teacher_images: what the teacher sees, at its size; the same tensor where it is the same; None
-    where no network of a teacher will look.
-    targets: float32 [batch, classes], the label distribution after mixing, before smoothing.
-    samples: int64 [batch], index of each image within its training split.
-    epoch: of the views. places: int64 [batch], on the CPU: where a store of targets keeps the
-    answers, the row of the epoch, or the image where the teacher's view of it is always the same.
+    images: float32 [B, 3, H, W] in [0, 1]; each network normalizes its own input.
+    teacher_images: the teacher's view at its size, float32 [B, 3, h, w]; the same tensor as
+        `images` if the views are equal; None if no teacher network is run.
+    targets: float32 [B, C], the label distribution after mixing, before label smoothing.
+    sample_ids: int64 [B], index of each image in its training split.
+    epoch: the epoch of the views.
+    target_rows: int64 [B], on the CPU: rows of the stored targets. The row in the epoch, or the
+        index of the image if the teacher's view of it is the same in every epoch.
     """
 
     images: Tensor
@@ -27,11 +28,10 @@ class Batch(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-    """What a network answers, in training as in evaluation.
+    """The outputs of a student, in training and in evaluation.
 
-    class_logits: [batch, classes], read from the class token (or the only head).
-    distillation_logits: [batch, tokens, classes], one head for each distillation token; None
-    without one.
+    class_logits: [B, C], of the class token (or the only head).
+    distillation_logits: [B, T, C], a head for each of T distillation tokens; None without one.
     """
 
     class_logits: Tensor
@@ -39,12 +39,12 @@ class StudentOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """What the teachers say of a batch: one voice, or one for each distillation token.
+    """The outputs of T teachers for a batch: one combined, or one for each distillation token.
 
-    labels: int64 [batch, voices], the class each holds most likely.
-    logits: float32 [batch, voices, classes]; their softmax at the temperature of the objective is
-    what the student learns. None where only labels were stored.
-    weights: one a voice, of sum 1: how much each counts in the teacher's term.
+    labels: int64 [B, T], the most likely class of each.
+    logits: float32 [B, T, C]; the softmax at the temperature of the loss is the student's target.
+        None if only labels are stored.
+    weights: T weights of the teachers in the distillation term; their sum is 1.
     """
 
     labels: Tensor
@@ -53,23 +53,24 @@ class TeacherOutput(NamedTuple):
 
 
 def logits_by_head(outputs: StudentOutput) -> dict[str, Tensor]:
-    """Logits by name of head: `class`, and with a distillation token `distillation`,
-    `fused` (mean of the two logits, as in the DeiT code) and `fused_softmax` (mean of the two
-    softmax outputs, as section 5.2 of the paper describes; returned as log-probabilities).
+    """Return the logits by name of head, each float32 [B, C].
 
-    With several tokens `distillation` is the mean of their logits, `distillation_1` and so on are
-    the single ones, and the fused are means over all heads (Ren et al. 2022).
-    Each value has the shape [batch, classes] and is float32.
+    `class`: the class token. With a distillation token also `distillation`, `fused` (mean of the
+    two logits, as in DeiT's code) and `fused_softmax` (mean of the two softmax outputs, as in
+    section 5.2 of the paper; returned as log-probabilities).
+
+    With several tokens, `distillation` is the mean of their logits, `distillation_1` and so on are
+    the single ones, and the fused heads are means over all heads (Ren et al. 2022).
     """
     class_logits = outputs.class_logits.float()
     heads = {"class": class_logits}
     if outputs.distillation_logits is not None:
         tokens = outputs.distillation_logits.float()
-        everyone = torch.cat([class_logits[:, None], tokens], dim=1)
+        all_heads = torch.cat([class_logits[:, None], tokens], dim=1)
         heads["distillation"] = tokens.mean(dim=1)
-        heads["fused"] = everyone.mean(dim=1)
-        heads["fused_softmax"] = everyone.softmax(dim=-1).mean(dim=1).clamp_min(1e-38).log()
+        heads["fused"] = all_heads.mean(dim=1)
+        heads["fused_softmax"] = all_heads.softmax(dim=-1).mean(dim=1).clamp_min(1e-38).log()
         if tokens.shape[1] > 1:
-            for number, logits in enumerate(tokens.unbind(dim=1), start=1):
-                heads[f"distillation_{number}"] = logits
+            for index, logits in enumerate(tokens.unbind(dim=1), start=1):
+                heads[f"distillation_{index}"] = logits
     return heads

@@ -75,7 +75,7 @@ def _train_epoch(
     view_epoch = epoch if run.num_view_epochs is None else epoch % run.num_view_epochs
     accumulate = config.optim.grad_accum_steps
     batches = progress(
-        interruption.micro_batches(loader.epoch(view_epoch, done=steps_done), each=accumulate),
+        interruption.micro_batches(loader.epoch(view_epoch, done=steps_done), per_step=accumulate),
         total=steps * accumulate,
         done=steps_done * accumulate,
         title=f"epoch {epoch + 1}/{config.optim.epochs}",
@@ -104,7 +104,7 @@ def _train_epoch(
         if not saved:
             monitor.flush()
             save_checkpoint(run, metrics, in_hash_chain=False)
-        raise StoppedBySignal(interruption.noted)
+        raise StoppedBySignal(interruption.received)
     trained_s = state.seconds - seconds_before
     return {
         "images_per_s": (steps - steps_done) * config.optim.batch_size / trained_s,

@@ -44,11 +44,11 @@ def save_checkpoint(parts: TrainingRun, tally: MetricAccumulator, *, in_hash_cha
     state.metric_sums = tally.state()  # of all processes
     student = accelerator.unwrap_model(parts.student)
     main = accelerator.is_main_process
-    weights = full_tensors(student.network.state_dict(), wanted=main)
-    moments = full_tensors(optimizer_tensors(parts.optimizer, student.network), wanted=main)
+    weights = full_tensors(student.network.state_dict(), keep=main)
+    moments = full_tensors(optimizer_tensors(parts.optimizer, student.network), keep=main)
     averaged = {}
     if parts.average is not None:
-        averaged = full_tensors(parts.average.model.network.state_dict(), wanted=main)
+        averaged = full_tensors(parts.average.model.network.state_dict(), keep=main)
     if not main:
         return
     weights, averaged = _saved_subset(parts, weights), _saved_subset(parts, averaged)
@@ -76,7 +76,9 @@ def save_checkpoint(parts: TrainingRun, tally: MetricAccumulator, *, in_hash_cha
     started = time.monotonic()
     run = parts.config.run
     keep, stay, needs = run.num_checkpoints, run.keep_steps, checkpoint_bytes(parts)
-    run_folder.save_checkpoint(parts.out, state.step, fill, keep=keep, keep_steps=stay, needs=needs)
+    run_folder.save_checkpoint(
+        parts.out, state.step, fill, keep=keep, keep_steps=stay, bytes_needed=needs
+    )
     if (took := time.monotonic() - started) > _SLOW_S:
         warn(
             f"{run_folder.checkpoint_path(parts.out, state.step)}: took {format_duration(took)} to "
@@ -126,7 +128,7 @@ def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
         state.best = {"epoch": state.epoch, "top1": top1, **row["validation"]}
         student = run.accelerator.unwrap_model(run.student)
         model = student if run.average is None else run.average.model
-        chosen = full_tensors(model.network.state_dict(), wanted=run.accelerator.is_main_process)
+        chosen = full_tensors(model.network.state_dict(), keep=run.accelerator.is_main_process)
         chosen = _saved_subset(run, chosen)
     if not run.accelerator.is_main_process:
         return

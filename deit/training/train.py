@@ -62,7 +62,7 @@ def train(
             return asdict(run.state)
         open_folder(run, stack, start)
         interruption = stack.enter_context(GracefulStop(run.accelerator))
-        stack.enter_context(translate_errors(run, lambda: interruption.noted))
+        stack.enter_context(translate_errors(run, lambda: interruption.received))
         begin_or_resume(run, environment, resume=resume)
         with tracked(run.accelerator, run.config, out):
             train_epochs(run, interruption)

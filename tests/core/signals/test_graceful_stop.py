@@ -28,7 +28,7 @@ def interruption():
 def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption, monkeypatch):
     """However many micro-batches are left: it is the update of the checkpoint."""
 
-    now, between = [0.0], interruption_module._PATIENCE_S / 2
+    now, between = [0.0], interruption_module._DATA_TIMEOUT_S / 2
     monkeypatch.setattr(interruption_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow():
@@ -38,7 +38,7 @@ def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption,
             yield number
 
     seen = []
-    for number in interruption.micro_batches(slow(), each=8):
+    for number in interruption.micro_batches(slow(), per_step=8):
         seen.append(number)
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -53,7 +53,7 @@ def test_an_update_whose_images_never_come_is_given_up(interruption):
     seen = []
 
     def learn():
-        for number in interruption.micro_batches(lost(), each=8):
+        for number in interruption.micro_batches(lost(), per_step=8):
             seen.append(number)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -67,9 +67,9 @@ def test_a_stop_that_comes_while_processes_agree_to_save_is_kept(interruption, m
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
 
-    monkeypatch.setattr(interruption, "_several", True)
+    monkeypatch.setattr(interruption, "_is_distributed", True)
     monkeypatch.setattr("torch.distributed.all_reduce", agree)
     os.kill(os.getpid(), signal.SIGUSR1)
     assert interruption.pending_signal(now=True) == signal.SIGUSR1
-    assert interruption.noted == signal.SIGTERM
+    assert interruption.received == signal.SIGTERM
     assert interruption.pending_signal(now=True) == signal.SIGTERM
