@@ -1,1 +1,1 @@
-"""What a run is asked to do: typed sections, presets, checks, recipes; no torch."""
+"""The configuration of a run: typed sections, presets, checks and recipes, without torch."""

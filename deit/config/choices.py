@@ -1,4 +1,4 @@
-"""Names that options take, for --help and checks without importing torch."""
+"""Choices of options, so that --help and checks do not import torch."""
 
 EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "timm": (),
@@ -6,10 +6,10 @@ EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "pt2": (),
 }
-"""Export formats, and the packages that each needs beside our own."""
+"""Export formats, and the additional packages that each needs."""
 QUANTIZATION_METHODS = ("static", "dynamic")
-"""Ways to choose the ranges of activations: from training images, or from every batch."""
+"""Where the ranges of activations are computed: on training images, or on each input batch."""
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
-"""Ways to choose a range from the values of training images."""
+"""How a range is computed from the activations of training images."""
 TEST_SETS = ("real", "v2", "a", "r", "sketch")
-"""Other test sets of ImageNet: ReaL, V2, A, R and Sketch."""
+"""Additional test sets for ImageNet models: ReaL, V2, A, R and Sketch."""

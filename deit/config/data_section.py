@@ -1,4 +1,4 @@
-"""The sections of a configuration about images: which, and how a network sees them in training."""
+"""The sections of a configuration about images: the data set and the training views."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from deit.config.fields import (
     STRICT,
-    Colour,
+    ChannelValues,
     Count,
     Crop,
     ErasingFill,
@@ -34,53 +34,56 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     source: Source = "digits"
-    """Where the images come from. folder: an ImageFolder layout, with or without split folders
-    (train, val or valid, test); shards: WebDataset tar files of KEY.jpg and KEY.cls; reader: a timm
-    reader, see data.reader."""
+    """Source of the images. digits, mnist, cifar10, cifar100: these data sets; folder: class
+    folders, with or without split folders (train, val or valid, test); shards: WebDataset tar files
+    of KEY.jpg and KEY.cls; reader: a timm reader (data.reader)."""
     root: ExpandedPath = "data"
-    """Folder of the images (unused by digits)."""
+    """Folder of the images (not used by digits)."""
     reader: OptionalText = None
     """For source reader: folder, tar (a tar of class folders), hfds/NAME or torch/NAME."""
     download: bool = False
     """Allow downloading MNIST and CIFAR (checksums are verified) or the dataset of data.reader."""
     storage: Storage = "auto"
-    """memory: uint8 squares of image_size. files: images stay encoded and each view decodes them
-    (folder, shards, reader). auto: memory up to 2 GiB of squares, else files."""
+    """memory: images are decoded once, to squares of image_size (uint8). files: images stay
+    encoded, and each view decodes them (folder, shards, reader). auto: memory for up to 2 GiB, else
+    files."""
     num_workers: OptNonNegativeInt = None
-    """Decoding processes per training process, with storage files. Default: one per processor core,
-    at most 8."""
+    """Decoding processes per training process, with storage files. Default: one per core, at most
+    8."""
     exclude_list: OptionalText = None
     """Text file of images to exclude, one name relative to root per line, as written by `deit
-    scan`."""
+    check-data`."""
     image_size: Count = 32
-    """Side [px] of the square images kept in memory; views are cropped from these."""
+    """Side [px] of the square images in memory; views are cropped from them."""
     classes: Names = ()
     """Class names to keep, separated by commas, or @FILE, a text file (UTF-8, with or without a
     byte-order mark) with one name per line. Default: all."""
     unseen_classes: Names = ()
-    """Classes, in the same format, without training or validation images: the student learns them
-    from the teacher alone. The test split keeps them."""
+    """Classes (in the format of data.classes) whose training and validation images are removed: the
+    student learns them from the teacher only. The test split keeps them."""
     validation_fraction: Fraction = 0.1
-    """Fraction of each training class used for model selection, unless the folder has a validation
-    split."""
+    """Fraction of each training class used as the validation split, unless the data has one."""
     test_fraction: Fraction = 0.2
-    """Fraction of each class used as the test split of a folder without splits."""
+    """Fraction of each class used as the test split, for a folder without split folders."""
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of each remaining training class that is used; below 1 to study scarce labels."""
+    """Fraction of each class of the training split that is used, for experiments with fewer
+    images."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of all splits, separate from run.seed so that all seeds share their splits."""
+    """Seed of all splits; independent of run.seed, so that runs with different seeds share their
+    splits."""
     memory_fraction: Fraction = 0.5
-    """Largest fraction of the free memory that decoded images may take."""
+    """Largest fraction of the free memory that decoded images may use."""
 
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """What a network sees of an image in training: a function of (seed, epoch, sample)."""
+    """The augmented views of an image in training; each is a function of (seed, epoch, sample)."""
 
     __pydantic_config__ = STRICT
     crop: Crop = "none"
-    """none; padded: shift by up to crop_padding; random: a square of crop_pct at a random position;
-    random_resized: a box of random area and aspect ratio. Boxes are resized to the view."""
+    """none: no crop; padded: a shift by up to crop_padding; random: a square of crop_pct at
+    a random position; random_resized: a box of random area and aspect ratio. Crops are resized to
+    the input size."""
     crop_padding: Count = 4
     """Width of the zero border [px] for crop padded."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.8
@@ -96,64 +99,66 @@ class ViewsConfig:
     interpolation: Interpolation = "bicubic"
     """Interpolation of crops, resizes, shears and rotations."""
     auto_augment: Policy = "none"
-    """randaugment: timm's rand-m9-mstd0.5-inc1 with the next four settings; three_augment: DeiT
-    III's; autoaugment: the ImageNet policy (Cubuk et al. 2019)."""
+    """randaugment: timm's rand-m9-mstd0.5-inc1, with the values of the randaugment_* fields;
+    three_augment: 3-Augment of DeiT III; autoaugment: the ImageNet policy (Cubuk et al. 2019)."""
     randaugment_magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """Mean magnitude of RandAugment, in 0 ... 10."""
+    """Mean magnitude of RandAugment, from 0 to 10."""
     randaugment_magnitude_std: NonNegative = 0.5
     """Standard deviation of RandAugment's magnitude."""
     randaugment_num_ops: Count = 2
-    """Operations that RandAugment applies to an image, one after the other."""
+    """Number of operations that RandAugment draws for an image."""
     randaugment_prob: Probability = 0.5
-    """Probability that each of these operations is applied (timm: 0.5)."""
+    """Probability that each drawn operation is applied (timm: 0.5)."""
     color_jitter: Probability = 0.0
-    """Brightness, contrast and saturation vary by up to this fraction (after auto_augment)."""
+    """Largest change of brightness, contrast and saturation, as a fraction; applied after
+    auto_augment."""
     erasing_prob: Probability = 0.0
     """Probability of random erasing (Zhong et al. 2017)."""
     erasing_mode: ErasingFill = "noise"
-    """Content of an erased box: noise with the data's mean and standard deviation, or the mean
-    color."""
+    """Content of an erased box. noise: with the mean and standard deviation of the data; mean: the
+    mean color."""
     erasing_scale: Range = (0.02, 0.3333333333333333)
     """Smallest and largest area of the erased box, as a fraction of the image."""
     erasing_ratio: Range = (0.3, 3.3333333333333335)
     """Smallest and largest aspect ratio of the erased box."""
     aug_repeats: Annotated[int, Field(ge=1, lt=2**16)] = 1
-    """Views of each image in a batch (repeated augmentation, Hoffer et al. 2020); DeiT uses 3. An
-    epoch keeps its number of views, so it covers fewer images."""
+    """Views of each image in a batch (repeated augmentation, Hoffer et al. 2020); DeiT uses 3. The
+    number of views per epoch does not change, so an epoch covers fewer images."""
     mixup_alpha: NonNegative = 0.0
-    """Parameter of the Beta(alpha, alpha) distribution of the mixup weight; 0 disables mixup."""
+    """Mixup weights are drawn from Beta(mixup_alpha, mixup_alpha); 0 disables mixup."""
     cutmix_alpha: NonNegative = 0.0
-    """Parameter of the Beta(alpha, alpha) distribution of the kept area in cutmix; 0 disables
-    cutmix."""
+    """The fraction of the area that cutmix keeps is drawn from Beta(cutmix_alpha, cutmix_alpha); 0
+    disables cutmix."""
     mixup_prob: Probability = 1.0
-    """Probability that a pair of samples is mixed at all."""
+    """Probability that a pair of images is mixed."""
     mixup_switch_prob: Probability = 0.5
     """Probability that a mixed pair uses cutmix instead of mixup, if both are enabled."""
     teacher_view: TeacherView = "same"
-    """What the teacher sees. same: the student's view; independent: another random view. Fixed
-    views, the same in every epoch: resized: the whole image; center: its center; crops: the mean
-    over teacher_num_crops."""
+    """The teacher's view. same: the student's view; independent: another random view; and three
+    that do not change between epochs. resized: the whole image; center: its center; crops: the mean
+    of the teacher's outputs for teacher_num_crops random crops."""
     teacher_num_crops: Annotated[int, Field(ge=1, lt=2**16)] = 1000
-    """Crops of an image whose probabilities (at temperature 1) are averaged for teacher_view
-    crops."""
+    """Number of crops of an image for teacher_view crops; their probabilities (at temperature 1)
+    are averaged."""
     seed: Annotated[
         Annotated[int, Field(ge=0, lt=2**63)] | None, BeforeValidator(none_from_text)
     ] = None
-    """Seed of order and views, so that runs of other seeds can share stored targets. Default:
-    run.seed."""
-    mean: Colour = None
-    """Mean of the student's normalization, per channel. Default: of the training images."""
-    std: Colour = None
-    """Standard deviation of the student's normalization. Default: of the training images."""
+    """Seed of the order of images and of their views; set it to share stored targets between runs
+    with different run.seed. Default: run.seed."""
+    mean: ChannelValues = None
+    """Mean of the student's normalization, three numbers. Default: that of the training images."""
+    std: ChannelValues = None
+    """Standard deviation of the student's normalization, three numbers. Default: that of the
+    training images."""
     eval_crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Evaluation resizes to image size / this, then crops the center."""
+    """Evaluation resizes images to student.image_size / eval_crop_pct and crops the center."""
 
     @property
     def has_fixed_teacher_view(self) -> bool:
-        """Whether the teacher sees an image the same way in every epoch."""
+        """Whether the teacher's view of an image is the same in every epoch."""
         return self.teacher_view in ("resized", "center", "crops")
 
     @property
     def uses_mixing(self) -> bool:
-        """Whether any training view is mixed with its partner."""
+        """Whether training views can be mixed (mixup or cutmix)."""
         return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.mixup_prob > 0

@@ -1,4 +1,4 @@
-"""The types of configuration fields: what each accepts, and how text is converted."""
+"""The types of configuration fields: the values of each, and the conversion of text to them."""
 
 import os
 from typing import Annotated, Literal
@@ -7,45 +7,45 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 
 def split_words(value: object) -> object:
-    """Command-line text for a list: words with commas between; nothing for the empty list."""
+    """Split text at commas; an empty text gives an empty tuple. Return other values unchanged."""
     if isinstance(value, str):
         return tuple(word.strip() for word in value.split(",") if word.strip())
     return value
 
 
 def none_from_text(value: object) -> object:
+    """Return None for the text `none`, and other values unchanged."""
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
 def as_tuple(value: object) -> object:
-    """As `_words`; one value alone is a list of one, and none of them an empty one."""
+    """Split text at commas; a single number gives a tuple of one, None and `none` an empty one."""
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         return ()
-    listed = (value,) if isinstance(value, int | float) else split_words(value)
-    if not isinstance(listed, tuple | list):
-        return listed
-    return tuple("none" if str(item).lower() == "none" else item for item in listed)
+    items = (value,) if isinstance(value, int | float) else split_words(value)
+    if not isinstance(items, tuple | list):
+        return items
+    return tuple("none" if str(item).lower() == "none" else item for item in items)
 
 
 def each_or_none(value: object) -> object:
-    listed = as_tuple(value)
-    return (
-        tuple(none_from_text(item) for item in listed)
-        if isinstance(listed, tuple | list)
-        else listed
-    )
+    """Convert a value as `as_tuple` does, and each `none` in it to None."""
+    items = as_tuple(value)
+    if not isinstance(items, tuple | list):
+        return items
+    return tuple(none_from_text(item) for item in items)
 
 
 def _names(value: object) -> object:
-    """As `_words`; a whole number is a name as well: classes are called so."""
-    listed = split_words(value)
-    if not isinstance(listed, tuple | list):
-        return listed
-    return tuple(str(item) if type(item) is int else item for item in listed)
+    """Split text at commas; integers become text, because classes can be named 0, 1, ..."""
+    items = split_words(value)
+    if not isinstance(items, tuple | list):
+        return items
+    return tuple(str(item) if type(item) is int else item for item in items)
 
 
 def _names_or_none(value: object) -> object:
-    """As `_names`; none of them where it says so."""
+    """Convert names as `_names` does; None and `none` give an empty tuple."""
     return () if value is None or none_from_text(value) is None else _names(value)
 
 
@@ -59,11 +59,11 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[Positive, Positive], BeforeValidator(split_words)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Colour = Annotated[
+ChannelValues = Annotated[
     tuple[Finite, Finite, Finite] | None, BeforeValidator(lambda v: split_words(none_from_text(v)))
 ]
 StrTuple = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-"""None, one, or several, one for each teacher."""
+"""No value, one, or one for each teacher."""
 OptionalCount = Annotated[Count | None, BeforeValidator(none_from_text)]
 OptNonNegativeInt = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(none_from_text)]
 OptionalPositive = Annotated[Positive | None, BeforeValidator(none_from_text)]

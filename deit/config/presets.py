@@ -1,4 +1,4 @@
-"""Whole sections of a configuration by name: objectives, augmentations, teaching modes."""
+"""Presets: named values for a section of a configuration (loss, augmentation, view mode)."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
@@ -34,9 +34,9 @@ LOSS_PRESETS: dict[str, LossConfig] = {
     ),
     "none": LossConfig(kind="none"),
 }
-"""Whole loss sections by name: the rows of the DeiT paper's Table 3 (soft: tau 3, lambda 0.1);
-function matching (Beyer et al. 2022: KL alone); USI (Ridnik et al. 2022: CE + 5 KL); decoupled
-distillation as on CIFAR-100 (Zhao et al. 2022)."""
+"""Loss sections by name: the rows of the DeiT paper's Table 3 (soft: tau 3, lambda 0.1); function
+matching (Beyer et al. 2022: KL only); USI (Ridnik et al. 2022: CE + 5 KL); decoupled distillation
+with the values for CIFAR-100 (Zhao et al. 2022)."""
 
 
 _FULL_MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.5}
@@ -74,15 +74,15 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
         "aug_repeats": 3,
     },
 }
-"""Fields of the views by name: the DeiT paper's (Table 9), DeiT III's, mixup and cutmix alone,
-nothing, and USI's. Crop, flip, rotation and normalisation belong to the data and stay as they
-are."""
+"""Fields of the views by name: those of the DeiT paper (Table 9) and of DeiT III, mixup and cutmix
+only, none, and those of USI. Crop, flip, rotation and normalization depend on the data set, so
+presets do not set them."""
 
 
 class ViewMode(NamedTuple):
-    """A way of showing an image to teacher and student (Beyer et al. 2022, section 3.1.1).
+    """The views of teacher and student (Beyer et al. 2022, section 3.1.1).
 
-    crop: the student's: none, mild or inception. mixup: alpha, 0 for none.
+    crop: of the student's view. mixup: alpha, 0 for no mixup.
     """
 
     teacher_view: TeacherView
@@ -90,13 +90,14 @@ class ViewMode(NamedTuple):
     mixup: float = 0.0
 
     def fields(self, views: dict[str, Any]) -> dict[str, Any]:
-        """The fields it sets over those of a recipe; policy, flip and erasing stay the recipe's.
+        """Return the fields of ViewsConfig that the mode sets, given those of a recipe.
 
-        A mild crop of small images is to shift them: where the recipe's crop is `padded`, it stays.
-        Inception's crop has at least 5 % of the area, unless the recipe sets its own crop_scale.
+        Sets crop and mixing only. A recipe with crop `padded` keeps it as its mild crop, because
+        its images are small. An inception crop has at least 5 % of the area, unless the recipe
+        sets crop_scale.
         """
-        own = tuple(views["crop_scale"])
-        scale = (0.05, 1.0) if own == ViewsConfig.crop_scale else own
+        recipe_scale = tuple(views["crop_scale"])
+        scale = (0.05, 1.0) if recipe_scale == ViewsConfig.crop_scale else recipe_scale
         crops: dict[str, dict[str, Any]] = {
             "none": {"crop": "none"},
             "mild": {"crop": "padded" if views["crop"] == "padded" else "random"},
@@ -119,12 +120,16 @@ VIEW_MODES: dict[str, ViewMode] = {
     "same/ic": ViewMode("same", "inception"),
     "function-matching": ViewMode("same", "inception", mixup=1.0),
 }
-"""The teaching modes by the paper's names."""
+"""View modes by their names in the paper."""
 
 
 class Preset(NamedTuple):
-    """What a preset does: the section it changes, its names, and for one of them the fields that
-    it sets over those of the recipe."""
+    """An option that sets fields of a section.
+
+    section: the section that it changes.
+    names: the values of the option.
+    fields: returns the fields to set for a name, given the section's values in the recipe.
+    """
 
     section: str
     names: Iterable[str]
@@ -136,46 +141,45 @@ PRESETS = {
     "augmentation": Preset("views", AUGMENTATIONS, lambda name, views: AUGMENTATIONS[name]),
     "view_mode": Preset("views", VIEW_MODES, lambda name, views: VIEW_MODES[name].fields(views)),
 }
-"""By flag, in the order in which they are applied."""
+"""Presets by option, in the order in which they are applied."""
 
 
 def apply_presets(
     values: dict[str, dict[str, Any]], names: dict[str, str | None]
 ) -> dict[str, str]:
-    """Put presets over the values of a recipe, in place.
+    """Apply presets to the values of a recipe, in place.
 
-    names: by flag; None leaves the recipe's. Returns, for each flag whose name does not exist, what
-    it should be.
+    names: by option; None keeps the recipe's values.
+    Return an error message for each option with an unknown name.
     """
-    wrong = {}
-    for flag, preset in PRESETS.items():
-        name = names.get(flag)
+    errors = {}
+    for option, preset in PRESETS.items():
+        name = names.get(option)
         if name in preset.names:
             values[preset.section] |= preset.fields(name, values[preset.section])
         elif name is not None:
             known = ", ".join(preset.names)
-            wrong[flag] = f"should be one of {known}{did_you_mean(name, preset.names)}"
-    return wrong
+            errors[option] = f"should be one of {known}{did_you_mean(name, preset.names)}"
+    return errors
 
 
-_OF_EPOCHS = ("optim.warmup_epochs", "optim.ema_epochs", "loss.distillation_warmup_epochs")
-"""The fields that are numbers of epochs within a run."""
+_EPOCH_FIELDS = ("optim.warmup_epochs", "optim.ema_epochs", "loss.distillation_warmup_epochs")
 
 
-def fit_epochs(values: dict[str, dict[str, Any]], said: Collection[str]) -> None:
-    """Shorten warm-ups and the average's horizon to half of the epochs, in place, where a recipe or
-    a preset brings them and not the user.
+def fit_epochs(values: dict[str, dict[str, Any]], given: Collection[str]) -> None:
+    """Limit warm-ups and the average's horizon to half of the epochs, in place.
 
-    values: of a configuration, text from a command line too. said: the fields and presets that
-    the user named. Without optim.epochs and presets among them nothing is changed.
+    values: of a configuration; may be text from a command line.
+    given: the fields and presets that the user gave. Those fields are not changed, and nothing is
+    unless optim.epochs or a preset is among them.
     """
-    if "optim.epochs" not in said and not PRESETS.keys() & set(said):
+    if "optim.epochs" not in given and not PRESETS.keys() & set(given):
         return
     try:
         half = int(values["optim"]["epochs"]) / 2
     except (TypeError, ValueError):
-        return  # the check of the configuration tells
-    for name in _OF_EPOCHS:
+        return  # validation reports it
+    for name in _EPOCH_FIELDS:
         section, leaf = name.split(".")
-        if name not in said and half > 0:
+        if name not in given and half > 0:
             values[section][leaf] = min(values[section][leaf], half)

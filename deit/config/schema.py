@@ -35,7 +35,7 @@ from deit.config.fields import (
 from deit.config.student_section import InitConfig, StudentConfig
 
 CLASS_ORDERS = ("data", "sorted", "natural", "natural_cased", "caseless", "reversed")
-"""Orders of the data's class names that teacher.classes knows by name."""
+"""Names of class orders that teacher.classes accepts."""
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,35 @@ class TeacherConfig:
     """Classes of a teacher in the order of its outputs: names separated by commas, @FILE with one
     per line, or an order of the data's names: data (unchanged), sorted, natural (room2 before
     room10, as timm numbers folders), natural_cased, caseless or reversed. With several teachers,
-    one @FILE, order or none each. Default: its own names, else the data's order."""
+    one @FILE, order or none each. Default: the names stored with the teacher, else the data's
+    order."""
     image_size: OptIntTuple = ()
-    """Side [px] of the teacher's input. Default: its training size."""
+    """Side [px] of the teacher's input. Default: the size of its training."""
     mean: FloatTuple = ()
-    """Mean of its normalization, three numbers per teacher. Default: that of its training."""
+    """Mean of the teacher's normalization, three numbers per teacher. Default: that of its
+    training."""
     std: FloatTuple = ()
-    """Standard deviation of its normalization, in the same format."""
+    """Standard deviation of the teacher's normalization, three numbers per teacher. Default: that
+    of its training."""
     weights: FloatTuple = ()
     """Weight of each teacher in the ensemble; only the proportions matter. Default: equal
     weights."""
     combine: EnsembleMode = "probabilities"
-    """The ensemble's output: mean of the probabilities (at loss.temperature), mean of the logits,
-    or tokens: not combined, each teacher has its own distillation token."""
+    """Output of an ensemble. probabilities: their mean (at loss.temperature); logits: their mean;
+    tokens: not combined, each teacher has its own distillation token."""
     memory_format: MemoryFormats = ()
-    """Memory format of a teacher's images: contiguous or channels_last; which one is faster depends
-    on the network. Default, auto: channels_last for ConvNets on a CPU or in mixed precision."""
+    """Memory format of a teacher's images: contiguous, channels_last or auto; which one is faster
+    depends on the network. Default: auto, channels_last for ConvNets on a CPU or in mixed
+    precision."""
     target_stores: StrTuple = ()
-    """Stored teacher outputs (`deit targets write`) that replace the networks; with several
-    teachers one per teacher, `none` for a live one, or one store of their combined outputs."""
+    """Stored teacher outputs (`deit targets write`), used instead of running the teachers. With
+    several teachers: one per teacher (`none` to run it), or one store of their combined outputs."""
     allow_near_chance: bool = False
-    """Train even if the teacher is near chance on the validation split."""
+    """Train even if the teacher's accuracy on the validation split is near chance."""
 
     @property
     def code_sources(self) -> tuple[str, ...]:
-        """The sources that are Python code: FILE.py:FUNCTION."""
+        """The sources that run Python code (FILE.py:FUNCTION)."""
         return tuple(source for source in self.source if source is not None and ".py:" in source)
 
 
@@ -90,8 +94,9 @@ class LossConfig:
 
     __pydantic_config__ = STRICT
     kind: LossKind = "hard"
-    """hard: the teacher's argmax (DeiT eq. 3); soft: its distribution (eq. 2); cross_entropy: the
-    same without the teacher's entropy; dkd: decoupled (Zhao et al. 2022); none: labels only."""
+    """hard: cross-entropy with the teacher's argmax (DeiT eq. 3); soft: KL divergence from its
+    distribution (eq. 2); cross_entropy: soft without the teacher's entropy; dkd: decoupled (Zhao et
+    al. 2022); none: labels only."""
     head: DistillationHead = "distillation"
     """Head that learns from the teacher; all: every head of the student."""
     distillation_weight: NonNegative = 0.5
@@ -132,7 +137,7 @@ class OptimConfig:
     lr: Positive = 5e-4
     """Peak learning rate, before scaling by lr_base_batch_size."""
     lr_base_batch_size: OptionalCount = 512
-    """The peak is lr * batch_size / this. None: lr is not scaled."""
+    """The peak learning rate is lr * batch_size / lr_base_batch_size; `none`: lr is not scaled."""
     warmup_epochs: NonNegative = 5.0
     """Epochs of linear warm-up."""
     warmup_lr: NonNegative = 1e-6
@@ -156,16 +161,18 @@ class OptimConfig:
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay rate of AdamW's second moment."""
     clip_grad_norm: OptionalPositive = None
-    """Largest global gradient norm. Default: no clipping."""
+    """Largest norm of all gradients together; larger ones are scaled down. Default: no
+    clipping."""
     trainable: TrainableSet = "all"
     """Which weights are trained: all; heads; attention: heads and attention layers; adapters: heads
-    and adapters (see student.adapters). With heads and adapters the rest is frozen, in evaluation
-    mode; with adapters it is also not saved again, so checkpoints need init.weights at its
-    place."""
+    and adapters (see student.adapters). With heads or adapters, all other layers are in evaluation
+    mode. With adapters, checkpoints hold only the trained weights, so init.weights must stay at its
+    path."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Learning rate factor per layer, from the heads down; 1: the same for all."""
+    """Factor on the learning rate per layer, from the heads down to the first layer; 1: the same
+    rate for all."""
     ema_epochs: NonNegative = 0.0
-    """Horizon of the exponential moving average of the weights [epochs]; 0 disables it."""
+    """Time constant of the exponential moving average of the weights [epochs]; 0 disables it."""
 
     @property
     def peak_lr(self) -> float:
@@ -181,7 +188,7 @@ class RunConfig:
 
     __pydantic_config__ = STRICT
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Determines initial weights, order, views and drop path."""
+    """Seed of initial weights, order of the images, views, drop path and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -190,37 +197,39 @@ class RunConfig:
     """Implementation of the student's linear layers on a CPU in fp32: torch, or oneDNN called
     directly. auto: oneDNN on AMD processors, where PyTorch's own matrix products are slow."""
     compile: Compile = "none"
-    """Mode of torch.compile for student and teachers: default fuses; reduce-overhead also records
-    CUDA graphs, for small batches; max-autotune benchmarks kernels first. none: eager."""
+    """Mode of torch.compile for student and teachers. none: eager; default: fused kernels;
+    reduce-overhead: also CUDA graphs, for small batches; max-autotune: kernels chosen by
+    benchmarks."""
     activation_checkpointing: bool = False
-    """Recompute the activations of the student's blocks in the backward pass. Bit-identical; a
-    fraction of the memory for about a third more compute."""
+    """Recompute the activations of the student's blocks in the backward pass. The results are
+    bit-identical; it saves most of their memory for about a third more compute."""
     sharding: Literal["none", "fsdp", "hsdp"] = "none"
     """Shard the student, its gradients, AdamW's state and the EMA over all processes (fsdp) or the
     processes of each node (hsdp), for students that do not fit one GPU."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """bf16: processes exchange gradients rounded to bfloat16, half the bytes."""
+    """bf16: processes exchange gradients rounded to bfloat16, which halves the traffic."""
     eval_every_epochs: Count = 1
     """Epochs between evaluations on the validation split; the last epoch is always evaluated."""
     eval_batch_size: Count = 256
-    """Images per process in an evaluation step."""
+    """Images per batch and process in evaluations."""
     save_every_steps: OptionalCount = None
-    """Steps between checkpoints within an epoch. Default: only at the end of each epoch."""
+    """Steps between checkpoints, in addition to one at the end of each epoch. Default: only at the
+    end of each epoch."""
     num_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints to keep; at least 2, so that a damaged one is never the only one."""
+    """Number of latest checkpoints to keep; at least 2, in case one gets damaged."""
     keep_steps: Counts = ()
-    """Steps whose checkpoints are kept in addition, for example to rewind to."""
+    """Steps whose checkpoints are also kept, for example to rewind to them."""
     auto_micro_batch: bool = False
-    """Double optim.grad_accum_steps until a micro-batch fits the memory, before the first step; the
+    """Before the first step, double optim.grad_accum_steps until a micro-batch fits the memory. The
     batch size stays the same."""
     max_nonfinite_steps: Count = 10
-    """Largest number of consecutive steps that may be skipped because loss or gradient is not
-    finite."""
+    """Largest number of consecutive steps that may be skipped because the loss or a gradient is not
+    finite; one more stops the run."""
     trackers: Trackers = ()
-    """Trackers that log metrics in addition to the run folder: tensorboard, wandb, mlflow,
-    trackio."""
+    """Trackers that log metrics in addition to the run folder: tensorboard, wandb, mlflow, trackio;
+    several separated by commas."""
     timeout_s: Seconds = 300.0
-    """Seconds after which a process that does not answer counts as lost."""
+    """Time [s] after which a process that does not respond counts as lost."""
 
 
 class EvalSettings(NamedTuple):
@@ -239,7 +248,7 @@ class EvalSettings(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the result of a run."""
+    """The configuration of a run, in sections."""
 
     __pydantic_config__ = STRICT
     data: DataConfig = field(default_factory=DataConfig)
@@ -267,12 +276,15 @@ class Config:
         )
 
     def replace(self, **sections: dict[str, Any] | object) -> "Config":
-        """Return a copy with some fields of some sections replaced.
+        """Return a copy with some fields or sections replaced.
 
         sections: by section name, a dict of field values, or a whole new section.
-        Raises TypeError on an unknown section or field. Values are checked when a run begins.
+        Raises TypeError for an unknown section or field. Values are checked when a run starts.
 
-        Example: `digits().replace(optim={"lr": 1e-3})`.
+        >>> from deit.config.recipes import find_recipe
+        >>> config = find_recipe("digits").replace(optim={"lr": 2e-3, "epochs": 20})
+        >>> config.optim.lr, config.optim.epochs, config.optim.batch_size
+        (0.002, 20, 32)
         """
         new = {
             name: dataclasses.replace(getattr(self, name), **fields)
@@ -288,9 +300,9 @@ RESUMABLE_FIELDS = (
     "data.download",
     "data.memory_fraction",
     "data.num_workers",
-    "teacher.target_stores",  # that it is the same store is told by its digest
-    "teacher.source",  # and the same teacher by that of its weights
-    "optim.grad_accum_steps",  # the batch stays
+    "teacher.target_stores",  # compared by the digest of the stores
+    "teacher.source",  # compared by the digest of the weights
+    "optim.grad_accum_steps",  # the batch size stays the same
     "run.device",
     "teacher.memory_format",
     "run.linear_backend",
@@ -306,25 +318,25 @@ RESUMABLE_FIELDS = (
     "run.trackers",
     "run.timeout_s",
 )
-"""Settings that say where and how to compute, not what: a resumed run may change them."""
+"""Fields that a resumed run may change: they choose where and how to compute, not what."""
 
 
 SPLIT_FIELDS = ("source", "root", "reader", "classes", "exclude_list", "split_seed")
 SPLIT_FIELDS += ("validation_fraction", "test_fraction")
-"""Fields of the data that say which images are in which split."""
+"""Fields of DataConfig that decide which images are in which split."""
 
 
-def differing_split_field(one: DataConfig, other: DataConfig) -> str | None:
-    """The field by which two have other images in their splits; None where they have the same."""
+def differing_split_field(first: DataConfig, second: DataConfig) -> str | None:
+    """Return the first field by which the splits differ; None if they have the same images."""
     for leaf in SPLIT_FIELDS:
-        values = [getattr(data, leaf) for data in (one, other)]
+        values = [getattr(data, leaf) for data in (first, second)]
         if leaf == "root":
-            values = [os.path.realpath(value) * (one.source != "digits") for value in values]
+            values = [os.path.realpath(value) * (first.source != "digits") for value in values]
         if values[0] != values[1]:
             return f"data.{leaf}"
     return None
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain nested values, ready for JSON."""
+    """Return the configuration as nested dicts, ready for JSON."""
     return dataclasses.asdict(config)

@@ -1,38 +1,47 @@
-"""Among which weights pruning looks for the smallest, and how many a level keeps; no torch."""
+"""Scopes of magnitude pruning and the density after each round, without torch."""
 
 import re
 
 from deit.core.errors import ConfigError
 
 SCOPES = ("global", "layerwise")
-"""All layers ranked together, or the same share of each; beside these N:M, as 2:4: of each M
-neighbours along the inputs of a layer N."""
+"""global: all layers are ranked together; layerwise: the same fraction of each layer. A scope can
+also be N:M, such as 2:4: N of M consecutive weights along the inputs of a layer are kept."""
 
 
 def groups_of(scope: str) -> tuple[int, int] | None:
-    """N and M of N:M; None of a scope without groups. Raises ConfigError of what is no scope."""
+    """Return (N, M) of a scope N:M; None for the scopes without groups.
+
+    Raises ConfigError if it is not a scope.
+    """
     if scope in SCOPES:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", scope)
-    kept, size = map(int, found.groups()) if found else (0, 0)
-    if not 0 < kept < size:
+    match = re.fullmatch(r"(\d+):(\d+)", scope)
+    num_left, group_size = map(int, match.groups()) if match else (0, 0)
+    if not 0 < num_left < group_size:
         raise ConfigError(
-            f"scope {scope}: should be {', '.join(SCOPES)} or N:M, as 2:4, with N below M"
+            f"scope {scope}: should be {', '.join(SCOPES)} or N:M (such as 2:4) with N below M"
         )
-    return kept, size
+    return num_left, group_size
 
 
 def density_after(level: int, rate: float) -> float:
-    """The share of the weights that is left after so many levels, each of which takes `rate` of
-    those before it: (1 - rate) ** level."""
+    """Return the fraction of weights left after `level` rounds, each of which prunes `rate` of
+    those left before it: (1 - rate) ** level."""
     return (1 - rate) ** level
 
 
 def densities_of(scope: str, *, levels: int, rate: float) -> tuple[float, ...]:
-    """The share that each level keeps, from level 1 on; N:M takes one of each M a level, down to N,
-    and knows no others. Raises ConfigError."""
+    """Return the density after each round, from round 1 on.
+
+    With N:M each round prunes one more of each M weights, until N are left; levels and rate have no
+    effect. Raises ConfigError for an invalid scope.
+
+    >>> densities_of("2:4", levels=0, rate=0.0)
+    (0.75, 0.5)
+    """
     groups = groups_of(scope)
     if groups is None:
         return tuple(density_after(level, rate) for level in range(1, levels + 1))
-    kept, size = groups
-    return tuple(left / size for left in range(size - 1, kept - 1, -1))
+    num_left, group_size = groups
+    return tuple(left / group_size for left in range(group_size - 1, num_left - 1, -1))

@@ -1,4 +1,4 @@
-"""Who teaches, one by one: the teachers of a configuration, and which of them speak together."""
+"""The teachers of a configuration one by one, and the slots whose outputs training combines."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,12 @@ from deit.config.schema import TeacherConfig
 
 
 class TeacherSpec(NamedTuple):
-    """One teacher of an ensemble. source is None where only its stored targets are known."""
+    """One teacher of an ensemble.
+
+    source: None if only its stored targets are given.
+    weight: in the ensemble; those of all teachers sum to 1.
+    classes: names, @FILE or an order of names. Default: those stored with the teacher.
+    """
 
     source: str | None
     architecture: str | None
@@ -19,9 +24,9 @@ class TeacherSpec(NamedTuple):
 
 
 class TeacherSlot(NamedTuple):
-    """What speaks with one voice in training: a teacher, or a store of what one or more said.
+    """A source of outputs in training: one teacher, or a store of the outputs of one or more.
 
-    weight: of the voice; those of all seats sum to 1.
+    weight: in the ensemble; those of all slots sum to 1.
     """
 
     members: tuple[TeacherSpec, ...]
@@ -30,66 +35,75 @@ class TeacherSlot(NamedTuple):
 
 
 def teacher_specs(teacher: TeacherConfig) -> tuple[TeacherSpec, ...]:
-    """The teachers one by one; their weights sum to 1."""
-    number = max(len(teacher.source), len(teacher.target_stores))
+    """Return the teachers of a configuration one by one; their weights sum to 1.
 
-    def spread(values: tuple, empty: Any) -> tuple:
-        return (values or (empty,)) * (number if len(values) < 2 else 1)
+    >>> config = TeacherConfig(source=("resnet", "regnet"), weights=(3.0, 1.0), image_size=(224,))
+    >>> [(spec.source, spec.weight, spec.image_size) for spec in teacher_specs(config)]
+    [('resnet', 0.75, 224), ('regnet', 0.25, 224)]
+    """
+    num_teachers = max(len(teacher.source), len(teacher.target_stores))
+
+    def per_teacher(values: tuple, default: Any) -> tuple:
+        return (values or (default,)) * (num_teachers if len(values) < 2 else 1)
 
     def triples(values: tuple[float, ...]) -> tuple:
-        return spread(tuple(values[at : at + 3] for at in range(0, len(values), 3)), None)
+        grouped = tuple(values[start : start + 3] for start in range(0, len(values), 3))
+        return per_teacher(grouped, None)
 
-    weights = spread(teacher.weights, 1.0)
+    weights = per_teacher(teacher.weights, 1.0)
     return tuple(
-        TeacherSpec(source, architecture, size, mean, std, weight / sum(weights), layout, classes)
-        for source, architecture, size, mean, std, weight, layout, classes in zip(
-            teacher.source or (None,) * number,
-            spread(teacher.architecture, None),
-            spread(teacher.image_size, None),
+        TeacherSpec(*fields, weight / sum(weights), memory_format, classes)
+        for *fields, weight, memory_format, classes in zip(
+            teacher.source or (None,) * num_teachers,
+            per_teacher(teacher.architecture, None),
+            per_teacher(teacher.image_size, None),
             triples(teacher.mean),
             triples(teacher.std),
             weights,
-            spread(teacher.memory_format, "auto"),
-            _classes(teacher.classes, number),
+            per_teacher(teacher.memory_format, "auto"),
+            _classes_per_teacher(teacher.classes, num_teachers),
             strict=True,
         )
     )
 
 
-def _classes(words: tuple[str, ...], number: int) -> tuple[tuple[str, ...] | None, ...]:
-    """What teacher.classes says of each teacher: of one alone it may be a list of names."""
-    if number < 2:
-        return (words or None,) * number
-    each = words * number if len(words) == 1 else words or ("none",) * number
-    return tuple(None if word == "none" else (word,) for word in each)
+def _classes_per_teacher(
+    classes: tuple[str, ...], num_teachers: int
+) -> tuple[tuple[str, ...] | None, ...]:
+    """Return teacher.classes of each teacher: a list of names is possible for a single one only."""
+    if num_teachers < 2:
+        return (classes or None,) * num_teachers
+    each = classes * num_teachers if len(classes) == 1 else classes or ("none",) * num_teachers
+    return tuple(None if value == "none" else (value,) for value in each)
 
 
-def single_teacher(teacher: TeacherConfig, place: int) -> TeacherConfig:
-    """One of several teachers, with what was said of it."""
+def single_teacher(teacher: TeacherConfig, index: int) -> TeacherConfig:
+    """Return the section for one teacher of an ensemble. index: from 0."""
 
-    def own(values: tuple, each: int = 1) -> tuple:
-        return values if len(values) <= each else values[place * each : (place + 1) * each]
+    def select(values: tuple, size: int = 1) -> tuple:
+        return values if len(values) <= size else values[index * size : (index + 1) * size]
 
+    classes, target_stores = select(teacher.classes), select(teacher.target_stores)
     return TeacherConfig(
-        source=own(teacher.source),
-        architecture=own(teacher.architecture),
-        classes=() if (own(teacher.classes) or ("none",)) == ("none",) else own(teacher.classes),
-        image_size=own(teacher.image_size),
-        mean=own(teacher.mean, 3),
-        std=own(teacher.std, 3),
-        memory_format=own(teacher.memory_format),
-        target_stores=() if own(teacher.target_stores) == ("none",) else own(teacher.target_stores),
+        source=select(teacher.source),
+        architecture=select(teacher.architecture),
+        classes=() if classes == ("none",) else classes,
+        image_size=select(teacher.image_size),
+        mean=select(teacher.mean, 3),
+        std=select(teacher.std, 3),
+        memory_format=select(teacher.memory_format),
+        target_stores=() if target_stores == ("none",) else target_stores,
         allow_near_chance=teacher.allow_near_chance,
     )
 
 
 def teacher_slots(teacher: TeacherConfig) -> tuple[TeacherSlot, ...]:
-    """The voices of a configuration: one for each teacher, or one store of several together."""
-    everyone = teacher_specs(teacher)
-    if len(everyone) > 1 and len(teacher.target_stores) == 1:
-        return (TeacherSlot(everyone, teacher.target_stores[0], 1.0),)
-    targets = teacher.target_stores or (None,) * len(everyone)
+    """Return the slots of a configuration: one per teacher, or one if all share a store."""
+    specs = teacher_specs(teacher)
+    if len(specs) > 1 and len(teacher.target_stores) == 1:
+        return (TeacherSlot(specs, teacher.target_stores[0], 1.0),)
+    target_stores = teacher.target_stores or (None,) * len(specs)
     return tuple(
-        TeacherSlot((one,), None if stored == "none" else stored, one.weight)
-        for one, stored in zip(everyone, targets)
+        TeacherSlot((spec,), None if store == "none" else store, spec.weight)
+        for spec, store in zip(specs, target_stores)
     )

@@ -1,4 +1,4 @@
-"""Checks a configuration as a whole: every problem found at once, each with what to do."""
+"""Validation of a whole configuration: all problems in one error, each with a remedy."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from deit.core.manifest import check_format_version
 
 
 def field_names() -> list[str]:
-    """Every field as `section.field`."""
+    """Return the names of all fields as `section.field`."""
     return [
         f"{section.name}.{leaf.name}"
         for section in dataclasses.fields(Config)
@@ -40,67 +40,76 @@ def field_names() -> list[str]:
 def config_from_dict(
     values: dict[str, Any], extra: typing.Iterable[ConfigProblem] = (), *, live_teacher: bool = True
 ) -> Config:
-    """A checked configuration from nested values (text from a command line is converted).
+    """Return a validated configuration from nested values; text is converted to the field's type.
 
-    extra: problems found earlier, reported in the same message. online: whether teachers without
-    stored targets will answer in training; else targets are written.
-    Raises ConfigError naming every problem.
+    extra: problems found earlier, to report in the same error.
+    live_teacher: whether teachers without stored targets run in training. False for writing
+    targets.
+    Raises ConfigError with all problems.
     """
-    problems, broken = list(extra), set()
+    problems, invalid_sections = list(extra), set()
     for name in [name for name in values if name_problem(name)]:
         problems.append(unknown_field(name))
         values = {other: fields for other, fields in values.items() if other != name}
     for name, fields in values.items():
-        if isinstance(fields, dict) and (odd := [leaf for leaf in fields if name_problem(leaf)]):
-            problems += [unknown_field(f"{name}.{leaf}") for leaf in odd]
-            kept = {leaf: value for leaf, value in fields.items() if leaf not in odd}
-            values = values | {name: kept}
+        if not isinstance(fields, dict):
+            continue
+        if unprintable := [leaf for leaf in fields if name_problem(leaf)]:
+            problems += [unknown_field(f"{name}.{leaf}") for leaf in unprintable]
+            others = {leaf: value for leaf, value in fields.items() if leaf not in unprintable}
+            values = values | {name: others}
     adapter = _adapter()
     try:
         config = adapter.validate_python(values)
     except ValidationError as error:
         problems += [_translate(item) for item in error.errors()]
-        # What is left after the broken sections can still contradict itself: say that as well.
-        broken = {str(item["loc"][0]) for item in error.errors()}
+        # Check the valid sections as well, so that one message reports all problems.
+        invalid_sections = {str(item["loc"][0]) for item in error.errors()}
         config = adapter.validate_python(
-            {name: fields for name, fields in values.items() if name not in broken}
+            {name: fields for name, fields in values.items() if name not in invalid_sections}
         )
     for section, fields in to_dict(config).items():
         for leaf, value in fields.items():
-            for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, str) and (trouble := name_problem(one)):
-                    problems.append(
-                        ConfigProblem(f"{section}.{leaf}", one, f"{trouble}; rename it")
-                    )
-                if isinstance(one, int) and abs(one) >= LIMIT:
-                    problems.append(ConfigProblem(f"{section}.{leaf}", one, "should be below 2^63"))
-                    broken.add(section)
+            for item in value if isinstance(value, tuple) else (value,):
+                field = f"{section}.{leaf}"
+                if isinstance(item, str) and (problem := name_problem(item)):
+                    problems.append(ConfigProblem(field, item, f"{problem}; rename it"))
+                if isinstance(item, int) and abs(item) >= INT_LIMIT:
+                    problems.append(ConfigProblem(field, item, "should be below 2^63"))
+                    invalid_sections.add(section)
     for check, sections in {**CHECKS, **(LIVE_TEACHER_CHECKS if live_teacher else {})}.items():
-        if not sections & broken:
+        if not sections & invalid_sections:
             problems += check(config)
     if problems:
         raise _config_error(problems)
     return config
 
 
-LIMIT = 2**63
-"""Whole numbers are below: PyTorch's sizes and seeds are 64-bit integers."""
+INT_LIMIT = 2**63
+"""Integers must be below it: PyTorch's sizes and seeds are 64-bit integers."""
 
 
 @functools.cache
 def _adapter() -> TypeAdapter[Config]:
-    """What checks the types; made once, as that takes a twentieth of a second."""
+    """Return the type checker of `Config`; cached because building it takes 0.05 s."""
     return TypeAdapter(Config)
 
 
 def validate(config: Config, *, live_teacher: bool = True) -> Config:
-    """The same configuration, checked as `build` does. Raises ConfigError naming every problem."""
+    """Return the configuration after validating it as `config_from_dict` does.
+
+    Raises ConfigError with all problems.
+    """
     return config_from_dict(to_dict(config), live_teacher=live_teacher)
 
 
-def load_config(path: Path) -> Config:
-    """A configuration from the config.json of a run. Relative paths in it that lead nowhere from
-    here are taken from where the run was started. Raises ConfigError."""
+def load_config(path: str | Path) -> Config:
+    """Load a configuration from the config.json of a run.
+
+    A relative path in it that does not exist in the working directory is taken relative to the
+    directory in which the run was started. Raises ConfigError.
+    """
+    path = Path(path)
     try:
         values = parse_strict_json(read_text(path))
     except PermissionError as error:
@@ -109,54 +118,58 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: not a readable configuration ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a JSON object of sections")
-    check_format_version(path.parent)  # rather than a list of all fields that it names otherwise
-    return _from_here(config_from_dict(values), path.parent)
+    check_format_version(path.parent)  # clearer than a list of fields that were renamed since
+    return _with_found_paths(config_from_dict(values), path.parent)
 
 
 def started_in(run: Path, record: str) -> Path | None:
-    """The working directory of the command that started a run. record: environment.json, or that
-    of a resumed run, which holds the path from the run's folder, so that both may be moved
-    together. None where it does not say."""
+    """Return the working directory of the command that started a run; None if it is unknown.
+
+    record: ENVIRONMENT or RESUMED. It holds the directory relative to the run, so that both can be
+    moved together.
+    """
     try:
-        found = parse_strict_json(read_bytes(run / record))["directory"]
-        return (run.resolve() / found).resolve()
+        directory = parse_strict_json(read_bytes(run / record))["directory"]
+        return (run.resolve() / directory).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _from_here(config: Config, run: Path) -> Config:
-    """A run's configuration with the paths that are found where it was started."""
-    starts = [started_in(run, record) for record in (RESUMED, ENVIRONMENT)]
-    starts = [start for start in starts if start is not None and start != Path.cwd()]
-    if not starts:
+def _with_found_paths(config: Config, run: Path) -> Config:
+    """Replace paths that exist only in the directory in which the run was started."""
+    directories = [started_in(run, record) for record in (RESUMED, ENVIRONMENT)]
+    directories = [path for path in directories if path is not None and path != Path.cwd()]
+    if not directories:
         return config
 
-    def found(word: str) -> str:
-        mark, name = ("@", word[1:]) if word.startswith("@") else ("", word)
+    def locate(value: str) -> str:
+        prefix, name = ("@", value[1:]) if value.startswith("@") else ("", value)
         path = Path(name).expanduser()
         if path.is_absolute() or path.exists() or ".py:" in name or name in ("keep", "none", ""):
-            return word
-        places = (start / path for start in starts)
-        return next((f"{mark}{os.path.relpath(one)}" for one in places if one.exists()), word)
+            return value
+        candidates = (directory / path for directory in directories)
+        existing = (f"{prefix}{os.path.relpath(path)}" for path in candidates if path.exists())
+        return next(existing, value)
 
     sections: dict[str, dict[str, Any]] = {}
-    for field in _PATHS if config.data.source != "digits" else _PATHS[1:]:
+    for field in _PATH_FIELDS if config.data.source != "digits" else _PATH_FIELDS[1:]:
         section, leaf = field.split(".")
         value = getattr(getattr(config, section), leaf)
         if isinstance(value, str):
-            sections.setdefault(section, {})[leaf] = found(value)
+            sections.setdefault(section, {})[leaf] = locate(value)
         elif isinstance(value, tuple):
-            lists = field in ("data.classes", "data.unseen_classes")  # where only @FILE is a path
-            kept = tuple(one if lists and one[:1] != "@" else found(one) for one in value)
-            sections.setdefault(section, {})[leaf] = kept
+            only_at = field in ("data.classes", "data.unseen_classes")  # only @FILE is a path here
+            sections.setdefault(section, {})[leaf] = tuple(
+                item if only_at and item[:1] != "@" else locate(item) for item in value
+            )
     return config.replace(**sections)
 
 
-_PATHS = (
+_PATH_FIELDS = (
     *("data.root", "data.exclude_list", "data.classes", "data.unseen_classes"),
     *("init.weights", "init.pruning_masks", "teacher.source", "teacher.target_stores"),
 )
-"""Fields that may hold paths."""
+"""Fields that can hold paths."""
 
 
 def _config_error(problems: list[ConfigProblem]) -> ConfigError:
@@ -166,26 +179,26 @@ def _config_error(problems: list[ConfigProblem]) -> ConfigError:
 
 
 def _translate(error: dict[str, Any]) -> ConfigProblem:
-    """A ConfigProblem from one of pydantic's error records."""
-    # Below a field, locations also name union members and tuple positions: not the user's words.
+    """Convert an error record of pydantic."""
+    # The first two parts only: below a field, pydantic names union members and tuple positions.
     name = ".".join(str(part) for part in error["loc"][:2])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_field(name)
-    value, advice = error["input"], error["msg"].removeprefix("Value error, ")
-    advice = advice.replace("Input should", "should").replace("Field required", "is required")
+    value, hint = error["input"], error["msg"].removeprefix("Value error, ")
+    hint = hint.replace("Input should", "should").replace("Field required", "is required")
     allowed: tuple[str, ...] = ()
     if error["type"] == "literal_error":
         section, leaf = name.split(".")
-        allowed = _words_of(typing.get_type_hints(_section_type(section))[leaf])
-        advice += did_you_mean(value, allowed) if isinstance(value, str) else ""
-    return ConfigProblem(name, value, advice, allowed)
+        allowed = _choices_of(typing.get_type_hints(_section_type(section))[leaf])
+        hint += did_you_mean(value, allowed) if isinstance(value, str) else ""
+    return ConfigProblem(name, value, hint, allowed)
 
 
-def _words_of(annotation: Any) -> tuple[str, ...]:
-    """The words a field takes, also where it takes several of them."""
+def _choices_of(annotation: Any) -> tuple[str, ...]:
+    """Return the choices of a field, also of one that takes several of them."""
     if isinstance(annotation, str):
         return (annotation,)
-    return tuple(word for part in typing.get_args(annotation) for word in _words_of(part))
+    return tuple(choice for part in typing.get_args(annotation) for choice in _choices_of(part))
 
 
 def _section_type(name: str) -> type:
@@ -193,8 +206,7 @@ def _section_type(name: str) -> type:
 
 
 def unknown_field(name: str, others: Collection[str] = ()) -> ConfigProblem:
-    """The problem of a field that does not exist, with the nearest name, or that of others that
-    may have been meant."""
+    """Return the problem of an unknown field, with the closest name of a field or of `others`."""
     return ConfigProblem(
         in_line(name), NO_VALUE, f"unknown field{did_you_mean(name, [*field_names(), *others])}"
     )

@@ -11,7 +11,7 @@ import yaml
 
 from deit.config.presets import PRESETS
 from deit.config.schema import Config
-from deit.config.validation import LIMIT, field_names
+from deit.config.validation import INT_LIMIT, field_names
 from deit.core.errors import ConfigError, did_you_mean, shortened
 from deit.core.file_reading import read_text
 from deit.core.json_io import parse_strict_json
@@ -112,7 +112,7 @@ def _check_size(values: Any) -> None:
         num_values += 1
         if num_values > _MAX_VALUES:
             raise ValueError(f"more than {_MAX_VALUES:,} values, or an alias that contains itself")
-        if isinstance(value, int) and abs(value) >= LIMIT:
+        if isinstance(value, int) and abs(value) >= INT_LIMIT:
             raise ValueError("a number that is not below 2^63")
         if isinstance(value, dict):
             waiting += [*value, *value.values()]

@@ -1,4 +1,4 @@
-"""The checks of a configuration: what single fields cannot say, each problem with what to do."""
+"""Checks of a configuration that involve several fields; each problem comes with a remedy."""
 
 from deit.config.checks.images import check_addresses, check_data, check_views
 from deit.config.checks.student import check_adapters, check_init, check_qat, check_student
@@ -26,7 +26,7 @@ CHECKS = {
     check_optim: {"optim", "views", "loss"},
     check_run: {"run", "student", "optim"},
 }
-"""What single fields cannot say, and the sections each check reads."""
+"""Each check, and the sections that it reads."""
 
 LIVE_TEACHER_CHECKS = {check_crops: {"views", "teacher", "loss"}}
-"""Likewise, where targets are not about to be written."""
+"""Checks for training, but not for writing targets; the sections that each reads."""

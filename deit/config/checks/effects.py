@@ -1,4 +1,4 @@
-"""Fields that have no effect beside others."""
+"""Fields that have no effect with the values of other fields."""
 
 from typing import Any
 
@@ -6,12 +6,15 @@ from deit.core.errors import ConfigProblem
 
 
 def without_effect(
-    section: str, values: Any, leaves: tuple[str, ...], advice: str
+    section: str, values: Any, leaves: tuple[str, ...], hint: str
 ) -> list[ConfigProblem]:
-    """A problem for each field that was changed although it cannot take effect."""
+    """Return a problem for each of the fields that differs from its default.
+
+    values: the section. leaves: its fields that have no effect. hint: why, for the message.
+    """
     defaults = type(values)()
     return [
-        ConfigProblem(f"{section}.{leaf}", getattr(values, leaf), advice)
+        ConfigProblem(f"{section}.{leaf}", getattr(values, leaf), hint)
         for leaf in leaves
         if getattr(values, leaf) != getattr(defaults, leaf)
     ]

@@ -10,66 +10,71 @@ from deit.core.user_code import HUB_PREFIXES, address_hint
 
 
 def check_addresses(config: Config) -> list[ConfigProblem]:
-    """Addresses, where files and folders are named."""
-    found = []
+    """Check for addresses in fields that take files and folders."""
+    problems = []
     for section in dataclasses.fields(config):
         for leaf in dataclasses.fields(section.type):
             name, value = f"{section.name}.{leaf.name}", getattr(config, section.name)
             value = getattr(value, leaf.name)
-            for word in value if isinstance(value, tuple) else (value,):
-                if not isinstance(word, str) or (
-                    name in TIMM_LOADS and word.startswith(HUB_PREFIXES)
-                ):
+            for item in value if isinstance(value, tuple) else (value,):
+                if not isinstance(item, str):
                     continue
-                if (advice := address_hint(word.removeprefix("@"))) is not None:
-                    found.append(ConfigProblem(name, word, advice))
-    return found
+                if name in TIMM_LOADS and item.startswith(HUB_PREFIXES):
+                    continue
+                if (hint := address_hint(item.removeprefix("@"))) is not None:
+                    problems.append(ConfigProblem(name, item, hint))
+    return problems
 
 
 def check_data(config: Config) -> list[ConfigProblem]:
-    data, found = config.data, []
+    """Check the data section."""
+    data, problems = config.data, []
     if data.source == "reader":
         if data.reader is None:
-            advice = "data.source 'reader' needs one: folder, tar, hfds/NAME or torch/NAME"
-            found.append(ConfigProblem("data.reader", None, advice))
+            hint = "is required by data.source 'reader': folder, tar, hfds/NAME or torch/NAME"
+            problems.append(ConfigProblem("data.reader", None, hint))
     else:
-        advice = f"only data.source 'reader' takes it, data.source is {data.source!r}"
-        found += without_effect("data", data, ("reader",), advice)
+        hint = f"has an effect with data.source 'reader' only; it is {data.source!r}"
+        problems += without_effect("data", data, ("reader",), hint)
     if data.source not in ("mnist", "cifar10", "cifar100", "reader"):
-        advice = "only mnist, cifar10, cifar100, or what data.reader names, can be downloaded"
-        found += without_effect("data", data, ("download",), advice)
+        hint = "only mnist, cifar10, cifar100 and the dataset of data.reader can be downloaded"
+        problems += without_effect("data", data, ("download",), hint)
     if data.source not in ("folder", "shards", "reader"):
-        advice = f"only image files take it, data.source {data.source!r} is always in memory"
-        found += without_effect("data", data, ("storage", "num_workers", "exclude_list"), advice)
+        hint = f"has an effect on image files only; data.source {data.source!r} is kept in memory"
+        problems += without_effect("data", data, ("storage", "num_workers", "exclude_list"), hint)
     elif data.storage == "memory":
-        advice = "has no effect, data.storage is 'memory'"
-        found += without_effect("data", data, ("num_workers",), advice)
-    return found
+        hint = "has no effect because data.storage is 'memory'"
+        problems += without_effect("data", data, ("num_workers",), hint)
+    return problems
 
 
 def check_views(config: Config) -> list[ConfigProblem]:
+    """Check the views section."""
     views = config.views
-    found = []
+    problems = []
     for leaf in ("crop_scale", "crop_ratio", "erasing_scale", "erasing_ratio"):
         low, high = getattr(views, leaf)
         if low > high:
-            found.append(ConfigProblem(f"views.{leaf}", (low, high), "should go from low to high"))
+            problems.append(
+                ConfigProblem(f"views.{leaf}", (low, high), "should go from low to high")
+            )
     for leaf in ("crop_scale", "erasing_scale"):
         if getattr(views, leaf)[1] > 1:
-            advice = "a box cannot exceed the image (1.0)"
-            found.append(ConfigProblem(f"views.{leaf}", getattr(views, leaf), advice))
-    for leaves, on, advice in _effects(views):
-        if not on:
-            found += without_effect("views", views, leaves, advice)
+            hint = "a box cannot exceed the image (1.0)"
+            problems.append(ConfigProblem(f"views.{leaf}", getattr(views, leaf), hint))
+    for leaves, has_effect, hint in _effects(views):
+        if not has_effect:
+            problems += without_effect("views", views, leaves, hint)
     if (views.mean is None) != (views.std is None):
-        found.append(ConfigProblem("views.mean", views.mean, "goes together with views.std"))
+        hint = "set both views.mean and views.std, or neither"
+        problems.append(ConfigProblem("views.mean", views.mean, hint))
     if views.std is not None and min(views.std) <= 0:
-        found.append(ConfigProblem("views.std", views.std, "should be positive"))
-    return found
+        problems.append(ConfigProblem("views.std", views.std, "should be positive"))
+    return problems
 
 
 def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
-    """Fields of the views, whether they take effect, and why they would not."""
+    """Return groups of fields, whether they have an effect, and otherwise why not."""
     return [
         (
             (
@@ -84,11 +89,11 @@ def _effects(views: ViewsConfig) -> list[tuple[tuple[str, ...], bool, str]]:
         (
             ("erasing_mode", "erasing_scale", "erasing_ratio"),
             views.erasing_prob > 0,
-            "has no effect, views.erasing_prob is 0",
+            "has no effect because views.erasing_prob is 0",
         ),
         (("crop_pct",), views.crop == "random", "has an effect with views.crop random only"),
     ]
 
 
 TIMM_LOADS = ("init.weights", "teacher.source")
-"""Fields that take a repository of the Hugging Face hub, as timm names it."""
+"""Fields that accept a repository of the Hugging Face hub by timm's name (hf-hub:...)."""

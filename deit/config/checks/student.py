@@ -7,10 +7,11 @@ from deit.core.errors import ConfigProblem, did_you_mean
 
 
 def check_student(config: Config) -> list[ConfigProblem]:
+    """Check the student section."""
     student = config.student
-    found = []
+    problems = []
     if student.name not in STUDENTS and not student.name.startswith("timm:"):
-        found.append(
+        problems.append(
             ConfigProblem(
                 "student.name",
                 student.name,
@@ -20,7 +21,7 @@ def check_student(config: Config) -> list[ConfigProblem]:
         )
     elif student.is_transformer:
         if student.image_size % student.patch_size:
-            found.append(
+            problems.append(
                 ConfigProblem(
                     "student.patch_size",
                     student.patch_size,
@@ -28,120 +29,111 @@ def check_student(config: Config) -> list[ConfigProblem]:
                 )
             )
         if not student.has_distillation_token:
-            advice = f"only deit_* take it, student.name is {student.name!r}"
-            found += without_effect("student", student, ("num_distillation_tokens",), advice)
+            hint = f"has an effect on deit_* only; student.name is {student.name!r}"
+            problems += without_effect("student", student, ("num_distillation_tokens",), hint)
         if student.embed_dim and student.num_heads and student.embed_dim % student.num_heads:
-            found.append(
+            problems.append(
                 ConfigProblem(
                     "student.num_heads",
                     student.num_heads,
                     f"should divide student.embed_dim ({student.embed_dim})",
                 )
             )
-        found += _check_shared_blocks(student)
+        problems += _check_shared_blocks(student)
         for leaf in ("heads_per_block", "mlp_hidden_per_block"):
             values = getattr(student, leaf)
             if len(values) not in (0, 1, student.num_blocks):
-                advice = f"should be one value, or one for each of {student.num_blocks} blocks"
-                found.append(ConfigProblem(f"student.{leaf}", values, advice))
+                hint = f"should be one value, or one for each of the {student.num_blocks} blocks"
+                problems.append(ConfigProblem(f"student.{leaf}", values, hint))
         if student.adapters == "none":
-            advice = "has no effect, student.adapters is 'none'"
-            found += without_effect("student", student, _OF_ADAPTERS, advice)
+            hint = "has no effect because student.adapters is 'none'"
+            problems += without_effect("student", student, _ADAPTER_FIELDS, hint)
         if student.qat != "none":
-            found += _beside_rounding(student)
+            problems += _check_int8_support(student)
     else:
-        only = f"only deit_* and vit_* take it, student.name is {student.name!r}"
-        shape = ("patch_size", "embed_dim", "depth", "num_heads", "weight_init")
-        shape = (
-            *shape,
-            "heads_per_block",
-            "mlp_hidden_per_block",
-            "shared_block_size",
-            "adapters",
-            *_OF_ADAPTERS,
-        )
-        shape = (*shape, "num_distillation_tokens", "dropout", "qat")
-        found += without_effect("student", student, shape, only)
-    return found
+        hint = f"has an effect on deit_* and vit_* only; student.name is {student.name!r}"
+        problems += without_effect("student", student, _TRANSFORMER_FIELDS, hint)
+    return problems
 
 
-_OF_ADAPTERS = ("adapter_dim", "adapter_scale")
+_ADAPTER_FIELDS = ("adapter_dim", "adapter_scale")
+_TRANSFORMER_FIELDS = (
+    *("patch_size", "embed_dim", "depth", "num_heads", "weight_init"),
+    *("heads_per_block", "mlp_hidden_per_block", "shared_block_size", "adapters"),
+    *_ADAPTER_FIELDS,
+    *("num_distillation_tokens", "dropout", "qat"),
+)
 
 
 def _check_shared_blocks(student: StudentConfig) -> list[ConfigProblem]:
-    """Check student.shared_block_size beside the fields it excludes."""
-    found = []
+    """Check student.shared_block_size and the fields that exclude it."""
+    problems = []
     if student.num_blocks % student.shared_block_size:
-        advice = f"should divide the number of blocks ({student.num_blocks})"
-        found.append(ConfigProblem("student.shared_block_size", student.shared_block_size, advice))
+        hint = f"should divide the number of blocks ({student.num_blocks})"
+        problems.append(ConfigProblem("student.shared_block_size", student.shared_block_size, hint))
     if student.shared_block_size > 1 and student.adapters != "none":
-        advice = (
-            f"not for blocks that share their weights (student.shared_block_size "
-            f"{student.shared_block_size}); use "
-            "none (and not --schedule convpass), or start from a network whose blocks share "
-            "none"
+        hint = (
+            f"cannot be combined with student.shared_block_size {student.shared_block_size}; use "
+            "none (and not --schedule convpass), or pretrained weights without shared blocks"
         )
-        found.append(ConfigProblem("student.adapters", student.adapters, advice))
+        problems.append(ConfigProblem("student.adapters", student.adapters, hint))
     if student.shared_block_size > 1 and (student.heads_per_block or student.mlp_hidden_per_block):
-        advice = (
-            "blocks that share their weights cannot be pruned apart (student.heads_per_block, "
+        hint = (
+            "blocks that share weights cannot have different sizes (student.heads_per_block, "
             "student.mlp_hidden_per_block); use 1"
         )
-        found.append(ConfigProblem("student.shared_block_size", student.shared_block_size, advice))
-    return found
+        problems.append(ConfigProblem("student.shared_block_size", student.shared_block_size, hint))
+    return problems
 
 
-def _beside_rounding(student: StudentConfig) -> list[ConfigProblem]:
-    """What an int8 file has no counterpart of."""
-    advice = "is not for a student whose layers round (student.qat); use {}"
-    found = []
+def _check_int8_support(student: StudentConfig) -> list[ConfigProblem]:
+    """Check for features that `deit quantize` does not support."""
+    hint = "cannot be combined with student.qat; use {}"
+    problems = []
     if student.shared_block_size > 1:
-        found.append(
-            ConfigProblem("student.shared_block_size", student.shared_block_size, advice.format(1))
+        problems.append(
+            ConfigProblem("student.shared_block_size", student.shared_block_size, hint.format(1))
         )
     if student.adapters != "none":
-        found.append(ConfigProblem("student.adapters", student.adapters, advice.format("none")))
-    return found
+        problems.append(ConfigProblem("student.adapters", student.adapters, hint.format("none")))
+    return problems
 
 
 def check_init(config: Config) -> list[ConfigProblem]:
+    """Check the fields that have an effect on pretrained weights only."""
     if config.init.weights is not None:
         return []
-    advice = "has no effect on random weights; give init.weights (finetune_deit.py --from)"
-    found = without_effect("init", config.init, ("head", "pos_embed_resize"), advice)
+    hint = "has no effect on random weights; give init.weights (finetune_deit.py --from)"
+    problems = without_effect("init", config.init, ("head", "pos_embed_resize"), hint)
     if config.optim.trainable != "all":
-        advice = "would leave the rest of the student at random weights; give init.weights"
-        found.append(ConfigProblem("optim.trainable", config.optim.trainable, advice))
-    return found
+        hint = "would train only a part of a randomly initialized student; give init.weights"
+        problems.append(ConfigProblem("optim.trainable", config.optim.trainable, hint))
+    return problems
 
 
 def check_adapters(config: Config) -> list[ConfigProblem]:
-    """Adapters that are trained alone, on weights that stay."""
+    """Check the fields for optim.trainable adapters, where the other weights are frozen."""
     if config.optim.trainable != "adapters":
         return []
-    found = []
+    problems = []
     if config.student.adapters == "none":
-        advice = (
-            "there are none; give student.adapters convpass (--schedule convpass), or use heads"
-        )
-        found.append(ConfigProblem("optim.trainable", "adapters", advice))
+        hint = "the student has none; use student.adapters convpass (--schedule convpass), or heads"
+        problems.append(ConfigProblem("optim.trainable", "adapters", hint))
     if config.init.pruning_masks != "keep":
-        advice = "would change weights that optim.trainable 'adapters' leaves as they are; use keep"
-        found.append(ConfigProblem("init.pruning_masks", config.init.pruning_masks, advice))
-    return found
+        hint = "would change weights that optim.trainable 'adapters' freezes; use keep"
+        problems.append(ConfigProblem("init.pruning_masks", config.init.pruning_masks, hint))
+    return problems
 
 
 def check_qat(config: Config) -> list[ConfigProblem]:
-    """Ranges are learnt by a student that is whole, and in training mode."""
-    rounding, found = config.student.qat, []
-    if rounding == "none":
-        return found
+    """Check student.qat: ranges are updated in training mode, on a student that is not sharded."""
+    qat, problems = config.student.qat, []
+    if qat == "none":
+        return problems
     if config.optim.trainable in ("heads", "adapters"):
-        advice = (
-            f"leaves layers in evaluation mode that round ({rounding}) and have to learn; use all"
-        )
-        found.append(ConfigProblem("optim.trainable", config.optim.trainable, advice))
+        hint = f"keeps layers in evaluation mode, where student.qat {qat} updates no range; use all"
+        problems.append(ConfigProblem("optim.trainable", config.optim.trainable, hint))
     if config.run.sharding != "none":
-        advice = f"is not for a student whose layers round (student.qat {rounding}); use none"
-        found.append(ConfigProblem("run.sharding", config.run.sharding, advice))
-    return found
+        hint = f"cannot be combined with student.qat {qat}; use none"
+        problems.append(ConfigProblem("run.sharding", config.run.sharding, hint))
+    return problems

@@ -9,6 +9,7 @@ from deit.core.errors import ConfigProblem, did_you_mean
 
 
 def check_losses(config: Config) -> list[ConfigProblem]:
+    """Check the loss section, and that teacher and student fit it."""
     loss, student, teacher = config.loss, config.student, config.teacher
     if loss.kind == "none":
         leaves = tuple(
@@ -16,11 +17,11 @@ def check_losses(config: Config) -> list[ConfigProblem]:
             for leaf in dataclasses.fields(LossConfig)
             if leaf.name not in ("kind", "label_smoothing")
         )
-        advice = "has no effect, loss.kind is 'none'; --loss none clears it"
-        return without_effect("loss", loss, leaves, advice)
-    found = check_loss_fields(loss)
+        hint = "has no effect because loss.kind is 'none'; --loss none resets it"
+        return without_effect("loss", loss, leaves, hint)
+    problems = check_loss_fields(loss)
     if not teacher.source and not teacher.target_stores:
-        found.append(
+        problems.append(
             ConfigProblem(
                 "teacher.source",
                 None,
@@ -28,27 +29,26 @@ def check_losses(config: Config) -> list[ConfigProblem]:
             )
         )
     if loss.kind == "dkd" and config.views.uses_mixing:
-        advice = "needs one true class, mixed views have two; use --augmentation none, or soft"
-        found.append(ConfigProblem("loss.kind", "dkd", advice))
+        hint = "needs one true class, but mixed views have two; use --augmentation none, or soft"
+        problems.append(ConfigProblem("loss.kind", "dkd", hint))
     if student.name not in STUDENTS and not student.name.startswith("timm:"):
-        return found  # which heads an unknown name has, nobody knows
-    token = student.has_distillation_token
-    if loss.head == "distillation" and not token:
+        return problems  # the heads of an unknown network are not known
+    has_token = student.has_distillation_token
+    if loss.head == "distillation" and not has_token:
         twin = student.name.replace("vit_", "deit_")
-        other = twin in STUDENTS and twin != student.name
-        suggestion = f"student.name {twin}" if other else "a deit_* student"
-        found.append(
+        has_twin = twin in STUDENTS and twin != student.name
+        suggestion = f"student.name {twin}" if has_twin else "a deit_* student"
+        problems.append(
             ConfigProblem(
                 "student.name",
                 student.name,
-                "has no distillation token to distil through; use "
-                f"{suggestion}, or loss.head class",
+                f"has no distillation token; use {suggestion}, or loss.head class",
             )
         )
-    if loss.head == "class" and token:
+    if loss.head == "class" and has_token:
         twin = student.name.replace("deit_", "vit_")
         suggestion = f"student.name {twin}" if twin in STUDENTS else "a student without the token"
-        found.append(
+        problems.append(
             ConfigProblem(
                 "loss.head",
                 "class",
@@ -56,8 +56,8 @@ def check_losses(config: Config) -> list[ConfigProblem]:
                 f"{suggestion}, or loss.head distillation",
             )
         )
-    if loss.effective_label_weight == 0 and token and loss.head == "distillation":
-        found.append(
+    if loss.effective_label_weight == 0 and has_token and loss.head == "distillation":
+        problems.append(
             ConfigProblem(
                 "loss.distillation_weight",
                 loss.distillation_weight,
@@ -65,126 +65,123 @@ def check_losses(config: Config) -> list[ConfigProblem]:
                 "loss.head all",
             )
         )
-    return found
+    return problems
 
 
 def check_loss_fields(loss: LossConfig) -> list[ConfigProblem]:
-    """What the fields of the loss section say against each other."""
-    found = []
+    """Check the fields of the loss section against each other."""
+    problems = []
     if loss.distillation_weight == 0:
-        found.append(
-            ConfigProblem(
-                "loss.distillation_weight", 0, "leaves the teacher no say; use --loss none"
-            )
-        )
+        hint = "the teacher would have no effect; use --loss none"
+        problems.append(ConfigProblem("loss.distillation_weight", 0, hint))
     if loss.effective_label_weight < 0:
-        advice = "leaves the label less than nothing; give loss.label_weight as well"
-        found.append(ConfigProblem("loss.distillation_weight", loss.distillation_weight, advice))
+        hint = "is above 1, so the label weight would be negative; set loss.label_weight as well"
+        problems.append(ConfigProblem("loss.distillation_weight", loss.distillation_weight, hint))
     if loss.kind == "hard":
-        advice = "has no effect on a hard label; use 1"
-        found += without_effect("loss", loss, ("temperature",), advice)
-        found += without_effect(
-            "loss", loss, ("standardize_logits",), "has no effect on a hard label"
-        )
+        hint = "has no effect with loss.kind hard"
+        problems += without_effect("loss", loss, ("temperature",), f"{hint}; use 1")
+        problems += without_effect("loss", loss, ("standardize_logits",), hint)
     if loss.kind != "dkd":
-        advice = "has an effect with loss.kind dkd only"
-        found += without_effect("loss", loss, ("dkd_alpha", "dkd_beta"), advice)
-    return found
+        hint = "has an effect with loss.kind dkd only"
+        problems += without_effect("loss", loss, ("dkd_alpha", "dkd_beta"), hint)
+    return problems
 
 
 def check_teachers(config: Config) -> list[ConfigProblem]:
-    teacher, student, found = config.teacher, config.student, []
-    number = max(len(teacher.source), len(teacher.target_stores))
-    together = (1,) if teacher.combine != "tokens" else ()  # one store of what all say
-    counts = {"source": (0, number), "target_stores": (0, *together, number)}
-    if number > 1:
-        counts["classes"] = (0, 1, number)
+    """Check the teacher section: the number of values in each list, and their combination."""
+    teacher, student, problems = config.teacher, config.student, []
+    num_teachers = max(len(teacher.source), len(teacher.target_stores))
+    joint_store = (1,) if teacher.combine != "tokens" else ()  # one store of combined outputs
+    counts = {"source": (0, num_teachers), "target_stores": (0, *joint_store, num_teachers)}
+    if num_teachers > 1:
+        counts["classes"] = (0, 1, num_teachers)
     counts |= dict.fromkeys(
-        ("architecture", "image_size", "weights", "memory_format"), (0, 1, number)
+        ("architecture", "image_size", "weights", "memory_format"), (0, 1, num_teachers)
     )
-    counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * number))
+    counts |= dict.fromkeys(("mean", "std"), (0, 3, 3 * num_teachers))
     for leaf, allowed in counts.items():
         if len(getattr(teacher, leaf)) not in allowed:
-            advice = f"should hold {allowed[-1]} values for {number} teacher(s)"
-            found.append(ConfigProblem(f"teacher.{leaf}", getattr(teacher, leaf), advice))
-    if number > 1 or len(teacher.classes) == 1:
-        known = CLASS_ORDERS if number < 2 else (*CLASS_ORDERS, "none")
-        for word in teacher.classes:
-            if not word.startswith("@") and word not in known:
-                advice = f"should be @FILE with one name a line, or one of {', '.join(known)}"
-                found.append(
-                    ConfigProblem("teacher.classes", word, advice + did_you_mean(word, known))
+            hint = f"should hold {allowed[-1]} values for {num_teachers} teacher(s)"
+            problems.append(ConfigProblem(f"teacher.{leaf}", getattr(teacher, leaf), hint))
+    if num_teachers > 1 or len(teacher.classes) == 1:
+        known = CLASS_ORDERS if num_teachers < 2 else (*CLASS_ORDERS, "none")
+        for value in teacher.classes:
+            if not value.startswith("@") and value not in known:
+                hint = f"should be @FILE with one name per line, or one of {', '.join(known)}"
+                problems.append(
+                    ConfigProblem("teacher.classes", value, hint + did_you_mean(value, known))
                 )
     if bool(teacher.mean) != bool(teacher.std):
-        found.append(ConfigProblem("teacher.mean", teacher.mean, "goes together with teacher.std"))
+        hint = "set both teacher.mean and teacher.std, or neither"
+        problems.append(ConfigProblem("teacher.mean", teacher.mean, hint))
     for leaf in ("std", "weights"):
         if any(value <= 0 for value in getattr(teacher, leaf)):
-            found.append(
+            problems.append(
                 ConfigProblem(f"teacher.{leaf}", getattr(teacher, leaf), "should be positive")
             )
     if "none" in teacher.target_stores and not teacher.source:
-        advice = "'none' answers itself and needs its teacher.source"
-        found.append(ConfigProblem("teacher.target_stores", teacher.target_stores, advice))
-    if number < 2:
-        advice = "has no effect with one teacher"
-        found += without_effect("teacher", teacher, ("weights", "combine"), advice)
+        hint = "contains 'none', a teacher that is run, so teacher.source is required"
+        problems.append(ConfigProblem("teacher.target_stores", teacher.target_stores, hint))
+    if num_teachers < 2:
+        hint = "has no effect with one teacher"
+        problems += without_effect("teacher", teacher, ("weights", "combine"), hint)
     elif teacher.combine == "tokens":
-        found += _check_tokens(config, number)
-    if student.num_distillation_tokens > 1 and (number < 2 or teacher.combine != "tokens"):
-        advice = "needs as many teachers, and teacher.combine tokens"
-        found.append(
-            ConfigProblem(
-                "student.num_distillation_tokens", student.num_distillation_tokens, advice
-            )
-        )
-    return found
+        problems += _check_tokens(config, num_teachers)
+    num_tokens = student.num_distillation_tokens
+    if num_tokens > 1 and (num_teachers < 2 or teacher.combine != "tokens"):
+        hint = f"needs {num_tokens} teachers, and teacher.combine tokens"
+        problems.append(ConfigProblem("student.num_distillation_tokens", num_tokens, hint))
+    return problems
 
 
 def check_teacher_mean(config: Config) -> list[ConfigProblem]:
-    """A mean of probabilities is taken at a temperature, which standardised logits do not have."""
+    """Check that probabilities are not averaged with standardized logits.
+
+    Each row of logits has its own scale then, so there is no common temperature.
+    """
     teacher, loss = config.teacher, config.loss
-    several = max(len(teacher.source), len(teacher.target_stores)) > 1
-    if not (several and loss.standardize_logits and teacher.combine == "probabilities"):
+    is_ensemble = max(len(teacher.source), len(teacher.target_stores)) > 1
+    if not (is_ensemble and loss.standardize_logits and teacher.combine == "probabilities"):
         return []
-    advice = "is not defined for a mean of probabilities; use teacher.combine logits or tokens"
-    return [ConfigProblem("loss.standardize_logits", True, advice)]
+    hint = "is not defined for a mean of probabilities; use teacher.combine logits or tokens"
+    return [ConfigProblem("loss.standardize_logits", True, hint)]
 
 
-def _check_tokens(config: Config, number: int) -> list[ConfigProblem]:
-    """A distillation token for each of several teachers."""
-    found = []
-    if config.loss.kind != "none" and config.student.num_distillation_tokens != number:
-        advice = f"should be {number}, one for each teacher (teacher.combine tokens)"
-        tokens = config.student.num_distillation_tokens
-        found.append(ConfigProblem("student.num_distillation_tokens", tokens, advice))
+def _check_tokens(config: Config, num_teachers: int) -> list[ConfigProblem]:
+    """Check teacher.combine tokens: each teacher has its own distillation token."""
+    problems = []
+    if config.loss.kind != "none" and config.student.num_distillation_tokens != num_teachers:
+        hint = f"should be {num_teachers}, one per teacher (teacher.combine tokens)"
+        num_tokens = config.student.num_distillation_tokens
+        problems.append(ConfigProblem("student.num_distillation_tokens", num_tokens, hint))
     if config.loss.kind != "none" and config.loss.head != "distillation":
-        advice = "one teacher a token (teacher.combine tokens) needs loss.head distillation"
-        found.append(ConfigProblem("loss.head", config.loss.head, advice))
-    return found
+        hint = "should be distillation with teacher.combine tokens"
+        problems.append(ConfigProblem("loss.head", config.loss.head, hint))
+    return problems
 
 
 def check_teacher_view(config: Config) -> list[ConfigProblem]:
-    """A teacher's view of its own beside mixing, which shows the student two images."""
+    """Check that views with mixing are the same for teacher and student."""
     view = config.views.teacher_view
-    # Without an objective for it training ignores the teacher's view, as it does the teacher.
+    # With loss.kind none, training ignores the teacher and its view.
     if config.loss.kind == "none" or view == "same" or not config.views.uses_mixing:
         return []
-    advice = (
-        "shows the teacher one image, mixing shows the student two; use --augmentation none or a "
-        "mode of --view-mode, or views.teacher_view same"
+    hint = (
+        "shows the teacher one image, but mixing shows the student two; use --augmentation none, "
+        "a mode of --view-mode, or views.teacher_view same"
     )
-    return [ConfigProblem("views.teacher_view", view, advice)]
+    return [ConfigProblem("views.teacher_view", view, hint)]
 
 
 def check_crops(config: Config) -> list[ConfigProblem]:
-    """The mean over many crops is not to be had within a training step."""
-    views, stored, found = config.views, config.teacher.target_stores, []
+    """Check that the mean over crops comes from stored targets: it is too slow in training."""
+    views, stores, problems = config.views, config.teacher.target_stores, []
     if config.loss.kind == "none":
-        return found
-    if views.teacher_view == "crops" and (not stored or "none" in stored):
-        advice = (
-            f"takes {views.teacher_num_crops} answers of the teacher for each image: once, by "
-            "`deit targets write`, then give teacher.target_stores"
+        return problems
+    if views.teacher_view == "crops" and (not stores or "none" in stores):
+        hint = (
+            f"needs the teacher's outputs for {views.teacher_num_crops} crops of each image; "
+            "compute them once with `deit targets write`, then set teacher.target_stores"
         )
-        found.append(ConfigProblem("views.teacher_view", "crops", advice))
-    return found
+        problems.append(ConfigProblem("views.teacher_view", "crops", hint))
+    return problems

@@ -6,13 +6,14 @@ from deit.core.errors import ConfigProblem
 
 
 def check_optim(config: Config) -> list[ConfigProblem]:
+    """Check the optim section, and the warm-up of the distillation term."""
     optim = config.optim
-    found = []
+    problems = []
     if optim.lr_milestones:
-        advice = "has no effect, the learning rate falls at optim.lr_milestones"
-        found += without_effect("optim", optim, ("min_lr",), advice)
+        hint = "has no effect because optim.lr_milestones is set"
+        problems += without_effect("optim", optim, ("min_lr",), hint)
     if optim.batch_size % optim.grad_accum_steps:
-        found.append(
+        problems.append(
             ConfigProblem(
                 "optim.grad_accum_steps",
                 optim.grad_accum_steps,
@@ -20,34 +21,33 @@ def check_optim(config: Config) -> list[ConfigProblem]:
             )
         )
     elif config.views.uses_mixing and (optim.batch_size // optim.grad_accum_steps) % 2:
-        found.append(
+        problems.append(
             ConfigProblem(
                 "optim.batch_size",
                 optim.batch_size,
-                "mixing takes pairs: each micro-batch (optim.batch_size / optim.grad_accum_steps) "
-                "should "
-                "be even",
+                "mixing uses pairs, so a micro-batch (optim.batch_size / optim.grad_accum_steps) "
+                "should be even",
             )
         )
-    others = ("momentum",) if optim.name == "adamw" else ("beta1", "beta2")
-    advice = f"has no effect, optim.name is {optim.name!r}"
-    found += without_effect("optim", optim, others, advice)
+    unused = ("momentum",) if optim.name == "adamw" else ("beta1", "beta2")
+    hint = f"has no effect because optim.name is {optim.name!r}"
+    problems += without_effect("optim", optim, unused, hint)
     if optim.warmup_epochs >= optim.epochs:
-        found.append(
+        problems.append(
             ConfigProblem(
                 "optim.warmup_epochs",
                 optim.warmup_epochs,
-                f"should be less than optim.epochs ({optim.epochs}); with few epochs give "
-                "optim.warmup_epochs as well (0: no warm-up)",
+                f"should be less than optim.epochs ({optim.epochs}); set optim.warmup_epochs as "
+                "well (0: no warm-up)",
             )
         )
     if config.loss.distillation_warmup_epochs > optim.epochs:
-        advice = f"would never be over; should be at most optim.epochs ({optim.epochs})"
+        hint = f"should be at most optim.epochs ({optim.epochs})"
         warmup = config.loss.distillation_warmup_epochs
-        found.append(ConfigProblem("loss.distillation_warmup_epochs", warmup, advice))
+        problems.append(ConfigProblem("loss.distillation_warmup_epochs", warmup, hint))
     for leaf in ("warmup_lr",) if optim.lr_milestones else ("min_lr", "warmup_lr"):
         if getattr(optim, leaf) > optim.peak_lr:
-            found.append(
+            problems.append(
                 ConfigProblem(
                     f"optim.{leaf}",
                     getattr(optim, leaf),
@@ -56,41 +56,43 @@ def check_optim(config: Config) -> list[ConfigProblem]:
                 )
             )
     if optim.ema_epochs > optim.epochs:
-        found.append(
+        problems.append(
             ConfigProblem(
                 "optim.ema_epochs",
                 optim.ema_epochs,
-                "an average longer than the run keeps the initial weights; "
-                f"should be at most optim.epochs ({optim.epochs})",
+                f"should be at most optim.epochs ({optim.epochs}), or the average keeps the "
+                "initial weights",
             )
         )
-    return found
+    return problems
 
 
 def check_run(config: Config) -> list[ConfigProblem]:
-    run, found = config.run, []
+    """Check the run section: combinations that are not supported."""
+    run, problems = config.run, []
     if run.linear_backend == "onednn" and run.compile != "none":
-        advice = "is not for compiled networks (run.compile); leave it at auto"
-        found.append(ConfigProblem("run.linear_backend", run.linear_backend, advice))
+        hint = f"cannot be combined with run.compile {run.compile}; use auto"
+        problems.append(ConfigProblem("run.linear_backend", run.linear_backend, hint))
     if run.sharding != "none":
-        whole = "is for students that are whole in every process; leave run.sharding at none"
-        off = {"precision": "fp16", "auto_micro_batch": True}
-        found += [
-            ConfigProblem(f"run.{leaf}", value, whole)
-            for leaf, value in off.items()
+        hint = f"cannot be combined with run.sharding {run.sharding}; use run.sharding none"
+        unsupported = {"precision": "fp16", "auto_micro_batch": True}
+        problems += [
+            ConfigProblem(f"run.{leaf}", value, hint)
+            for leaf, value in unsupported.items()
             if getattr(run, leaf) == value
         ]
         if run.compile != "none":
-            found.append(ConfigProblem("run.compile", run.compile, whole))
+            problems.append(ConfigProblem("run.compile", run.compile, hint))
         if config.student.shared_block_size > 1:
-            found.append(
-                ConfigProblem("student.shared_block_size", config.student.shared_block_size, whole)
+            problems.append(
+                ConfigProblem("student.shared_block_size", config.student.shared_block_size, hint)
             )
-    several = config.optim.grad_accum_steps > 1 or run.auto_micro_batch
-    if run.compile in ("reduce-overhead", "max-autotune") and several:
-        advice = (
-            "records gradients where the next micro-batch overwrites them; use default, or neither "
-            "optim.grad_accum_steps nor run.auto_micro_batch"
+    accumulates = config.optim.grad_accum_steps > 1 or run.auto_micro_batch
+    if run.compile in ("reduce-overhead", "max-autotune") and accumulates:
+        # A CUDA graph writes the gradients of each micro-batch to the same memory.
+        hint = (
+            "cannot be combined with optim.grad_accum_steps or run.auto_micro_batch, whose "
+            "gradients it would overwrite; use default, or neither of them"
         )
-        found.append(ConfigProblem("run.compile", run.compile, advice))
-    return found
+        problems.append(ConfigProblem("run.compile", run.compile, hint))
+    return problems

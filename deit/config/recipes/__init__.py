@@ -1,8 +1,8 @@
-"""The named recipes: functions that return a whole configuration."""
+"""Recipes: named functions that return a complete configuration."""
 
 from pathlib import Path
 
-# In this order they register their recipes.
+# The modules register their recipes in this order, which is that of --help.
 from deit.config.recipes import handwriting  # noqa: F401  # isort: skip
 from deit.config.recipes import cifar  # noqa: F401  # isort: skip
 from deit.config.recipes import imagenet  # noqa: F401  # isort: skip
@@ -15,14 +15,26 @@ from deit.core.user_code import import_file
 
 
 def recipe_of_path(source: str | None) -> str | None:
-    """The recipe whose run lies at `source` where nobody said another --out; None: none of ours."""
+    """Return the recipe whose default run folder is `source`; None if there is none.
+
+    >>> recipe_of_path("checkpoints/digits-teacher")
+    'digits-teacher'
+    """
     folder, _, name = (source or "").rpartition("/")
     return name if folder == "checkpoints" and name in RECIPES else None
 
 
 def find_recipe(name: str) -> Config:
-    """The configuration of a named recipe, of FILE.py:FUNCTION (or FILE.py with a function named
-    `recipe`), or of a run's config.json. Raises ConfigError.
+    """Return the configuration of a recipe.
+
+    name: a name of RECIPES, FILE.py:FUNCTION, FILE.py (with a function named `recipe`), or the path
+    of a run's config.json.
+    Raises ConfigError if there is no such recipe, or it fails.
+
+    >>> sorted(name for name in RECIPES if name.startswith("mnist"))
+    ['mnist', 'mnist-held-out', 'mnist-teacher']
+    >>> find_recipe("mnist").teacher.source
+    ('checkpoints/mnist-teacher',)
     """
     if name in RECIPES:
         return RECIPES[name]()
@@ -31,9 +43,7 @@ def find_recipe(name: str) -> Config:
     if name.endswith(".py") or ".py:" in name:
         return _from_file(name)
     if (Path(name) / "config.json").is_file():
-        raise ConfigError(
-            f"{name}: is a run, not a recipe; its configuration is {Path(name) / 'config.json'}"
-        )
+        raise ConfigError(f"{name}: is a run, not a recipe; give its {Path(name) / 'config.json'}")
     raise ConfigError(
         f"no recipe {name!r}{did_you_mean(name, RECIPES)}; recipes are {', '.join(RECIPES)}, "
         "FILE.py:FUNCTION, or a run's config.json"
@@ -48,7 +58,7 @@ def _from_file(name: str) -> Config:
         raise ConfigError(f"recipe {name}: {missing_file_reason(path)}")
     try:
         config = getattr(import_file(path), function)()
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # user code can raise any error
         raise_transient(error, f"recipe {name}")
         raise ConfigError(f"recipe {name}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):

@@ -17,7 +17,7 @@ from deit.config.student_section import InitConfig, StudentConfig
 
 @recipe
 def cifar10_teacher() -> Config:
-    """RegNetY-400MF with a stem of stride 1 on CIFAR-10: the teacher of `cifar10`."""
+    """RegNetY-400MF with stride 1 in the stem on CIFAR-10: the teacher of `cifar10`."""
     return Config(
         data=DataConfig(source="cifar10", root="data", image_size=32),
         views=ViewsConfig(crop="padded", crop_padding=4, mixup_alpha=0.2, cutmix_alpha=1.0),
@@ -36,7 +36,7 @@ def cifar10_teacher() -> Config:
 
 @recipe
 def cifar10_bit_teacher() -> Config:
-    """BiT's ResNet-50x1 of ImageNet-21k on CIFAR-10 at 128 px, all by its HyperRule."""
+    """BiT's ResNet-50x1 (ImageNet-21k) fine-tuned on CIFAR-10 at 128 px by BiT's HyperRule."""
     config = cifar10_teacher().replace(
         student=StudentConfig(name="timm:resnetv2_50x1_bit"),
         init={"weights": "resnetv2_50x1_bit.goog_in21k"},
@@ -61,19 +61,19 @@ def cifar10() -> Config:
 
 @recipe
 def cifar10_involution_teacher() -> Config:
-    """RedNet-26 with a stem of stride 1 on CIFAR-10: the other teacher of `cifar10-ensemble`."""
+    """RedNet-26 with stride 1 in the stem on CIFAR-10: the second teacher of `cifar10-ensemble`."""
     return cifar10_teacher().replace(student={"name": "rednet_26_small_stem", "drop_path": 0.0})
 
 
 @recipe
 def cifar10_transformer_teacher() -> Config:
-    """`cifar10` without token or teacher: the transformer among the teachers of CIFAR-10."""
+    """`cifar10` without distillation token and teacher: a transformer as a teacher for CIFAR-10."""
     return class_token_only(cifar10())
 
 
 @recipe
 def cifar10_ensemble() -> Config:
-    """`cifar10` with two teachers, a RegNet and an involution network, each with its own token."""
+    """`cifar10` with two teachers, a RegNet and an involution network, and a token for each."""
     return cifar10().replace(
         student={"num_distillation_tokens": 2},
         teacher={
@@ -85,13 +85,13 @@ def cifar10_ensemble() -> Config:
 
 @recipe
 def cifar10_function_matching() -> Config:
-    """`cifar10` by function matching, 1,200 epochs: a patient teacher (one GPU)."""
+    """`cifar10` by function matching for 1,200 epochs (one GPU)."""
     return by_function_matching(cifar10(), epochs=1200)
 
 
 @recipe
 def cifar10_usi() -> Config:
-    """RegNetY-200MF as the student of `cifar10-teacher` by USI, the one scheme for any backbone."""
+    """RegNetY-200MF distilled from `cifar10-teacher` by USI, a training scheme for any backbone."""
     return by_usi(cifar10(), StudentConfig(name="regnety_002_small_stem", image_size=32))
 
 
@@ -118,22 +118,22 @@ def cifar10_micro() -> Config:
 
 @recipe
 def cifar10_micro_involution_teacher() -> Config:
-    """A 0.5 M network of involutions on CIFAR-10 in 12 epochs: the other teacher of
+    """A 0.5 M involution network (RedNet) on CIFAR-10 in 12 epochs: the second teacher of
     `cifar10-micro-ensemble` (a laptop)."""
     return cifar10_micro_teacher().replace(student={"name": "rednet_tiny"})
 
 
 @recipe
 def cifar10_micro_transformer_teacher() -> Config:
-    """`cifar10-micro` without token or teacher, for 12 epochs: the transformer among its teachers
-    (a laptop)."""
+    """`cifar10-micro` without distillation token and teacher in 12 epochs: a transformer as a
+    teacher (a laptop)."""
     return class_token_only(cifar10_micro()).replace(optim={"epochs": 12})
 
 
 @recipe
 def cifar10_micro_ensemble() -> Config:
-    """`cifar10-micro` with two teachers, a RegNet and an involution network, each with its own
-    token (a laptop)."""
+    """`cifar10-micro` with two teachers, a RegNet and an involution network, and a token for each
+    (a laptop)."""
     sources = ("checkpoints/cifar10-micro-teacher", "checkpoints/cifar10-micro-involution-teacher")
     return cifar10_micro().replace(
         student={"num_distillation_tokens": 2},
@@ -143,27 +143,28 @@ def cifar10_micro_ensemble() -> Config:
 
 @recipe
 def cifar10_micro_finetune() -> Config:
-    """`cifar10-micro` at 48 px, still taught: by `cifar10-micro-finetune-teacher` (a laptop)."""
+    """`cifar10-micro` fine-tuned at 48 px, distilled from `cifar10-micro-finetune-teacher` (a
+    laptop)."""
     teacher = "cifar10-micro-finetune-teacher"
     return finetuned(cifar10_micro(), 48, start="cifar10-micro", teacher=teacher)
 
 
 @recipe
 def cifar10_micro_finetune_teacher() -> Config:
-    """`cifar10-micro-teacher` fitted to 48 px, the teacher of `cifar10-micro-finetune`."""
+    """`cifar10-micro-teacher` fine-tuned at 48 px: the teacher of `cifar10-micro-finetune`."""
     return finetuned(cifar10_micro_teacher(), 48, start="cifar10-micro-teacher")
 
 
 @recipe
 def cifar10_finetune() -> Config:
-    """`cifar10` at 48 px by DeiT's schedule, its teacher at the same resolution (one GPU)."""
+    """`cifar10` fine-tuned at 48 px by DeiT's schedule, with its teacher at 48 px (one GPU)."""
     config = cifar10().replace(init={"weights": "checkpoints/cifar10"})
     return deit(at_resolution(config, 48))
 
 
 @recipe
 def cifar100_teacher() -> Config:
-    """RegNetY-400MF with a stem of stride 1 on CIFAR-100: the teacher of `cifar100`."""
+    """RegNetY-400MF with stride 1 in the stem on CIFAR-100: the teacher of `cifar100`."""
     return cifar10_teacher().replace(data={"source": "cifar100"})
 
 
@@ -178,7 +179,8 @@ def cifar100() -> Config:
 
 @recipe
 def transfer_cifar10() -> Config:
-    """A DeiT of ImageNet (--from WEIGHTS) on CIFAR-10 at 224 px: AdamW of dino's issue 81."""
+    """An ImageNet DeiT (--from WEIGHTS) fine-tuned on CIFAR-10 at 224 px, with the AdamW settings
+    of issue 81 of facebookresearch/dino."""
     return Config(
         data=DataConfig(source="cifar10", root="data", image_size=32),
         views=ViewsConfig(crop="random_resized", **AUGMENTATIONS["mix"]),
@@ -199,7 +201,8 @@ def transfer_cifar10() -> Config:
 
 @recipe
 def transfer_cifar100() -> Config:
-    """A DeiT of ImageNet (--from WEIGHTS) on CIFAR-100 at 224 px: AdamW of deit's issue 117."""
+    """An ImageNet DeiT (--from WEIGHTS) fine-tuned on CIFAR-100 at 224 px, with the AdamW settings
+    of issue 117 of facebookresearch/deit."""
     return transfer_cifar10().replace(
         data={"source": "cifar100"}, views={"aug_repeats": 3}, optim={"lr": 5e-6}
     )

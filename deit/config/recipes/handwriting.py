@@ -1,4 +1,4 @@
-"""Recipes for scikit-learn's digits and MNIST."""
+"""Recipes for scikit-learn's digits and for MNIST."""
 
 from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.presets import LOSS_PRESETS
@@ -36,7 +36,7 @@ def digits() -> Config:
         views=ViewsConfig(
             crop="padded",
             crop_padding=1,
-            crop_scale=(0.35, 1.0),  # for modes that cut: 5 % of 8 px is one and a half
+            crop_scale=(0.35, 1.0),  # for view modes that crop: 5 % of 8 x 8 px is 3 pixels
             flip=0.0,
             rotation=7.5,
             mixup_alpha=0.8,
@@ -62,19 +62,19 @@ def digits() -> Config:
 
 @recipe
 def digits_involution_teacher() -> Config:
-    """A 0.1 M network of involutions on digits: the other teacher of `digits-ensemble`."""
+    """A 0.1 M involution network (RedNet) on digits: the second teacher of `digits-ensemble`."""
     return digits_teacher().replace(student={"name": "rednet_micro"})
 
 
 @recipe
 def digits_transformer_teacher() -> Config:
-    """`digits` without token or teacher: the transformer among the teachers of digits."""
+    """`digits` without distillation token and teacher: a transformer as a teacher for digits."""
     return class_token_only(digits())
 
 
 @recipe
 def digits_ensemble() -> Config:
-    """`digits` with two teachers, a ConvNet and an involution network, each with its own token."""
+    """`digits` with two teachers, a ConvNet and an involution network, and a token for each."""
     return digits().replace(
         student={"num_distillation_tokens": 2},
         teacher={
@@ -86,14 +86,13 @@ def digits_ensemble() -> Config:
 
 @recipe
 def digits_function_matching() -> Config:
-    """`digits` by function matching: the teacher's answers alone, mixup, ten times the epochs."""
+    """`digits` by function matching: the teacher's outputs only, mixup, ten times the epochs."""
     return by_function_matching(digits(), epochs=600)
 
 
 @recipe
 def digits_held_out() -> Config:
-    """`digits` without a picture of 6, 7, 8 or 9: the student hears of them by its teacher alone,
-    in what it says of mixed images."""
+    """`digits` without training images of 6 to 9: the student learns them from the teacher only."""
     return with_unseen_digits(digits(), epochs=120)
 
 
@@ -124,17 +123,17 @@ def mnist() -> Config:
 
 @recipe
 def mnist_held_out() -> Config:
-    """`mnist` without a picture of 6, 7, 8 or 9: AditMeh/Distillation's experiment with a ViT."""
+    """`mnist` without training images of 6 to 9: AditMeh/Distillation's experiment with a ViT."""
     return with_unseen_digits(mnist(), epochs=12)
 
 
 @recipe
 def digits_finetune() -> Config:
-    """`digits` at twice its resolution, still taught: by `digits-finetune-teacher` at 16 px."""
+    """`digits` fine-tuned at 16 px, distilled from `digits-finetune-teacher`."""
     return finetuned(digits(), 16, start="digits", teacher="digits-finetune-teacher")
 
 
 @recipe
 def digits_finetune_teacher() -> Config:
-    """`digits-teacher` fitted to 16 px, the teacher of `digits-finetune`."""
+    """`digits-teacher` fine-tuned at 16 px: the teacher of `digits-finetune`."""
     return finetuned(digits_teacher(), 16, start="digits-teacher")

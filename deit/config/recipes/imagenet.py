@@ -42,7 +42,7 @@ def tiny_imagenet_micro_teacher() -> Config:
 
 @recipe
 def tiny_imagenet_micro() -> Config:
-    """A micro DeiT by the whole recipe in 8 epochs (a laptop; for a part of the classes)."""
+    """A micro DeiT by DeiT's recipe in 8 epochs (a laptop; meant for a subset of the classes)."""
     return tiny_imagenet().replace(
         student={"name": "deit_micro", "drop_path": 0.0, "weight_init": "scaled"},
         teacher={"source": ("checkpoints/tiny-imagenet-micro-teacher",)},
@@ -80,7 +80,8 @@ def folder() -> Config:
 
 @recipe
 def imagenet_subset() -> Config:
-    """DeiT-Ti/16 at 224 px on an ImageNet subset in class folders, timm's RegNetY-16GF teaching."""
+    """DeiT-Ti/16 at 224 px on an ImageNet subset in class folders, with timm's RegNetY-16GF as the
+    teacher."""
     return folder().replace(
         data={"image_size": 256},
         views={"crop_scale": (0.08, 1.0), "aug_repeats": 3, "eval_crop_pct": 0.875},
@@ -92,5 +93,6 @@ def imagenet_subset() -> Config:
 
 @recipe
 def imagenet_384() -> Config:
-    """DeiT (--from WEIGHTS) at 384 px by the paper's schedule, RegNetY-16GF at 384 px teaching."""
+    """DeiT (--from WEIGHTS) fine-tuned at 384 px by the paper's schedule, with RegNetY-16GF at 384
+    px as the teacher."""
     return deit(at_resolution(imagenet_subset(), 384))

@@ -1,4 +1,4 @@
-"""Recipes turned into others: by function matching, by USI, fine-tuned, with unseen classes."""
+"""Functions from one recipe to another: function matching, USI, fine-tuning, unseen classes."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from deit.config.student_section import StudentConfig
 
 
 def class_token_only(config: Config) -> Config:
-    """The student of a recipe with a class token alone, trained by labels."""
+    """Return a recipe for the same student without distillation token and teacher."""
     name = config.student.name.replace("deit_", "vit_", 1)
     return config.replace(
         student={"name": name}, teacher=TeacherConfig(), loss=LOSS_PRESETS["none"]
@@ -17,8 +17,11 @@ def class_token_only(config: Config) -> Config:
 
 
 def with_unseen_digits(config: Config, *, epochs: int) -> Config:
-    """A recipe of digits turned into the experiment of AditMeh/Distillation: classes 0 to 5 seen, a
-    warm teacher. Of labels nothing, which would name no unseen class."""
+    """Return the experiment of AditMeh/Distillation: training images of the classes 0 to 5 only.
+
+    The loss is cross-entropy with the teacher at temperature 10, without labels, because no label
+    is of an unseen class.
+    """
     return config.replace(
         data={"unseen_classes": ("6", "7", "8", "9")},
         loss=LossConfig(
@@ -34,15 +37,18 @@ def with_unseen_digits(config: Config, *, epochs: int) -> Config:
 
 
 def finetuned(config: Config, side: int, *, start: str, teacher: str | None = None) -> Config:
-    """A recipe turned into its fine-tuning at `side` px, from the run of another."""
+    """Return the fine-tuning of a recipe at `side` px. start, teacher: recipes of their runs."""
     sources = () if teacher is None else (f"checkpoints/{teacher}",)
     config = config.replace(teacher={"source": sources}, init={"weights": f"checkpoints/{start}"})
     return short(at_resolution(config, side))
 
 
 def by_function_matching(config: Config, *, epochs: int) -> Config:
-    """A recipe turned into function matching (Beyer et al. 2022): inception crops and mixup for
-    teacher and student alike, the divergence alone, patience, and weight decay by their rule."""
+    """Return a recipe for function matching (Beyer et al. 2022).
+
+    Inception crops and mixup, the same views for teacher and student, KL divergence only, many
+    epochs, and weight decay independent of the learning rate.
+    """
     config = config.replace(views={**AUGMENTATIONS["none"], "interpolation": "bilinear"})
     return config.replace(
         views=VIEW_MODES["function-matching"].fields(dataclasses.asdict(config.views)),
@@ -60,8 +66,11 @@ def by_function_matching(config: Config, *, epochs: int) -> Config:
 
 
 def by_usi(config: Config, student: StudentConfig) -> Config:
-    """The scheme of Ridnik et al. 2022 ("Solving ImageNet", section 3.3), whatever the backbone:
-    300 epochs in batches of 1,024, the label and five times the divergence at temperature 1."""
+    """Return a recipe for USI (Ridnik et al. 2022, "Solving ImageNet", section 3.3).
+
+    The same for any backbone: 300 epochs with batches of 1,024; cross-entropy plus 5 times the KL
+    divergence at temperature 1.
+    """
     return config.replace(
         views=AUGMENTATIONS["usi"],
         student=student,
@@ -76,7 +85,7 @@ def by_usi(config: Config, student: StudentConfig) -> Config:
             "warmup_lr": 1e-4,
             "min_lr": 1e-6,
             "clip_grad_norm": None,
-            "ema_epochs": 20.0,  # 0.99996 a step on ImageNet: some 20 epochs of 1,251 steps
+            "ema_epochs": 20.0,  # a decay of 0.99996 per step: 20 epochs of 1,251 steps (ImageNet)
         },
     )
 
@@ -88,4 +97,4 @@ SHORT_SCHEDULE = {
     "lr_base_batch_size": None,
     "warmup_epochs": 1,
 }
-"""The schedule of the recipes for a laptop."""
+"""The schedule of recipes for a laptop."""
