@@ -155,7 +155,7 @@ def _check_tokens(config: Config, num_teachers: int) -> list[ConfigProblem]:
         num_tokens = config.student.num_distillation_tokens
         problems.append(ConfigProblem("student.num_distillation_tokens", num_tokens, hint))
     if config.loss.kind != "none" and config.loss.head != "distillation":
-        hint = "should be distillation with teacher.combine tokens"
+        hint = "teacher.combine tokens needs loss.head distillation"
         problems.append(ConfigProblem("loss.head", config.loss.head, hint))
     return problems
 
