@@ -1,4 +1,4 @@
-"""What a person sees: messages, progress with an ETA, tables. Only the main process speaks."""
+"""Console output of the main process: messages, warnings, progress with an ETA, tables."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ from deit.core.errors import SystemFault, in_line, printable
 
 Item = TypeVar("Item")
 ProgressFn = Callable[[range], Iterable[int]]
-"""Wraps the range that a long loop goes through, to show progress; `iter` shows none."""
+"""Wraps the range of a long loop to show its progress; `iter` shows none."""
 _PLAIN_INTERVAL_S = 10.0
-_WIDE = 100  # of a table, in characters
+_WIDE = 100  # characters: in wider tables, column heads are broken into lines
 
 
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
@@ -52,11 +52,11 @@ def _prints() -> bool:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody sees a stream on a terminal as it is written."""
+    """Return whether a stream is a terminal."""
     try:
         return stream is not None and stream.isatty()
     except ValueError:
-        return False  # it is closed
+        return False  # a closed stream
 
 
 def info(message: str = "") -> None:
@@ -68,28 +68,32 @@ def info(message: str = "") -> None:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """Raises SystemFault where standard output takes nothing, as on a full disk."""
+    """Raise SystemFault if standard output cannot be written, for example on a full disk."""
     try:
         yield
     except BrokenPipeError:
-        raise  # who read has enough
+        raise  # the reader of the pipe has exited, which is not a fault
     except OSError as error:
         raise SystemFault(f"standard output: could not be written ({error.strerror})") from None
 
 
 def complain(message: str) -> None:
-    """One message to standard error, of whichever process; likewise."""
+    """Print a message to standard error, in any process; control characters are escaped."""
     print(printable(message), file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """One warning to standard error."""
+    """Print a warning to standard error in the main process."""
     if is_main_process():
         complain(f"deit: warning: {message}")
 
 
 def format_duration(seconds: float) -> str:
-    """A duration a person can read: `45 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Return a duration in one or two units.
+
+    >>> format_duration(45), format_duration(200), format_duration(7500)
+    ('45 s', '3 min 20 s', '2 h 05 min')
+    """
     total = round(seconds)
     if total < 60:
         return f"{total} s"
@@ -98,22 +102,22 @@ def format_duration(seconds: float) -> str:
     return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
-def format_count(number: int) -> str:
+def format_count(count: int) -> str:
     """Return a number of parameters in millions or thousands: `5.72 M`, `98.3 k`."""
-    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
 
 
-def count_noun(number: int, noun: str) -> str:
+def count_noun(count: int, noun: str) -> str:
     """Return a number with its noun: `1 epoch`, `3 epochs`, `2 processes`."""
-    if number == 1:
+    if count == 1:
         return f"1 {noun}"
-    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) -> Iterator[Item]:
-    """The same items, with a progress bar on a terminal and a line now and then elsewhere.
+    """Yield the items, with a progress bar on a terminal, or else a line every 10 s.
 
-    done: how many of the total lie behind already.
+    done: how many of `total` were done before.
     """
     if not _prints():
         yield from items
@@ -139,19 +143,19 @@ def _bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[I
             bar.advance(task)
 
 
-def _lines(items: Iterable[Item], total: int, title: str, behind: int) -> Iterator[Item]:
+def _lines(items: Iterable[Item], total: int, title: str, done_before: int) -> Iterator[Item]:
     started = last = time.monotonic()
-    for number, item in enumerate(items, start=1):
+    for count, item in enumerate(items, start=1):
         yield item
-        now, done = time.monotonic(), behind + number
+        now, done = time.monotonic(), done_before + count
         if now - last >= _PLAIN_INTERVAL_S and done < total:
             last = now
-            eta = format_duration((now - started) / number * (total - done))
+            eta = format_duration((now - started) / count * (total - done))
             complain(f"{in_line(title)}: {done}/{total}, ETA {eta}")
 
 
 class _Console(Console):
-    """rich's, but that a pipe that nobody reads is an error as everywhere, not the end."""
+    """rich's console, but a broken pipe raises its error instead of ending the process."""
 
     def on_broken_pipe(self) -> None:
         raise  # the error that is being handled
@@ -165,13 +169,15 @@ def table(
     text: bool = False,
     folds: str | None = None,
 ) -> None:
-    """A table to standard output: the first column aligned left, the others right; with `text`
-    all of them left.
+    """Print a table to standard output.
 
-    No cell is ever cut: names in it are typed again. Where the table would be wide, the heads take
-    several lines. Where it is wider than the terminal, cells of the column `folds`, which holds
-    sentences, take several lines; else each row is printed as a record, a line a cell. A file or a
-    pipe has no width.
+    text: align all columns left; by default only the first, and the others right.
+    folds: a column of sentences that may be broken into lines.
+
+    Cells are never truncated, because names in them are typed or copied again. The heads of a wide
+    table are broken into lines. If it is still wider than the terminal, the column `folds` is
+    broken into lines; if that does not help, each row is printed as a record with a line per cell.
+    Files and pipes have no width limit.
     """
     if not _prints():
         return
@@ -183,7 +189,7 @@ def table(
     if width is not None and console.measure(grid).maximum > width:
         grid = _folded(columns, cells, console, width, text=text, folds=folds)
     with _written():
-        console.print(title, style="italic", soft_wrap=True)  # in a narrow table it would be broken
+        console.print(title, style="italic", soft_wrap=True)  # a table would break a long title
         if grid is not None:
             console.print(grid)
     for row in cells if grid is None else ():
@@ -194,7 +200,7 @@ def table(
 
 
 _ENDLESS = 100_000  # characters
-_LEAST = 24  # of a column that folds
+_MIN_FOLD_WIDTH = 24  # characters
 
 
 def _folded(
@@ -206,22 +212,24 @@ def _folded(
     text: bool,
     folds: str | None,
 ) -> Table | None:
-    """The table with the cells of a column folded at spaces to fit a width; None where they
-    cannot be, or have no column."""
+    """Return the table with the column `folds` broken at spaces to fit a width.
+
+    None if there is no such column, or it cannot be made narrow enough.
+    """
     if folds is None:
         return None
-    place = columns.index(folds)
-    rest = [(*row[:place], "", *row[place + 1 :]) for row in cells]
-    bare = _grid([*columns[:place], "", *columns[place + 1 :]], rest, text=text)
-    room = width - console.measure(bare).maximum
-    if room < max(_LEAST, *(len(word) for row in cells for word in row[place].split())):
+    index = columns.index(folds)
+    rest = [(*row[:index], "", *row[index + 1 :]) for row in cells]
+    other_columns = _grid([*columns[:index], "", *columns[index + 1 :]], rest, text=text)
+    free = width - console.measure(other_columns).maximum
+    if free < max(_MIN_FOLD_WIDTH, *(len(word) for row in cells for word in row[index].split())):
         return None
-    folded = [(*row[:place], _fill(row[place], room), *row[place + 1 :]) for row in cells]
+    folded = [(*row[:index], _fill(row[index], free), *row[index + 1 :]) for row in cells]
     return _grid(columns, folded, text=text)
 
 
 def _fill(text: str, width: int) -> str:
-    """Broken at spaces alone: a name is never divided."""
+    """Break text at spaces only, so that names stay whole."""
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
@@ -235,18 +243,18 @@ def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool) 
 
 
 def _heads(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The heads of columns, broken at spaces to the width of their cells in a wide table."""
-    cells = [max((len(row[place]) for row in rows), default=0) for place in range(len(columns))]
-    whole = sum(max(len(head), width) + 3 for head, width in zip(columns, cells)) + 1
-    if whole <= _WIDE:
+    """Return the column heads; in a wide table broken at spaces to the width of their cells."""
+    widths = [max((len(row[index]) for row in rows), default=0) for index in range(len(columns))]
+    total = sum(max(len(head), width) + 3 for head, width in zip(columns, widths)) + 1
+    if total <= _WIDE:
         return list(columns)
-    longest = (max(map(len, head.split()), default=1) for head in columns)
+    longest_words = (max(map(len, head.split()), default=1) for head in columns)
     return [
-        textwrap.fill(head, max(width, least), break_on_hyphens=False)
-        for head, width, least in zip(columns, cells, longest)
+        textwrap.fill(head, max(width, longest), break_on_hyphens=False)
+        for head, width, longest in zip(columns, widths, longest_words)
     ]
 
 
-def format_percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage, `-` for none."""
-    return "-" if share is None else f"{100 * share:.1f}"
+def format_percent(fraction: float | None) -> str:
+    """Return a fraction in [0, 1] as a percentage with one decimal; `-` for None."""
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
