@@ -1,4 +1,4 @@
-"""Configurations: every problem in one message, text converted by type, round trips."""
+"""Validation of configurations: all problems in one error, with field, value and hint."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from tests.helpers.errors import raises
 
 
 def problems(**sections):
-    """The error of a configuration that is wrong, from plain values."""
+    """Return the error of digits with these fields replaced."""
     values = to_dict(digits())
     for section, fields in sections.items():
         values.setdefault(section, {}).update(fields)
@@ -24,7 +24,7 @@ def problems(**sections):
 
 
 @pytest.mark.fault("E10")
-def test_every_problem_stands_in_one_message_with_field_value_and_advice():
+def test_one_error_reports_all_problems_with_field_value_and_hint():
     error = problems(
         optim={"lr": "fast", "epochz": 3},
         run={"precision": "fp33"},
@@ -33,9 +33,9 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
         data={"download": True},
         nonsense={},
     )
-    found = {problem.field: problem for problem in error.problems}
-    # Sections without a broken field are held against each other all the same: data.download.
-    assert {field: problem.value for field, problem in found.items()} == {
+    by_field = {problem.field: problem for problem in error.problems}
+    # data.download comes from a check of several fields, which runs for the valid sections.
+    assert {field: problem.value for field, problem in by_field.items()} == {
         "optim.lr": "fast",
         "optim.epochz": NO_VALUE,
         "run.precision": "fp33",
@@ -46,17 +46,17 @@ def test_every_problem_stands_in_one_message_with_field_value_and_advice():
     }
     assert len(error.problems) == 7
     assert "7 " in str(error)
-    for field, problem in found.items():
+    for field, problem in by_field.items():
         assert problem.hint in str(error)
         value = "" if problem.value is NO_VALUE else f" = {problem.value!r}"
         assert f"{field}{value}: " in str(error)
-    assert "optim.epochs?" in found["optim.epochz"].hint
-    assert found["run.precision"].allowed == ("auto", "fp32", "bf16", "fp16")
-    assert "fp32?" in found["run.precision"].hint
-    assert all(name in found["data.download"].hint for name in ("mnist", "cifar10", "cifar100"))
+    assert "optim.epochs?" in by_field["optim.epochz"].hint
+    assert by_field["run.precision"].allowed == ("auto", "fp32", "bf16", "fp16")
+    assert "fp32?" in by_field["run.precision"].hint
+    assert all(name in by_field["data.download"].hint for name in ("mnist", "cifar10", "cifar100"))
 
 
-WHOLE = [
+INTEGER_FIELDS = [
     f"{section.name}.{leaf}"
     for section in dataclasses.fields(Config)
     for leaf, kind in get_type_hints(section.type).items()
@@ -64,37 +64,37 @@ WHOLE = [
 ]
 
 
-def test_there_are_whole_numbers():
-    assert {"student.depth", "views.crop_padding", "run.eval_batch_size"} <= set(WHOLE)
+def test_integer_fields_are_found():
+    assert {"student.depth", "views.crop_padding", "run.eval_batch_size"} <= set(INTEGER_FIELDS)
 
 
-@pytest.mark.parametrize("wrong", [{"\ud800": 3}, {"data": {"\ud800": 3}}], ids=ascii)
-def test_a_name_that_is_not_unicode_is_a_problem_like_any_other(wrong):
-    """JSON spells it by an escape."""
+@pytest.mark.parametrize("values", [{"\ud800": 3}, {"data": {"\ud800": 3}}], ids=ascii)
+def test_name_that_is_not_unicode_is_reported(values):
+    """JSON can hold it as an escape."""
     with raises(ConfigError, r"\ud800") as raised:
-        config_from_dict({"loss": {"kind": "none"}, **wrong})
+        config_from_dict({"loss": {"kind": "none"}, **values})
     (problem,) = raised.value.problems
     assert problem.field.endswith(r"\ud800")
 
 
-@pytest.mark.parametrize("wrong", [{"a\nb": 3}, {"data": {"a\nb": 3}}], ids=ascii)
-def test_a_name_with_a_line_break_breaks_no_line(wrong):
+@pytest.mark.parametrize("values", [{"a\nb": 3}, {"data": {"a\nb": 3}}], ids=ascii)
+def test_name_with_a_line_break_is_escaped(values):
     with raises(ConfigError, r"a\nb") as raised:
-        config_from_dict({"loss": {"kind": "none"}, **wrong})
+        config_from_dict({"loss": {"kind": "none"}, **values})
     (problem,) = raised.value.problems
     assert problem.field.endswith(r"a\nb")
     assert "\n" not in str(problem)
 
 
-@pytest.mark.parametrize("number", [10**30, 2**63], ids=["10^30", "2^63"])
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_number_larger_than_any_tensor_is_refused(name, number):
+@pytest.mark.parametrize("value", [10**30, 2**63], ids=["10^30", "2^63"])
+@pytest.mark.parametrize("name", INTEGER_FIELDS)
+def test_integer_of_more_than_64_bits_raises(name, value):
     section, leaf = name.split(".")
     with raises(ConfigError, f"{section}.{leaf}"):
-        config_from_dict({section: {leaf: number}})
+        config_from_dict({section: {leaf: value}})
 
 
-def test_a_long_value_is_shortened():
+def test_long_value_is_shortened():
     with pytest.raises(ConfigError) as raised:
         config_from_dict({"optim": {"epochs": 10**3000}})
     assert len(str(raised.value)) < 1000
@@ -229,18 +229,18 @@ def test_a_long_value_is_shortened():
         ),
     ],
 )
-def test_contradictions_and_limits_are_explained(sections, field, names):
-    hints = [one.hint for one in problems(**sections).problems if one.field == field]
+def test_hints_of_invalid_combinations(sections, field, names):
+    hints = [problem.hint for problem in problems(**sections).problems if problem.field == field]
     assert any(all(name in hint for name in names) for hint in hints), hints
 
 
-def test_a_compiled_network_computes_its_linear_layers_itself():
+def test_onednn_with_compile_raises():
     (problem,) = problems(run={"linear_backend": "onednn", "compile": "default"}).problems
     assert problem.field == "run.linear_backend"
     assert "run.compile" in problem.hint
 
 
-def test_mixing_needs_even_micro_batches():
+def test_mixing_with_odd_micro_batches_raises():
     error = problems(views={"mixup_alpha": 0.8}, optim={"batch_size": 6, "grad_accum_steps": 2})
     (problem,) = error.problems
     assert (problem.field, problem.value) == ("optim.batch_size", 6)

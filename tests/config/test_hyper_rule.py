@@ -1,4 +1,4 @@
-"""BiT's HyperRule by the paper's numbers; its networks of timm's, with heads of zeros."""
+"""BiT's HyperRule: the numbers of the paper, and timm's BiT networks with heads of zeros."""
 
 import json
 import re
@@ -32,7 +32,7 @@ CIFAR = cifar10_teacher()
 
 
 @pytest.mark.parametrize(
-    ("images", "updates", "warmup", "falls", "mixup"),
+    ("images", "steps", "warmup", "milestones", "mixup"),
     [
         (1_000, 500, 100, (200, 300, 400), 0.0),
         (19_999, 500, 100, (200, 300, 400), 0.0),
@@ -42,51 +42,51 @@ CIFAR = cifar10_teacher()
         (1_281_167, 20_000, 500, (6_000, 12_000, 18_000), 0.1),
     ],
 )
-def test_the_papers_schedule(images, updates, warmup, falls, mixup):
+def test_schedule_is_that_of_the_paper(images, steps, warmup, milestones, mixup):
     config = validate(hyper_rule(CIFAR, images=images))
-    optim, an_epoch = config.optim, images // 512
-    assert optim.epochs * an_epoch == pytest.approx(updates, abs=an_epoch / 2)
-    assert optim.warmup_epochs * an_epoch == pytest.approx(warmup)
-    assert [share * updates for share in optim.lr_milestones] == pytest.approx(falls)
+    optim, steps_per_epoch = config.optim, images // 512
+    assert optim.epochs * steps_per_epoch == pytest.approx(steps, abs=steps_per_epoch / 2)
+    assert optim.warmup_epochs * steps_per_epoch == pytest.approx(warmup)
+    assert [fraction * steps for fraction in optim.lr_milestones] == pytest.approx(milestones)
     assert (config.views.mixup_alpha, config.views.cutmix_alpha) == (mixup, 0)
     assert (optim.name, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0)
     assert (optim.peak_lr, optim.batch_size) == (pytest.approx(0.003), 512)
 
 
-def test_rules_cover_every_number():
+def test_rules_cover_every_number_of_images():
     assert [rule.below for rule in RULES] == [20_000, 500_000, float("inf")]
 
 
 @pytest.mark.parametrize(("images", "batch"), [(500, 256), (130, 128), (3, 2), (1, 1)])
-def test_a_batch_is_halved_until_there_are_images_for_it(images, batch):
+def test_batch_size_is_halved_for_few_images(images, batch):
     optim = validate(hyper_rule(CIFAR, images=images)).optim
     assert optim.batch_size == batch
     assert optim.peak_lr == pytest.approx(0.003 * batch / 512)
 
 
-AGAINST = {
+OTHER_SCHEDULES = {
     "moments of AdamW": {"optim": {"beta1": 0.8, "beta2": 0.95}},
-    "decay of its own": {"optim": {"layer_decay": 0.5, "independent_weight_decay": True}},
-    "parts that divide another batch": {"optim": {"batch_size": 999, "grad_accum_steps": 3}},
-    "a teacher that grows louder": {
+    "another decay": {"optim": {"layer_decay": 0.5, "independent_weight_decay": True}},
+    "accumulation for another batch size": {"optim": {"batch_size": 999, "grad_accum_steps": 3}},
+    "a warm-up of the distillation term": {
         "loss": {"kind": "soft", "head": "class", "distillation_warmup_epochs": 50.0},
         "teacher": {"source": ("x",)},
     },
 }
 
 
-@pytest.mark.parametrize("name", AGAINST)
+@pytest.mark.parametrize("name", OTHER_SCHEDULES)
 @pytest.mark.parametrize("images", [1, 1_000, 400_000])
-def test_what_stands_against_it_is_cleared(name, images):
-    """The schedule is the paper's, whatever the run's own was."""
-    before = CIFAR.replace(student={"name": "vit_tiny"}, **AGAINST[name])
+def test_fields_of_another_schedule_are_reset(name, images):
+    """No field of the recipe's schedule remains."""
+    before = CIFAR.replace(student={"name": "vit_tiny"}, **OTHER_SCHEDULES[name])
     config = validate(hyper_rule(before, images=images))
     assert config.optim == hyper_rule(CIFAR, images=images).optim
     assert 2 * config.loss.distillation_warmup_epochs <= max(config.optim.epochs, 2)
 
 
 @pytest.mark.parametrize(
-    ("side", "shown", "share", "kept"),
+    ("side", "input_side", "crop_pct", "stored_side"),
     [
         (32, 128, 128 / 160, 32),
         (95, 128, 128 / 160, 95),
@@ -94,10 +94,10 @@ def test_what_stands_against_it_is_cleared(name, images):
         (256, 480, 0.9375, 512),
     ],
 )
-def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
+def test_resolution_depends_on_the_image_size(side, input_side, crop_pct, stored_side):
     config = hyper_rule(CIFAR.replace(data={"image_size": side}), images=1000)
-    assert (config.student.image_size, config.data.image_size) == (shown, kept)
-    assert (config.views.crop, config.views.crop_pct) == ("random", pytest.approx(share))
+    assert (config.student.image_size, config.data.image_size) == (input_side, stored_side)
+    assert (config.views.crop, config.views.crop_pct) == ("random", pytest.approx(crop_pct))
     assert (config.views.flip, config.views.auto_augment, config.views.eval_crop_pct) == (
         0.5,
         "none",
@@ -105,21 +105,21 @@ def test_resolution_follows_the_size_of_the_images(side, shown, share, kept):
     )
 
 
-def test_heads_begin_at_zero_only_where_there_is_a_start():
+def test_heads_are_zero_only_with_pretrained_weights():
     assert hyper_rule(CIFAR, images=9).init.head == "keep"
-    begun = CIFAR.replace(init={"weights": "x"})
-    assert hyper_rule(begun, images=9).init.head == "zero"
+    config = CIFAR.replace(init={"weights": "x"})
+    assert hyper_rule(config, images=9).init.head == "zero"
 
 
 @pytest.mark.parametrize("name", DATA_SIZED_SCHEDULES)
 @pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
-def test_every_sized_schedule_suits_every_recipe(name, recipe):
+def test_data_sized_schedules_are_valid_for_recipes(name, recipe):
     config = RECIPES[recipe]().replace(init={"weights": "somewhere"})
     assert validate(DATA_SIZED_SCHEDULES[name](config, images=1000)).init.weights == "somewhere"
     assert name not in FINETUNE_SCHEDULES
 
 
-def test_the_recipe_is_bits_network_by_the_rule():
+def test_bit_recipe_uses_the_network_and_the_rule():
     config = validate(RECIPES["cifar10-bit-teacher"]())
     assert config.student.name == "timm:resnetv2_50x1_bit"
     assert config.optim.epochs == round(10_000 / (45_000 // 512)) == 115
@@ -131,41 +131,41 @@ def test_the_recipe_is_bits_network_by_the_rule():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A BiT network with random weights for five classes, as timm keeps one."""
-    place = tmp_path_factory.mktemp("bit")
+    """Return a folder with a random BiT network for five classes in timm's format."""
+    folder = tmp_path_factory.mktemp("bit")
     torch.manual_seed(0)
     network = timm.create_model("resnetv2_50x1_bit", num_classes=5)
     with torch.no_grad():
-        for one in heads_of_network(network):
-            one.weight.normal_()
-    save_weights(place / "model.safetensors", network.state_dict())
+        for head in heads_of_network(network):
+            head.weight.normal_()
+    save_weights(folder / "model.safetensors", network.state_dict())
     about = {"architecture": "resnetv2_50x1_bit", "num_classes": 5}
     about["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    (place / "config.json").write_text(json.dumps(about))
-    return place
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
 
 
 def heads_of_network(network: nn.Module) -> list[nn.Module]:
     return [network.get_submodule(name) for name in classifier_names(network)]
 
 
-def test_bits_head_is_known_though_it_is_a_convolution(folder):
+def test_convolutional_head_of_bit_is_recognized(folder):
     network = create_network(RECIPES["cifar10-bit-teacher"]().student, 10)
     assert classifier_names(network) == ("head.fc",)
     assert "head.fc.weight" not in prunable(network)
     freeze_except(network, "heads")
-    moving = [name for name, one in network.named_parameters() if one.requires_grad]
-    assert moving == ["head.fc.weight", "head.fc.bias"]
+    trainable = [name for name, value in network.named_parameters() if value.requires_grad]
+    assert trainable == ["head.fc.weight", "head.fc.bias"]
 
 
 @pytest.mark.parametrize("heads", ["zero", "new"])
-def test_transfer_brings_everything_but_the_heads(folder, heads):
+def test_transfer_loads_all_weights_except_the_heads(folder, heads):
     config = RECIPES["cifar10-bit-teacher"]().replace(init={"weights": str(folder), "head": heads})
     network = create_network(config.student, 10)
-    found = load_weights_from(str(folder))
-    assert found.mean == (0.5, 0.5, 0.5)
-    fitted = adapt_weights(found, network, tuple(map(str, range(10))), config.init)
-    for name, value in fitted.weights.items():
+    loaded = load_weights_from(str(folder))
+    assert loaded.mean == (0.5, 0.5, 0.5)
+    adapted = adapt_weights(loaded, network, tuple(map(str, range(10))), config.init)
+    for name, value in adapted.weights.items():
         if name.startswith("head.fc"):
             assert value.shape[0] == 10
             if heads == "zero":
@@ -173,22 +173,22 @@ def test_transfer_brings_everything_but_the_heads(folder, heads):
             else:
                 assert torch.equal(value, network.state_dict()[name])
         else:
-            assert torch.equal(value, found.weights[name]), name
-    assert any(re.search(r"\b10 classes\b", note) for note in fitted.notes)
+            assert torch.equal(value, loaded.weights[name]), name
+    assert any(re.search(r"\b10 classes\b", note) for note in adapted.notes)
 
 
-def test_fine_tuning_counts_the_images(folder):
+def test_schedule_uses_the_number_of_training_images(folder):
     arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
     arguments += ["--student.name", "timm:resnetv2_50x1_bit"]
     config = parse_finetune(arguments, "deit finetune").config
     assert config.student.image_size == 128
     assert config.optim.batch_size == 512
-    # digits has 1,294 training images: two updates an epoch.
+    # digits has 1,294 training images: two steps per epoch.
     assert (config.optim.epochs, config.optim.warmup_epochs) == (250, 50)
     assert config.data == digits().data
 
 
-def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
+def test_data_options_apply_before_the_rule(folder):
     arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
     arguments += ["--student.name", "timm:resnetv2_50x1_bit", "--data.train_fraction", "0.2"]
     config = parse_finetune(arguments, "deit finetune").config
@@ -199,13 +199,13 @@ def test_what_is_typed_of_the_data_counts_before_the_rule(folder):
         parse_finetune([*arguments, "--resolution", "32"], "deit finetune")
 
 
-def test_a_least_learning_rate_has_no_effect_on_a_staircase():
+def test_min_lr_with_milestones_raises():
     config = hyper_rule(CIFAR, images=9).replace(optim={"min_lr": 1e-3})
     with raises(ConfigError, "optim.min_lr"):
         validate(config)
 
 
-TYPED = {
+OPTIONS = {
     "momentum": (("--optim.momentum", "0.5"), ("optim", "momentum", 0.5)),
     "side of the crop": (("--views.crop_pct", "0.9"), ("views", "crop_pct", 0.9)),
     "warm-up": (("--optim.warmup_epochs", "30"), ("optim", "warmup_epochs", 30.0)),
@@ -213,18 +213,18 @@ TYPED = {
 }
 
 
-@pytest.mark.parametrize("name", TYPED)
-def test_fields_refine_the_rule(name, folder):
-    typed, (section, leaf, value) = TYPED[name]
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_override_the_rule(name, folder):
+    options, (section, leaf, value) = OPTIONS[name]
     arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit"]
-    arguments += ["--student.name", "timm:resnetv2_50x1_bit", *typed]
+    arguments += ["--student.name", "timm:resnetv2_50x1_bit", *options]
     config = parse_finetune(arguments, "deit finetune").config
     assert getattr(getattr(config, section), leaf) == value
     assert (config.optim.name, config.views.crop) == ("sgd", "random")
 
 
 @pytest.mark.parametrize(
-    ("typed", "names"),
+    ("options", "names"),
     [
         (("--data.train_fraction", "2"), ["data.train_fraction = '2'"]),
         (("--data.reader", "tar"), ["data.reader = 'tar'", "data.source"]),
@@ -234,9 +234,9 @@ def test_fields_refine_the_rule(name, folder):
         (("--opt.lr", "1"), ["opt.lr"]),
     ],
 )
-def test_what_is_wrong_beside_the_rule_is_told(typed, names, folder):
-    arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit", *typed]
+def test_invalid_options_next_to_the_rule_are_reported(options, names, folder):
+    arguments = ["--from", str(folder), "digits-teacher", "--schedule", "bit", *options]
     with raises(ConfigError, *names) as error:
         parse_finetune(arguments, "deit finetune")
     (problem,) = error.value.problems
-    assert problem.field == typed[0].removeprefix("--")
+    assert problem.field == options[0].removeprefix("--")

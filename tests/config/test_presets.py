@@ -1,4 +1,4 @@
-"""Configurations: presets, recipes, JSON and text become valid ones."""
+"""Presets, recipes, teachers, JSON files and command-line text as configurations."""
 
 import json
 
@@ -17,16 +17,16 @@ from tests.helpers.errors import raises
 
 
 @pytest.mark.parametrize("name", LOSS_PRESETS)
-def test_objectives_are_valid_with_the_student_they_are_for(name):
+def test_loss_presets_are_valid_for_their_students(name):
     student = {"name": "vit_micro" if LOSS_PRESETS[name].head == "class" else "deit_micro"}
     views = AUGMENTATIONS["none" if name == "dkd" else "mix"]
     validate(digits().replace(student=student, views=views, loss=LOSS_PRESETS[name]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_configuration_survives_json(name, tmp_path):
+def test_config_round_trip_through_json(name, tmp_path):
     config = RECIPES[name]()
-    if name.startswith("transfer"):  # not valid without what it starts from
+    if name.startswith("transfer"):  # requires pretrained weights
         config = config.replace(init={"weights": "weights.pth"})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     assert load_config(tmp_path / "config.json") == config
@@ -35,7 +35,7 @@ def test_a_configuration_survives_json(name, tmp_path):
 
 @pytest.mark.fault("E10")
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"optim": {"lr": -1}}', '{"optim": 3}'])
-def test_a_broken_file_is_a_configuration_error(tmp_path, content):
+def test_broken_config_file_raises_config_error(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError):
         load_config(tmp_path / "config.json")
@@ -45,7 +45,7 @@ def parse(*arguments):
     return parse_run(list(arguments), program="train", about="").config
 
 
-def test_text_becomes_what_its_field_wants():
+def test_text_is_converted_to_the_type_of_the_field():
     config = parse(
         "digits",
         *("--optim.lr", "5e-4", "--optim.epochs=7", "--data.classes", "1, 2,3"),
@@ -69,7 +69,7 @@ def test_text_becomes_what_its_field_wants():
     assert config.student.embed_dim == 32
 
 
-def test_fields_refine_a_preset_and_a_preset_replaces_the_recipes_section():
+def test_options_override_presets_and_presets_override_recipes():
     config = parse("digits", "--loss", "deit-soft", "--loss.temperature", "4")
     assert config.loss.kind == "soft"
     assert config.loss.temperature == 4
@@ -77,34 +77,34 @@ def test_fields_refine_a_preset_and_a_preset_replaces_the_recipes_section():
     assert config.optim == digits().optim
 
 
-def test_every_teaching_mode_is_valid_over_every_recipe_with_a_teacher():
+def test_view_modes_are_valid_for_all_recipes_with_a_teacher():
     for recipe in RECIPES.values():
         config = recipe()
         if config.loss.kind == "none":
             continue
         for name, mode in VIEW_MODES.items():
             fields = mode.fields(to_dict(config)["views"])
-            online = name != "fix/ic_ens"
-            found = validate(config.replace(views=fields), live_teacher=online)
-            assert found.views.uses_mixing is (name == "function-matching")
+            live_teacher = name != "fix/ic_ens"
+            validated = validate(config.replace(views=fields), live_teacher=live_teacher)
+            assert validated.views.uses_mixing is (name == "function-matching")
             if config.views.crop == "padded" and name.endswith(("/rc", "/cc")):
-                assert found.views.crop == "padded"  # the mild crop of small images
-            if not online:
+                assert validated.views.crop == "padded"  # the mild crop of small images
+            if not live_teacher:
                 with raises(ConfigError, "views.teacher_view", "deit targets write"):
-                    validate(found)
+                    validate(validated)
 
 
-def test_modes_have_the_papers_crops():
+def test_view_modes_have_the_crops_of_the_paper():
     views = to_dict(Config())["views"]
     assert VIEW_MODES["fix/rs"].fields(views)["crop"] == "none"
     assert VIEW_MODES["same/rc"].fields(views)["crop"] == "random"
     assert VIEW_MODES["same/ic"].fields(views)["crop_scale"] == (0.05, 1.0)
     assert VIEW_MODES["same/ic"].fields(views | {"crop_pct": 0.5})["crop_pct"] == 0.8
-    own = views | {"crop_scale": [0.3, 1.0]}
-    assert VIEW_MODES["same/ic"].fields(own)["crop_scale"] == (0.3, 1.0)
+    with_scale = views | {"crop_scale": [0.3, 1.0]}
+    assert VIEW_MODES["same/ic"].fields(with_scale)["crop_scale"] == (0.3, 1.0)
 
 
-def test_presets_are_put_over_each_other_and_refined():
+def test_presets_are_applied_in_order_and_overridden_by_options():
     config = parse(
         "cifar10",
         *("--augmentation", "usi", "--view-mode", "function-matching"),
@@ -126,7 +126,7 @@ def test_presets_are_put_over_each_other_and_refined():
         parse("digits", "--view-mode", "same/cc")
 
 
-def test_teachers_are_spread_one_by_one():
+def test_teacher_specs_of_two_teachers():
     config = parse(
         "digits-ensemble",
         *(
@@ -141,37 +141,37 @@ def test_teachers_are_spread_one_by_one():
         *("--teacher.architecture", "timm:resnet18", "--teacher.target_stores", "store,none"),
         *("--teacher.memory_format", "auto,channels_last"),
     )
-    one, two = teacher_specs(config.teacher)
-    assert one == TeacherSpec(
+    first, second = teacher_specs(config.teacher)
+    assert first == TeacherSpec(
         "a", "timm:resnet18", None, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.25, "auto"
     )
-    colours = ((0.4, 0.5, 0.6), (1.0, 1.0, 1.0))
-    assert two == TeacherSpec("b", "timm:resnet18", 64, *colours, 0.75, "channels_last")
+    normalization = ((0.4, 0.5, 0.6), (1.0, 1.0, 1.0))
+    assert second == TeacherSpec("b", "timm:resnet18", 64, *normalization, 0.75, "channels_last")
     assert teacher_slots(config.teacher) == (
-        TeacherSlot((one,), "store", 0.25),
-        TeacherSlot((two,), None, 0.75),
+        TeacherSlot((first,), "store", 0.25),
+        TeacherSlot((second,), None, 0.75),
     )
 
 
-def test_one_store_may_hold_what_several_teachers_say_together():
+def test_one_store_with_combined_outputs_is_one_slot():
     config = parse(
         "digits-ensemble",
         *("--teacher.combine", "logits", "--student.num_distillation_tokens", "1"),
         *("--teacher.source", "a,b", "--teacher.target_stores", "store"),
     )
-    (seat,) = teacher_slots(config.teacher)
-    assert (seat.target_store, seat.weight, len(seat.members)) == ("store", 1.0, 2)
+    (slot,) = teacher_slots(config.teacher)
+    assert (slot.target_store, slot.weight, len(slot.members)) == ("store", 1.0, 2)
     with raises(ConfigError, "teacher.target_stores", "'store'"):
         parse("digits-ensemble", "--teacher.source", "a,b", "--teacher.target_stores", "store")
 
 
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
-def test_none_is_none_however_it_is_written(word):
-    config = parse("digits", "--teacher.source", "a,b", "--teacher.target_stores", f"{word},store")
-    assert [seat.target_store for seat in teacher_slots(config.teacher)] == [None, "store"]
+def test_none_in_any_case_is_none(text):
+    config = parse("digits", "--teacher.source", "a,b", "--teacher.target_stores", f"{text},store")
+    assert [slot.target_store for slot in teacher_slots(config.teacher)] == [None, "store"]
 
 
-def test_a_configuration_of_before_ensembles_is_still_read(tmp_path):
+def test_scalar_teacher_fields_are_read(tmp_path):
     values = to_dict(digits())
     values["teacher"] = {
         "source": "checkpoints/digits-teacher",
@@ -185,12 +185,12 @@ def test_a_configuration_of_before_ensembles_is_still_read(tmp_path):
     assert load_config(tmp_path / "config.json") == digits()
 
 
-def test_nothing_is_abbreviated_or_guessed():
+def test_abbreviated_option_raises():
     with raises(ConfigError, "optim.epoch"):
         parse("digits", "--optim.epoch", "3")
 
 
-def test_a_recipe_of_ones_own(tmp_path):
+def test_recipe_from_a_python_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from deit.config.recipes import find_recipe\n\n\n"
@@ -201,15 +201,15 @@ def test_a_recipe_of_ones_own(tmp_path):
     assert find_recipe(f"{file}:recipe").optim.lr == 2e-3
     with raises(ConfigError, f"{file}:other", "Config", "int"):
         find_recipe(f"{file}:other")
-    with raises(ConfigError, "'nobody'"):
-        find_recipe(f"{file}:nobody")
+    with raises(ConfigError, "'unknown'"):
+        find_recipe(f"{file}:unknown")
     with raises(ConfigError, tmp_path / "missing.py"):
         find_recipe(str(tmp_path / "missing.py"))
     with raises(ConfigError, "'digit'", "digits?"):
         find_recipe("digit")
 
 
-def test_the_peak_learning_rate_follows_the_global_batch():
+def test_peak_lr_is_scaled_by_the_batch_size():
     optim = Config().replace(optim={"lr": 5e-4, "batch_size": 1024}).optim
     assert optim.peak_lr == 1e-3
     assert len(field_names()) == len(set(field_names())) > 50
@@ -228,7 +228,7 @@ def test_the_peak_learning_rate_follows_the_global_batch():
         ("[]", ""),
     ],
 )
-def test_json_that_means_nothing_is_refused(text, name, tmp_path):
+def test_invalid_json_raises(text, name, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text)
     with raises(ConfigError, path, name):
@@ -250,29 +250,29 @@ def test_json_that_means_nothing_is_refused(text, name, tmp_path):
         ("student", "depth", 1001),
     ],
 )
-def test_a_number_outside_its_range_is_refused_by_name(section, field, value):
+def test_number_out_of_range_raises(section, field, value):
     with raises(ConfigError, f"{section}.{field}"):
         config_from_dict({section: {field: value}})
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 7])
-def test_few_epochs_fit_every_recipe_with_every_objective(epochs):
-    """What a recipe or preset sets in epochs is never longer than the run."""
+def test_fit_epochs_makes_few_epochs_valid_for_all_recipes_and_losses(epochs):
+    """No duration in epochs of a recipe or preset is longer than the run."""
     for recipe in RECIPES.values():
-        for objective in (None, *LOSS_PRESETS):
+        for loss in (None, *LOSS_PRESETS):
             values = to_dict(recipe())
-            apply_presets(values, {"loss": objective})
+            apply_presets(values, {"loss": loss})
             values["optim"]["epochs"] = epochs
             fit_epochs(values, ["optim.epochs"])
             config = recipe().replace(
                 optim=OptimConfig(**values["optim"]),
                 loss=LossConfig(**values["loss"]),
             )
-            found = [problem.field for check in CHECKS for problem in check(config)]
-            assert not [field for field in found if field.startswith("optim.") or "warmup" in field]
+            fields = [problem.field for check in CHECKS for problem in check(config)]
+            assert not any(field.startswith("optim.") or "warmup" in field for field in fields)
 
 
-def test_few_epochs_shorten_what_was_not_typed_and_nothing_else():
+def test_fit_epochs_keeps_given_values():
     few = ("--optim.epochs", "4", "--augmentation", "none", "--loss", "dkd")
     config = run_of("digits", *few)
     assert (config.optim.warmup_epochs, config.loss.distillation_warmup_epochs) == (2, 2)

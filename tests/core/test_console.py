@@ -1,4 +1,4 @@
-"""What a person sees: durations, progress on a terminal and elsewhere, one speaker."""
+"""Console output: durations, progress, tables, and only in the main process."""
 
 import re
 
@@ -16,18 +16,18 @@ from tests.helpers.errors import raises
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
 )
-def test_durations(seconds, text):
+def test_format_duration(seconds, text):
     assert console.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_hands_every_item_through(monkeypatch, terminal, capsys):
+def test_progress_yields_every_item(monkeypatch, terminal, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
     assert list(console.progress(iter(range(5)), total=5, title="five")) == [0, 1, 2, 3, 4]
     assert ("five" in capsys.readouterr().err) is terminal
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then_with_an_eta(monkeypatch, capsys):
+def test_progress_without_a_terminal_prints_lines_with_an_eta(monkeypatch, capsys):
     times = iter(range(0, 1000, 6))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
     list(console.progress(range(10), total=10, title="slow"))
@@ -36,7 +36,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then_with_an_eta(monkeypa
     assert len(lines) == 4
 
 
-def test_only_the_main_process_speaks(monkeypatch, capsys):
+def test_only_the_main_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     console.info("hello")
     console.warn("careful")
@@ -45,7 +45,7 @@ def test_only_the_main_process_speaks(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_table_in_a_pipe_is_not_wrapped(capsys):
+def test_table_in_a_pipe_is_not_wrapped(capsys):
     console.table("title", ("name", "value"), [("row", "x" * 100)])
     assert "x" * 100 in capsys.readouterr().out
 
@@ -54,7 +54,7 @@ HEADS = ("", "distillation head", "of all parameters %", "KB", "no wider than it
 
 
 def printed(capsys, name):
-    """The heads of a table line by line, its row, and how wide it is."""
+    """Return the lines of heads of a table, its row, and its width."""
     console.table("title", HEADS, [(name, "98.5", "12.5", "819", "as wide as its head is")])
     lines = capsys.readouterr().out.splitlines()
     heads = [line.strip("┃").split("┃") for line in lines if "┃" in line]
@@ -63,7 +63,7 @@ def printed(capsys, name):
     return above, [cell.strip() for cell in row], max(map(len, lines))
 
 
-def test_heads_of_a_wide_table_are_broken_and_nothing_is_lost(capsys):
+def test_wide_table_breaks_its_heads_and_keeps_all_cells(capsys):
     narrow, wide = printed(capsys, "a run"), printed(capsys, "a run" * 5)
     assert narrow[0] == [list(HEADS)]
     assert wide[0][0] == ["", "", "of all", "", ""]
@@ -74,20 +74,20 @@ def test_heads_of_a_wide_table_are_broken_and_nothing_is_lost(capsys):
     assert wide[2] == whole - len(" head") - len("of all parameters %") + 10
 
 
-def test_a_table_without_rows_has_its_heads(capsys):
+def test_table_without_rows_prints_its_heads(capsys):
     console.table("nothing", ("a head", "another") * 6, [])
     assert "another" in capsys.readouterr().out
 
 
-def test_a_table_shows_names_as_they_are_and_its_title_whole(capsys):
+def test_table_prints_names_literally_and_the_title_unbroken(capsys):
     console.table(
         "a title much longer than its table: IMG[red].png, :dog: [/b]",
         ("", "[x]"),
         [("a[blue]", "1")],
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("its table: IMG[red].png, :dog: [/b]\n", "a[blue]", "[x]"):
-        assert text in said
+        assert text in output
 
 
 NAMES = ("cifar10-micro-transformer-teacher", "checkpoints/a folder/tëst 中文", "98.5 +- 0.3")
@@ -96,7 +96,7 @@ SENTENCE = "A small DeiT distilled from `digits-teacher`: minutes on a laptop, n
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Standard output on a terminal of a number of columns."""
+    """Return a function that makes standard output a terminal of a given width."""
 
     def of(columns):
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
@@ -108,16 +108,16 @@ def terminal(monkeypatch):
 
 @pytest.mark.parametrize("columns", [20, 30, 40, 60, 80, 100, 140, 200])
 @pytest.mark.parametrize("folds", [None, "what"])
-def test_no_terminal_is_so_narrow_that_a_name_or_a_number_is_cut(columns, folds, terminal, capsys):
+def test_narrow_terminal_truncates_no_cell(columns, folds, terminal, capsys):
     terminal(columns)
     heads = ("name", "folder", "top-1 % of the head", "what")
     console.table("a title", heads, [(*NAMES, SENTENCE)] * 2, text=True, folds=folds)
-    said = capsys.readouterr().out
-    lines = said.splitlines()
-    assert "…" not in said
+    output = capsys.readouterr().out
+    lines = output.splitlines()
+    assert "…" not in output
     for name in NAMES:
         assert sum(name in line for line in lines) == 2
-    cells = [word.strip("│ ") for word in said.split() if word.strip("│ ")]
+    cells = [word.strip("│ ") for word in output.split() if word.strip("│ ")]
     assert all(cells.count(word) >= 2 for word in SENTENCE.split())
     grid = any(line.startswith("┏") for line in lines)
     assert grid == (columns >= (140 if folds else 200))
@@ -127,7 +127,7 @@ def test_no_terminal_is_so_narrow_that_a_name_or_a_number_is_cut(columns, folds,
         assert wide.pop() <= columns
 
 
-def test_a_row_that_is_too_wide_is_a_record(terminal, capsys):
+def test_too_wide_rows_are_printed_as_records(terminal, capsys):
     terminal(20)
     rows = [("a distilled student", "98.5"), ("b", "-")]
     console.table("t", ("", "class head"), rows)
@@ -135,17 +135,17 @@ def test_a_row_that_is_too_wide_is_a_record(terminal, capsys):
     assert lines[1:] == ["a distilled student", "  class head: 98.5", "b", "  class head: -"]
 
 
-def test_names_in_a_table_and_a_message_are_not_interpreted(capsys):
+def test_control_characters_in_tables_and_messages_are_escaped(capsys):
     console.table("t\x1b[2J", ("a\nb", "c"), [("x\ny", "[red]z[/red]\x1b[31m")])
     console.info("\x1b]0;owned\x07 two\nlines")
     console.warn("caf\udce9")
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     assert "t\\x1b[2J" in lines
     assert any("x\\ny" in line and "[red]z[/red]\\x1b[31m" in line for line in lines)
     assert lines[-2:] == ["\\x1b]0;owned\\x07 two", "lines"]
-    assert said.err == "deit: warning: caf\\xe9\n"
-    assert "\x1b" not in said.out
+    assert output.err == "deit: warning: caf\\xe9\n"
+    assert "\x1b" not in output.out
 
 
 @pytest.mark.parametrize("columns", [1, 20, 40])
@@ -155,7 +155,7 @@ def test_progress_fits_the_narrowest_terminal(columns, terminal, capsys):
     assert list(console.progress(range(3), total=3, title=title)) == [0, 1, 2]
 
 
-def test_a_full_disk_behind_standard_output_is_told(monkeypatch):
+def test_full_disk_behind_standard_output_raises(monkeypatch):
     class Full:
         encoding = "utf-8"
 
@@ -169,7 +169,7 @@ def test_a_full_disk_behind_standard_output_is_told(monkeypatch):
         console.info("hello")
 
 
-def test_what_recipes_are_is_said_in_whole_sentences(monkeypatch, capsys):
+def test_descriptions_of_recipes_are_not_truncated(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     assert run_command("recipes", [], "deit recipes") == 0
     rows = [

@@ -1,4 +1,4 @@
-"""What is a fault of the machine, and what of a file, a setting or a network: no library says."""
+"""Classification of errors of other libraries: out of memory, transient, or about the input."""
 
 import errno
 from io import BytesIO
@@ -45,20 +45,22 @@ NO_MEMORY = (
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}")
-def test_want_of_memory_is_known_by_kind_or_words(error):
+def test_is_out_of_memory_by_class_or_message(error):
     assert is_out_of_memory(error)
     with pytest.raises(type(error)) as raised:
         raise_transient(error, "a place")
     assert raised.value is error
 
 
-def test_why_a_network_is_not_compiled_is_known_by_who_says_it():
+def test_compiler_failure_by_module_of_the_error():
     error = type("CppCompileError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    said = "C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.h:1: fatal error: no Python.h\n"
-    found = compiler_failure(error(said))
+    message = (
+        "C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.h:1: fatal error: no Python.h\n"
+    )
+    reason = compiler_failure(error(message))
     for name in ("torch.compile", "C++ compile error", "x.h:1: fatal error: no Python.h"):
-        assert name in found
-    assert "x.cpp" not in found
+        assert name in reason
+    assert "x.cpp" not in reason
     folder = FileExistsError(errno.EEXIST, "File exists", "/cache")
     assert compiler_failure(folder) is None
     with pytest.raises(FileExistsError) as raised:
@@ -68,10 +70,10 @@ def test_why_a_network_is_not_compiled_is_known_by_who_says_it():
     assert "/cache" in compiler_failure(raised.value)
 
 
-@pytest.mark.parametrize("number", TRANSIENT)
-def test_what_may_pass_is_a_fault_of_the_machine(number):
-    with raises(SystemFault, "a place", "said by the system"):
-        raise_transient(OSError(number, "said by the system"), "a place")
+@pytest.mark.parametrize("error_number", TRANSIENT)
+def test_transient_errors_raise_system_fault(error_number):
+    with raises(SystemFault, "a place", "message of the system"):
+        raise_transient(OSError(error_number, "message of the system"), "a place")
 
 
 @pytest.mark.parametrize(
@@ -85,20 +87,20 @@ def test_what_may_pass_is_a_fault_of_the_machine(number):
         OSError("image file is truncated"),
     ],
 )
-def test_all_else_is_left_to_who_asks(error):
+def test_other_errors_are_left_to_the_caller(error):
     assert not is_out_of_memory(error)
     raise_transient(error, "a place")
 
 
 def raising(error):
-    def instead(*arguments, **options):
+    def failing(*arguments, **options):
         raise error
 
-    return instead
+    return failing
 
 
 class Fails(nn.Module):
-    """A network that answers with an error."""
+    """A network whose forward pass raises an error."""
 
     def __init__(self, error):
         super().__init__()
@@ -131,9 +133,9 @@ def load_teacher(source):
     teacher_sources.load_teacher(member, ("a", "b"), image_size=8)
 
 
-def teacher_answers(error, monkeypatch):
-    own = SimpleNamespace(own=lambda: Fails(error))
-    monkeypatch.setattr(teacher_sources, "import_file", lambda path: own)
+def teacher_forward(error, monkeypatch):
+    module = SimpleNamespace(own=lambda: Fails(error))
+    monkeypatch.setattr(teacher_sources, "import_file", lambda path: module)
     load_teacher(f"{__file__}:own")
 
 
@@ -199,7 +201,7 @@ def reader(error, monkeypatch):
 CALLS = {
     call.__name__: call
     for call in (
-        *(check_student, read_weights, read_safetensors, teacher_answers, teacher_of_timm),
+        *(check_student, read_weights, read_safetensors, teacher_forward, teacher_of_timm),
         *(
             own_code,
             own_recipe,
@@ -216,8 +218,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_want_of_memory_is_no_other_mistake(call, monkeypatch):
-    """Wherever what a library raises becomes a wrong setting, a bad file or another network."""
+def test_out_of_memory_is_not_translated(call, monkeypatch):
+    """Everywhere that errors of a library are translated into errors about the input."""
     for error in (NO_MEMORY[0], NO_MEMORY[2]):
         with monkeypatch.context() as patched, pytest.raises(RuntimeError) as raised:
             call(error, patched)
@@ -226,8 +228,8 @@ def test_want_of_memory_is_no_other_mistake(call, monkeypatch):
         call(RuntimeError("anything else"), patched)
 
 
-def test_no_memory_for_its_exif_turns_no_picture(monkeypatch):
-    """It would be shown as it lies, and nobody would know."""
+def test_out_of_memory_while_reading_exif_is_raised(monkeypatch):
+    """Otherwise the image would silently not be rotated."""
     file = BytesIO()
     Image.new("RGB", (3, 2), "red").save(file, "PNG")
     monkeypatch.setattr(Image.Image, "getexif", raising(MemoryError()))

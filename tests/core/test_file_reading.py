@@ -1,4 +1,4 @@
-"""Files that are read: what is no file is refused, what cannot be read now is no mistake of it."""
+"""Reading of files: pipes and devices raise; transient errors do not mean a bad file."""
 
 import errno
 import json
@@ -43,63 +43,63 @@ READERS = {
 }
 
 
-def fail(path, number, monkeypatch):
-    """Have a system refuse to open a file, by an error number."""
+def fail(path, error_number, monkeypatch):
+    """Make opening a file raise an OSError."""
     opens = Path.open
 
     def failing(self, *arguments, **options):
         if self == path:
-            raise OSError(number, os.strerror(number), str(path))
+            raise OSError(error_number, os.strerror(error_number), str(path))
         return opens(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", failing)
 
 
 @pytest.mark.parametrize("kind", READERS)
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
-def test_what_cannot_be_read_now_is_no_mistake_of_the_file(number, kind, tmp_path, monkeypatch):
-    """It is neither set aside nor taken for another; the command can be run again."""
-    name, read, mistake = READERS[kind]
+@pytest.mark.parametrize("error_number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_transient_read_errors_raise_system_fault(error_number, kind, tmp_path, monkeypatch):
+    """The file is not reported as damaged: the command can be run again."""
+    name, read, expected = READERS[kind]
     path = tmp_path / name
     path.write_bytes(b"\xff no content of any kind")
-    with nullcontext() if kind == "digest" else pytest.raises(mistake):
+    with nullcontext() if kind == "digest" else pytest.raises(expected):
         read(path)
-    fail(path, number, monkeypatch)
-    with raises(SystemFault, name, os.strerror(number)):
+    fail(path, error_number, monkeypatch)
+    with raises(SystemFault, name, os.strerror(error_number)):
         read(path)
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_what_may_not_be_read_is_named(kind, tmp_path, monkeypatch):
-    name, read, mistake = READERS[kind]
+def test_unreadable_file_is_reported(kind, tmp_path, monkeypatch):
+    name, read, expected = READERS[kind]
     path = tmp_path / name
     path.touch()
     fail(path, errno.EACCES, monkeypatch)
-    own = kind in ("record", "digest", "configuration", "weights")
-    mistake = NotReadableError if own else mistake
-    with raises(mistake, path, "Permission denied"):
+    is_run_file = kind in ("record", "digest", "configuration", "weights")
+    expected = NotReadableError if is_run_file else expected
+    with raises(expected, path, "Permission denied"):
         read(path)
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_a_pipe_is_refused_and_never_waited_for(kind, tmp_path):
-    name, read, mistake = READERS[kind]
+def test_pipe_raises_without_blocking(kind, tmp_path):
+    name, read, expected = READERS[kind]
     os.mkfifo(tmp_path / name)
-    with pytest.raises(mistake):
+    with pytest.raises(expected):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_json_nested_too_deep_is_no_content(kind, tmp_path):
-    name, read, mistake = READERS[kind]
+def test_json_nested_too_deep_raises(kind, tmp_path):
+    name, read, expected = READERS[kind]
     (tmp_path / name).write_text("[" * 200_000)
-    with nullcontext() if kind in ("digest", "names") else pytest.raises(mistake):
+    with nullcontext() if kind in ("digest", "names") else pytest.raises(expected):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", [METRICS, HASH_CHAIN, "config.json", LOCK])
-def test_a_pipe_in_the_place_of_a_file_of_a_run_is_refused(name, tmp_path):
-    """Whoever opens it to write waits for a reader, without end."""
+def test_pipe_instead_of_a_run_file_raises(name, tmp_path):
+    """Opening it for writing would wait for a reader forever."""
     (tmp_path / "config.json").write_text("{}")
     check_run_dir(tmp_path, resume=True)
     (tmp_path / name).unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def test_a_pipe_in_the_place_of_a_file_of_a_run_is_refused(name, tmp_path):
         run_log.append(tmp_path / name, {})
 
 
-def test_a_pipe_in_the_place_of_a_lock_is_refused(tmp_path):
+def test_pipe_instead_of_the_lock_raises(tmp_path):
     os.mkfifo(tmp_path / LOCK)
     with raises(SystemFault, f"--out {tmp_path}", NOT_PLAIN), lock_dir(tmp_path, option="--out"):
         pass
@@ -118,8 +118,8 @@ def test_a_pipe_in_the_place_of_a_lock_is_refused(tmp_path):
 
 @pytest.mark.parametrize("read", [read_weights, read_tensors])
 @pytest.mark.parametrize("error", [FileNotFoundError("No such file"), "Too many open files"])
-def test_safetensors_gives_no_reason(error, read, tmp_path, monkeypatch):
-    """It says of every file that it cannot open that there is none, or it says it in words."""
+def test_safetensors_errors_give_no_reason(error, read, tmp_path, monkeypatch):
+    """It reports any file that it cannot open as missing, or only with a message."""
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(1)}, path)
     read(path)
@@ -136,7 +136,7 @@ def test_safetensors_gives_no_reason(error, read, tmp_path, monkeypatch):
         read(path)
 
 
-def test_records_beside_a_configuration_may_be_anything(tmp_path, monkeypatch):
+def test_load_config_ignores_invalid_environment_files(tmp_path, monkeypatch):
     config = validation.config_from_dict({"loss": {"kind": "none"}})
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     os.mkfifo(tmp_path / ENVIRONMENT)
@@ -152,7 +152,7 @@ def test_records_beside_a_configuration_may_be_anything(tmp_path, monkeypatch):
     assert validation.load_config(tmp_path / "config.json") == config
 
 
-def test_only_files_are_read(tmp_path):
+def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     (tmp_path / "link").symlink_to("file")
     assert read_bytes(tmp_path / "link") == b"abc"

@@ -1,4 +1,4 @@
-"""What replaces what on disk: folders that several commands make at once, and a run's own files."""
+"""Atomic writes of files and folders by several commands, and files that are never replaced."""
 
 import errno
 import os
@@ -22,43 +22,43 @@ from deit.models.metadata import BASE
 from tests.helpers.errors import raises
 
 
-def filled(text: str, meanwhile: Path | None = None):
-    """Write a file; meanwhile another command makes the folder."""
+def writer(text: str, meanwhile: Path | None = None):
+    """Return a function that writes a file while another command creates the folder."""
 
     def write(folder: Path) -> None:
         (folder / "model.onnx").write_text(text)
         if meanwhile is not None:
-            atomic_write_dir(meanwhile, filled("theirs"), replace=False)
+            atomic_write_dir(meanwhile, writer("other"), replace=False)
 
     return write
 
 
-def test_of_two_commands_that_make_a_folder_the_first_one_stays(tmp_path, monkeypatch):
-    numbers = iter((1, 2))  # the processes of the two
-    monkeypatch.setattr("deit.core.filesystem.os.getpid", lambda: next(numbers))
+def test_atomic_write_dir_keeps_the_first_of_two(tmp_path, monkeypatch):
+    process_ids = iter((1, 2))  # of the two processes
+    monkeypatch.setattr("deit.core.filesystem.os.getpid", lambda: next(process_ids))
     with raises(SystemFault, "--force"):
-        atomic_write_dir(tmp_path / "out", filled("ours", tmp_path / "out"), replace=False)
+        atomic_write_dir(tmp_path / "out", writer("own", tmp_path / "out"), replace=False)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
-    assert (tmp_path / "out" / "model.onnx").read_text() == "theirs"
+    assert (tmp_path / "out" / "model.onnx").read_text() == "other"
 
 
-def test_what_may_be_replaced_is(tmp_path):
+def test_atomic_write_dir_with_replace(tmp_path):
     for text in ("first", "second"):
-        atomic_write_dir(tmp_path / "out", filled(text), replace=True)
+        atomic_write_dir(tmp_path / "out", writer(text), replace=True)
         assert (tmp_path / "out" / "model.onnx").read_text() == text
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "model.onnx"]
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOTSUP])
+@pytest.mark.parametrize("error_number", [errno.EINVAL, errno.EACCES, errno.EBADF, errno.ENOTSUP])
 @pytest.mark.parametrize("call", ["open", "fsync"])
-def test_a_disk_that_syncs_no_folders_is_a_disk(call, number, tmp_path, monkeypatch):
-    """SMB and some FUSE disks refuse it; their files are written as on any other."""
+def test_disk_that_cannot_sync_folders_is_accepted(call, error_number, tmp_path, monkeypatch):
+    """SMB and some FUSE file systems cannot sync folders; files are written all the same."""
     closed, real, close = [], getattr(os, call), os.close
 
     def refusing(what, *arguments):
         about = os.stat(what) if isinstance(what, int) or os.path.exists(what) else None
         if about is not None and stat.S_ISDIR(about.st_mode):
-            raise OSError(number, "refused")
+            raise OSError(error_number, "refused")
         return real(what, *arguments)
 
     monkeypatch.setattr(os, call, refusing)
@@ -66,31 +66,31 @@ def test_a_disk_that_syncs_no_folders_is_a_disk(call, number, tmp_path, monkeypa
     atomic_write(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
     assert len(closed) == (call == "fsync")
-    atomic_write_dir(tmp_path / "out", filled("text"), replace=True)
+    atomic_write_dir(tmp_path / "out", writer("text"), replace=True)
     assert (tmp_path / "out" / "model.onnx").read_text() == "text"
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_disk_that_fails_at_it_is_told(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error_number", [errno.EIO, errno.ENOSPC])
+def test_disk_that_fails_to_sync_folders_raises(error_number, tmp_path, monkeypatch):
     def failing(handle):
-        raise OSError(number, "failed")
+        raise OSError(error_number, "failed")
 
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="failed") as raised:
         sync_folder(tmp_path)
-    assert raised.value.errno == number
+    assert raised.value.errno == error_number
 
 
 @pytest.mark.parametrize(
-    "number", [None, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES]
+    "error_number", [None, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES]
 )
-def test_the_first_writer_stays_on_any_disk(number, tmp_path, monkeypatch):
-    """exFAT, SMB and mounts of object stores have no hard links."""
+def test_write_once_keeps_the_first_on_any_disk(error_number, tmp_path, monkeypatch):
+    """exFAT, SMB and mounted object stores have no hard links."""
 
     def refusing(*paths):
-        raise OSError(number, "refused")
+        raise OSError(error_number, "refused")
 
-    if number is not None:
+    if error_number is not None:
         monkeypatch.setattr(os, "link", refusing)
     assert write_once(tmp_path / "file", b"first")
     assert not write_once(tmp_path / "file", b"second")
@@ -100,7 +100,7 @@ def test_the_first_writer_stays_on_any_disk(number, tmp_path, monkeypatch):
         write_once(tmp_path / "missing" / "file", b"first")
 
 
-def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_write_once_leaves_no_file(tmp_path, monkeypatch):
     def refusing(*paths):
         raise OSError(errno.EPERM, "refused")
 
@@ -116,17 +116,17 @@ def test_a_first_file_that_cannot_be_put_in_its_place_leaves_nothing(tmp_path, m
     assert write_once(tmp_path / "file", b"first")
 
 
-def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
+def test_run_files_are_those_that_runs_write(tmp_path):
     names = {run_folder.CONFIG, run_folder.ENVIRONMENT, run_folder.RESUMED, run_folder.RESULT}
     names |= {run_folder.STATE, run_log.METRICS, run_log.HASH_CHAIN, run_log.NONFINITE_LOG, BASE}
     names |= {manifest.MANIFEST, prune_options.MANIFEST, prune_options.SELECTION}
     marks = {run_folder.CONFIG, manifest.MANIFEST, prune_options.MANIFEST}
-    for there in names:
-        folder = tmp_path / there
+    for run_file in names:
+        folder = tmp_path / run_file
         folder.mkdir()
-        (folder / there).touch()
+        (folder / run_file).touch()
         for name in names:
-            if there in marks:
+            if run_file in marks:
                 with raises(SystemFault, f"--json {folder / name}"):
                     check_file(folder / name, option="--json", replace=True)
             else:
@@ -135,7 +135,7 @@ def test_the_names_of_a_runs_own_files_are_those_it_writes(tmp_path):
 
 @pytest.mark.parametrize("mark", ["config.json", "manifest.json", "prune.json"])
 @pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "manifest.json"])
-def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
+def test_run_files_are_never_replaced(tmp_path, mark, name):
     (tmp_path / mark).touch()
     with raises(SystemFault, "--json", name):
         check_file(tmp_path / name, option="--json", replace=True)
@@ -144,7 +144,7 @@ def test_a_runs_own_files_are_never_replaced(tmp_path, mark, name):
     check_file(tmp_path / "elsewhere" / name, option="--json", replace=False)
 
 
-def test_a_device_or_pipe_is_not_replaced(tmp_path):
+def test_device_or_pipe_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
         with raises(SystemFault, f"--json {path}"):
@@ -152,8 +152,8 @@ def test_a_device_or_pipe_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["link", "link/below"])
-def test_a_link_to_nothing_is_no_place_to_write(name, tmp_path):
-    """No folder can be made in its place."""
+def test_broken_link_raises(name, tmp_path):
+    """No folder can be created at its path."""
     (tmp_path / "link").symlink_to("nothing")
     with raises(SystemFault, "--out"):
         check_writable(tmp_path / name, option="--out")

@@ -1,4 +1,4 @@
-"""Memory: what control groups leave, what an image costs, and runs that cannot fit."""
+"""Free memory, memory per image, and runs that do not fit."""
 
 import re
 
@@ -25,31 +25,33 @@ CPU = torch.device("cpu")
 
 
 class Counted(nn.Module):
-    """Of each image of 4 px it keeps for the backward pass: the pixels, which were there before, 8
-    hidden numbers after the ReLU (its input is let go), and nothing else."""
+    """Keeps 8 numbers per image for the backward pass: the outputs of the ReLU.
+
+    Its input is freed, and the pixels existed before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(48)
-        self.one = nn.Linear(48, 8)
-        self.other = nn.Linear(8, 5)
+        self.first = nn.Linear(48, 8)
+        self.second = nn.Linear(8, 5)
         self.plain = False
 
     def forward(self, images):
         flat = images.flatten(1)
-        return self.other(self.one(flat if self.plain else self.norm(flat)).relu())
+        return self.second(self.first(flat if self.plain else self.norm(flat)).relu())
 
 
-def test_what_an_image_costs_is_counted_to_the_byte():
+def test_bytes_per_image_is_exact():
     network = Counted()
     network.plain = True
-    # the ReLU's answer, and the network's
+    # the outputs of the ReLU and of the network
     assert bytes_per_image(network, network, 4, CPU, training=True) == 4 * (8 + 5)
-    # the first layer's answer is let go when the ReLU is done
+    # the output of the first layer is freed after the ReLU
     assert bytes_per_image(network, network, 4, CPU, training=False) == 4 * (8 + 8)
 
 
-def test_the_network_is_left_as_it_was():
+def test_measuring_restores_the_network():
     network = Counted().eval()
     state = {name: value.clone() for name, value in network.state_dict().items()}
     generator = torch.get_rng_state()
@@ -61,10 +63,10 @@ def test_the_network_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), generator)
     for name, value in network.state_dict().items():
         assert torch.equal(value, state[name])
-    assert all(one.grad is None for one in network.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_what_cannot_be_measured_is_not_refused():
+def test_unmeasurable_network_passes_the_check():
     network = nn.Linear(3, 2)  # takes no images
     assert bytes_per_image(network, network, 4, CPU, training=True) is None
     check_inference_memory(network, network, 4, Accelerator(cpu=True), 2**40)
@@ -76,7 +78,7 @@ def group(folder, names, values):
         (folder / name).write_text(f"{value}\n")
 
 
-def test_control_groups_bound_the_memory(tmp_path):
+def test_cgroup_headroom(tmp_path):
     v2 = ("memory.max", "memory.current", "memory.stat")
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     root, process = tmp_path / "cgroup", tmp_path / "self"
@@ -97,7 +99,7 @@ def test_control_groups_bound_the_memory(tmp_path):
     assert cgroup_headroom(root, tmp_path / "nowhere") == []
 
 
-def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
+def test_free_memory_is_divided_by_the_processes_of_a_host(monkeypatch):
     monkeypatch.setattr(host_memory, "cgroup_headroom", lambda: [1000])
     assert free_memory(CPU) == 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -116,7 +118,7 @@ def small(**run):
 
 
 @pytest.mark.fault("E3")
-def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
+def test_run_that_does_not_fit_raises_with_a_batch_size_that_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 20 * 2**20)
     with raises(SystemFault, "512 images", "0.0 GiB", "--run.auto_micro_batch") as refused:
         train(small(), tmp_path / "run", dry_run=True)
@@ -127,21 +129,22 @@ def test_a_run_that_cannot_fit_is_refused_with_what_fits(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_fit_memory_begins_with_what_may_fit(tmp_path, monkeypatch, capsys):
+def test_auto_micro_batch_starts_with_a_size_that_can_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "free_memory", lambda device: 20 * 2**20)
     train(small(auto_micro_batch=True), tmp_path / "run", dry_run=True)
-    said = capsys.readouterr().out
-    assert re.search(r"^memory .*\b512 images\b.*\boptim\.grad_accum_steps \d+", said, re.MULTILINE)
+    output = capsys.readouterr().out
+    line = r"^memory .*\b512 images\b.*\boptim\.grad_accum_steps \d+"
+    assert re.search(line, output, re.MULTILINE)
 
 
-def test_where_nothing_fits_that_is_said(tmp_path, monkeypatch):
+def test_error_if_no_micro_batch_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**10)
     with raises(SystemFault, "512 images", "--run.activation_checkpointing") as refused:
         train(small(), tmp_path / "run", dry_run=True)
     assert "--optim.grad_accum_steps" not in str(refused.value)
 
 
-def test_answers_of_too_many_images_are_refused(monkeypatch):
+def test_inference_batch_that_does_not_fit_raises(monkeypatch):
     network = Counted()
     monkeypatch.setattr(host_memory, "free_memory", lambda device: 4 * 48 * 1000)
     accelerator = Accelerator(cpu=True)
@@ -150,8 +153,8 @@ def test_answers_of_too_many_images_are_refused(monkeypatch):
         check_inference_memory(network, network, 4, accelerator, 4000)
 
 
-class Beside(Accelerator):
-    """One of two processes, of which the other has less memory."""
+class OneOfTwo(Accelerator):
+    """One of two processes; the other reports other measurements."""
 
     def __init__(self, *other: float) -> None:
         super().__init__(cpu=True)
@@ -161,9 +164,9 @@ class Beside(Accelerator):
         return torch.cat([tensor, torch.tensor([self.other])])
 
 
-def test_all_processes_refuse_what_one_cannot_hold():
-    """Else the others would wait for it."""
+def test_all_processes_raise_if_one_lacks_memory():
+    """Otherwise the other processes would wait for it."""
     network = Counted()
-    check_inference_memory(network, network, 4, Beside(192, 2**20), 4000)
+    check_inference_memory(network, network, 4, OneOfTwo(192, 2**20), 4000)
     with raises(SystemFault, "run.eval_batch_size"):
-        check_inference_memory(network, network, 4, Beside(384, 2**20), 4000)
+        check_inference_memory(network, network, 4, OneOfTwo(384, 2**20), 4000)

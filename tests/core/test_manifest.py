@@ -1,4 +1,4 @@
-"""Manifests: every byte of a folder is covered, and nothing of a damaged one is believed."""
+"""Manifests cover every byte of a folder; a damaged folder raises."""
 
 import errno
 import json
@@ -37,15 +37,15 @@ def folder(tmp_path) -> Path:
     return tmp_path / "checkpoint-00000003"
 
 
-def test_what_was_written_is_what_is_found(folder):
-    found = manifest.verify_dir(folder)
-    assert (found.step, sorted(found.files)) == (3, ["model.safetensors", "state.json"])
-    for name, content in found.files.items():
+def test_written_folder_is_verified(folder):
+    verified = manifest.verify_dir(folder)
+    assert (verified.step, sorted(verified.files)) == (3, ["model.safetensors", "state.json"])
+    for name, content in verified.files.items():
         assert (folder / name).stat().st_size == content.bytes
 
 
-def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, monkeypatch):
-    """A file server says that what was opened is not there any more."""
+def test_folder_replaced_during_verification_is_verified_again(folder, monkeypatch):
+    """A file server reports that an opened file no longer exists (ESTALE)."""
     opens, old = Path.open, folder / "model.safetensors"
 
     def failing(self, *arguments, **options):
@@ -65,17 +65,17 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_looked_at_again(folder, m
 
 
 @pytest.mark.fault("B1", "B2", "B3")
-def test_no_mutation_of_any_file_goes_unnoticed(folder):
-    how = random.Random(0)
-    whole = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+def test_every_mutation_of_a_file_is_detected(folder):
+    rng = random.Random(0)
+    content = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     for _ in range(MUTATIONS):
-        path = how.choice(list(whole))
-        mutate(path, how)
-        if path.is_file() and path.read_bytes() == whole[path]:
-            continue  # a stretch of the same bytes
+        path = rng.choice(list(content))
+        mutate(path, rng)
+        if path.is_file() and path.read_bytes() == content[path]:
+            continue  # replaced by the same bytes
         with pytest.raises(CheckpointError):
             verify_checkpoint(folder, 3)
-        path.write_bytes(whole[path])
+        path.write_bytes(content[path])
     verify_checkpoint(folder, 3)
 
 
@@ -83,7 +83,7 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("", ["Invalid JSON"]),  # in the words of pydantic
+        ("", ["Invalid JSON"]),  # the message of pydantic
         ("[" * 100_000, ["Invalid JSON"]),
         ("{}", ["format_version"]),
         ('{"format_version": NaN, "step": 3, "files": {}, "sha256": ""}', ["format_version"]),
@@ -95,7 +95,7 @@ def test_no_mutation_of_any_file_goes_unnoticed(folder):
         ('{"format_version": 3, "step": 1, "step": 3, "files": {}, "sha256": ""}', ["sha256"]),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(text, names, folder):
+def test_invalid_manifest_raises(text, names, folder):
     (folder / "manifest.json").write_text(text)
     with raises(CheckpointError, folder / "manifest.json", *names):
         manifest.verify_dir(folder)
@@ -103,7 +103,7 @@ def test_a_manifest_that_is_none_is_refused(text, names, folder):
 
 @pytest.mark.fault("B15")
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".hidden", "A.bin", "a/b", ""])
-def test_a_name_that_leads_elsewhere_is_refused(name, folder):
+def test_manifest_with_a_path_outside_the_folder_raises(name, folder):
     (folder.parent / "secret").write_text("secret")
     manifest.write_manifest(folder, {name: manifest.FileDigest(6, "0" * 64)}, step=3)
     with raises(CheckpointError, folder / "manifest.json", repr(name)):
@@ -111,14 +111,14 @@ def test_a_name_that_leads_elsewhere_is_refused(name, folder):
 
 
 @pytest.mark.fault("B4")
-def test_a_folder_under_another_steps_name_is_not_that_step(folder):
+def test_checkpoint_renamed_to_another_step_raises(folder):
     moved = folder.rename(folder.with_name("checkpoint-00000009"))
     with raises(CheckpointError, moved, "step 3"):
         verify_checkpoint(moved, 9)
 
 
 @pytest.mark.fault("B3", "B23")
-def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
+def test_unlisted_files_are_ignored(folder, tmp_path):
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "checkpoint", "notes"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-00000099").write_text("a file")
@@ -126,15 +126,15 @@ def test_strays_are_left_alone_and_count_for_nothing(folder, tmp_path):
     assert latest_checkpoint(tmp_path) == folder
     for step in (5, 6, 7):
         save_checkpoint(tmp_path, step, fill, keep=2)
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert [name for name in kept if name[-1].isdigit()] == [
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name for name in names if name[-1].isdigit()] == [
         *("checkpoint-00000006", "checkpoint-00000007", "checkpoint-00000099"),
     ]
-    assert {"checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "notes"} < set(kept)
+    assert {"checkpoint-", "checkpoint-x", "checkpoint-00000004.bak", "notes"} < set(names)
 
 
 @pytest.mark.fault("E8")
-def test_the_times_of_files_mean_nothing(tmp_path):
+def test_file_times_have_no_effect(tmp_path):
     import os
 
     for step, when in ((3, 2e9), (4, 1e9), (5, 0)):
@@ -144,10 +144,8 @@ def test_the_times_of_files_mean_nothing(tmp_path):
 
 
 @pytest.mark.fault("A27")
-def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
-    tmp_path, monkeypatch
-):
-    """What a power cut leaves is the order of fsync and rename."""
+def test_files_are_synced_before_the_rename_and_old_ones_removed_last(tmp_path, monkeypatch):
+    """After a power cut, the order of fsync and rename decides what is on the disk."""
     import os
 
     calls: list[str] = []
@@ -174,15 +172,15 @@ def test_files_reach_the_disk_before_the_name_and_the_name_before_anything_goes(
     named = calls.index("rename to checkpoint-00000005")
     before, after = calls[:named], calls[named + 1 :]
     first = {name: before.index(f"fsync {name}") for name in ("model.safetensors", "state.json")}
-    assert all(place < before.index("fsync manifest.json") for place in first.values())
+    assert all(index < before.index("fsync manifest.json") for index in first.values())
     assert before[-1] == "fsync .deit-new-checkpoint-00000005"
     assert after[0] == f"fsync {tmp_path.name}"
     assert after[-1] == "remove .deit-gone-checkpoint-00000003"
 
 
 @pytest.mark.fault("B13")
-def test_a_planted_pickle_is_never_opened(folder, tmp_path):
-    """Under every name of a checkpoint's files, and beside them."""
+def test_planted_pickle_is_never_opened(folder, tmp_path):
+    """Neither under the name of a file of a checkpoint nor next to them."""
     import pickle  # noqa: TID251
 
     class Canary:
@@ -191,19 +189,19 @@ def test_a_planted_pickle_is_never_opened(folder, tmp_path):
 
     payload = pickle.dumps(Canary())
     for name in ("model.safetensors", "state.json", "manifest.json", "random_states_0.pkl"):
-        whole = (folder / name).read_bytes() if (folder / name).exists() else None
+        content = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).write_bytes(payload)
-        if whole is None:
+        if content is None:
             verify_checkpoint(folder, 3)
             continue
         with pytest.raises(CheckpointError):
             verify_checkpoint(folder, 3)
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(content)
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_run_of_another_format_version_is_one_line(tmp_path):
-    """Its configuration may name other fields, which would be a line each."""
+def test_run_of_another_format_version_raises_one_line(tmp_path):
+    """Not a line for each of its unknown fields."""
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "manifest.json").write_text('{"format_version": 2}')
     (tmp_path / "config.json").write_text('{"start": {"source": null}, "run": {"shard": "none"}}')
@@ -213,7 +211,7 @@ def test_a_run_of_another_format_version_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"format_version": "2"}'])
-def test_a_manifest_that_says_no_version_is_left_to_its_checkpoint(text, tmp_path):
+def test_manifest_without_version_is_reported_by_its_checkpoint(text, tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "manifest.json").write_text(text)
     manifest.check_format_version(tmp_path)

@@ -19,18 +19,18 @@ from deit.viz.tables import mean_std
 LOGITS = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 3, 2, 0], [2, 0, 1, 3]])
 
 
-def test_topk_by_hand():
+def test_topk_accuracy_by_hand():
     labels = torch.tensor([0, 2, 2, 1])
     assert topk_accuracy(LOGITS, labels) == 0.25
     assert topk_accuracy(LOGITS, labels, k=2) == 0.75
     assert topk_accuracy(LOGITS, labels, k=99) == 1.0
 
 
-def test_confusion_is_scikit_learns():
+def test_confusion_matches_scikit_learn():
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
-    answers, labels = torch.randint(5, (200,)), torch.randint(5, (200,))
-    expected = sklearn_metrics.confusion_matrix(labels, answers, labels=range(5))
-    assert confusion(answers, labels, 5).tolist() == expected.tolist()
+    predictions, labels = torch.randint(5, (200,)), torch.randint(5, (200,))
+    expected = sklearn_metrics.confusion_matrix(labels, predictions, labels=range(5))
+    assert confusion(predictions, labels, 5).tolist() == expected.tolist()
 
 
 def test_agreement_by_hand():
@@ -45,13 +45,13 @@ def test_calibration_error_by_hand():
     assert calibration_error(logits, labels) == pytest.approx(0.5 * 0.3 + 0.5 * 0.4, abs=1e-6)
 
 
-def test_chance_is_the_share_of_the_commonest_class():
+def test_majority_accuracy_by_hand():
     assert majority_accuracy(torch.tensor([0, 0, 0, 1]), 3) == 0.75
 
 
 @pytest.mark.fault("D2")
 @pytest.mark.parametrize(
-    ("accuracy", "guess", "number", "at", "could"),
+    ("accuracy", "chance", "num_samples", "is_near", "could_be"),
     [
         (0.12, 0.1, 1000, True, True),
         (0.30, 0.1, 1000, False, False),
@@ -66,32 +66,33 @@ def test_chance_is_the_share_of_the_commonest_class():
         (0.001, 0.001, 50_000, True, True),
     ],
 )
-def test_chance(accuracy, guess, number, at, could):
-    assert is_near_chance(accuracy, guess) is at
-    assert could_be_chance(accuracy, guess, number) is could
+def test_near_chance_and_could_be_chance(accuracy, chance, num_samples, is_near, could_be):
+    assert is_near_chance(accuracy, chance) is is_near
+    assert could_be_chance(accuracy, chance, num_samples) is could_be
 
 
 @pytest.mark.parametrize(
-    ("least", "number", "share"), [(3, 10, 0.2), (0, 5, 0.5), (700, 1000, 0.65)]
+    ("least", "num_samples", "probability"), [(3, 10, 0.2), (0, 5, 0.5), (700, 1000, 0.65)]
 )
-def test_binomial_tail_is_scipys(least, number, share):
+def test_binomial_tail_matches_scipy(least, num_samples, probability):
     stats = pytest.importorskip("scipy.stats")
-    expected = stats.binom.sf(least - 1, number, share)
-    assert binomial_tail(least, number, share) == pytest.approx(expected, rel=1e-9)
+    expected = stats.binom.sf(least - 1, num_samples, probability)
+    assert binomial_tail(least, num_samples, probability) == pytest.approx(expected, rel=1e-9)
 
 
-def test_fused_heads_are_mean_of_logits_and_mean_of_softmax():
-    one, other = torch.tensor([[2.0, 0.0, 1.9]]), torch.tensor([[0.0, 4.0, 2.2]])
-    heads = logits_by_head(StudentOutput(one, other[:, None]))
-    assert torch.allclose(heads["fused"], (one + other) / 2)
-    assert torch.allclose(heads["fused_softmax"].exp(), (one.softmax(1) + other.softmax(1)) / 2)
-    # The two rules are not the same rule: here they differ.
+def test_fused_heads_are_means_of_logits_and_of_softmax():
+    class_logits, token_logits = torch.tensor([[2.0, 0.0, 1.9]]), torch.tensor([[0.0, 4.0, 2.2]])
+    heads = logits_by_head(StudentOutput(class_logits, token_logits[:, None]))
+    assert torch.allclose(heads["fused"], (class_logits + token_logits) / 2)
+    mean_softmax = (class_logits.softmax(1) + token_logits.softmax(1)) / 2
+    assert torch.allclose(heads["fused_softmax"].exp(), mean_softmax)
+    # The two rules differ here.
     assert heads["fused"].argmax() == 2
     assert heads["fused_softmax"].argmax() == 1
-    assert list(logits_by_head(StudentOutput(one))) == ["class"]
+    assert list(logits_by_head(StudentOutput(class_logits))) == ["class"]
 
 
-def test_summary_of_several_seeds_is_mean_and_sample_deviation():
+def test_summary_of_seeds_is_mean_and_sample_standard_deviation():
     assert mean_std([0.97], scale=100) == "97.0"
     assert mean_std([0.96, 0.98], scale=100) == "97.0 +- 1.4"
     assert mean_std([None, None]) == "-"

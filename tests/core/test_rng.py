@@ -1,4 +1,4 @@
-"""The counter-based generator: published vectors, distributions, and independence of layout."""
+"""Counter-based random numbers: published vectors, distributions, independence of the batch."""
 
 import random
 import zlib
@@ -26,22 +26,22 @@ VECTORS = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
-def test_philox_gives_the_published_words(counter, key, expected):
-    drawn = philox(tuple(torch.tensor([value]) for value in counter), key)
-    assert tuple(int(word) for word in drawn) == expected
+def test_philox_matches_the_published_vectors(counter, key, expected):
+    values = philox(tuple(torch.tensor([value]) for value in counter), key)
+    assert tuple(int(value) for value in values) == expected
 
 
-def test_words_are_philox_of_sample_epoch_stream_and_block():
-    drawn = random_words(Keys(7, 3, torch.tensor([11])), "flip", 6)[0].tolist()
+def test_random_words_are_philox_of_the_key():
+    values = random_words(Keys(7, 3, torch.tensor([11])), "flip", 6)[0].tolist()
     stream = zlib.crc32(b"flip")
     by_hand = []
     for block in range(2):
         counter = tuple(torch.tensor([value]) for value in (11, 3, stream, block))
         by_hand += [int(word) for word in philox(counter, 7)]
-    assert drawn == by_hand[:6]
+    assert values == by_hand[:6]
 
 
-def test_repeats_are_views_of_their_own_and_the_first_is_the_plain_one():
+def test_repeats_give_different_numbers_and_repeat_0_is_the_default():
     samples = torch.arange(50)
     plain = random_words(Keys(7, 3, samples), "crop", 9)
     first, second = (
@@ -54,13 +54,13 @@ def test_repeats_are_views_of_their_own_and_the_first_is_the_plain_one():
     assert torch.equal(mixed[1::2], second[1::2])
 
 
-def test_normal_is_normal():
+def test_normal_distribution():
     stats = pytest.importorskip("scipy.stats")
-    drawn = normal(Keys(0, 0, torch.arange(10_000)), "x", 2)
-    assert stats.kstest(drawn.flatten().numpy(), "norm").pvalue > 1e-3
+    draws = normal(Keys(0, 0, torch.arange(10_000)), "x", 2)
+    assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 1e-3
 
 
-def test_numbers_depend_on_the_sample_not_on_its_place_in_the_batch():
+def test_numbers_do_not_depend_on_the_position_in_the_batch():
     samples = torch.randperm(1000)
     at_once = uniform(Keys(1, 2, samples), "crop", 5)
     in_parts = torch.cat(
@@ -71,7 +71,7 @@ def test_numbers_depend_on_the_sample_not_on_its_place_in_the_batch():
 
 
 @pytest.mark.parametrize("change", ["seed", "epoch", "stream", "sample"])
-def test_any_part_of_the_key_changes_the_numbers(change):
+def test_each_part_of_the_key_changes_the_numbers(change):
     before = random_words(Keys(1, 1, torch.arange(100)), "a", 4)
     after = {
         "seed": lambda: random_words(Keys(2, 1, torch.arange(100)), "a", 4),
@@ -82,24 +82,24 @@ def test_any_part_of_the_key_changes_the_numbers(change):
     assert (before == after).float().mean() < 0.01
 
 
-def test_no_global_random_state_is_read(monkeypatch):
+def test_global_random_state_is_not_used(monkeypatch):
     def refuse(*args, **settings):
         raise AssertionError("global random state was read")
 
-    for place, name in (
+    for module, name in (
         (random, "random"),
         (np.random, "random"),
         (torch, "rand"),
         (torch, "randn"),
     ):
-        monkeypatch.setattr(place, name, refuse)
+        monkeypatch.setattr(module, name, refuse)
     before = torch.get_rng_state()
     beta(Keys(0, 0, torch.arange(10)), "mix", 0.8)
     permutation(0, 0, 10)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_uniform_is_uniform():
+def test_uniform_distribution():
     stats = pytest.importorskip("scipy.stats")
     draws = uniform(Keys(5, 0, torch.arange(20_000)), "u", 4)
     assert stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
@@ -109,13 +109,13 @@ def test_uniform_is_uniform():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 3.0])
-def test_beta_has_the_right_distribution(alpha):
+def test_beta_distribution(alpha):
     stats = pytest.importorskip("scipy.stats")
     draws = beta(Keys(5, 0, torch.arange(50_000)), "b", alpha).numpy()
     assert stats.kstest(draws, stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
-def test_a_tiny_alpha_gives_a_fair_coin():
+def test_beta_with_tiny_alpha_is_0_or_1_equally_often():
     draws = beta(Keys(5, 0, torch.arange(4000)), "b", 1e-3)
     assert draws.isfinite().all()
     assert ((draws < 0.01) | (draws > 0.99)).double().mean() > 0.97
@@ -123,7 +123,7 @@ def test_a_tiny_alpha_gives_a_fair_coin():
 
 
 @pytest.mark.parametrize("size", [1, 2, 255, 1797])
-def test_permutation_holds_every_sample_once_and_differs_between_epochs(size):
+def test_permutation_contains_each_sample_once_and_changes_with_the_epoch(size):
     first, second = permutation(3, 0, size), permutation(3, 1, size)
     assert torch.equal(first.sort().values, torch.arange(size))
     assert torch.equal(first, permutation(3, 0, size))
@@ -131,14 +131,14 @@ def test_permutation_holds_every_sample_once_and_differs_between_epochs(size):
         assert not torch.equal(first, second)
 
 
-def test_permutation_favours_no_place():
-    places = torch.stack([permutation(0, epoch, 10).argsort() for epoch in range(4000)])
-    counts = torch.nn.functional.one_hot(places, 10).sum(dim=0).double()
+def test_permutation_positions_are_uniform():
+    positions = torch.stack([permutation(0, epoch, 10).argsort() for epoch in range(4000)])
+    counts = torch.nn.functional.one_hot(positions, 10).sum(dim=0).double()
     chi_squared = ((counts - 400) ** 2 / 400).sum()
     assert chi_squared < 81 + 5 * (2 * 81) ** 0.5  # 81 degrees of freedom, five deviations
 
 
-def test_step_seeds_differ_between_steps_and_parts():
+def test_step_seeds_differ_between_steps_and_micro_steps():
     seeds = {step_seed(0, step, part) for step in range(50) for part in range(4)}
     assert len(seeds) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,4 +1,4 @@
-"""What others may do to a run folder, or leave in it: links, garbage, another run, a moved one."""
+"""Run folders that were changed from outside: links, garbage, another run, a moved folder."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tests.helpers.processes import Completed
 from tests.helpers.small_runs import STEPS, same
 
 pytest.importorskip("sklearn")
-# As many updates of fewer images.
+# As many steps with fewer images.
 FEW = ("--data.train_fraction", "0.2", "--optim.batch_size", "48")
 SMALL = (*small_runs.SMALL, *FEW)
 
@@ -30,7 +30,7 @@ def run(command_server: CommandServer, out: Path, fault: str = "", *more: object
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(command_server, tmp_path_factory) -> Path:
-    """The run that nothing happens to."""
+    """Return a run that was not interrupted."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run(command_server, out).code == 0
     return out
@@ -38,7 +38,7 @@ def uninterrupted_run(command_server, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(command_server, tmp_path_factory) -> Path:
-    """A run that was killed in its second epoch."""
+    """Return a run that was killed in its second epoch."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     assert (
         run(command_server, out, "update:7:kill", "--run.save_every_steps", "2").code
@@ -52,7 +52,7 @@ def out(stopped, tmp_path) -> Path:
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def again(command_server: CommandServer, out: Path) -> Completed:
+def resume_run(command_server: CommandServer, out: Path) -> Completed:
     return run(command_server, out, "", "--run.save_every_steps", "2")
 
 
@@ -60,14 +60,14 @@ def again(command_server: CommandServer, out: Path) -> Completed:
 @pytest.mark.parametrize(
     "name", [".lock", "metrics.jsonl", "state_hashes.jsonl", "nonfinite_steps.jsonl", "config.json"]
 )
-def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, command_server, tmp_path):
-    """It was followed: a resume cut the file it led to, or wrote into it."""
+def test_link_instead_of_a_run_file_raises(name, out, command_server, tmp_path):
+    """Following it, a resumed run would truncate the target or write to it."""
     victim = tmp_path / "victim"
     victim.write_bytes((out / name).read_bytes() if name == "config.json" else b"precious\n" * 900)
     before = victim.read_bytes()
     (out / name).unlink(missing_ok=True)
     (out / name).symlink_to(victim)
-    done = again(command_server, out)
+    done = resume_run(command_server, out)
     assert done.code == 4
     assert str(out / name) in done.err
     assert str(victim) in done.err
@@ -76,44 +76,42 @@ def test_a_link_in_the_place_of_a_file_of_ours_is_refused(name, out, command_ser
 
 @pytest.mark.fault("B15")
 @pytest.mark.parametrize("name", ["best", "newest"])
-def test_a_link_in_the_place_of_a_folder_of_ours_is_refused(name, out, command_server, tmp_path):
+def test_link_instead_of_a_run_folder_raises(name, out, command_server, tmp_path):
     folder = run_folder.latest_checkpoint(out) if name == "newest" else out / name
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    done = again(command_server, out)
+    done = resume_run(command_server, out)
     assert done.code == 4
     assert str(folder) in done.err
     assert str(tmp_path / "elsewhere") in done.err
 
 
 @pytest.mark.fault("B23")
-def test_links_of_other_names_are_none_of_ours(out, command_server, tmp_path):
+def test_links_with_other_names_are_ignored(out, command_server, tmp_path):
     (out / "latest").symlink_to(tmp_path)
-    assert again(command_server, out).code == 0
+    assert resume_run(command_server, out).code == 0
     assert (out / "latest").is_symlink()
 
 
 @pytest.mark.fault("B18")
-def test_the_best_of_a_branch_that_was_given_up_is_not_the_best(command_server, tmp_path):
-    """The newest checkpoint is damaged, the one before it serves: `best` holds what came later."""
+def test_best_of_an_abandoned_branch_is_not_used(command_server, tmp_path):
+    """The latest checkpoint is damaged and an earlier one is resumed; `best` is of a later step."""
     out, more = tmp_path / "run", ("--optim.epochs", "3", "--run.num_checkpoints", "3")
     assert run(command_server, out, "finish:1:kill", *more).code == -signal.SIGKILL
     late = manifest.verify_dir(out / "best").step
-    assert late > 2 * STEPS  # else this shows nothing
+    assert late > 2 * STEPS  # otherwise the test shows nothing
     state = out / "best" / "state.json"
-    wanted = json.loads(state.read_text())["best"]
+    abandoned = json.loads(state.read_text())["best"]
     (run_folder.latest_checkpoint(out) / "model.safetensors").write_bytes(b"")
     done = run(command_server, out, "loss:0:nan", *more, "--run.max_nonfinite_steps", "100")
     assert done.code == 0, done.err
     best = re.escape(str(out / "best"))
-    assert re.search(rf"{best}\W.*\b{wanted['epoch']}\b", done.err)
+    assert re.search(rf"{best}\W.*\b{abandoned['epoch']}\b", done.err)
     best = json.loads((out / "result.json").read_text())["best"]
-    assert json.loads(state.read_text())["best"] == best != wanted
+    assert json.loads(state.read_text())["best"] == best != abandoned
 
 
-def test_a_kill_after_the_best_was_written_says_nothing_of_it(
-    command_server, uninterrupted_run, tmp_path
-):
+def test_kill_after_writing_the_best_gives_no_warning(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     run(command_server, out, "metrics:1:kill")
     done = run(command_server, out)
@@ -122,14 +120,14 @@ def test_a_kill_after_the_best_was_written_says_nothing_of_it(
 
 
 @pytest.mark.fault("B21", "E7")
-@pytest.mark.parametrize("how", ["moved", "replaced"])
-def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, command_server, tmp_path):
-    """It was moved away, or removed and taken by another run: what lies there now stays so."""
+@pytest.mark.parametrize("change", ["moved", "replaced"])
+def test_replaced_run_folder_is_not_written_to(change, command_server, tmp_path):
+    """It was moved, or removed and used by another run: the new content must not change."""
     out = tmp_path / "run"
     gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
     first = command_server.start(*arguments, DEIT_FAULT="update:7:slow", **gate.environment)
     gate.wait()
-    if how == "moved":
+    if change == "moved":
         out.rename(tmp_path / "elsewhere")
         out.mkdir()
     else:
@@ -143,21 +141,21 @@ def test_a_folder_that_is_no_longer_this_runs_is_left_alone(how, command_server,
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
-def test_a_finished_run_with_other_settings_names_the_ways_that_there_are(
-    uninterrupted_run, command_server
-):
+def test_finished_run_with_other_settings_raises_with_remedies(uninterrupted_run, command_server):
     done = run(command_server, uninterrupted_run, "", "--optim.epochs", "9")
     assert done.code == 2
-    way = f"deit finetune --from {uninterrupted_run}"
+    remedy = f"deit finetune --from {uninterrupted_run}"
     assert "--out" in done.err
-    assert way in done.err
+    assert remedy in done.err
     assert re.search(r"optim\.epochs\b.*\b2\b.*\b9\b", done.err)
-    told = command_server.run("finetune", *way.split()[2:], "--optim.epochs", "9", "--print-config")
-    assert (told.code, json.loads(told.out)["optim"]["epochs"]) == (0, 9)
+    printed = command_server.run(
+        "finetune", *remedy.split()[2:], "--optim.epochs", "9", "--print-config"
+    )
+    assert (printed.code, json.loads(printed.out)["optim"]["epochs"]) == (0, 9)
 
 
 @pytest.mark.fault("B19")
-def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_probe_file(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
@@ -169,8 +167,8 @@ def test_a_full_disk_leaves_no_probe_behind(tmp_path, monkeypatch):
 
 @pytest.mark.fault("A1")
 @pytest.mark.parametrize("resume", [True, False])
-def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, command_server, tmp_path):
-    """The process died between writing config.json and its rename: the same command goes on."""
+def test_unfinished_first_file_is_not_a_run(resume, command_server, tmp_path):
+    """The process was killed between writing config.json and renaming it."""
     out = tmp_path / "run"
     out.mkdir()
     left = out / f".config.json.{'0' * 32}"
@@ -182,7 +180,7 @@ def test_what_a_kill_leaves_of_the_first_file_is_no_run(resume, command_server, 
 
 
 @pytest.mark.fault("B1")
-def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch, capsys):
+def test_unreadable_checkpoint_is_skipped(out, monkeypatch, capsys):
     newest = run_folder.latest_checkpoint(out)
     digest = manifest.hashlib.file_digest
 
@@ -192,23 +190,23 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(out, monkeypatch,
         return digest(file, kind)
 
     monkeypatch.setattr(manifest.hashlib, "file_digest", broken)
-    found = run_folder.latest_checkpoint(out)
-    assert found is not None
-    assert found != newest
-    said = capsys.readouterr().err
-    assert str(newest / "model.safetensors") in said
-    assert "Input/output error" in said
+    checkpoint = run_folder.latest_checkpoint(out)
+    assert checkpoint is not None
+    assert checkpoint != newest
+    errors = capsys.readouterr().err
+    assert str(newest / "model.safetensors") in errors
+    assert "Input/output error" in errors
 
 
-def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypatch):
-    """By the run that works in it: not damage."""
+def test_checkpoint_replaced_during_reading_is_read_again(out, monkeypatch):
+    """Replaced by the run that is still training: this is not damage."""
     best, read = out / "best", manifest.load_json_as
     shutil.copytree(best, out / "later")
-    looks = []
+    reads = []
 
     def replaced(path, kind):
-        looks.append(path)
-        if len(looks) == 1:
+        reads.append(path)
+        if len(reads) == 1:
             shutil.rmtree(best)
             (out / "later").rename(best)
             raise CheckpointError("half of one, half of the other")
@@ -216,7 +214,7 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypat
 
     monkeypatch.setattr(manifest, "load_json_as", replaced)
     manifest.verify_dir(best)
-    assert len(looks) == 2
+    assert len(reads) == 2
 
 
 @pytest.mark.fault("A24")
@@ -231,29 +229,29 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(out, monkeypat
         ("metrics.jsonl", b"\xff\xfe\x00"),
     ],
 )
-def test_files_that_only_inform_do_not_stop_a_run(name, content, out, command_server):
+def test_damaged_logs_do_not_stop_a_run(name, content, out, command_server):
     (out / name).write_bytes(content)
-    done = again(command_server, out)
+    done = resume_run(command_server, out)
     assert done.code == 0, done.err
     assert str(out / name) in done.err
 
 
 @pytest.mark.fault("B23")
-def test_a_folder_of_a_strange_name_does_no_harm(out, command_server):
+def test_folder_with_another_name_is_ignored(out, command_server):
     (out / ".deit-old-").mkdir()
-    assert again(command_server, out).code == 0
+    assert resume_run(command_server, out).code == 0
 
 
 @pytest.mark.fault("A24")
-def test_after_a_line_that_was_cut_off_the_next_rows_are_whole(out, command_server):
+def test_rows_after_a_truncated_line_are_complete(out, command_server):
     rows = (out / "metrics.jsonl").read_bytes()
     (out / "metrics.jsonl").write_bytes(rows[: len(rows) - 20])
-    assert again(command_server, out).code == 0
+    assert resume_run(command_server, out).code == 0
     assert [row["epoch"] for row in run_log.read(out / "metrics.jsonl")] == [2]
 
 
 @pytest.mark.fault("A24")
-def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
+def test_truncate_keeps_complete_rows_of_an_edited_log(tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
     length = [run_log.append(log, {"step": step}) for step in range(4)][2]
     written = log.read_bytes().splitlines(keepends=True)
@@ -273,7 +271,7 @@ def test_cut_keeps_whole_rows_of_a_log_that_was_edited(tmp_path, capsys):
 
 
 @pytest.mark.fault("A24")
-def test_a_broken_line_of_the_metrics_is_named(uninterrupted_run, tmp_path):
+def test_broken_line_of_the_metrics_raises(uninterrupted_run, tmp_path):
     log = tmp_path / "metrics.jsonl"
     first, second = (uninterrupted_run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
     for content in (first + second, first + second[:-9]):  # a kill leaves half a row
@@ -286,7 +284,7 @@ def test_a_broken_line_of_the_metrics_is_named(uninterrupted_run, tmp_path):
 
 
 @pytest.mark.fault("A9")
-def test_a_finished_run_whose_best_is_damaged_says_so(command_server, uninterrupted_run, tmp_path):
+def test_damaged_best_of_a_finished_run_is_reported(command_server, uninterrupted_run, tmp_path):
     out = shutil.copytree(uninterrupted_run, tmp_path / "run")
     (out / "best" / "model.safetensors").write_bytes(b"")
     done = run(command_server, out)
@@ -300,7 +298,7 @@ def test_a_finished_run_whose_best_is_damaged_says_so(command_server, uninterrup
 @pytest.mark.parametrize(
     ("name", "value"), [("epochs", None), ("fingerprint", 3), ("targets", "a")]
 )
-def test_a_result_that_is_none_is_named(name, value, command_server, uninterrupted_run, tmp_path):
+def test_invalid_result_raises(name, value, command_server, uninterrupted_run, tmp_path):
     out = shutil.copytree(uninterrupted_run, tmp_path / "run")
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").write_text(json.dumps({**result, name: value}))
@@ -310,7 +308,7 @@ def test_a_result_that_is_none_is_named(name, value, command_server, uninterrupt
 
 
 @pytest.mark.fault("B19")
-def test_a_full_disk_at_a_log_is_a_full_disk(command_server, tmp_path):
+def test_full_disk_while_logging_raises_system_fault(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "metrics:1:full")
     assert done.code == 5
     assert str(tmp_path / "run" / "metrics.jsonl") in done.err
@@ -327,8 +325,8 @@ def teachers(command_server, tmp_path_factory) -> Path:
 
 
 @pytest.mark.fault("A21")
-def test_a_teacher_that_was_moved_is_the_same_teacher(teachers, command_server, tmp_path):
-    """Its weights tell; others under a new name do not pass, in a finished run either."""
+def test_moved_teacher_is_the_same_teacher(teachers, command_server, tmp_path):
+    """Compared by its weights. Another teacher raises, also in a finished run."""
     moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
     taught = ("--loss", "deit-hard", "--teacher.allow_near_chance", "--teacher.source")
     assert run(command_server, out, "update:7:term", *taught, teachers / "0").code == 143
@@ -354,7 +352,9 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
     ],
     ids=["less fits", "nothing to recompute", "activation_checkpointing", "recomputes already"],
 )
-def test_out_of_memory_advises_only_what_helps(arguments, block, named, command_server, tmp_path):
+def test_out_of_memory_advice_lists_only_what_helps(
+    arguments, block, named, command_server, tmp_path
+):
     arguments = (*arguments, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
     done = command_server.run(
         "train", *arguments, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory"
@@ -363,10 +363,10 @@ def test_out_of_memory_advises_only_what_helps(arguments, block, named, command_
     assert re.search(rf"\b{block} images\b", done.err)
     assert "--resume" in done.err
     assert str(tmp_path / "run") in done.err
-    ways = {"--optim.grad_accum_steps 3", "--run.activation_checkpointing", "student"}
-    assert {way for way in ways if way in done.err} == named
+    options = {"--optim.grad_accum_steps 3", "--run.activation_checkpointing", "student"}
+    assert {remedy for remedy in options if remedy in done.err} == named
     if block == 63:
-        assert re.search(r"\b21\b", done.err)  # so many fit
+        assert re.search(r"\b21\b", done.err)  # images that fit
     else:
         assert "--optim.grad_accum_steps" not in done.err
         assert "teacher" not in done.err  # the run has none that could be smaller
@@ -376,17 +376,17 @@ def test_out_of_memory_advises_only_what_helps(arguments, block, named, command_
     ("name", "value"),
     [("command", ["train", 3]), ("packages", {"torch": "2"}), ("threads", None), ("commit", 4)],
 )
-def test_an_environment_of_other_types_is_named(name, value, uninterrupted_run, tmp_path):
-    """A report showed its bare TypeError or KeyError, the card of an export likewise."""
-    found = json.loads((uninterrupted_run / run_folder.ENVIRONMENT).read_text())
-    assert run_folder.read_environment(uninterrupted_run).device_name == found["device_name"]
-    (tmp_path / run_folder.ENVIRONMENT).write_text(json.dumps({**found, name: value}))
+def test_environment_with_wrong_types_raises(name, value, uninterrupted_run, tmp_path):
+    """Not TypeError or KeyError, which reports and model cards once showed."""
+    recorded = json.loads((uninterrupted_run / run_folder.ENVIRONMENT).read_text())
+    assert run_folder.read_environment(uninterrupted_run).device_name == recorded["device_name"]
+    (tmp_path / run_folder.ENVIRONMENT).write_text(json.dumps({**recorded, name: value}))
     with raises(CheckpointError, "environment.json", name):
         run_folder.read_environment(tmp_path)
 
 
 @pytest.mark.parametrize("more", [(), ("--resume",)])
-def test_a_folder_that_holds_no_run_is_not_to_be_resumed(more, tmp_path):
+def test_resuming_a_folder_without_a_run_raises(more, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1.png").write_bytes(b"")
     done = run_in(tmp_path, "train_deit.py", "digits-teacher", "--out", "pictures", *more)
@@ -394,7 +394,7 @@ def test_a_folder_that_holds_no_run_is_not_to_be_resumed(more, tmp_path):
     assert "--resume" not in done.stderr
 
 
-def test_teacher_and_images_that_are_missing_are_named_together(tmp_path):
+def test_missing_teacher_and_images_are_reported_together(tmp_path):
     done = run_in(tmp_path, "train_deit.py", "folder", "--data.root", "nothere", "--out", "out")
     assert_refused(done, 3, "data.root nothere", "teacher.source checkpoints/folder-teacher")
     assert "train_deit.py folder-teacher" in done.stderr

@@ -1,4 +1,4 @@
-"""A student divided among processes: the numbers of a whole one, whole files, exact resume."""
+"""Sharded students: the same training, full checkpoints, exact resumption."""
 
 import json
 import re
@@ -23,12 +23,12 @@ from tests.helpers.processes import Completed, last_json, output_of
 from tests.helpers.small_runs import SMALL, STEPS, same
 
 ROOT = Path(__file__).parents[2]
-WORDS = (
-    *("0" if word == "0.2" else word for word in SMALL),  # drop path: another on other processes
-    # Accumulated micro-batches, a gradient that is clipped, every update to be looked at.
+ARGUMENTS = (
+    *("0" if word == "0.2" else word for word in SMALL),  # drop path depends on the process
+    # With accumulation, clipped gradients, and a checkpoint of every step.
     *("--optim.grad_accum_steps", "2", "--optim.clip_grad_norm", "0.5", "--run.timeout_s", "30"),
     *("--run.save_every_steps", "1", "--run.num_checkpoints", "20"),
-    # As many updates of fewer images.
+    # As many steps with fewer images.
     *("--data.train_fraction", "0.2", "--optim.batch_size", "48"),
 )
 
@@ -37,53 +37,53 @@ def run(
     command_server: CommandServer,
     out: Path,
     *more: object,
-    recipe: tuple[str, ...] = WORDS,
+    recipe: tuple[str, ...] = ARGUMENTS,
     processes: int = 2,
-    of_node: int = 2,
+    per_node: int = 2,
     fault: str = "",
 ) -> list[Completed]:
-    """The processes of a run, as torchrun would start them on nodes of so many."""
+    """Run processes as torchrun starts them. per_node: how many on each node."""
     arguments = ("train", *recipe, "--out", out, "--resume", *more)
     return command_server.run_processes(
-        *arguments, processes=processes, of_node=of_node, DEIT_FAULT=fault
+        *arguments, processes=processes, of_node=per_node, DEIT_FAULT=fault
     )
 
 
 def done(*arguments, **options) -> None:
-    for one in run(*arguments, **options):
-        assert one.code == 0, one.err
+    for process in run(*arguments, **options):
+        assert process.code == 0, process.err
 
 
 def stopped(command_server: CommandServer, out: Path, kind: str, fault: str) -> None:
-    """Begin a run that a signal stops."""
+    """Start a run that a signal stops."""
     ended = run(command_server, out, "--run.sharding", kind, fault=fault)
-    assert [one.code for one in ended] == [143, 143], [one.err for one in ended]
+    assert [process.code for process in ended] == [143, 143], [process.err for process in ended]
 
 
 @pytest.fixture(scope="module")
 def runs(command_server, tmp_path_factory) -> dict[str, Path]:
-    """The same run of two processes, by value of run.sharding."""
-    place = tmp_path_factory.mktemp("sharded")
+    """Return the same run with two processes, by value of run.sharding."""
+    folder = tmp_path_factory.mktemp("sharded")
     for kind in ("none", "fsdp"):
-        first, other = run(command_server, place / kind, "--run.sharding", kind)
+        first, other = run(command_server, folder / kind, "--run.sharding", kind)
         assert first.code == other.code == 0, first.err + other.err
-        told = re.search(r"\b2\b.*run\.sharding fsdp\b", first.out)  # into how many parts
-        assert (told is not None) == (kind == "fsdp")
-        assert not first.err  # torch warns of views that a divided network returns
-    return {kind: place / kind for kind in ("none", "fsdp")}
+        line = re.search(r"\b2\b.*run\.sharding fsdp\b", first.out)  # the number of shards
+        assert (line is not None) == (kind == "fsdp")
+        assert not first.err  # torch warns if a sharded network returns views
+    return {kind: folder / kind for kind in ("none", "fsdp")}
 
 
 @pytest.fixture(scope="module")
-def begun(command_server, tmp_path_factory) -> dict[str, Path]:
-    """The same, stopped in their second epoch."""
-    place = tmp_path_factory.mktemp("begun")
+def started_runs(command_server, tmp_path_factory) -> dict[str, Path]:
+    """Return the same runs, stopped in their second epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
     for kind in ("none", "fsdp"):
-        stopped(command_server, place / kind, kind, f"update@0:{STEPS + 1}:term")
-    return {kind: place / kind for kind in ("none", "fsdp")}
+        stopped(command_server, folder / kind, kind, f"update@0:{STEPS + 1}:term")
+    return {kind: folder / kind for kind in ("none", "fsdp")}
 
 
 def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights, moments and average after an update."""
+    """Return weights, moments and average after a step."""
     files = sorted(run_folder.checkpoint_path(out, step).glob("*.safetensors"))
     assert len(files) == 3
     return {
@@ -91,44 +91,48 @@ def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_close(one: Path, other: Path) -> None:
-    """To rounding: tensors after the first updates; later, as AdamW makes whole steps of rounding
-    where a gradient is zero, the losses."""
+def assert_close(first: Path, second: Path) -> None:
+    """Compare two runs: tensors after two steps, then the losses.
+
+    AdamW turns rounding errors into full steps where a gradient is zero, so tensors differ later.
+    """
     for step in (1, 2):
-        theirs, ours = tensors(one, step), tensors(other, step)
-        assert theirs.keys() == ours.keys()
-        for name, value in theirs.items():
-            assert ours[name].shape == value.shape, name
+        expected, actual = tensors(first, step), tensors(second, step)
+        assert expected.keys() == actual.keys()
+        for name, value in expected.items():
+            assert actual[name].shape == value.shape, name
             if name.endswith("qkv.bias") and not name.startswith("optimizer"):
-                continue  # a third of it, the key's, has no gradient but rounding
-            assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-7), name
-    last = run_folder.checkpoint_step(run_folder.latest_checkpoint(one))
-    theirs, ours = tensors(one, last), tensors(other, last)
-    for name, value in theirs.items():
-        far, most = (ours[name] - value).abs(), value.abs().max().item()
-        if name.endswith("qkv.bias") and far.ndim:  # without the key's, as above
-            far = torch.cat([far.chunk(3)[part] for part in (0, 2)])
-        assert far.max().item() <= 0.02 * most, name
-    rows = [run_log.read(out / run_log.METRICS) for out in (one, other)]
+                continue  # the gradient of its third for the keys is a rounding error
+            assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-7), name
+    last = run_folder.checkpoint_step(run_folder.latest_checkpoint(first))
+    expected, actual = tensors(first, last), tensors(second, last)
+    for name, value in expected.items():
+        difference, scale = (actual[name] - value).abs(), value.abs().max().item()
+        if name.endswith("qkv.bias") and difference.ndim:  # without the keys, as above
+            difference = torch.cat([difference.chunk(3)[part] for part in (0, 2)])
+        assert difference.max().item() <= 0.02 * scale, name
+    rows = [run_log.read(out / run_log.METRICS) for out in (first, second)]
     assert len(rows[0]) == len(rows[1]) == 2
-    for theirs, ours in zip(*rows):
-        for name, value in theirs["train"].items():
-            assert ours["train"][name] == pytest.approx(value, abs=0.01 if "top1" in name else 1e-5)
-        assert ours["validation"] == pytest.approx(theirs["validation"], abs=1.5)
+    for expected, actual in zip(*rows):
+        for name, value in expected["train"].items():
+            assert actual["train"][name] == pytest.approx(
+                value, abs=0.01 if "top1" in name else 1e-5
+            )
+        assert actual["validation"] == pytest.approx(expected["validation"], abs=1.5)
 
 
-def test_divided_it_learns_what_the_whole_one_learns(runs):
+def test_sharded_training_matches_unsharded_training(runs):
     assert_close(runs["none"], runs["fsdp"])
 
 
-def test_its_files_are_whole_and_load_alone(runs):
+def test_checkpoint_of_a_sharded_run_is_full(runs):
     for name in ("best", f"checkpoint-{2 * STEPS:08d}"):
         student, _ = load_student(runs["fsdp"] / name)
-        answer = student.eval()(torch.rand(3, 3, 8, 8))
-        assert answer.class_logits.shape == (3, 10)
+        output = student.eval()(torch.rand(3, 3, 8, 8))
+        assert output.class_logits.shape == (3, 10)
 
 
-def test_stopped_in_the_middle_it_ends_with_the_same_bits(command_server, runs, tmp_path):
+def test_stopped_and_resumed_sharded_run_is_bit_identical(command_server, runs, tmp_path):
     out = tmp_path / "run"
     stopped(command_server, out, "fsdp", "update@1:3:term")
     assert 3 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
@@ -137,18 +141,16 @@ def test_stopped_in_the_middle_it_ends_with_the_same_bits(command_server, runs, 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_divided_run_goes_on_whole_and_the_other_way_round(
-    processes, command_server, runs, begun, tmp_path
-):
+def test_run_resumes_with_another_sharding(processes, command_server, runs, started_runs, tmp_path):
     for first, then in (("fsdp", "none"), ("none", "fsdp")):
-        out = Path(shutil.copytree(begun[first], tmp_path / first))
+        out = Path(shutil.copytree(started_runs[first], tmp_path / first))
         ended = run(command_server, out, "--run.sharding", then, processes=processes)
-        assert [one.code for one in ended] == [0] * processes, ended[0].err
+        assert [process.code for process in ended] == [0] * processes, ended[0].err
         assert re.search(rf"run\.sharding\b.*\b{first}\b.*\b{then}\b", ended[0].err)
         assert_close(runs["none"], out)
 
 
-def test_an_update_that_is_not_finite_is_left_out_in_every_part(command_server, runs, tmp_path):
+def test_nonfinite_step_is_skipped_by_all_processes(command_server, runs, tmp_path):
     for kind in runs:
         done(command_server, tmp_path / kind, "--run.sharding", kind, fault="loss@1:4:nan")
         assert run_folder.read_result(tmp_path / kind)["skipped"] == 1
@@ -168,8 +170,8 @@ def test_an_update_that_is_not_finite_is_left_out_in_every_part(command_server, 
     ],
     ids=lambda more: more[0].rpartition(".")[2],
 )
-def test_with_what_else_changes_a_student(more, command_server, runs, tmp_path):
-    """Blocks computed again, other layers, frozen weights."""
+def test_sharding_with_other_student_options(more, command_server, runs, tmp_path):
+    """Activation checkpointing, other linear layers, frozen weights."""
     best = runs["none"] / "best"
     more = [str(best) if word == "best" else word for word in more]
     for kind in runs:
@@ -177,8 +179,8 @@ def test_with_what_else_changes_a_student(more, command_server, runs, tmp_path):
     assert_close(tmp_path / "none", tmp_path / "fsdp")
 
 
-def test_a_network_without_blocks_and_with_statistics(command_server, tmp_path):
-    """Batch norm: those of the first process count, as they do in DDP."""
+def test_sharding_of_a_network_with_batch_norm(command_server, tmp_path):
+    """The running statistics are those of the first process, as in DDP."""
     network = (
         *("digits-teacher", "--optim.batch_size", "48", "--optim.epochs", "2"),
         *("--data.train_fraction", "0.2"),
@@ -190,13 +192,13 @@ def test_a_network_without_blocks_and_with_statistics(command_server, tmp_path):
     assert_close(tmp_path / "none", tmp_path / "fsdp")
 
 
-def test_without_its_best_weights_all_processes_gather_alike(command_server, begun, tmp_path):
-    """The main process alone looks for them, and all take part where better ones are written."""
-    out = Path(shutil.copytree(begun["fsdp"], tmp_path / "run"))
+def test_missing_best_weights_are_gathered_by_all_processes(command_server, started_runs, tmp_path):
+    """Only the main process checks for them, but all processes gather the weights to write."""
+    out = Path(shutil.copytree(started_runs["fsdp"], tmp_path / "run"))
     shutil.rmtree(out / "best")
     newest = run_folder.latest_checkpoint(out)
     state = json.loads((newest / run_folder.STATE).read_text())
-    state["best"]["top1"] = 2.0  # so that those who remember it find nothing better
+    state["best"]["top1"] = 2.0  # so that no later epoch is better
     (newest / run_folder.STATE).write_text(json.dumps(state))
     names = [file.name for file in newest.iterdir() if file.name != manifest.MANIFEST]
     manifest.write_manifest(newest, manifest.digests(newest, names), step=state["step"])
@@ -204,7 +206,7 @@ def test_without_its_best_weights_all_processes_gather_alike(command_server, beg
     assert load_student(out / "best")
 
 
-def test_gradients_travel_in_half_the_bytes(command_server, runs, tmp_path):
+def test_gradient_compression_halves_the_traffic(command_server, runs, tmp_path):
     out = tmp_path / "run"
     done(command_server, out, "--run.sharding", "fsdp", "--run.gradient_compression", "bf16")
     exact, rounded = tensors(runs["fsdp"], 1), tensors(out, 1)
@@ -214,18 +216,18 @@ def test_gradients_travel_in_half_the_bytes(command_server, runs, tmp_path):
     for name in moments:
         scale = exact[name].abs().max().item()
         assert torch.allclose(exact[name], rounded[name], rtol=2**-6, atol=0.01 * scale), name
-    rows = [run_log.read(one / run_log.METRICS) for one in (runs["fsdp"], out)]
-    for theirs, ours in zip(*rows, strict=True):
-        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], abs=0.02)
+    rows = [run_log.read(path / run_log.METRICS) for path in (runs["fsdp"], out)]
+    for expected, actual in zip(*rows, strict=True):
+        assert actual["train"]["loss"] == pytest.approx(expected["train"]["loss"], abs=0.02)
 
 
-def test_divided_among_the_processes_of_each_node(command_server, runs, tmp_path):
+def test_hsdp_shards_within_each_node(command_server, runs, tmp_path):
     out = tmp_path / "run"
-    done(command_server, out, "--run.sharding", "hsdp", processes=4, of_node=2)
+    done(command_server, out, "--run.sharding", "hsdp", processes=4, per_node=2)
     assert_close(runs["none"], out)
 
 
-def test_one_process_has_the_whole_student(command_server, tmp_path):
+def test_one_process_is_not_sharded(command_server, tmp_path):
     for kind in ("none", "fsdp"):
         done(command_server, tmp_path / kind, "--run.sharding", kind, processes=1)
     same(tmp_path / "fsdp", tmp_path / "none")
@@ -262,36 +264,35 @@ destroy_process_group()
 """
 
 
-def test_each_process_holds_its_part_alone(command_server, tmp_path):
-    """Weights, average and both moments: half of all, but for what does not divide."""
+def test_each_process_holds_only_its_shard(command_server, tmp_path):
+    """Half of weights, average and moments, except for tensors that cannot be split."""
     script = tmp_path / "memory.py"
     script.write_text(MEMORY)
-    said = output_of(command_server, 2, script, cwd=tmp_path)
-    found = last_json(said)
-    assert found["fsdp"] / found["none"] == pytest.approx(0.5, abs=0.01)
+    sizes = last_json(output_of(command_server, 2, script, cwd=tmp_path))
+    assert sizes["fsdp"] / sizes["none"] == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    ("among", "processes", "of_node", "parts"),
+    ("sharding", "processes", "per_node", "num_shards"),
     [("none", 8, "8", 1), ("fsdp", 8, "4", 8), ("hsdp", 8, "4", 4), ("hsdp", 1, None, 1)],
 )
-def test_into_how_many_parts(among, processes, of_node, parts, monkeypatch):
+def test_shard_degree(sharding, processes, per_node, num_shards, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if of_node is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
-    assert shard_degree(among, processes) == parts
+    if per_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node)
+    assert shard_degree(sharding, processes) == num_shards
 
 
-@pytest.mark.parametrize("of_node", [None, "1", "3"])
-def test_nodes_that_the_launcher_does_not_tell_are_refused(of_node, monkeypatch):
+@pytest.mark.parametrize("per_node", [None, "1", "3"])
+def test_hsdp_without_processes_per_node_raises(per_node, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if of_node is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_node)
+    if per_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", per_node)
     with raises(SystemFault, "run.sharding", "'hsdp'", "LOCAL_WORLD_SIZE"):
         shard_degree("hsdp", 8)
 
 
-def test_fp16_of_a_launcher_is_refused(monkeypatch):
+def test_sharding_with_fp16_of_the_launcher_raises(monkeypatch):
     monkeypatch.setattr("deit.core.accelerator.resolve_precision", lambda *ignored: "fp16")
     with raises(SystemFault, "run.sharding", "fp16"):
         build_accelerator(RunConfig(sharding="fsdp", device="cpu"))
@@ -300,7 +301,7 @@ def test_fp16_of_a_launcher_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"), [("precision", "fp16"), ("auto_micro_batch", True), ("compile", "default")]
 )
-def test_what_needs_the_whole_student_is_refused(field, value):
+def test_options_that_exclude_sharding_raise(field, value):
     config = digits().replace(run={"sharding": "fsdp", field: value}, teacher={"source": ("x",)})
     with raises(ConfigError, f"run.{field}", "run.sharding"):
         validate(config)

@@ -1,4 +1,4 @@
-"""An address in the place of a file or folder is called one, with what to do."""
+"""Addresses given instead of files and folders raise, with a remedy."""
 
 import pytest
 
@@ -27,11 +27,11 @@ from tests.helpers.errors import raises
         ("local-dir:checkpoints/mine", " checkpoints/mine"),
     ],
 )
-def test_addresses_are_known(value, instead):
-    advice = address_hint(value)
-    assert advice
-    assert instead in advice
-    assert ("curl" in advice) == ("curl" in instead)
+def test_address_hint_of_addresses(value, instead):
+    hint = address_hint(value)
+    assert hint
+    assert instead in hint
+    assert ("curl" in hint) == ("curl" in instead)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_addresses_are_known(value, instead):
         "timm:resnet18",
     ],
 )
-def test_paths_and_names_are_no_addresses(value):
+def test_address_hint_of_paths_and_names_is_none(value):
     assert address_hint(value) is None
 
 
@@ -66,20 +66,20 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_them_at_once(command, capsys):
+def test_all_commands_reject_addresses(command, capsys):
     name, arguments = command.strip(), COMMANDS[command]
     assert run_command(name, arguments, f"deit {name}") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("deit: error: ")
+    errors = capsys.readouterr().err
+    assert errors.startswith("deit: error: ")
     address = next(word.rpartition("=")[2] for word in arguments if ":/" in word)
-    assert f"{address}: {address_hint(address)}" in said
-    assert said.count("\n") == 1
+    assert f"{address}: {address_hint(address)}" in errors
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "field", ["data.root", "data.exclude_list", "init.pruning_masks", "teacher.target_stores"]
 )
-def test_a_configuration_that_holds_them_is_refused(field):
+def test_config_with_addresses_raises(field):
     section, leaf = field.split(".")
     address = "s3://bucket/x"
     value = (address,) if leaf == "targets" else address
@@ -88,7 +88,7 @@ def test_a_configuration_that_holds_them_is_refused(field):
     assert ConfigProblem(field, address, address_hint(address)) in refused.value.problems
 
 
-def test_a_repository_of_the_hub_is_for_timm_to_load(monkeypatch):
+def test_hub_repository_is_loaded_by_timm(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source = "hf-hub:timm/test_vit.r160_in1k"
     validate(Config().replace(teacher={"source": (source,)}, init={"weights": source}))

@@ -1,4 +1,4 @@
-"""Commands that wait forever for their images, as for a lost server, stop at a signal."""
+"""Commands blocked on reading images, as from a lost server, stop at a signal."""
 
 import os
 import signal
@@ -21,46 +21,44 @@ from tests.helpers.small_runs import ON_IMAGES, image_run_arguments
 pytest.importorskip("sklearn")
 
 
-def nobody_writes(path: Path) -> None:
-    """Put a pipe into the place of a file: who reads it waits for ever, as for a lost server."""
+def replace_by_pipe(path: Path) -> None:
+    """Replace a file by a pipe without a writer: reading it blocks, as with a lost server."""
     path.unlink()
     os.mkfifo(path)
 
 
 @pytest.mark.fault("A11")
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_waits_for_images_for_ever_stops_with_a_checkpoint(
-    workers, number, command_server, tmp_path
-):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_run_blocked_on_images_stops_with_a_checkpoint(workers, signum, command_server, tmp_path):
     image_folder, out = write_image_folder(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*image_run_arguments(image_folder, out, workers), "--optim.epochs", "100000")
     running = command_server.start(*given, as_program=True)
     metrics = out / run_log.METRICS
     wait_until(lambda: metrics.is_file() and run_log.read(metrics))
     for path in sorted(image_folder.rglob("*.*")):
-        nobody_writes(path)
-    wait_until(lambda: waits(running.pid))
-    running.signal(number)
-    done = assert_ends(running, 128 + number)
-    assert signal.Signals(number).name in done.err
+        replace_by_pipe(path)
+    wait_until(lambda: is_idle(running.pid))
+    running.signal(signum)
+    done = assert_ends(running, 128 + signum)
+    assert signal.Signals(signum).name in done.err
     assert "--resume" in done.err
     rows = run_log.read(metrics)
     assert run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) >= rows[-1]["step"]
 
 
-def waits(pid: int) -> bool:
-    """Whether a process and those it has started use no processor for a while."""
-    process = psutil.Process(pid)
-    everyone = [process, *process.children(recursive=True)]
-    before = [sum(one.cpu_times()[:2]) for one in everyone]
+def is_idle(pid: int) -> bool:
+    """Return whether a process and its children use no CPU time for a while."""
+    parent = psutil.Process(pid)
+    processes = [parent, *parent.children(recursive=True)]
+    before = [sum(process.cpu_times()[:2]) for process in processes]
     time.sleep(0.5)
-    return before == [sum(one.cpu_times()[:2]) for one in everyone]
+    return before == [sum(process.cpu_times()[:2]) for process in processes]
 
 
 @pytest.fixture
 def never_read(monkeypatch):
-    """No image is ever read, as from a lost server, until the test is over; and a signal comes."""
+    """Block all reads of images until the end of the test, and send a signal after a second."""
     over = threading.Event()
 
     def wait(store, position):
@@ -77,8 +75,8 @@ def never_read(monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(command_server, image_folder, tmp_path_factory) -> dict[int, Path]:
-    """A finished run that is evaluated with this number of workers."""
-    found = {}
+    """Return finished runs by their number of workers."""
+    runs_by_workers = {}
     for workers in (0, 2):
         out = tmp_path_factory.mktemp("runs") / f"workers-{workers}"
         assert (
@@ -87,16 +85,14 @@ def runs(command_server, image_folder, tmp_path_factory) -> dict[int, Path]:
             ).code
             == 0
         )
-        found[workers] = out
-    return found
+        runs_by_workers[workers] = out
+    return runs_by_workers
 
 
 @pytest.mark.fault("A11")
 @pytest.mark.parametrize("command", ["evaluate", "check-data"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_command_that_waits_for_images_for_ever_stops(
-    command, workers, runs, image_folder, never_read, capfd
-):
+def test_command_blocked_on_images_stops(command, workers, runs, image_folder, never_read, capfd):
     before = child_processes()
     given = {"evaluate": runs[workers], "check-data": image_folder}
     assert run_command(command, [str(given[command])], f"deit {command}") == 130
@@ -104,7 +100,7 @@ def test_a_command_that_waits_for_images_for_ever_stops(
     wait_until(lambda: child_processes() == before)
 
 
-def test_a_decoding_that_waits_for_ever_stops(image_folder, never_read, tmp_path, capfd):
+def test_blocked_decoding_stops(image_folder, never_read, tmp_path, capfd):
     given = [
         "folder",
         "--data.root",
@@ -118,15 +114,15 @@ def test_a_decoding_that_waits_for_ever_stops(image_folder, never_read, tmp_path
 
 
 @pytest.mark.fault("E5")
-def test_of_two_processes_neither_waits_for_images_for_ever(command_server, tmp_path):
+def test_two_processes_blocked_on_images_stop(command_server, tmp_path):
     image_folder, out = write_image_folder(tmp_path / "pictures", number=8), tmp_path / "run"
     given = (*image_run_arguments(image_folder, out, 1), "--optim.epochs", "100000")
     both = command_server.start_processes(*given, as_program=True)
     wait_until(lambda: run_folder.list_checkpoints(out))
     for path in image_folder.rglob("*.*"):
-        nobody_writes(path)
-    wait_until(lambda: all(waits(one.pid) for one in both))
-    for one in both:
-        one.signal(signal.SIGTERM)
-    for one in both:
-        assert_ends(one, 143)
+        replace_by_pipe(path)
+    wait_until(lambda: all(is_idle(process.pid) for process in both))
+    for process in both:
+        process.signal(signal.SIGTERM)
+    for process in both:
+        assert_ends(process, 143)

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 
 class TritonMissing(RuntimeError):
-    """As PyTorch's compiler raises it, whose modules take seconds to import."""
+    """Like an error of PyTorch's compiler, whose modules take seconds to import."""
 
     __module__ = "torch._inductor.exc"
 
@@ -53,23 +53,23 @@ class TritonMissing(RuntimeError):
         (ZeroDivisionError("zero"), 1, ["ZeroDivisionError", "zero"]),
     ],
 )
-def test_what_the_machine_lacks_is_no_bug(error, code, names, monkeypatch, capsys):
-    """Wherever it is noticed: any file may meet a full disk or a permission at any time."""
+def test_exit_codes_of_errors(error, code, names, monkeypatch, capsys):
+    """A full disk or missing permission can occur with any file at any time."""
 
     def command(arguments, program):
         raise error
 
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == code
-    said = capsys.readouterr().err
-    assert said.startswith("deit: error: ")
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().err
+    assert output.startswith("deit: error: ")
+    assert len(output.splitlines()) == 1
     for name in (*names, "--debug"):
-        assert name in said
+        assert name in output
 
 
 @pytest.mark.parametrize(
-    ("code", "expected", "said"),
+    ("code", "expected", "text"),
     [
         (1, 1, None),
         (3, 3, None),
@@ -78,10 +78,8 @@ def test_what_the_machine_lacks_is_no_bug(error, code, names, monkeypatch, capsy
         (0, 1, __name__),
     ],
 )
-def test_code_of_the_users_that_exits_does_not_look_finished(
-    code, expected, said, monkeypatch, capsys
-):
-    """141 is for a pipe alone."""
+def test_user_code_that_exits_is_an_error(code, expected, text, monkeypatch, capsys):
+    """Exit code 141 is for a broken pipe only."""
 
     def command(arguments, program):
         sys.exit(code)
@@ -89,5 +87,5 @@ def test_code_of_the_users_that_exits_does_not_look_finished(
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == expected
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == (said is not None)
-    assert all(line.startswith("deit: error: ") and said in line for line in lines)
+    assert len(lines) == (text is not None)
+    assert all(line.startswith("deit: error: ") and text in line for line in lines)

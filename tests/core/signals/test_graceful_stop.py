@@ -18,34 +18,34 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture
 def interruption():
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # what is not obeyed comes again
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # gets signals that are not obeyed
     with GracefulStop(Accelerator(cpu=True)) as entered:
         yield entered
     parent_process.clear_pending_stop()
     signal.signal(signal.SIGTERM, before)
 
 
-def test_an_update_in_its_middle_is_finished_while_its_images_come(interruption, monkeypatch):
-    """However many micro-batches are left: it is the update of the checkpoint."""
+def test_started_step_is_finished_if_its_images_arrive(interruption, monkeypatch):
+    """However many micro-batches are left: the checkpoint is of this step."""
 
     now, between = [0.0], interruption_module._DATA_TIMEOUT_S / 2
     monkeypatch.setattr(interruption_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow():
-        for number in range(100):
+        for index in range(100):
             now[0] += between
-            os.kill(os.getpid(), signal.SIGALRM)  # as the timer does, again and again
-            yield number
+            os.kill(os.getpid(), signal.SIGALRM)  # as the timer does repeatedly
+            yield index
 
     seen = []
-    for number in interruption.micro_batches(slow(), per_step=8):
-        seen.append(number)
-        if number == 1:
+    for index in interruption.micro_batches(slow(), per_step=8):
+        seen.append(index)
+        if index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
     assert seen == list(range(8))
 
 
-def test_an_update_whose_images_never_come_is_given_up(interruption):
+def test_started_step_is_abandoned_if_its_images_do_not_arrive(interruption):
     def lost():
         yield 0
         time.sleep(1000)
@@ -53,8 +53,8 @@ def test_an_update_whose_images_never_come_is_given_up(interruption):
     seen = []
 
     def learn():
-        for number in interruption.micro_batches(lost(), per_step=8):
-            seen.append(number)
+        for index in interruption.micro_batches(lost(), per_step=8):
+            seen.append(index)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedBySignal):
@@ -62,8 +62,8 @@ def test_an_update_whose_images_never_come_is_given_up(interruption):
     assert seen == [0]
 
 
-def test_a_stop_that_comes_while_processes_agree_to_save_is_kept(interruption, monkeypatch):
-    def agree(said, *arguments, **options):
+def test_stop_during_a_save_request_is_not_lost(interruption, monkeypatch):
+    def agree(values, *arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
 

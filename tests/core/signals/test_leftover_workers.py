@@ -1,4 +1,4 @@
-"""A call from Python leaves no worker process and no temporary folder, however it ends."""
+"""A call from Python leaves no worker process and no temporary folder."""
 
 import errno
 import os
@@ -21,8 +21,8 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("E19")
-def test_a_call_from_python_leaves_no_worker(image_folder, tmp_path):
-    """However it ends: a notebook goes on after it."""
+def test_call_from_python_leaves_no_worker(image_folder, tmp_path):
+    """Neither after a stop nor after an error: a notebook keeps running."""
     config, before = image_run_config(image_folder, 2), child_processes()
     stop_at(config, tmp_path / "stopped", "update:2:term")
     wait_until(lambda: child_processes() == before)
@@ -34,13 +34,13 @@ def test_a_call_from_python_leaves_no_worker(image_folder, tmp_path):
 
 
 @pytest.mark.fault("E19")
-def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(image_folder):
+def test_closing_the_reader_ends_a_worker_in_a_batch(image_folder):
     from deit.datasets.splits import load_splits
 
     class Slow:
         size = 4
 
-        def cut(self, image_folder, wanted):
+        def cut(self, image_folder, requests):
             time.sleep(1000)
 
     import torch
@@ -48,34 +48,34 @@ def test_a_closed_reader_leaves_a_worker_in_the_middle_of_its_batch(image_folder
     from deit.datasets.decoders import ReadRequest
 
     images = load_splits(image_run_config(image_folder, 1).data).train
-    one = torch.zeros(1, dtype=torch.int64)
+    index = torch.zeros(1, dtype=torch.int64)
     before = child_processes()
     with Reader(images, (Slow(),), workers=2, pin=False) as reader:
-        batches = reader.read([ReadRequest(0, one, one)] * 50)
+        batches = reader.read([ReadRequest(0, index, index)] * 50)
 
-        def ask():
+        def stop_later():
             try:
                 wait_until(lambda: reader._workers and len(reader._workers.processes) == 2)
             finally:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
-        asking = threading.Thread(target=ask)
+        stopper = threading.Thread(target=stop_later)
         previous = signal.signal(
             signal.SIGALRM, lambda *_: (_ for _ in ()).throw(StoppedBySignal(15))
         )
-        asking.start()
+        stopper.start()
         try:
             with pytest.raises(StoppedBySignal):
                 next(batches)
         finally:
-            asking.join()
+            stopper.join()
             signal.signal(signal.SIGALRM, previous)
         assert len(child_processes() - before) == 2
     wait_until(lambda: child_processes() == before)
 
 
 def test_killed_workers_leave_no_temporary_folders(image_folder, monkeypatch, tmp_path):
-    """At most this process's own, which it removes at its end."""
+    """At most that of this process, which it removes when it exits."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     train(image_run_config(image_folder, 2), tmp_path / "run")
     assert len(list(tmp_path.glob("pymp-*"))) <= 1

@@ -24,8 +24,8 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("A12")
-def test_a_second_signal_ends_what_is_stuck_in_a_library(command_server, image_folder, tmp_path):
-    """Python obeys a signal when the library returns, which this one does not."""
+def test_second_signal_ends_a_process_stuck_in_a_library(command_server, image_folder, tmp_path):
+    """Python runs signal handlers when the library returns, which this one does not."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     given = image_run_arguments(image_folder, tmp_path / "run", 2)
     given += ("--loss", "deit-hard", "--teacher.source", f"{tmp_path / 'stuck.py'}:teacher")
@@ -37,13 +37,13 @@ def test_a_second_signal_ends_what_is_stuck_in_a_library(command_server, image_f
     done = running.wait(timeout=300)
     assert done.code == 130
     assert "signal" in done.err
-    assert "--resume" not in done.err  # which is said where the first one was obeyed
+    assert "--resume" not in done.err  # printed only if the first signal was obeyed
     assert_no_leftovers(running.pid)
 
 
 @pytest.fixture
 def code_of(monkeypatch):
-    """The exit code of a command that does some work."""
+    """Return a function that runs work as a command and returns its exit code."""
 
     def command(work):
         monkeypatch.setitem(commands.COMMANDS, "recipes", lambda arguments, program: work())
@@ -53,9 +53,9 @@ def code_of(monkeypatch):
 
 
 @pytest.mark.fault("E18")
-def test_a_stop_that_python_drops_comes_again(code_of, monkeypatch):
-    """What a handler raises while an object is freed is printed, and the program goes on."""
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps what it is given
+def test_stop_dropped_by_python_is_raised_again(code_of, monkeypatch):
+    """Python prints an error that a handler raises while an object is freed, and continues."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps the object
 
     class Freed:
         def __del__(self):
@@ -70,7 +70,7 @@ def test_a_stop_that_python_drops_comes_again(code_of, monkeypatch):
 
 
 @pytest.mark.fault("E18")
-def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatch, capsys):
+def test_stop_wrapped_in_another_error_is_a_stop(monkeypatch, capsys):
     def command(arguments, program):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -80,43 +80,41 @@ def test_a_stop_in_a_library_that_makes_another_error_of_it_is_a_stop(monkeypatc
 
     monkeypatch.setitem(commands.COMMANDS, "recipes", command)
     assert run_command("recipes", [], "deit recipes") == 143
-    said = capsys.readouterr().err
-    assert "SIGTERM" in said
-    assert "ImportError" not in said
+    errors = capsys.readouterr().err
+    assert "SIGTERM" in errors
+    assert "ImportError" not in errors
 
 
-def asks_to_stop(folder: Path, rest: str) -> None:
-    """A module that a signal meets while it is imported."""
+def write_stopping_module(folder: Path, rest: str) -> None:
+    """Write a module that sends SIGTERM to its process while it is imported."""
     folder.mkdir(exist_ok=True)
-    sys.modules.pop("asks_to_stop", None)
+    sys.modules.pop("stopping_module", None)
     text = f"import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\n{rest}\n"
-    (folder / "asks_to_stop.py").write_text(text)
+    (folder / "stopping_module.py").write_text(text)
 
 
-def test_no_import_is_interrupted(code_of, tmp_path, monkeypatch):
-    """Libraries of C++ end the process where an exception leaves them while they are set up."""
-    asks_to_stop(tmp_path, "time.sleep(1.5)\nwhole = True")
+def test_imports_are_not_interrupted(code_of, tmp_path, monkeypatch):
+    """C++ libraries end the process if an exception is raised while they are initialized."""
+    write_stopping_module(tmp_path, "time.sleep(1.5)\ncomplete = True")
     monkeypatch.syspath_prepend(str(tmp_path))
     done = []
 
     def work():
-        import asks_to_stop
+        import stopping_module
 
-        done.append(asks_to_stop.whole)
+        done.append(stopping_module.complete)
         time.sleep(30)
 
     assert code_of(work) == 143
     assert done == [True]
 
 
-def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(
-    code_of, tmp_path, monkeypatch
-):
-    asks_to_stop(tmp_path, "pass")
+def test_stop_during_an_import_is_passed_to_the_next_handler(code_of, tmp_path, monkeypatch):
+    write_stopping_module(tmp_path, "pass")
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def work():
-        import_module("asks_to_stop")
+        import_module("stopping_module")
         with GracefulStop(Accelerator(cpu=True)) as interruption:
             interruption.raise_if_stopped()
 
@@ -124,7 +122,7 @@ def test_a_stop_during_an_import_is_for_whoever_handles_signals_next(
     assert parent_process.pending_stop() == 0
 
 
-def test_a_stop_after_the_last_question_is_for_whoever_handles_signals_next(code_of):
+def test_stop_after_the_last_check_is_passed_to_the_next_handler(code_of):
     def work():
         with GracefulStop(Accelerator(cpu=True)) as interruption:
             interruption.raise_if_stopped()
@@ -139,7 +137,7 @@ import sys
 from deit import cli; from deit.cli import commands, stop_signals
 
 def command(arguments, program):
-    import asks_to_stop
+    import stopping_module
 
 commands.COMMANDS["recipes"] = command
 sys.argv = ["deit", "recipes"]
@@ -147,8 +145,8 @@ sys.exit(cli.program())
 """
 
 
-def test_a_command_that_still_imports_leaves_at_once(tmp_path):
-    asks_to_stop(tmp_path, "time.sleep(1000)")
+def test_command_stopped_during_its_imports_exits_at_once(tmp_path):
+    write_stopping_module(tmp_path, "time.sleep(1000)")
     done = run_python(IMPORTS, path=tmp_path)
     assert done.code == 143
     (line,) = done.err.splitlines()
@@ -175,8 +173,8 @@ sys.exit(cli.program())
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_second_signal_ends_a_process_whose_words_nobody_reads(closed):
-    """Of a pipe whose reader is gone, or has stopped to read."""
+def test_second_signal_ends_a_process_with_an_unread_pipe(closed):
+    """The reader of standard error has exited, or no longer reads."""
     reader, writer = os.pipe()
     if closed:
         os.close(reader)
@@ -204,8 +202,8 @@ def test_a_second_signal_ends_a_process_whose_words_nobody_reads(closed):
         os.close(reader)
 
 
-def test_a_signal_while_an_error_is_said_changes_nothing(monkeypatch, capsys):
-    """As torchrun's, which ends all processes when the first fails."""
+def test_signal_while_an_error_is_printed_is_ignored(monkeypatch, capsys):
+    """For example from torchrun, which ends all processes when the first one fails."""
 
     def command(arguments, program):
         raise SystemFault("the disk is full")
@@ -221,7 +219,7 @@ def test_a_signal_while_an_error_is_said_changes_nothing(monkeypatch, capsys):
     assert capsys.readouterr().err == "deit: error: the disk is full\n"
 
 
-WARNED = """
+SIGNALED = """
 import os, signal, sys
 from deit import cli; from deit.cli import commands, stop_signals
 
@@ -233,13 +231,13 @@ sys.exit(code)
 """
 
 
-def test_a_request_to_save_does_not_kill_a_process_that_is_done():
-    done = run_python(WARNED)
+def test_save_signal_does_not_kill_a_finished_process():
+    done = run_python(SIGNALED)
     assert (done.code, done.err) == (0, "")
 
 
-def test_a_shell_with_accelerates_variables_is_no_launcher(monkeypatch):
-    """Where it ends, what it started under nohup goes on."""
+def test_shell_with_variables_of_accelerate_is_not_a_launcher(monkeypatch):
+    """When it exits, commands that it started under nohup continue."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for name in ("TORCHELASTIC_RUN_ID", parent_process.PARALLEL_RUNS_ENV):
         monkeypatch.delenv(name, raising=False)
@@ -259,7 +257,7 @@ sys.exit(program())
 
 
 @pytest.mark.fault("E18")
-def test_a_thread_of_a_library_does_not_keep_a_process_that_is_done():
+def test_library_thread_does_not_keep_a_finished_process_alive():
     done = run_python(HELD)
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("deit ")
@@ -270,24 +268,24 @@ import os, signal, threading, time
 from deit import cli; from deit.cli import commands, stop_signals
 
 def command(arguments, program):
-    asked = threading.Event()
-    def ask():
+    sent = threading.Event()
+    def send_twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
-        asked.set()
-    threading.Timer(0.1, ask).start()
+        sent.set()
+    threading.Timer(0.1, send_twice).start()
     try:
         time.sleep(1000)
     finally:
-        asked.wait()
+        sent.wait()
 
 stop_signals.SAME_SIGNAL_S = 0.1
 commands.COMMANDS["recipes"] = command
-print(cli.run_command("recipes", [], "deit recipes"), "and the notebook is there")
+print(cli.run_command("recipes", [], "deit recipes"), "and the program continues")
 """
 
 
-def test_a_program_that_calls_a_command_is_not_ended_by_a_second_signal():
+def test_second_signal_does_not_end_a_calling_program():
     done = run_python(TWICE)
-    assert (done.code, done.out) == (0, "130 and the notebook is there\n"), done.err
+    assert (done.code, done.out) == (0, "130 and the program continues\n"), done.err

@@ -1,5 +1,5 @@
-"""Several training processes, each with worker processes, that are stopped: every one ends, with
-the code of the signal, and nothing of them stays. All of them are real processes."""
+"""Several training processes with workers are stopped: all exit with the code of the signal and
+leave nothing behind. All are real processes."""
 
 import os
 import signal
@@ -30,8 +30,8 @@ GRID = '{"recipe": "folder", "grid": {"optim.lr": [0.001, 0.002]}}'
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with pictures, a sweep of two runs and a teacher."""
+def workspace(tmp_path_factory) -> Path:
+    """Return a folder with images, a sweep of two runs and a teacher."""
     folder = tmp_path_factory.mktemp("several")
     write_image_folder(folder / "pictures", number=16)
     (folder / "rates.json").write_text(GRID)
@@ -39,90 +39,91 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def those_of(folder: Path) -> list[str]:
-    """The processes that were started with this folder as an argument, or that have a file open
-    there."""
-    found = []
+def processes_of(folder: Path) -> list[str]:
+    """Return the processes that have this folder in their arguments, or a file in it open."""
+    processes = []
     for process in psutil.process_iter():
         try:
-            opened = [one.path for one in process.open_files()]
+            opened = [file.path for file in process.open_files()]
             if any(str(folder) in text for text in (*process.cmdline(), *opened)):
-                found.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())}")
+                processes.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())}")
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return found
+    return processes
 
 
 def stopped(
-    command: list[object], out: Path, runs: int, number: int, *, everybody: bool
+    command: list[object], out: Path, runs: int, signum: int, *, to_group: bool
 ) -> tuple[int, str]:
-    """The code of a command, and what it wrote to standard error, that is stopped when so many runs
-    have learnt something. everybody: the terminal's Ctrl-C, which all get."""
-    arguments = [str(one) for one in command]
-    with (out.parent / f"{out.name}.said").open("w+") as said:
+    """Stop a command when `runs` of its runs have a checkpoint; return its code and errors.
+
+    to_group: send the signal to all processes, as Ctrl-C in a terminal does.
+    """
+    arguments = [str(argument) for argument in command]
+    with (out.parent / f"{out.name}.said").open("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=log,
             start_new_session=True,
         )
         try:
             wait_until(lambda: process.poll() is not None or learning(out) == runs)
-            assert process.poll() is None, said.seek(0) or said.read()
-            assert those_of(out)
-            send = os.killpg if everybody else os.kill
-            send(process.pid, number)
+            assert process.poll() is None, log.seek(0) or log.read()
+            assert processes_of(out)
+            send = os.killpg if to_group else os.kill
+            send(process.pid, signum)
             code = process.wait(timeout=300)
         finally:
             process.kill()
             process.wait()
-        said.seek(0)
-        return code, said.read()
+        log.seek(0)
+        return code, log.read()
 
 
 def learning(out: Path) -> int:
-    """How many runs in a folder have a checkpoint."""
-    # Not rglob: checkpoints come and go meanwhile.
-    return sum(bool(run_folder.list_checkpoints(one)) for one in (out, *out.glob("runs/*")))
+    """Return how many runs in a folder have a checkpoint."""
+    # Not rglob: checkpoints are created and removed meanwhile.
+    return sum(bool(run_folder.list_checkpoints(path)) for path in (out, *out.glob("runs/*")))
 
 
-AT_ONCE = ("sweep", "rates.json", "--parallel", "2")
-COMPARED = ("compare", "folder", "--parallel", "2")
+SWEEP = ("sweep", "rates.json", "--parallel", "2")
+COMPARE = ("compare", "folder", "--parallel", "2")
 
 
 @pytest.mark.parametrize(
-    ("command", "runs", "number", "everybody"),
+    ("command", "runs", "signum", "to_group"),
     [
-        (AT_ONCE, 2, signal.SIGTERM, False),
-        pytest.param(AT_ONCE, 2, signal.SIGINT, True, marks=pytest.mark.slow),
-        pytest.param(AT_ONCE[:2], 1, signal.SIGTERM, False, marks=pytest.mark.slow),
-        pytest.param(COMPARED, 2, signal.SIGINT, True, marks=pytest.mark.slow),
+        (SWEEP, 2, signal.SIGTERM, False),
+        pytest.param(SWEEP, 2, signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(SWEEP[:2], 1, signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(COMPARE, 2, signal.SIGINT, True, marks=pytest.mark.slow),
     ],
 )
-def test_runs_of_one_command_end_with_it(
-    command, runs, number, everybody, place, tmp_path, monkeypatch
+def test_runs_end_with_their_command(
+    command, runs, signum, to_group, workspace, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(workspace)
     out = tmp_path / "out"
-    arguments = ("deit", *command, *ON_IMAGES, *DATA, "--data.root", place / "pictures")
-    if command is COMPARED:  # which asks what a teacher is worth
-        arguments += (*TAUGHT, "--teacher.source", f"{place / 'mine.py'}:teacher")
+    arguments = ("deit", *command, *ON_IMAGES, *DATA, "--data.root", workspace / "pictures")
+    if command is COMPARE:  # which needs a teacher
+        arguments += (*TAUGHT, "--teacher.source", f"{workspace / 'mine.py'}:teacher")
     arguments += ("--optim.epochs", "100000", "--out", out)
-    code, said = stopped(arguments, out, runs, number, everybody=everybody)
-    assert code == 128 + number, said
-    assert "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("deit: error: ")]
-    assert signal.Signals(number).name in line
-    wait_until(lambda: not those_of(out))
+    code, errors = stopped(arguments, out, runs, signum, to_group=to_group)
+    assert code == 128 + signum, errors
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("deit: error: ")]
+    assert signal.Signals(signum).name in line
+    wait_until(lambda: not processes_of(out))
 
 
 @pytest.mark.fault("A12")
-def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, tmp_path):
-    """The other one ends with the first signal, saved."""
+def test_stuck_run_ends_at_the_second_signal_to_its_command(workspace, tmp_path):
+    """The other run saves and ends at the first signal."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
     out = tmp_path / "out"
-    arguments = (*COMPARED, *ON_IMAGES, *DATA, *TAUGHT, "--data.root", place / "pictures")
+    arguments = (*COMPARE, *ON_IMAGES, *DATA, *TAUGHT, "--data.root", workspace / "pictures")
     arguments += (
         "--teacher.source",
         f"{tmp_path / 'stuck.py'}:teacher",
@@ -139,32 +140,35 @@ def test_a_run_that_is_stuck_ends_with_the_second_signal_to_its_command(place, t
     try:
         wait_until(
             lambda: (
-                process.poll() is not None or (says(out, "distilled", "stuck") and learning(out))
+                process.poll() is not None
+                or (log_contains(out, "distilled", "stuck") and learning(out))
             )
         )
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: process.poll() is not None or says(out, "undistilled", "SIGTERM"))
+        wait_until(
+            lambda: process.poll() is not None or log_contains(out, "undistilled", "SIGTERM")
+        )
         assert process.poll() is None
         time.sleep(SAME_SIGNAL_S + 3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == 128 + signal.SIGTERM
         wait_until(lambda: not left(process.pid), timeout=60)
     finally:
-        for one in left(process.pid):
-            one.kill()
+        for child in left(process.pid):
+            child.kill()
         process.wait()
 
 
-def says(out: Path, name: str, arguments: str) -> bool:
-    """Whether the log of a run of a sweep is there and holds these words."""
-    return any(arguments in log.read_text() for log in out.glob(f"runs/{name}-seed-0-*.log"))
+def log_contains(out: Path, name: str, text: str) -> bool:
+    """Return whether the log of a run of a sweep exists and contains a text."""
+    return any(text in log.read_text() for log in out.glob(f"runs/{name}-seed-0-*.log"))
 
 
 @pytest.mark.parametrize(
-    ("number", "everybody"),
+    ("signum", "to_group"),
     [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)],
 )
-def test_processes_of_torchrun_end_with_their_workers(number, everybody, place, tmp_path):
+def test_torchrun_processes_and_their_workers_end(signum, to_group, workspace, tmp_path):
     out = tmp_path / "run"
     arguments = (
         "torch.distributed.run",
@@ -172,11 +176,11 @@ def test_processes_of_torchrun_end_with_their_workers(number, everybody, place, 
         "--nproc_per_node=2",
         ROOT / "train_deit.py",
     )
-    arguments += ("folder", "--data.root", place / "pictures", *ON_IMAGES, *DATA)
+    arguments += ("folder", "--data.root", workspace / "pictures", *ON_IMAGES, *DATA)
     arguments += ("--optim.epochs", "100000", "--out", out)
-    code, said = stopped(arguments, out, 1, number, everybody=everybody)
+    code, errors = stopped(arguments, out, 1, signum, to_group=to_group)
     assert code != 0
-    (line,) = [line for line in said.splitlines() if line.startswith("deit: error: ")]
-    assert signal.Signals(number).name in line
+    (line,) = [line for line in errors.splitlines() if line.startswith("deit: error: ")]
+    assert signal.Signals(signum).name in line
     assert "--resume" in line
-    wait_until(lambda: not those_of(out))
+    wait_until(lambda: not processes_of(out))

@@ -1,4 +1,4 @@
-"""A training ends with its exit code and leaves no process, with or without worker processes."""
+"""Training exits with the right code and leaves no process, with and without workers."""
 
 import signal
 
@@ -24,7 +24,7 @@ CODES = {"int": 130, "term": 143, "hup": 129, "memory": 5, "kill": -signal.SIGKI
         *((2, fault) for fault in ("evaluation:2:int", "loss:0:nan", "optimizer:1:term")),
     ],
 )
-def test_a_training_ends_with_its_code_and_leaves_nothing(
+def test_stopped_training_exits_with_its_code_and_leaves_no_process(
     workers, fault, command_server, image_folder, tmp_path
 ):
     given = image_run_arguments(image_folder, tmp_path / "run", workers)
@@ -38,7 +38,7 @@ def test_a_training_ends_with_its_code_and_leaves_nothing(
 @pytest.mark.parametrize(
     "point", sorted(set(fault_injection.POINTS) - {"answers", "targets", "fit"})
 )
-def test_a_training_ends_at_every_fault_point(
+def test_training_stops_at_every_fault_point(
     point, workers, command_server, image_folder, tmp_path
 ):
     """Those of stored targets and of run.auto_micro_batch have their own tests."""
@@ -49,14 +49,14 @@ def test_a_training_ends_at_every_fault_point(
     assert command_server.run(*given, *more).code == 0
 
 
-def test_a_full_disk_ends_it_wherever_that_is_noticed(command_server, image_folder, tmp_path):
+def test_full_disk_exits_with_code_5(command_server, image_folder, tmp_path):
     given = image_run_arguments(image_folder, tmp_path / "run", 2)
     done = assert_ends(command_server.start(*given, as_program=True, DEIT_FAULT="update:3:full"), 5)
     assert "No space left on device" in done.err
     assert "--debug" in done.err
 
 
-def test_the_end_of_training_is_the_end(command_server, image_folder, tmp_path):
+def test_finished_training_exits_without_delay(command_server, image_folder, tmp_path):
     assert_ends(
         command_server.start(
             *image_run_arguments(image_folder, tmp_path / "run", 2), as_program=True
@@ -67,7 +67,9 @@ def test_the_end_of_training_is_the_end(command_server, image_folder, tmp_path):
 
 @pytest.mark.fault("A11")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_targets_stop_between_and_within_blocks(workers, command_server, image_folder, tmp_path):
+def test_writing_targets_stops_between_and_within_blocks(
+    workers, command_server, image_folder, tmp_path
+):
     teacher = tmp_path / "teacher"
     given = image_run_arguments(image_folder, teacher, 0)
     assert command_server.run(*given, "--optim.epochs", "1").code == 0
@@ -88,10 +90,10 @@ def test_two_processes_with_workers_stop_together(command_server, image_folder, 
     given = (*image_run_arguments(image_folder, tmp_path / "run", 2), "--optim.epochs", "100000")
     both = command_server.start_processes(*given, as_program=True)
     wait_until(lambda: run_folder.list_checkpoints(tmp_path / "run"))
-    for one in both:
-        one.signal(signal.SIGTERM)
-    for one in both:
-        assert_ends(one, 143)
+    for process in both:
+        process.signal(signal.SIGTERM)
+    for process in both:
+        assert_ends(process, 143)
 
 
 @pytest.mark.fault("A15")

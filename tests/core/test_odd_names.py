@@ -1,4 +1,4 @@
-"""Names as people have them: every one works everywhere, or is refused before any work."""
+"""Unusual names of files, folders and classes: they work everywhere, or raise before any work."""
 
 import json
 import os
@@ -39,14 +39,14 @@ QUICK = (
 def write_images(
     root: Path, classes: tuple[str | bytes, ...], names: tuple[str | bytes, ...]
 ) -> Path:
-    """Class folders of a train and a test split; a name of bytes may be no UTF-8."""
+    """Write class folders of two splits; names given as bytes can be invalid UTF-8."""
     for split in ("train", "test"):
-        for number, kind in enumerate(classes):
-            place = os.path.join(os.fsencode(root), split.encode(), os.fsencode(kind))
-            os.makedirs(place)
+        for index, kind in enumerate(classes):
+            class_folder = os.path.join(os.fsencode(root), split.encode(), os.fsencode(kind))
+            os.makedirs(class_folder)
             for name in names:
-                pixels = np.full((20, 20, 3), 40 * number + 30, np.uint8)
-                with open(os.path.join(place, os.fsencode(name)), "wb") as file:
+                pixels = np.full((20, 20, 3), 40 * index + 30, np.uint8)
+                with open(os.path.join(class_folder, os.fsencode(name)), "wb") as file:
                     Image.fromarray(pixels).save(file, "png")
     return root
 
@@ -62,7 +62,7 @@ def write_images(
         ("two\nlines\tand a tab", "two\\nlines\\tand a tab"),
     ],
 )
-def test_text_for_one_line_interprets_nothing(text, line):
+def test_in_line_escapes_control_characters(text, line):
     assert in_line(text) == line
     assert printable(text) == line.replace("\\n", "\n").replace("\\t", "\t")
     assert in_line(text).encode()
@@ -72,20 +72,20 @@ def test_text_for_one_line_interprets_nothing(text, line):
     ("name", "because_of_utf_8"),
     [("caf\udce9", True), ("bee\nsting", False), ("\x1b]0;title\x07", False)],
 )
-def test_names_that_no_file_could_hold_are_told(name, because_of_utf_8):
+def test_name_problem_of_unwritable_names(name, because_of_utf_8):
     assert name_problem("Äpfel [b] 中 🏳️‍🌈 $") is None
     trouble = name_problem(name)
     assert trouble
     assert ("UTF-8" in trouble) == because_of_utf_8
 
 
-def test_in_another_encoding_than_utf_8_only_ascii_is_read(monkeypatch):
+def test_name_problem_without_utf8_allows_only_ascii(monkeypatch):
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
     assert name_problem("plain") is None
     assert "PYTHONUTF8=1" in name_problem("CafÃ©")
 
 
-def test_a_configuration_refuses_names_that_its_file_could_not_hold():
+def test_config_with_unwritable_names_raises():
     values = to_dict(digits())
     values["data"]["root"], values["teacher"]["source"] = "caf\udce9", ("a", "b\nc")
     with raises(ConfigError, "data.root = 'caf\\udce9'", "teacher.source = 'b\\nc'") as refused:
@@ -94,22 +94,22 @@ def test_a_configuration_refuses_names_that_its_file_could_not_hold():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("names")
-    names = (*(f"bild {number} ü.PNG" for number in range(6)), b"caf\xe9.png")
+    names = (*(f"bild {index} ü.PNG" for index in range(6)), b"caf\xe9.png")
     try:
         write_images(folder / "odd é", ODD, names)
     except OSError:
-        pytest.skip("this file system takes UTF-8 alone")
+        pytest.skip("this file system only accepts UTF-8")
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(command_server, place) -> Path:
-    """A teacher and a student of odd classes, in folders of odd names."""
+def trained(command_server, workspace) -> Path:
+    """Train a teacher and a student with odd class names, in folders with odd names."""
     arguments = ("--data.root", "odd é", *QUICK)
     teacher = ("folder-teacher", *arguments, "--student.name", "small_convnet", "--out", "t [b] é")
-    done = command_server.run("train", *teacher, cwd=place)
+    done = command_server.run("train", *teacher, cwd=workspace)
     assert done.code == 0, done.err
     arguments = (
         *arguments,
@@ -119,14 +119,14 @@ def trained(command_server, place) -> Path:
         "t [b] é",
         "--teacher.allow_near_chance",
     )
-    done = command_server.run("train", "folder", *arguments, "--out", RUN, cwd=place)
+    done = command_server.run("train", "folder", *arguments, "--out", RUN, cwd=workspace)
     assert done.code == 0, done.err
-    return place / RUN
+    return workspace / RUN
 
 
-def test_every_command_reads_a_run_of_odd_names(trained, place, command_server):
-    found = sorted((place / "odd é" / "test").rglob("*.[pP]*"))
-    images = [path for path in found if "caf" in path.name or "0" in path.name]
+def test_all_commands_read_a_run_with_odd_names(trained, workspace, command_server):
+    files = sorted((workspace / "odd é" / "test").rglob("*.[pP]*"))
+    images = [path for path in files if "caf" in path.name or "0" in path.name]
     assert len(images) == 2 * len(ODD)
     commands: list[tuple[object, ...]] = [
         ("evaluate", RUN),
@@ -137,31 +137,29 @@ def test_every_command_reads_a_run_of_odd_names(trained, place, command_server):
         ("show-views", f"{RUN}/config.json", "--out", "views.png"),
         ("finetune", "--from", RUN, *QUICK[:2], "--print-config"),
     ]
-    said = {}
+    outputs = {}
     for arguments in commands:
-        done = command_server.run(*arguments, cwd=place)
+        done = command_server.run(*arguments, cwd=workspace)
         assert done.code == 0, (arguments[0], done.err)
-        said[arguments[0]] = done.out
+        outputs[arguments[0]] = done.out
     for name in ODD:
-        assert all(name in said[one] for one in ("evaluate", "predict"))
-    assert "caf\\xe9.png" in said["predict"]
-    files = [row["file"] for row in json.loads((place / "said.json").read_text())["pictures"]]
+        assert all(name in outputs[command] for command in ("evaluate", "predict"))
+    assert "caf\\xe9.png" in outputs["predict"]
+    files = [row["file"] for row in json.loads((workspace / "said.json").read_text())["pictures"]]
     assert sorted(files) == sorted(map(str, images))
-    page = (place / "page" / "index.html").read_text(encoding="utf-8")
+    page = (workspace / "page" / "index.html").read_text(encoding="utf-8")
     assert "[bold]x[red] | &amp; 50%" in page
-    card = (place / RUN / "export-pt2" / "README.md").read_text(encoding="utf-8")
+    card = (workspace / RUN / "export-pt2" / "README.md").read_text(encoding="utf-8")
     assert "中文" in card
 
 
 @pytest.mark.parametrize("kind", ["latin", "newline"])
-def test_classes_that_no_file_could_hold_are_refused_before_any_work(
-    kind, command_server, tmp_path
-):
+def test_unwritable_class_names_raise_before_training(kind, command_server, tmp_path):
     classes = {"latin": ("ant", b"caf\xe9"), "newline": ("ant", "bee\nsting")}[kind]
     try:
         write_images(tmp_path / "set", classes, ("0.png", "1.png"))
     except OSError:
-        pytest.skip("this file system takes UTF-8 alone")
+        pytest.skip("this file system only accepts UTF-8")
     named = {"latin": ("'caf\\xe9'", "UTF-8"), "newline": ("'bee\\nsting'",)}
     arguments = ("folder-teacher", "--data.root", "set", *QUICK, "--out", "run")
     for command in (("train", *arguments), ("check-data", "set")):
@@ -173,7 +171,7 @@ def test_classes_that_no_file_could_hold_are_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_arguments_that_no_file_could_hold_are_refused(command_server, tmp_path):
+def test_unwritable_arguments_raise(command_server, tmp_path):
     for name in ("caf\udce9", "two\nlines"):
         for arguments in (("train", "digits", "--out", name), ("evaluate", name)):
             done = command_server.run(*arguments, cwd=tmp_path)
@@ -183,8 +181,8 @@ def test_arguments_that_no_file_could_hold_are_refused(command_server, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def started(arguments: list[str], cwd: Path, *, closed: str = "", **environment: str):
-    """A process of its own with other streams. closed: streams, by a shell's words."""
+def run_python(arguments: list[str], cwd: Path, *, closed: str = "", **environment: str):
+    """Run Python in a new process. closed: redirections of a shell that close its streams."""
     shell = ["bash", "-c", f'"$@" {closed}', "sh"] if closed else []
     return subprocess.run(
         [*shell, sys.executable, *arguments],
@@ -196,13 +194,15 @@ def started(arguments: list[str], cwd: Path, *, closed: str = "", **environment:
     )
 
 
-def test_a_console_that_lacks_a_sign_shows_its_escape(place):
+def test_unencodable_characters_are_printed_as_escapes(workspace):
     program = (
         "from deit.core.errors import open_streams; from deit.core.console import *; "
         "open_streams();"
     )
     program += f"info({'中 é'!a}); table({'ü'!a}, ('a',), [({'🍎'!a},)]); warn('\\xdf')"
-    done = started(["-c", program], place, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    done = run_python(
+        ["-c", program], workspace, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C"
+    )
     assert done.returncode == 0, done.stderr
     assert b"\\u4e2d \\xe9" in done.stdout
     assert b"\\U0001f34e" in done.stdout
@@ -211,17 +211,17 @@ def test_a_console_that_lacks_a_sign_shows_its_escape(place):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs a shell")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_ends_nothing_and_no_file_takes_its_place(closed, tmp_path):
+def test_closed_stream_is_replaced_by_the_null_device(closed, tmp_path):
     program = "import sys; from deit.cli import main; sys.argv[1:] = ['recipes']; code = main();"
     program += (
         "file = open('file', 'w'); print('said'); print('too', file=sys.stderr); sys.exit(code)"
     )
-    done = started(["-c", program], tmp_path, closed=closed)
+    done = run_python(["-c", program], tmp_path, closed=closed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_names_are_no_formulas_in_pictures_and_stand_in_every_legend(tmp_path):
+def test_plots_show_names_without_mathtext(tmp_path):
     figure_of = pytest.importorskip("matplotlib.figure").Figure
     figure = figure_of(layout="constrained")
     axes = figure.subplots()
@@ -238,10 +238,10 @@ def test_names_are_no_formulas_in_pictures_and_stand_in_every_legend(tmp_path):
     drawn = (tmp_path / "text.svg").read_text(encoding="utf-8")
     for name in ("a$b$", "$\\frac$", "_x", "中文 caf\\xe9", "$x", "y_{$", "$\\bad{$ 🍎"):
         assert f">{name}<" in drawn or f"> {name}<" in drawn, name
-    assert ">$\\mathdefault" not in drawn  # the powers of ten are still formulas
+    assert ">$\\mathdefault" not in drawn  # but the powers of ten are formulas
 
 
-def test_a_name_ends_no_row_of_a_markdown_table():
+def test_names_are_escaped_in_markdown_tables():
     assert markdown_table(("a\nb",), [("c\rd",)]).splitlines() == [
         "| a\\nb |",
         "| :-- |",
@@ -249,12 +249,14 @@ def test_a_name_ends_no_row_of_a_markdown_table():
     ]
 
 
-def test_a_run_is_looked_for_where_it_was_started(trained, place, command_server, tmp_path):
-    """From another folder, and after a move of all of it."""
+def test_relative_paths_are_resolved_where_the_run_was_started(
+    trained, workspace, command_server, tmp_path
+):
+    """From another folder, also after everything was moved."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     moved = tmp_path / "moved"
-    shutil.copytree(place, moved)
+    shutil.copytree(workspace, moved)
     for run in (trained, moved / RUN):
         arguments = (os.path.relpath(run, elsewhere), "--json", "found.json", "--force")
         done = command_server.run("evaluate", *arguments, cwd=elsewhere)

@@ -1,4 +1,4 @@
-"""Lists and settings as editors and shells of any system write them."""
+"""Text files in the encodings and line ends that editors and shells write."""
 
 import json
 import tarfile
@@ -18,7 +18,7 @@ from deit.datasets.splits import load_splits
 from deit.experiments.sweep_spec import read_sweep
 from tests.helpers.errors import raises
 
-WRITTEN = {
+ENCODINGS = {
     "plain": lambda text: text.encode(),
     "Notepad, UTF-8": lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
     "PowerShell's >": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
@@ -27,7 +27,7 @@ WRITTEN = {
     "old Mac": lambda text: text.replace("\n", "\r").encode(),
     "no last line end": lambda text: text.rstrip("\n").encode(),
 }
-NO_TEXT = {
+BINARY = {
     "Latin-1": "\u00e4nt\n".encode("latin-1"),
     "UTF-16 without a mark": "ant\nbee\n".encode("utf-16-le"),
     "half of UTF-16": b"\xff\xfea\0b",
@@ -35,43 +35,43 @@ NO_TEXT = {
 }
 
 
-@pytest.fixture(params=WRITTEN)
+@pytest.fixture(params=ENCODINGS)
 def written(request):
-    return WRITTEN[request.param]
+    return ENCODINGS[request.param]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    place = tmp_path_factory.mktemp("text") / "data"
+    folder = tmp_path_factory.mktemp("text") / "data"
     for name in ("\u00e4nt", "bee", "cat"):
-        (place / "train" / name).mkdir(parents=True)
+        (folder / "train" / name).mkdir(parents=True)
         for index in range(4):
             pixels = np.full((8, 8, 3), 20 * index, dtype=np.uint8)
-            Image.fromarray(pixels).save(place / "train" / name / f"{index}.png")
-    return place
+            Image.fromarray(pixels).save(folder / "train" / name / f"{index}.png")
+    return folder
 
 
 def config(root: Path, **fields: object) -> DataConfig:
     return DataConfig(source="folder", root=str(root), image_size=8, storage="files", **fields)
 
 
-def test_a_text_is_the_same_however_it_was_written(written, tmp_path):
+def test_read_text_in_all_encodings(written, tmp_path):
     file = tmp_path / "list.txt"
     file.write_bytes(written("\u00e4nt\n  bee \n\n"))
     assert [line for line in read_lines(file) if line] == ["\u00e4nt", "bee"]
 
 
-@pytest.mark.parametrize("kind", NO_TEXT)
-def test_what_is_no_text_is_refused_in_one_line(kind, tmp_path):
+@pytest.mark.parametrize("kind", BINARY)
+def test_read_text_of_binary_files_raises(kind, tmp_path):
     file = tmp_path / "list.txt"
-    file.write_bytes(NO_TEXT[kind])
+    file.write_bytes(BINARY[kind])
     with pytest.raises(ValueError, match="UTF-8") as caught:
         read_text(file)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.fault("C28")
-def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
+def test_class_list_in_all_encodings(written, root, tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes(written("\u00e4nt\tan insect\ncat\n"))
     assert load_splits(config(root, classes=(f"@{file}",))).class_names == ("cat", "\u00e4nt")
@@ -83,16 +83,16 @@ def test_classes_are_read_however_the_list_was_written(written, root, tmp_path):
 
 
 @pytest.mark.fault("C28")
-@pytest.mark.parametrize("kind", NO_TEXT)
-def test_a_class_list_that_is_no_text_is_named(kind, root, tmp_path):
+@pytest.mark.parametrize("kind", BINARY)
+def test_binary_class_list_raises(kind, root, tmp_path):
     file = tmp_path / "names.txt"
-    file.write_bytes(NO_TEXT[kind])
+    file.write_bytes(BINARY[kind])
     with raises(DataError, "data.classes", "names.txt"):
         load_splits(config(root, classes=(f"@{file}",)))
 
 
 @pytest.mark.fault("C28")
-def test_an_exclude_list_is_read_however_it_was_written(written, root, tmp_path):
+def test_exclude_list_in_all_encodings(written, root, tmp_path):
     file = tmp_path / "bad.txt"
     file.write_bytes(written("# bad\ntrain/\u00e4nt/0.png\n"))
     splits = load_splits(config(root, exclude_list=str(file)))
@@ -101,22 +101,22 @@ def test_an_exclude_list_is_read_however_it_was_written(written, root, tmp_path)
     assert (len(read), str(root / "train/\u00e4nt/0.png") in read) == (11, False)
 
 
-def test_the_class_names_of_shards_are_read_however_they_were_written(written, root, tmp_path):
+def test_class_names_of_shards_in_all_encodings(written, root, tmp_path):
     (tmp_path / "classes.txt").write_bytes(written("\u00e4nt\nbee\ncat\n"))
     label = tmp_path / "label"
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        for number, name in enumerate(("\u00e4nt", "bee", "cat")):
+        for index_of_class, name in enumerate(("\u00e4nt", "bee", "cat")):
             for index in range(4):
-                archive.add(root / "train" / name / f"{index}.png", f"{number}{index}.png")
-                label.write_bytes(b"\xef\xbb\xbf%d\r\n" % number)
-                archive.add(label, f"{number}{index}.cls")
+                archive.add(root / "train" / name / f"{index}.png", f"{index_of_class}{index}.png")
+                label.write_bytes(b"\xef\xbb\xbf%d\r\n" % index_of_class)
+                archive.add(label, f"{index_of_class}{index}.cls")
     label.unlink()
-    found = DataConfig(source="shards", root=str(tmp_path), image_size=8)
-    assert load_splits(found).class_names == ("bee", "cat", "\u00e4nt")
+    data = DataConfig(source="shards", root=str(tmp_path), image_size=8)
+    assert load_splits(data).class_names == ("bee", "cat", "\u00e4nt")
 
 
 @pytest.mark.fault("C28")
-def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
+def test_sweep_file_in_all_encodings(written, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_bytes(written("recipe: digits\ngrid:\n  optim: {lr: [0.001, 0.002]}\n"))
     sweep = read_sweep(file)
@@ -125,22 +125,22 @@ def test_a_sweep_is_read_however_it_was_written(written, tmp_path):
         written('{"recipe": "digits",\n "grid": {"optim": {"lr": [0.001, 0.002]}}}\n')
     )
     assert read_sweep(as_json) == sweep
-    file.write_bytes(NO_TEXT["Latin-1"])
+    file.write_bytes(BINARY["Latin-1"])
     with raises(ConfigError, file, "UTF-8"):
         read_sweep(file)
 
 
 @pytest.mark.fault("C28")
-def test_a_configuration_is_read_however_it_was_written(written, tmp_path):
+def test_config_file_in_all_encodings(written, tmp_path):
     file = tmp_path / "config.json"
     file.write_bytes(written(json.dumps(to_dict(digits()), indent=1)))
     assert load_config(file) == digits()
-    file.write_bytes(NO_TEXT["Latin-1"])
+    file.write_bytes(BINARY["Latin-1"])
     with raises(ConfigError, file, "UTF-8"):
         load_config(file)
 
 
-def test_many_numbers_are_cut_short():
+def test_counted_adds_up_the_rest():
     assert counted({"a": 1, "b": 3, "c": 3}) == "3 b, 3 c, 1 a"
     assert counted({"a": 1, "b": 3, "c": 3}, max_items=1).startswith("3 b, 4 ")
     assert counted({}) == ""
