@@ -233,11 +233,12 @@ class RunConfig:
 
 
 class EvalSettings(NamedTuple):
-    """How the images of a split are shown to a network for evaluation.
+    """The settings of an evaluation on validation or test images.
 
-    image_size: side of the student's images [px]. crop_pct: side of the center crop as a share of
-    the resized image. batch_size: images per process and step. num_workers: decoding processes,
-    None: by the number of cores.
+    image_size: side of the student's input [px].
+    crop_pct: side of the center crop, as a fraction of the resized image.
+    batch_size: images per batch and process.
+    num_workers: decoding processes; None: by the number of cores.
     """
 
     image_size: int
@@ -267,7 +268,7 @@ class Config:
 
     @property
     def evaluation(self) -> EvalSettings:
-        """How validation and test images are shown."""
+        """The settings of evaluations on validation and test images."""
         return EvalSettings(
             image_size=self.student.image_size,
             crop_pct=self.views.eval_crop_pct,

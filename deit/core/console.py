@@ -27,13 +27,12 @@ _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Print no messages, tables and progress inside the block; warnings and errors still show.
+    """Print no messages, tables and progress within the block; warnings and errors are printed.
 
-    Example:
-        >>> with quiet():
-        ...     info("not printed")
-        >>> info("printed")
-        printed
+    >>> with quiet():
+    ...     info("not printed")
+    >>> info("printed")
+    printed
     """
     token = _is_quiet.set(True)
     try:
