@@ -81,10 +81,10 @@ def build_online_ensemble(
 
     teachers: all of the configuration, or one of them.
     """
-    alone = len(teachers) == 1
+    is_single = len(teachers) == 1
     return TeacherEnsemble(
         [OnlineTeacher(teacher, accelerator) for teacher in teachers],
-        weights=(1.0,) if alone else tuple(spec.weight for spec in teacher_specs(config)),
+        weights=(1.0,) if is_single else tuple(spec.weight for spec in teacher_specs(config)),
         mode=config.combine,
         temperature=1.0,
         needs_logits=True,

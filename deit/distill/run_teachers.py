@@ -88,12 +88,13 @@ class RunTeachers:
     def live(self) -> list[Teacher]:
         """The networks that run in training: those without a store."""
         pairs = zip(self.stores, self.teachers)
-        return [one for store, teachers in pairs if store is None for one in teachers]
+        return [teacher for store, teachers in pairs if store is None for teacher in teachers]
 
     @property
     def class_orders(self) -> list[str]:
         """How the outputs of each loaded teacher were matched to the data's classes."""
-        return [f"{one.description}: {one.class_order}" for some in self.teachers for one in some]
+        loaded = [teacher for teachers in self.teachers for teacher in teachers]
+        return [f"{teacher.description}: {teacher.class_order}" for teacher in loaded]
 
     @property
     def input_size(self) -> int | None:

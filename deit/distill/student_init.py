@@ -105,7 +105,7 @@ def _normalization_notes(loaded: LoadedWeights, info: ModelInfo) -> list[str]:
 def init_masks(init: InitConfig, loaded: LoadedWeights | None, network: nn.Module) -> Masks | None:
     """Return the pruning masks a student trains under and mask its weights; None if it is dense.
 
-    loaded: the initial weights, whose masks are kept unless the configuration says otherwise.
+    loaded: the initial weights, whose masks are kept unless the configuration sets others.
     Raises CheckpointError.
     """
     if init.pruning_masks == "none":

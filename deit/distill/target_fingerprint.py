@@ -62,7 +62,7 @@ def fingerprint_of(splits: Splits, loader: TrainLoader) -> dict[str, Any]:
 
 def teachers_fingerprint(config: TeacherConfig, teachers: list[Teacher]) -> dict[str, Any]:
     """Return the part of the fingerprint that identifies the teachers and how they are combined."""
-    by_number = {str(number): one.fingerprint() for number, one in enumerate(teachers, start=1)}
+    by_number = {str(index): teacher.fingerprint() for index, teacher in enumerate(teachers, 1)}
     values: dict[str, Any] = {"teacher": by_number}
     if len(teachers) > 1:
         values["combine"] = config.combine

@@ -208,7 +208,7 @@ def better_order(
         luck = min(binomial_tail(wins, wins + losses, 0.5) * len(orders), 1.0)
         accuracies = [_mean_over_classes(correct, truth) for correct in (before, after)]
         candidates.append(BetterOrder(order, len(truth), *accuracies, luck))
-    return max(candidates, key=lambda one: one.after - one.before, default=None)
+    return max(candidates, key=lambda order: order.after - order.before, default=None)
 
 
 def _mean_over_classes(correct: Tensor, labels: Tensor) -> float:
@@ -261,7 +261,7 @@ def _log_ensemble(
     predictions: int64 [N, teachers]. combined, labels: int64 [N].
     """
     top1 = [format_percent(agreement(column, labels)) for column in predictions.unbind(dim=1)]
-    names = [f"{number}: {one.description}" for number, one in enumerate(teachers, start=1)]
+    names = [f"{index}: {teacher.description}" for index, teacher in enumerate(teachers, 1)]
     rows = [*zip(names, top1), ("ensemble", format_percent(agreement(combined, labels)))]
     table(f"teachers on {len(labels)} validation images", ("", "top-1 %"), rows)
     pairs = []

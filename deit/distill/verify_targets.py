@@ -58,7 +58,7 @@ def verify_targets(
 
 def _config_of(store: TargetStore, *, root: str | None, teacher: str | None) -> Config:
     """Return the configuration a store was written with, with new paths. Raises CheckpointError if
-    it cannot be read, ConfigError if it would run a teacher's code without being told to."""
+    it cannot be read, ConfigError if it would run a teacher's code without permission."""
     try:
         config = config_from_dict(store.provenance["config"], live_teacher=False)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:

@@ -233,11 +233,11 @@ def _record_format(
 ) -> RecordFormat:
     """Return the format of the records to write. Raises ConfigError."""
     views, teacher, loss = config.views, config.teacher, config.loss
-    several = len(teacher.source) > 1
+    is_ensemble = len(teacher.source) > 1
     if content is None:
         # With many classes, only the largest probabilities, if the loss is exact enough with them.
         exact = loss.temperature == 1 and not loss.standardize_logits and loss.kind != "dkd"
-        exact &= not several or teacher.combine != "logits"
+        exact &= not is_ensemble or teacher.combine != "logits"
         full = "top-10" if num_classes > 100 and exact else "full"
         content = full if needs_logits(loss) else "hard"
     if num_classes > _MAX_CLASSES:
@@ -258,8 +258,8 @@ def _record_format(
     )
     if layout.top_k is not None and layout.top_k >= num_classes:
         raise ConfigError(f"--content {content}: there are {num_classes} classes; use full")
-    single = single_teacher(teacher, 0) if several else teacher
-    combine = teacher.combine if several else None
+    single = single_teacher(teacher, 0) if is_ensemble else teacher
+    combine = teacher.combine if is_ensemble else None
     check_content(layout.content, single, loss, combine=combine, where=f"--content {content}")
     return layout
 

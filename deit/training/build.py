@@ -33,7 +33,7 @@ _NO_FOLDER = Path(os.devnull)
 def build_run(config: Config) -> TrainingRun:
     """Build a run that writes no folder, for profiling and benchmarks.
 
-    Teachers and stores are checked, and networks compiled if the configuration says so.
+    Teachers and stores are checked, and networks compiled if the configuration has run.compile.
     Raises the errors of deit.core.errors.
     """
     run = build(resolve(config), _NO_FOLDER)
@@ -166,7 +166,7 @@ def _check_steps(config: Config, steps_per_epoch: int) -> None:
 
 
 def _check_student(config: Config, student: Student) -> None:
-    """Check what the name of a timm model does not tell: its heads and image size.
+    """Check what the name of a timm model does not show: its heads and image size.
 
     Raises ConfigError.
     """

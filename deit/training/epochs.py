@@ -100,7 +100,7 @@ def _train_epoch(
             save_checkpoint(run, metrics, in_hash_chain=regular)
         if signal in STOPPING:
             raise StoppedBySignal(signal)
-    if not ended:  # a signal came while the next images were read
+    if not ended:  # a signal arrived while the next images were read
         if not saved:
             monitor.flush()
             save_checkpoint(run, metrics, in_hash_chain=False)

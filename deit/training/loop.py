@@ -1,4 +1,4 @@
-"""The training step, the epoch and the prediction of a split: the only file that calls backward."""
+"""The training step and the epoch: the only module that calls backward."""
 
 import math
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ from deit.training.optimizer import EMA, lr_at, set_lr
 
 
 class StepContext(NamedTuple):
-    """What a training epoch works with.
+    """What the training step works with.
 
-    student: prepared by Accelerate. teach: what the teachers say of a batch; None without any.
-    optimizer: prepared. average: of the unwrapped student; None if it is off. graphs: whether
-    student and teachers are recorded as CUDA graphs. held: masks of a pruned student.
+    student, optimizer: prepared by Accelerate. teacher: the ensemble; None without any. average:
+    the EMA of the unwrapped student; None without one. cuda_graphs: whether student and teachers
+    are recorded as CUDA graphs. masks: of a pruned student.
     """
 
     accelerator: Accelerator
@@ -42,170 +42,184 @@ class StepContext(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What became of an update; the device may not have come to it yet.
+    """The result of a training step; its tensors may still be computing on the device.
 
-    applied: bool scalar, False where loss or gradient was not finite in any process; nothing moved
-    then. heard: of each of this process's micro-batches, the images, int64 [block], and what the
-    student said of them, float [block, classes].
+    applied: bool scalar, False if the loss or gradient of any process was not finite; then no
+    weight has changed. micro_batches: (sample ids int64 [B], logits float [B, C]) of each of this
+    process's micro-batches.
     """
 
     applied: Tensor
     micro_batches: list[tuple[Tensor, Tensor]]
 
     def nonfinite_samples(self) -> Tensor:
-        """Of an update that was not applied, int64 [images]: those without a finite answer, all
-        where every answer is finite."""
-        bad = [samples[~logits.isfinite().all(dim=1)] for samples, logits in self.micro_batches]
-        some = any(len(part) for part in bad)
-        return torch.cat(bad if some else [samples for samples, _ in self.micro_batches])
+        """Return the sample ids with logits that are not finite, int64 [N]; all ids if the logits
+        of all are finite."""
+        bad = [ids[~logits.isfinite().all(dim=1)] for ids, logits in self.micro_batches]
+        any_bad = any(len(ids) for ids in bad)
+        return torch.cat(bad if any_bad else [ids for ids, _ in self.micro_batches])
 
 
 def train_epoch(
-    job: StepContext, batches: Iterator[Batch], tally: "MetricAccumulator", *, step: int, steps: int
+    context: StepContext,
+    batches: Iterator[Batch],
+    metrics: "MetricAccumulator",
+    *,
+    step: int,
+    steps: int,
 ) -> Iterator[StepResult]:
-    """Train on the batches of an epoch; an item after each update, the first number `step` of the
-    run. steps: updates of a whole epoch. tally: takes up what was applied."""
-    accelerator, student = job.accelerator, job.student
+    """Train on the batches of an epoch; yield the result of each step.
+
+    metrics: accumulates the steps that were applied. step: of the first update, counted from 0 over
+    the run. steps: of a whole epoch.
+    """
+    accelerator, student = context.accelerator, context.student
     student.train()
-    statistics = list(accelerator.unwrap_model(student).buffers())
+    buffers = list(accelerator.unwrap_model(student).buffers())
     ranges = ActivationRanges(accelerator.unwrap_model(student))
-    before = [one.clone() for one in statistics]
-    for part, batch in enumerate(batches):
-        seed_torch(job, step, part)
-        if job.cuda_graphs:
+    saved_buffers = [buffer.clone() for buffer in buffers]
+    for micro_step, batch in enumerate(batches):
+        seed_torch(context, step, micro_step)
+        if context.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         with accelerator.accumulate(student):
             outputs = student(batch.images)
-            answers = None if job.teacher is None else job.teacher(batch)
+            teacher = None if context.teacher is None else context.teacher(batch)
             losses = distillation_loss(
-                outputs, batch.targets, answers, job.loss, epoch=step / steps
+                outputs, batch.targets, teacher, context.loss, epoch=step / steps
             )
             accelerator.backward(_spread_nonfinite(inject_nan("loss", losses["total"])))
-        tally.add(losses, outputs, batch, answers)
+        metrics.add(losses, outputs, batch, teacher)
         if accelerator.sync_gradients:
-            applied = _optimizer_step(job, step, steps)
+            applied = _optimizer_step(context, step, steps)
             ranges.update()
-            # Batch norms' statistics and these have moved by the forward pass alone.
-            for one, kept in zip(statistics, before):
-                one.copy_(kept.copy_(torch.where(applied, one, kept)))
-            if job.average is not None:
-                job.average.update(accelerator.unwrap_model(student), applied=applied)
-            yield StepResult(applied, tally.commit(applied))
+            # The forward pass alone has changed the buffers: batch norm statistics and ranges.
+            for buffer, saved in zip(buffers, saved_buffers):
+                buffer.copy_(saved.copy_(torch.where(applied, buffer, saved)))
+            if context.average is not None:
+                context.average.update(accelerator.unwrap_model(student), applied=applied)
+            yield StepResult(applied, metrics.commit(applied))
             step += 1
-    if job.teacher is not None:
-        job.teacher.check()
+    if context.teacher is not None:
+        context.teacher.check()
 
 
 def _spread_nonfinite(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite, one whose gradient is not either, so that by the sum over
-    the processes all notice. (A factor of exactly 1 else: the gradient stays to the bit.)"""
+    """Return the loss; one with a gradient that is not finite if the loss is not.
+
+    Summed over processes, such a gradient lets all of them skip the step. A finite loss is
+    multiplied by exactly 1, so its gradient keeps its bits.
+    """
     return loss * (1 + 0 * loss.detach())
 
 
-def _optimizer_step(job: StepContext, step: int, steps: int) -> Tensor:
-    """Move the weights along the gradient, unless it is not finite; whether they moved, a bool
-    scalar on the device: nothing here waits for it.
+def _optimizer_step(context: StepContext, step: int, steps: int) -> Tensor:
+    """Update the weights unless the gradient is not finite; return whether it was applied.
 
-    The gradient is the same in all processes here, and so is the answer.
+    The result is a bool scalar on the device, the same in all processes; nothing waits for it here.
     """
-    accelerator, optimizer = job.accelerator, job.optimizer
-    set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=steps))
-    parameters = list(job.student.parameters())
-    if job.masks is not None:
-        job.masks.mask_gradients()  # before their norm is taken
-    if job.optim.clip_grad_norm is not None:
-        norm = accelerator.clip_grad_norm_(parameters, job.optim.clip_grad_norm)
+    accelerator, optimizer = context.accelerator, context.optimizer
+    set_lr(optimizer, lr_at(step, optim=context.optim, steps_per_epoch=steps))
+    parameters = list(context.student.parameters())
+    if context.masks is not None:
+        context.masks.mask_gradients()  # before their norm is computed
+    if context.optim.clip_grad_norm is not None:
+        norm = accelerator.clip_grad_norm_(parameters, context.optim.clip_grad_norm)
     else:
         accelerator.unscale_gradients()
-        norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
-    sound = full_value(norm).isfinite()
-    if accelerator.scaler is None:  # which tells the optimizer itself, and lowers its scale
-        optimizer.optimizer.found_inf = (~sound).float()
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    applied = full_value(norm).isfinite()
+    if accelerator.scaler is None:  # a scaler sets found_inf itself
+        optimizer.optimizer.found_inf = (~applied).float()
     optimizer.step()
     optimizer.zero_grad()
-    return sound
+    return applied
 
 
-def seed_torch(job: StepContext, step: int, micro_step: int) -> None:
-    """Make torch's own draws (drop path, dropout) a function of seed, step and process."""
-    accelerator = job.accelerator
+def seed_torch(context: StepContext, step: int, micro_step: int) -> None:
+    """Make torch's random numbers (drop path, dropout) a function of seed, step and process."""
+    accelerator = context.accelerator
     rank_index = (
-        micro_step % job.optim.grad_accum_steps * accelerator.num_processes
+        micro_step % context.optim.grad_accum_steps * accelerator.num_processes
         + accelerator.process_index
     )
-    seed = step_seed(job.seed, step, rank_index)
-    # Not torch.manual_seed: it visits every kind of device, at some 0.4 ms a call.
+    seed = step_seed(context.seed, step, rank_index)
+    # Not torch.manual_seed, which visits every kind of device and takes 0.4 ms.
     torch.default_generator.manual_seed(seed)
     if accelerator.device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
 class MetricAccumulator:
-    """Sums over an epoch, kept on the device so that no step waits for them.
+    """Sums of metrics over an epoch, kept on the device so that no step waits for them.
 
-    What a micro-batch adds counts once its update was applied.
+    The sums of a micro-batch count only if its step was applied.
     """
 
-    def __init__(self, accelerator: Accelerator, begun: dict[str, list[float]]) -> None:
-        """begun: what `dump` gave in the middle of the epoch; empty at its start. Sums of another
-        number of processes all go to the first."""
+    def __init__(self, accelerator: Accelerator, sums: dict[str, list[float]]) -> None:
+        """sums: from `state` in the middle of an epoch, empty at its start. If they are of another
+        number of processes, the first process takes them all."""
         self.accelerator = accelerator
-        own, several = accelerator.process_index, accelerator.num_processes
-        self.names = tuple(begun)
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        self.names = tuple(sums)
         values = [
-            values[own] if len(values) == several else sum(values) * (own == 0)
-            for values in begun.values()
+            by_rank[rank] if len(by_rank) == num_processes else sum(by_rank) * (rank == 0)
+            for by_rank in sums.values()
         ]
         self.sums = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
         self._pending: list[Tensor] = []
-        self._heard: list[tuple[Tensor, Tensor]] = []
+        self._micro_batches: list[tuple[Tensor, Tensor]] = []
 
     def add(
-        self, losses: Losses, outputs: StudentOutput, batch: Batch, answers: TeacherOutput | None
+        self, losses: Losses, outputs: StudentOutput, batch: Batch, teacher: TeacherOutput | None
     ) -> None:
-        """Add a micro-batch; losses are means over it. With several voices, the mean over them."""
-        number = len(batch.targets)
+        """Add a micro-batch. losses: means over it. With several teachers, agreement and the
+        teacher's accuracy are means over them."""
+        size = len(batch.targets)
         labels = batch.targets.argmax(dim=1)
         heads = logits_by_head(StudentOutput(*(None if o is None else o.detach() for o in outputs)))
-        found = {
-            f"loss_{name}" if name != "total" else "loss": loss.detach().double() * number
+        values = {
+            f"loss_{name}" if name != "total" else "loss": loss.detach().double() * size
             for name, loss in losses.items()
         }
         for name, logits in heads.items():
-            found[f"{name}_top1"] = (logits.argmax(dim=1) == labels).sum()
-        if answers is not None:
-            taught, voices = answers.labels, answers.labels.shape[1]
+            values[f"{name}_top1"] = (logits.argmax(dim=1) == labels).sum()
+        if teacher is not None:
+            num_teachers = teacher.labels.shape[1]
             student = heads.get("fused", heads["class"]).argmax(dim=1)
-            found["agreement"] = (student[:, None] == taught).sum() / voices
-            found["teacher_top1"] = (taught == labels[:, None]).sum() / voices
-        found["number"] = torch.full_like(labels[0], number)
+            values["agreement"] = (student[:, None] == teacher.labels).sum() / num_teachers
+            values["teacher_top1"] = (teacher.labels == labels[:, None]).sum() / num_teachers
+        values["number"] = torch.full_like(labels[0], size)
         if not self.names:
-            self.names = tuple(found)
-            self.sums = self.sums.new_zeros(len(found))
-        self._pending.append(torch.stack([found[name].double() for name in self.names]))
-        # A copy: a CUDA graph's answers are gone with the next ones.
-        self._heard.append((batch.sample_ids, heads["class"].clone()))
+            self.names = tuple(values)
+            self.sums = self.sums.new_zeros(len(values))
+        self._pending.append(torch.stack([values[name].double() for name in self.names]))
+        # Copied, because a CUDA graph writes its next outputs into the same memory.
+        self._micro_batches.append((batch.sample_ids, heads["class"].clone()))
 
     def commit(self, applied: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Count the update's micro-batches, unless it was not applied (a bool scalar); their images
-        and what the student said of them, as in Update."""
-        for found in self._pending:
-            self.sums = self.sums + torch.where(applied, found, 0.0)
-        heard, self._pending, self._heard = self._heard, [], []
-        return heard
+        """Add the micro-batches of a step to the sums if it was applied (a bool scalar); return
+        their sample ids and logits, for StepResult."""
+        for values in self._pending:
+            self.sums = self.sums + torch.where(applied, values, 0.0)
+        micro_batches, self._pending, self._micro_batches = self._micro_batches, [], []
+        return micro_batches
 
     def state(self) -> dict[str, list[float]]:
-        """The sums of each process by name, the same in all of them."""
+        """Return the sums of every process by name, the same in all processes."""
         if not self.names:
             return {}
-        everyone = self.accelerator.gather(self.sums[None]).T.tolist()
-        return dict(zip(self.names, everyone))
+        by_name = self.accelerator.gather(self.sums[None]).T.tolist()
+        return dict(zip(self.names, by_name))
 
     def compute(self) -> dict[str, float]:
-        """Means over the samples of all processes: losses by name, `<head>_top1` against the label
-        that dominates each view, `agreement` with the teacher and `teacher_top1`."""
+        """Return means over the samples of all processes.
+
+        These are the losses by name, `<head>_top1` against the label with the largest weight in
+        each view, and with teachers `agreement` and `teacher_top1`.
+        """
         totals = {name: math.fsum(values) for name, values in self.state().items()}
-        number = totals.pop("number", 0)
-        if not number:
+        num_samples = totals.pop("number", 0)
+        if not num_samples:
             return {"loss": math.nan}
-        return {name: total / number for name, total in totals.items()}
+        return {name: total / num_samples for name, total in totals.items()}

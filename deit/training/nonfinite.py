@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run: counted, named, and said so that a person can act."""
+"""Count steps that were skipped because loss or gradient was not finite; log their images."""
 
 from collections import deque
 
@@ -7,56 +7,53 @@ from torch import Tensor
 
 from deit.core import run_log
 from deit.core.console import warn
-from deit.core.errors import (
-    NumericsError,
-)
+from deit.core.errors import NumericsError
 from deit.training.loop import StepResult
 from deit.training.state import TrainingRun
 
-_BEHIND = 4  # updates
+_LAG = 4  # steps
 
 
 class NonFiniteMonitor:
-    """Counts updates that were left out, because loss or gradient was not finite.
+    """Counts skipped steps.
 
-    Told of each update, it looks at the one some updates before: a device that works behind the
-    loop is not waited for. Which one does not depend on how fast it is, so all processes come to
-    the same end at the same update.
+    On a GPU it looks at the step a few steps before the latest, so that the loop does not wait for
+    the device. The lag is fixed, so all processes stop at the same step.
     """
 
     def __init__(self, run: TrainingRun) -> None:
-        self.parts = run
-        self.lag = 0 if run.accelerator.device.type == "cpu" else _BEHIND
-        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, StepResult]] = deque()
+        self.run = run
+        self.lag = 0 if run.accelerator.device.type == "cpu" else _LAG
+        self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None, StepResult]] = deque()
 
-    def __call__(self, step: int, update: StepResult) -> None:
-        """Take the update of a step up. Raises NumericsError as `_count` does."""
-        told, event = update.applied, None
-        if told.device.type == "cuda":
-            told = torch.empty((), dtype=torch.bool, pin_memory=True)
-            told.copy_(update.applied, non_blocking=True)
+    def __call__(self, step: int, result: StepResult) -> None:
+        """Add the result of a step. Raises NumericsError as `_count` does."""
+        applied, event = result.applied, None
+        if applied.device.type == "cuda":
+            applied = torch.empty((), dtype=torch.bool, pin_memory=True)
+            applied.copy_(result.applied, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._waiting.append((step, told, event, update))
+        self._queue.append((step, applied, event, result))
         self.flush(self.lag)
 
-    def flush(self, behind: int = 0) -> None:
-        """Look at all updates but the latest so many. Raises NumericsError as `_count` does."""
-        while len(self._waiting) > behind:
-            step, told, event, update = self._waiting.popleft()
+    def flush(self, lag: int = 0) -> None:
+        """Count all steps but the latest `lag`. Raises NumericsError as `_count` does."""
+        while len(self._queue) > lag:
+            step, applied, event, result = self._queue.popleft()
             if event is not None:
                 event.synchronize()
-            _count(self.parts, step, None if told else update)
+            _count(self.run, step, None if applied else result)
 
 
-def _count(run: TrainingRun, step: int, left_out: StepResult | None) -> None:
-    """Count an update that was left out, and note its images; None: one that was not.
+def _count(run: TrainingRun, step: int, skipped: StepResult | None) -> None:
+    """Count a step and log the images of a skipped one. skipped: None if the step was applied.
 
-    Raises NumericsError where there are too many in a row, or fp16 has no scale left. The same in
-    all processes, but for the images: each notes its own.
+    Raises NumericsError after too many skipped steps in a row, or if fp16 has no scale left, in all
+    processes; each logs its own images.
     """
-    state = run.state
-    if left_out is None:
+    state, limit = run.state, run.config.run.max_nonfinite_steps
+    if skipped is None:
         state.skipped_in_a_row = 0
         return
     state.skipped += 1
@@ -64,15 +61,12 @@ def _count(run: TrainingRun, step: int, left_out: StepResult | None) -> None:
     scaler = run.accelerator.scaler
     if scaler is not None and scaler.get_scale() < 1:
         raise NumericsError(
-            f"update {step}: gradients overflow fp16 at any scale; use --run.precision bf16 "
-            "or fp32, or a lower optim.lr"
+            f"step {step}: gradients overflow fp16 at any scale; use --run.precision bf16 or fp32, "
+            "or a lower optim.lr"
         )
-    fp16_searches = (
-        scaler is not None and state.skipped_in_a_row < run.config.run.max_nonfinite_steps
-    )
-    if fp16_searches:
-        return  # the first scales are meant to be too large
-    images = left_out.nonfinite_samples().tolist()
+    if scaler is not None and state.skipped_in_a_row < limit:
+        return  # the scaler starts with scales that are too large
+    images = skipped.nonfinite_samples().tolist()
     row = {
         "step": step,
         "process": run.accelerator.process_index,
@@ -81,22 +75,21 @@ def _count(run: TrainingRun, step: int, left_out: StepResult | None) -> None:
     }
     if run.out.is_dir():
         run_log.append(run.out / run_log.NONFINITE_LOG, row)
-    named = ", ".join(row["names"][:5]) + (f" and {len(images) - 5} more" if images[5:] else "")
-    if state.skipped_in_a_row >= run.config.run.max_nonfinite_steps:
+    names = ", ".join(row["names"][:5]) + (f" and {len(images) - 5} more" if images[5:] else "")
+    if state.skipped_in_a_row >= limit:
         raise NumericsError(
-            f"update {step}: loss or gradient is not finite, number {state.skipped_in_a_row} "
-            f"in a row from update {step - state.skipped_in_a_row + 1} on; its images: "
-            f"{named} (all: {run.out / run_log.NONFINITE_LOG}). The checkpoints in {run.out} are "
-            f"of before; a lower optim.lr{_clipped(run)} usually helps, in a run from the start "
-            "or from a checkpoint (deit finetune --from), with another --out"
+            f"step {step}: loss or gradient is not finite for the {state.skipped_in_a_row}th time "
+            f"in a row, since step {step - state.skipped_in_a_row + 1}; images: {names} (all: "
+            f"{run.out / run_log.NONFINITE_LOG}). The checkpoints in {run.out} are from before. A "
+            f"lower optim.lr{_clipping_advice(run)} usually helps, in a new run or from a "
+            "checkpoint (deit finetune --from), with another --out"
         )
     warn(
-        f"update {step}: loss or gradient is not finite, so it is left out "
-        f"({state.skipped_in_a_row} of at most {run.config.run.max_nonfinite_steps} in a row); its "
-        f"images: {named}"
+        f"step {step}: loss or gradient is not finite, step skipped ({state.skipped_in_a_row} of "
+        f"at most {limit} in a row); images: {names}"
     )
 
 
-def _clipped(run: TrainingRun) -> str:
+def _clipping_advice(run: TrainingRun) -> str:
     norm = run.config.optim.clip_grad_norm
     return "" if norm is not None and norm <= 1 else " or optim.clip_grad_norm 1"

@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate as a function of the step, and the weight average."""
+"""The optimizer, the learning rate as a function of the step, and the EMA of the weights."""
 
 import copy
 import math
@@ -14,18 +14,18 @@ from deit.core.errors import CheckpointError, raise_transient
 from deit.core.file_reading import check_readable
 from deit.core.sharding import local_tensor, shard_like
 
-# Tokens go by timm names; the mixing of heads (models/surgery/weight_sharing.py) rests at identity.
+# timm's names of tokens; the head mixing matrices of models/surgery/weight_sharing.py, which start
+# at the identity.
 _UNDECAYED = ("cls_token", "dist_token", "pos_embed", "before", "after")
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, scales: dict[str, float] | None = None
 ) -> list[dict]:
-    """Groups by decay (none on biases, norms, tokens and position embedding) and by the factor of
-    the learning rate, `lr_scale`; parameters that take no gradient are in none.
+    """Return parameter groups by weight decay and by `lr_scale`, the factor of the learning rate.
 
-    scales: a factor for each parameter by its name; None: 1 for all. One-dimensional parameters
-    are biases and norms; the tokens go by timm's names.
+    Biases and norms (one-dimensional parameters), tokens and position embeddings have no decay.
+    Frozen parameters are in no group. scales: a factor for each parameter name; default: 1 for all.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -42,8 +42,14 @@ def parameter_groups(
 
 
 def layer_lr_scales(depths: dict[str, int], layer_decay: float) -> dict[str, float]:
-    """The factor of the learning rate of each parameter, layer_decay ** (layers above its own)
-    (Clark et al. 2020, "ELECTRA"). depths: its layer, 0 the nearest to the image."""
+    """Return the learning rate factor of each parameter: layer_decay ** (number of layers above).
+
+    depths: the layer of each parameter, 0 next to the image. Source: Clark et al. 2020, "ELECTRA".
+
+    Example:
+        >>> layer_lr_scales({"patch_embed": 0, "block": 1, "head": 2}, 0.5)
+        {'patch_embed': 0.25, 'block': 0.5, 'head': 1.0}
+    """
     top = max(depths.values())
     return {name: layer_decay ** (top - depth) for name, depth in depths.items()}
 
@@ -51,22 +57,22 @@ def layer_lr_scales(depths: dict[str, int], layer_decay: float) -> dict[str, flo
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, scales: dict[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), or SGD with momentum; its learning rate is written by the
-    loop.
+    """Return AdamW (Loshchilov and Hutter 2019) or SGD with momentum; the loop sets the learning
+    rate.
 
-    scales: as in `parameter_groups`.
-    torch's AdamW takes lr_t * weight_decay off a weight, big_vision schedule_t * weight_decay with
-    schedule_t = lr_t / peak (Beyer et al. 2022): the same with weight_decay / peak.
+    scales: as in `parameter_groups`. optim.independent_weight_decay: torch's AdamW subtracts lr_t *
+    weight_decay * weight, big_vision (lr_t / peak) * weight_decay * weight (Beyer et al. 2022); so
+    weight_decay is divided by the peak.
     """
     independent = optim.independent_weight_decay
     decay = optim.weight_decay / optim.peak_lr if independent else optim.weight_decay
     groups = parameter_groups(model, decay, scales)
     betas = (optim.beta1, optim.beta2)
-    # Fused: one pass over the weights, which it leaves alone where the loop says so (found_inf).
+    # Fused: one pass over the weights, skipped if the loop sets found_inf.
     if optim.name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
-        # Zeros, from which the first update makes the gradient: a first update that is left alone
-        # would leave torch's own buffers as it found the memory.
+        # Zeros give the same first step. torch would allocate the buffers in the first step, and
+        # leave them uninitialized if that step is skipped.
         for group in groups if optim.momentum else ():
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -75,11 +81,17 @@ def build_optimizer(
 
 
 def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
-    """The learning rate of update `step` (0 is the first).
+    """Return the learning rate of a step, counted from 0.
 
-    Linear from warmup_lr to the peak, which the first update after the warm-up takes, then a half
-    cosine that reaches min_lr with the last update; with decay_at it falls to a tenth at each of
-    these shares of all updates.
+    It rises linearly from warmup_lr to the peak, which the first step after the warm-up has. Then a
+    half cosine reaches min_lr at the last step; with lr_milestones it drops to a tenth at each of
+    these fractions of all steps instead.
+
+    Example:
+        >>> optim = OptimConfig(epochs=2, lr=1.0, lr_base_batch_size=None, warmup_epochs=1,
+        ...                     warmup_lr=0.0, min_lr=0.0)
+        >>> [round(lr_at(step, optim=optim, steps_per_epoch=3), 3) for step in range(6)]
+        [0.0, 0.333, 0.667, 1.0, 0.5, 0.0]
     """
     peak = optim.peak_lr
     warmup = round(optim.warmup_epochs * steps_per_epoch)
@@ -87,25 +99,25 @@ def lr_at(step: int, *, optim: OptimConfig, steps_per_epoch: int) -> float:
         return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
     last = optim.epochs * steps_per_epoch - 1
     if optim.lr_milestones:
-        fallen = sum(step >= round(share * (last + 1)) for share in optim.lr_milestones)
-        return peak * 0.1**fallen
+        num_drops = sum(step >= round(share * (last + 1)) for share in optim.lr_milestones)
+        return peak * 0.1**num_drops
     progress = (step - warmup) / max(last - warmup, 1)
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return optim.min_lr + (peak - optim.min_lr) * cosine
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Write the learning rate into every group, times the group's own factor."""
+    """Set the learning rate of every group: `lr` times the group's lr_scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def ema_decay(updates: Tensor, *, horizon: float) -> Tensor:
-    """Decay of the weight average at its update number `updates` (0 is the first), a scalar.
+    """Return the decay of the EMA at an update, counted from 0; a scalar.
 
-    horizon: updates after which a weight's share has fallen by e. The decay grows as
-    (1 + updates) / (10 + updates) until it gets there, so that a short run is not held back by
-    its initial weights.
+    horizon: number of updates after which the share of a weight has dropped by a factor of e. The
+    decay rises as (1 + updates) / (10 + updates) up to exp(-1 / horizon), so that the initial
+    weights do not dominate a short run.
     """
     return ((1 + updates) / (10 + updates)).clamp(max=math.exp(-1 / horizon))
 
@@ -116,90 +128,93 @@ class EMA:
     def __init__(
         self, model: nn.Module, *, horizon: float, device: torch.device | None = None
     ) -> None:
-        """horizon: in updates. device: where the model will be; None: where it is."""
+        """horizon: in updates. device: of the model in training; default: its device now."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.horizon_steps = horizon
         device = next(model.parameters()).device if device is None else device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
-        self._of: nn.Module | None = None
+        self._source: nn.Module | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, applied: Tensor) -> None:
-        """Move towards the model, unless its update was not applied (a bool scalar; the model must
-        then be as it was before it); integer buffers are copied. Nothing here waits for the
-        device."""
-        if self._of is not model:  # a walk through all modules, at every update, takes its time
-            both = (map(local_tensor, one.state_dict().values()) for one in (self.model, model))
+        """Average the model in; integer buffers are copied. Nothing waits for the device.
+
+        applied: bool scalar. If False, the model must be unchanged, and the EMA stays as it is.
+        """
+        if self._source is not model:  # walking through all modules at every update takes time
+            both = (map(local_tensor, net.state_dict().values()) for net in (self.model, model))
             pairs = list(zip(*both))
-            moving = [pair for pair in pairs if pair[0].is_floating_point()]
-            self._ours, self._theirs = ([pair[side] for pair in moving] for side in (0, 1))
-            self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-            self._of = model
+            floats = [pair for pair in pairs if pair[0].is_floating_point()]
+            self._averages, self._weights = ([pair[side] for pair in floats] for side in (0, 1))
+            self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+            self._source = model
         weight = (1 - ema_decay(self.updates, horizon=self.horizon_steps)) * applied
-        ways = torch._foreach_sub(self._theirs, self._ours)
-        torch._foreach_mul_(ways, weight.float())
-        torch._foreach_add_(self._ours, ways)
-        for mine, other in self._counts:
-            mine.copy_(other)
+        differences = torch._foreach_sub(self._weights, self._averages)
+        torch._foreach_mul_(differences, weight.float())
+        torch._foreach_add_(self._averages, differences)
+        for average, current in self._counters:
+            average.copy_(current)
         self.updates += applied
 
 
-def _kinds(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What it keeps of a parameter: tensors of its shape, and numbers."""
-    one = getattr(optimizer, "optimizer", optimizer)  # that in Accelerate's
-    if isinstance(one, torch.optim.SGD):
-        return ("momentum_buffer",) if one.defaults["momentum"] else (), ()
-    assert isinstance(one, torch.optim.AdamW), one
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the keys of a parameter's state: of tensors with its shape, and of scalars."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+    if isinstance(inner, torch.optim.SGD):
+        return ("momentum_buffer",) if inner.defaults["momentum"] else (), ()
+    assert isinstance(inner, torch.optim.AdamW), inner
     return ("exp_avg", "exp_avg_sq"), ("step",)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Its state by kind and parameter name, `exp_avg/blocks.0.norm1.weight` for instance."""
+    """Return the state by key and parameter name, such as `exp_avg/blocks.0.norm1.weight`."""
     tensors: dict[str, Tensor] = {}
-    shaped, numbers = _kinds(optimizer)
+    shaped, scalars = _state_keys(optimizer)
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
-        for kind in (*numbers, *shaped):
+        for kind in (*scalars, *shaped):
             if kind in state:
                 tensors[f"{kind}/{name}"] = state[kind].detach()
     return tensors
 
 
 def save_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write what `optimizer_tensors` gave."""
-    path.write_bytes(save({name: one.cpu().contiguous() for name, one in tensors.items()}))
+    """Write the tensors of `optimizer_tensors`."""
+    path.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Put an optimizer's state back. Raises CheckpointError if names or shapes differ."""
+    """Restore an optimizer's state. Raises CheckpointError if names or shapes differ."""
     tensors = read_tensors(path)
-    shaped, numbers = _kinds(optimizer)
+    shaped, scalars = _state_keys(optimizer)
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise CheckpointError(f"{path}: {name} is not finite, so training cannot go on from it")
+            raise CheckpointError(
+                f"{path}: {name} is not finite, so training cannot resume from it"
+            )
     if not tensors:
-        return  # saved before the first update that was not skipped
+        return  # saved before the first applied step
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in (*numbers, *shaped)}
-        if any(value is None for value in found.values()):
+        state = {kind: tensors.pop(f"{kind}/{name}", None) for kind in (*scalars, *shaped)}
+        if any(value is None for value in state.values()):
             raise CheckpointError(f"{path}: no optimizer state for {name}")
         for kind in shaped:
-            if found[kind].shape != parameter.shape:
+            if state[kind].shape != parameter.shape:
                 raise CheckpointError(
-                    f"{path}: {name} is {tuple(found[kind].shape)} in the file, "
+                    f"{path}: {name} is {tuple(state[kind].shape)} in the file, "
                     f"{tuple(parameter.shape)} in the network"
                 )
-        brought = {kind: value.to(parameter.device) for kind, value in found.items()}
-        moments = {kind: shard_like(brought[kind], parameter) for kind in shaped}
-        optimizer.state[parameter] = {**brought, **moments}
+        state = {kind: value.to(parameter.device) for kind, value in state.items()}
+        moments = {kind: shard_like(state[kind], parameter) for kind in shaped}
+        optimizer.state[parameter] = {**state, **moments}
     if tensors:
         raise CheckpointError(f"{path}: state of an unknown parameter: {next(iter(tensors))}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file. Raises CheckpointError."""
+    """Return the tensors of a safetensors file. Raises CheckpointError."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError) as error:

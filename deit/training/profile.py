@@ -1,4 +1,4 @@
-"""Where the time of an update goes: by part, by operation, and as a trace to look into."""
+"""Profile a training step: time per component and per operator, with an optional trace."""
 
 import itertools
 import os
@@ -23,47 +23,51 @@ from deit.training.progress_log import log_setup
 from deit.training.state import TrainingRun
 
 PARTS = ("views", "teacher", "student", "backward", "optimizer", "average")
-"""What an update is made of; the rest is loss, sums and the loop itself."""
-_WARM_UP = 4  # updates: caches, compilation
+"""Components of a step; the rest is the loss, the metrics and the loop itself."""
+_WARM_UP = 4  # steps, for caches and compilation
 _OPERATIONS = 15  # rows
 _OF_AUTOGRAD = "autograd::engine::evaluate_function"
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 _LAUNCHES += ("cudaGraphLaunch",)
 
 
-def profile_run(config: Config, *, updates: int, trace: Path | None) -> dict[str, Any]:
-    """Train some updates of a configuration and print where their time went; nothing is saved but
-    the trace. Returns what was printed: seconds of an update by part and by operation.
+def profile_run(
+    config: Config, *, updates: int = 20, trace: str | Path | None = None
+) -> dict[str, Any]:
+    """Profile training steps of a configuration and print the result; only the trace is written.
 
-    trace: a JSON file for chrome://tracing or ui.perfetto.dev. Raises the errors of
-    deit.core.errors."""
-    # PyTorch's profiler says that it began and, as an error, that there is no GPU.
+    updates: number of steps. trace: a JSON file for chrome://tracing or ui.perfetto.dev.
+
+    Returns seconds per step, by component (`parts`) and by operator (`operations`). Raises the
+    errors of deit.core.errors.
+    """
+    # PyTorch's profiler logs its start and, as an error, a missing GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     run = build_run(validate(config))
     accelerator = run.accelerator
-    log_setup(run, environment_info(accelerator, []))
-    job = _noted(step_context(run), run)
+    log_setup(run, environment_info(accelerator))
+    context = _with_labels(step_context(run), run)
     batches = _endless(run)
-    _train(job, batches, _WARM_UP)
+    _train(context, batches, _WARM_UP)
     started = time.perf_counter()
-    _train(job, batches, updates)
+    _train(context, batches, updates)
     update_s = (time.perf_counter() - started) / updates
     on_gpu = accelerator.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities, acc_events=True) as seen:
+    with profile(activities=activities, acc_events=True) as profiler:
         started = time.perf_counter()
-        _train(job, batches, updates)
-        watched_s = (time.perf_counter() - started) / updates
-    result = {"update_s": update_s, "watched_s": watched_s, **_read(seen, updates, on_gpu)}
+        _train(context, batches, updates)
+        profiled_s = (time.perf_counter() - started) / updates
+    result = {"update_s": update_s, "watched_s": profiled_s, **_read(profiler, updates, on_gpu)}
     _print(result, run.config)
     if trace is not None and is_main_process():
-        seen.export_chrome_trace(str(trace))
-        info(f"wrote {trace}; look at it in https://ui.perfetto.dev")
+        profiler.export_chrome_trace(str(trace))
+        info(f"wrote {trace}; open it in https://ui.perfetto.dev")
     return result
 
 
 def _endless(run: TrainingRun) -> Iterator[Batch]:
-    """Micro-batches without end, what they take noted as `views`."""
+    """Yield micro-batches without end; their time is labeled `views`."""
     for epoch in itertools.count():
         epochs = run.num_view_epochs or run.config.optim.epochs
         batches = run.loader.epoch(epoch % epochs)
@@ -75,24 +79,25 @@ def _endless(run: TrainingRun) -> Iterator[Batch]:
             yield batch
 
 
-def _train(job: StepContext, batches: Iterator[Batch], updates: int) -> None:
-    own = itertools.islice(batches, updates * job.optim.grad_accum_steps)
-    for _ in train_epoch(job, own, MetricAccumulator(job.accelerator, {}), step=0, steps=10**6):
+def _train(context: StepContext, batches: Iterator[Batch], updates: int) -> None:
+    limited = itertools.islice(batches, updates * context.optim.grad_accum_steps)
+    metrics = MetricAccumulator(context.accelerator, {})
+    for _ in train_epoch(context, limited, metrics, step=0, steps=10**6):
         pass
-    if job.accelerator.device.type == "cuda":
+    if context.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def _noted(job: StepContext, run: TrainingRun) -> StepContext:
-    """The same job, with what its parts take noted by their names."""
-    accelerator, average = job.accelerator, job.average
-    backward, student = accelerator.backward, accelerator.unwrap_model(job.student)
+def _with_labels(context: StepContext, run: TrainingRun) -> StepContext:
+    """Return the context with its components labeled for the profiler."""
+    accelerator, average = context.accelerator, context.average
+    backward, student = accelerator.backward, accelerator.unwrap_model(context.student)
 
-    def noted_backward(loss: torch.Tensor) -> None:
+    def labeled_backward(loss: torch.Tensor) -> None:
         with record_function("backward"):
             backward(loss)
 
-    accelerator.backward = noted_backward
+    accelerator.backward = labeled_backward
     running: list[Any] = []
 
     def begin(*ignored: Any) -> None:
@@ -104,53 +109,54 @@ def _noted(job: StepContext, run: TrainingRun) -> StepContext:
     if average is not None:
         update = average.update
 
-        def noted_update(*arguments: Any, **options: Any) -> None:
+        def labeled_update(*arguments: Any, **options: Any) -> None:
             with record_function("average"):
                 update(*arguments, **options)
 
-        average.update = noted_update
-    panel = run.ensemble
-    return job if panel is None else job._replace(teacher=_NotedPanel(panel))
+        average.update = labeled_update
+    if run.ensemble is None:
+        return context
+    return context._replace(teacher=_LabeledEnsemble(run.ensemble))
 
 
-class _NotedPanel:
-    def __init__(self, panel: Any) -> None:
-        self.panel = panel
-        self.check = panel.check
+class _LabeledEnsemble:
+    def __init__(self, ensemble: Any) -> None:
+        self.ensemble = ensemble
+        self.check = ensemble.check
 
     def __call__(self, batch: Batch) -> Any:
         with record_function("teacher"):
-            return self.panel(batch)
+            return self.ensemble(batch)
 
 
-def _read(seen: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
-    """Seconds of an update: of the GPU where there is one, else of the CPU."""
-    total, own = ("device_time_total", "self_device_time_total")
+def _read(profiler: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
+    """Return seconds per step: on the GPU if there is one, otherwise on the CPU."""
+    total, self_time = ("device_time_total", "self_device_time_total")
     if not on_gpu:
-        total, own = ("cpu_time_total", "self_cpu_time_total")
-    # What a GPU did counts with the calls that asked for it; its own rows repeat it.
-    rows = [event for event in seen.key_averages() if event.device_type == DeviceType.CPU]
+        total, self_time = ("cpu_time_total", "self_cpu_time_total")
+    # GPU time is attributed to the calls that launched it; rows of the GPU would count it twice.
+    rows = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
     events = {event.key: event for event in rows}
     names = {name: name for name in PARTS}
-    named = (key for key in events if key.startswith("Optimizer.step#"))
-    names["optimizer"] = next(named, "optimizer")
+    optimizers = (key for key in events if key.startswith("Optimizer.step#"))
+    names["optimizer"] = next(optimizers, "optimizer")
     by_part = {
         part: getattr(events[name], total) / updates / 1e6
         for part, name in names.items()
         if name in events
     }
-    if on_gpu:  # autograd asks a GPU from a thread of its own, where the name does not reach
+    if on_gpu:  # autograd launches from its own thread, outside the label
         passes = [event for event in rows if event.key.startswith(_OF_AUTOGRAD)]
         by_part["backward"] = sum(getattr(event, total) for event in passes) / updates / 1e6
     operations = sorted(
         (event for event in rows if event.key not in names.values()),
-        key=lambda event: -getattr(event, own),
+        key=lambda event: -getattr(event, self_time),
     )
     return {
         "parts": by_part,
         "operations": {
             event.key: {
-                "seconds": getattr(event, own) / updates / 1e6,
+                "seconds": getattr(event, self_time) / updates / 1e6,
                 "calls": event.count / updates,
             }
             for event in operations[:_OPERATIONS]
@@ -160,31 +166,26 @@ def _read(seen: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any], config: Config) -> None:
-    whole, parts, alone = result["watched_s"], result["parts"], result["update_s"]
-    rows = [
-        (name, f"{1e3 * took:.2f}", f"{100 * took / whole:.1f}") for name, took in parts.items()
-    ]
-    rest = whole - sum(parts.values())
-    rows.append(("the rest", f"{1e3 * rest:.2f}", f"{100 * rest / whole:.1f}"))
+    profiled_s, update_s = result["watched_s"], result["update_s"]
+
+    def row(name: str, seconds: float, *more: str) -> tuple[str, ...]:
+        return (name, f"{1e3 * seconds:.2f}", f"{100 * seconds / profiled_s:.1f}", *more)
+
+    rest = profiled_s - sum(result["parts"].values())
     images = config.optim.batch_size
     table(
-        f"an update of {images} images: {1e3 * alone:.1f} ms, {images / alone:.0f} images/s; "
-        f"looked at, {1e3 * whole:.1f} ms:",
-        ("part", "ms", "%"),
-        rows,
+        f"a step of {images} images: {1e3 * update_s:.1f} ms, {images / update_s:.0f} images/s; "
+        f"under the profiler {1e3 * profiled_s:.1f} ms:",
+        ("component", "ms", "%"),
+        [*(row(name, seconds) for name, seconds in result["parts"].items()), row("other", rest)],
     )
     table(
-        "operations by their own time",
-        ("operation", "ms", "%", "calls"),
+        "operators by self time",
+        ("operator", "ms", "%", "calls"),
         [
-            (
-                name,
-                f"{1e3 * one['seconds']:.2f}",
-                f"{100 * one['seconds'] / whole:.1f}",
-                f"{one['calls']:g}",
-            )
-            for name, one in result["operations"].items()
+            row(name, operator["seconds"], f"{operator['calls']:g}")
+            for name, operator in result["operations"].items()
         ],
     )
     if result["launches"]:
-        info(f"{result['launches']:.0f} launches an update")
+        info(f"{result['launches']:.0f} kernel launches per step")

@@ -1,4 +1,4 @@
-"""What a training run says: before the first step, and after each epoch."""
+"""Log a training run: its setup before the first step, and a line for each epoch."""
 
 import os
 from typing import Any
@@ -19,18 +19,18 @@ from deit.training.state import TrainingRun
 
 
 def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
-    """Print what is about to happen, with the arithmetic people get wrong."""
+    """Log the setup of a run, with the arithmetic of batch size, steps and learning rate."""
     config, optim, loader = run.config, run.config.optim, run.loader
     splits, accelerator = run.splits, run.accelerator
     network = accelerator.unwrap_model(run.student).network
     views = loader.steps_per_epoch * optim.batch_size
-    number = accelerator.num_processes
-    processes = count_noun(number, "process")
+    num_processes = accelerator.num_processes
+    processes = count_noun(num_processes, "process")
     info(
         f"student   {config.student.name}: {format_count(count_parameters(network))} parameters, "
         f"input {config.student.image_size} px"
     )
-    _of_start(run)
+    _log_student(run)
     if run.ensemble is None:
         info("teacher   none (loss.kind none)")
     info(
@@ -42,24 +42,23 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
         info(f"          {note}")
     info(
         f"batch     {optim.batch_size} = {processes} x "
-        f"{optim.grad_accum_steps} accumulated x {loader.block}; {loader.steps_per_epoch} updates "
-        "and "
-        f"{views} views of {loader.images_per_epoch} unique images (of "
-        f"{len(splits.train.labels)}) an epoch"
+        f"{optim.grad_accum_steps} accumulated x {loader.block}; per epoch "
+        f"{loader.steps_per_epoch} steps and {views} views of {loader.images_per_epoch} different "
+        f"images (of {len(splits.train.labels)})"
     )
-    info(f"views     {_of_views(run)}")
+    info(f"views     {_views_text(run)}")
     info(f"schedule  {schedule_of(optim)}")
     threads = environment["threads"]
     info(
-        f"machine   {environment['device_name']}, {environment['precision']}, "
+        f"hardware  {environment['device_name']}, {environment['precision']}, "
         f"{count_noun(threads, 'thread')}"
         f"{', linear layers by oneDNN' * (config.run.linear_backend == 'onednn')}; seed "
         f"{config.run.seed}"
     )
-    pieces = shard_degree(config.run.sharding, number)
-    if pieces > 1:
+    degree = shard_degree(config.run.sharding, num_processes)
+    if degree > 1:
         info(
-            f"          student, gradients and optimizer divided into {pieces} parts "
+            f"          student, gradients and optimizer sharded over {degree} processes "
             f"(run.sharding {config.run.sharding})"
         )
     _warn_of_idle_cores(accelerator)
@@ -74,118 +73,119 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
 
 
 def schedule_of(optim: OptimConfig) -> str:
-    """Epochs, learning rate and warm-up in words."""
-    scaled = optim.lr_base_batch_size
-    arithmetic = f" = {optim.lr:g} x {optim.batch_size} / {scaled}" if scaled else ""
+    """Return epochs, peak learning rate and warm-up as text."""
+    base = optim.lr_base_batch_size
+    arithmetic = f" = {optim.lr:g} x {optim.batch_size} / {base}" if base else ""
     return (
         f"{optim.epochs} epochs, peak learning rate {optim.peak_lr:.3g}{arithmetic}, "
         f"warm-up {optim.warmup_epochs:g} epochs"
     )
 
 
-def _of_start(run: TrainingRun) -> None:
-    """What the student starts from, everything that was done to it, and what is trained."""
-    notes, optim = run.init_report, run.config.optim
-    if notes is not None:
-        info(f"start     {notes['found']}")
-        for note in notes["notes"]:
+def _log_student(run: TrainingRun) -> None:
+    """Log initial weights, sparsity, fake quantization, and which weights are trained."""
+    report, optim = run.init_report, run.config.optim
+    network = run.accelerator.unwrap_model(run.student).network
+    if report is not None:
+        info(f"init      {report['found']}")
+        for note in report["notes"]:
             info(f"          {note}")
     if run.masks is not None:
         summary = mask_summary(run.masks.masks)
         zero = format_percent(1 - summary["kept"] / summary["total"])
-        info(f"pruned    {zero} % of {summary['total']:,} weights in {len(run.masks.masks)} layers")
+        num_layers = len(run.masks.masks)
+        info(f"sparsity  {zero} % of {summary['total']:,} weights in {num_layers} layers are 0")
     if run.config.student.qat != "none":
-        network = run.accelerator.unwrap_model(run.student).network
-        number = len(fake_quant_layers(network))
-        info(f"rounded   {number} layers, as the {run.config.student.qat} file computes them")
-    if (update := run.config.init.start_step) and notes is not None:  # not of a resumed run
-        info(f"          begins at update {update}: schedule, order and views of those before pass")
-    notes = [] if optim.trainable == "all" else [f"{optim.trainable} only"]
+        num_layers = len(fake_quant_layers(network))
+        info(f"qat       {num_layers} layers, quantized as in a {run.config.student.qat} file")
+    if (step := run.config.init.start_step) and report is not None:  # not in a resumed run
+        info(f"          starts at step {step} of schedule, order and views")
+    details = [] if optim.trainable == "all" else [f"{optim.trainable} only"]
     if optim.layer_decay < 1:
-        notes.append(f"learning rate times {optim.layer_decay:g} a layer from the heads down")
-    if notes:
-        network = run.accelerator.unwrap_model(run.student).network
-        number = count_parameters(network, trainable=True)
-        info(f"trained   {'; '.join(notes)}: {number:,} parameters")
+        details.append(f"learning rate times {optim.layer_decay:g} per layer below the heads")
+    if details:
+        num_parameters = count_parameters(network, trainable=True)
+        info(f"trainable {'; '.join(details)}: {num_parameters:,} parameters")
 
 
-def _of_views(run: TrainingRun) -> str:
-    """Sizes, where the images lie, and what is done to them."""
+def _views_text(run: TrainingRun) -> str:
+    """Return sizes, storage and augmentation of the views as text."""
     views, sizes, images = run.config.views, run.loader.sizes, run.splits.train
-    words = [f"{sizes.view} px"]
+    size = f"{sizes.view} px"
     if sizes.view != sizes.student:
-        words[0] += f", student {sizes.student} px"
+        size += f", student {sizes.student} px"
     if run.ensemble is not None and sizes.teacher != sizes.student:
-        words[0] += f", teacher {sizes.teacher} px"
+        size += f", teacher {sizes.teacher} px"
     if run.ensemble is not None and views.teacher_view != "same":
-        words[0] += f", the teacher's {_TEACHER_VIEWS[views.teacher_view]}"
+        size += f", teacher view: {_TEACHER_VIEWS[views.teacher_view]}"
+    parts = [size]
     if isinstance(images, InMemoryImages):
-        format_gib = images.pixels.numel() / 2**30
-        words.append(f"from {images.pixels.shape[-1]} px in memory ({format_gib:.2f} GiB)")
+        gib = images.pixels.numel() / 2**30
+        parts.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
         if run.config.data.num_workers:
-            words.append("data.num_workers are not used")
+            parts.append("data.num_workers has no effect")
     else:
-        number = worker_count(run.config.data.num_workers)
-        workers = {0: "the training process", 1: "1 worker"}.get(number, f"{number} workers")
-        words.append(f"decoded by {workers}")
+        num_workers = worker_count(run.config.data.num_workers)
+        workers = count_noun(num_workers, "worker") if num_workers else "the training process"
+        parts.append(f"decoded by {workers}")
     steps = {
         f"crop {views.crop}": views.crop != "none",
         f"flip {views.flip:g}": views.flip > 0,
         f"rotation {views.rotation:g}": views.rotation > 0,
         views.auto_augment: views.auto_augment != "none",
-        f"colour jitter {views.color_jitter:g}": views.color_jitter > 0,
+        f"color jitter {views.color_jitter:g}": views.color_jitter > 0,
         f"erasing {views.erasing_prob:g}": views.erasing_prob > 0,
         f"mixup {views.mixup_alpha:g}": views.mixup_alpha > 0,
         f"cutmix {views.cutmix_alpha:g}": views.cutmix_alpha > 0,
         f"{views.aug_repeats} views of an image in a batch": views.aug_repeats > 1,
     }
-    words.append(", ".join(step for step, on in steps.items() if on) or "plain")
-    return "; ".join(words)
+    parts.append(", ".join(step for step, on in steps.items() if on) or "no augmentation")
+    return "; ".join(parts)
 
 
 _TEACHER_VIEWS = {
-    "independent": "drawn apart",
+    "independent": "sampled independently",
     "resized": "always the whole image",
-    "center": "always the centre",
-    "crops": "a mean over crops",
+    "center": "always the center",
+    "crops": "mean over crops",
 }
 
 
 def _warn_of_idle_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` sets OMP_NUM_THREADS=1 unasked: a lone process then idles the others."""
-    number = num_cores()
-    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    """Warn if `accelerate launch`, which sets OMP_NUM_THREADS=1, leaves cores idle."""
+    cores = num_cores()
+    is_single = accelerator.device.type == "cpu" and accelerator.num_processes == 1
     if (
-        alone
+        is_single
         and "ACCELERATE_MIXED_PRECISION" in os.environ
-        and torch.get_num_threads() == 1 < number
+        and torch.get_num_threads() == 1 < cores
     ):
         warn(
-            f"accelerate launch left this process one thread of {number}; plain python, or "
-            f"OMP_NUM_THREADS={number} accelerate launch ..., is faster"
+            f"accelerate launch limits this process to one thread on {cores} cores; plain python, "
+            f"or OMP_NUM_THREADS={cores} accelerate launch ..., is faster"
         )
 
 
 def log_epoch(row: dict[str, Any], epochs: int, loss: LossConfig) -> None:
-    """One line for a finished epoch, from its row of metrics; a term without weight is left out."""
+    """Log one line for a finished epoch from its metrics, without loss terms of weight 0."""
     train = row["train"]
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {train['loss']:.3f}"]
-    named = [
+    terms = [
         f"{name.removeprefix('loss_')} {value:.3f}"
         for name, value in train.items()
         if name.startswith("loss_")
         and not (name == "loss_class" and loss.effective_label_weight == 0)
     ]
-    if len(named) > 1:
-        parts[-1] += f" ({', '.join(named)})"
+    if len(terms) > 1:
+        parts[-1] += f" ({', '.join(terms)})"
     if "validation" in row:
-        shown = [
+        accuracies = [
             f"{name.removesuffix('_top1')} {format_percent(value)}"
             for name, value in row["validation"].items()
         ]
-        parts.append(f"validation {', '.join(shown)}")
+        parts.append(f"validation {', '.join(accuracies)}")
     remaining = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
-    if "loader" in row:  # not in an epoch that was trained before a stop, and evaluated after it
+    if "loader" in row:  # absent if the run was stopped between training and evaluation
         loading = format_percent(row["loader"]["share"])
         parts.append(f"{row['images_per_s']:.0f} images/s (loader {loading} %)")
     parts.append(f"ETA {format_duration(remaining)}")

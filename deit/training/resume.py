@@ -1,4 +1,4 @@
-"""A run put back to where it was; what differs from the run that began is refused or told."""
+"""Resume a run from its latest valid checkpoint; check that it is still the same run."""
 
 import dataclasses
 import shlex
@@ -28,13 +28,13 @@ from deit.training.state import TrainingRun, TrainState
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state.json of a checkpoint. Raises CheckpointError."""
+    """Return the state of a checkpoint. Raises CheckpointError."""
     path = folder / run_folder.STATE
     state = load_json_as(path, TrainState)
-    there = load_json_as(path, dict[str, Any])  # the dataclass would fill in what is missing
-    for one in dataclasses.fields(TrainState):
-        if one.name not in there:
-            raise CheckpointError(f"{path}: {one.name}: is missing")
+    values = load_json_as(path, dict[str, Any])  # the dataclass would use defaults
+    for field_ in dataclasses.fields(TrainState):
+        if field_.name not in values:
+            raise CheckpointError(f"{path}: {field_.name}: is missing")
     if state.format_version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {state.format_version}, this release reads {FORMAT_VERSION}"
@@ -43,18 +43,17 @@ def read_state(folder: Path) -> TrainState:
 
 
 def resume_run(run: TrainingRun) -> bool:
-    """Put a run back to its newest sound checkpoint; the configuration and data must be the same.
-    Whether there was one.
+    """Restore the latest valid checkpoint; return whether there was one.
 
-    Raises CheckpointError where there were checkpoints and none is sound: a run never starts over
-    unasked.
+    Raises ConfigError and DataError if configuration, data or teachers changed, and CheckpointError
+    if all checkpoints are damaged: a run never starts over silently.
     """
     _check_config(run)
     folder = _select_checkpoint(run.out, run.accelerator)
     if folder is None:
         _check_fresh(run.out)
-        info(f"{run.out}: no checkpoint yet, starting from the beginning")
-        _cut(run, TrainState())
+        info(f"{run.out}: no checkpoint yet, starting from the first step")
+        _truncate_logs(run, TrainState())
         return False
     state = read_state(folder)
     _check_data(run, state.fingerprint, state.targets)
@@ -62,13 +61,12 @@ def resume_run(run: TrainingRun) -> bool:
     steps = run.loader.steps_per_epoch
     if not state.epoch * steps < state.step <= (state.epoch + 1) * steps:
         raise CheckpointError(
-            f"{folder}: update {state.step} is not in epoch {state.epoch + 1} of {steps} updates; "
-            "give another --out to start from the beginning"
+            f"{folder}: step {state.step} is not in epoch {state.epoch + 1} of {steps} steps; give "
+            "another --out to start a new run"
         )
     if (state.scaler is None) != (run.accelerator.scaler is None):
         raise CheckpointError(
-            f"{folder}: the scale of fp16 gradients is in only one of checkpoint and run; resume "
-            "in the same precision"
+            f"{folder}: was trained with another run.precision; resume with the same one"
         )
     student = run.accelerator.unwrap_model(run.student)
     run.adapter_base = read_base(folder)
@@ -86,63 +84,65 @@ def resume_run(run: TrainingRun) -> bool:
         run.accelerator.scaler.load_state_dict(state.scaler)
     run.state = state
     check_best(run)
-    _cut(run, state)
+    _truncate_logs(run, state)
     epochs = run.config.optim.epochs
     info(
-        f"{run.out}: resuming after update {state.step} of {epochs * steps} "
+        f"{run.out}: resuming after step {state.step} of {epochs * steps} "
         f"(epoch {state.epoch + 1} of {epochs})"
     )
     return True
 
 
 def check_best(run: TrainingRun) -> None:
-    """Where the best weights so far are gone, damaged or of another evaluation than the state
-    knows, the next evaluation takes their place; in a finished run they are only told."""
+    """Warn if the best weights are missing, damaged or from another evaluation.
+
+    In an unfinished run, the next evaluation then replaces them.
+    """
     best = run.out / run_folder.BEST
     if in_main_process(run.accelerator, lambda: int(_best_is_invalid(run)), best):
-        run.state.best = TrainState().best  # in all processes: they decide alike what is better
+        run.state.best = TrainState().best  # in all processes, which compare with it
 
 
 def _best_is_invalid(run: TrainingRun) -> bool:
-    """Tell what is wrong with the best weights so far; whether they are to be forgotten."""
-    best, known = run.out / run_folder.BEST, run.state.best
+    """Warn about the best weights; return whether the next evaluation replaces them."""
+    best, expected = run.out / run_folder.BEST, run.state.best
     finished = run_folder.read_result(run.out) is not None
-    if known["epoch"] == 0 and not finished:
+    if expected["epoch"] == 0 and not finished:
         return False
-    advice = "the next evaluation takes its place"
+    advice = "the next evaluation replaces it"
     if finished:
-        advice = "the newest checkpoint is there still (--checkpoint last)"
+        advice = "the latest checkpoint is available (--checkpoint last)"
     try:
         check_manifest(best)
-        there = read_state(best)
+        saved = read_state(best)
     except (CheckpointError, SystemFault) as error:
         if error.exit_code == SystemFault.exit_code and not finished:
-            raise  # it may well be sound
+            raise  # it can be valid
         warn(f"{error}; {advice}")
     else:
-        if finished or there.best == known:
+        if finished or saved.best == expected:
             return False
-        # That of this very moment: the run ended between it and the next checkpoint.
-        if there.step != run.state.step:
+        # The run can have stopped between `best` of this step and the next checkpoint.
+        if saved.step != run.state.step:
             warn(
-                f"{best}: holds the weights of epoch {there.epoch}, where the run goes on from the "
-                f"best was of epoch {known['epoch']}; {advice}"
+                f"{best}: has the weights of epoch {saved.epoch}, but in the checkpoint the best "
+                f"epoch is {expected['epoch']}; {advice}"
             )
     return True
 
 
 def _finite(weights: dict[str, torch.Tensor], *, origin: Path) -> dict[str, torch.Tensor]:
-    """Weights without a NaN or an infinity. Raises CheckpointError."""
+    """Return the weights. Raises CheckpointError if one is NaN or infinite."""
     for name, value in weights.items():
         if not value.isfinite().all():
             raise CheckpointError(
-                f"{origin}: {name} is not finite, so training cannot go on from it"
+                f"{origin}: {name} is not finite, so training cannot resume from it"
             )
     return weights
 
 
-def _cut(run: TrainingRun, state: TrainState) -> None:
-    """Drop the rows of the logs that the checkpoint does not know."""
+def _truncate_logs(run: TrainingRun, state: TrainState) -> None:
+    """Drop the rows of the logs that were written after the checkpoint."""
     if run.accelerator.is_main_process:
         run_log.truncate(run.out / run_log.METRICS, state.metrics_bytes)
         run_log.truncate(run.out / run_log.HASH_CHAIN, state.chain_bytes)
@@ -150,9 +150,9 @@ def _cut(run: TrainingRun, state: TrainState) -> None:
 
 
 def _select_checkpoint(out: Path, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to go on from, the same in all processes; damaged later ones are set aside.
+    """Return the latest valid checkpoint, the same in all processes; rename damaged later ones.
 
-    Raises CheckpointError where none is sound, SystemFault where one cannot be read now.
+    Raises CheckpointError if all are damaged, SystemFault if one cannot be read at the moment.
     """
 
     def find() -> int:
@@ -168,21 +168,23 @@ def _select_checkpoint(out: Path, accelerator: Accelerator) -> Path | None:
 
 
 def _check_fresh(out: Path) -> None:
-    """Refuse a run that had checkpoints, and has none. Raises CheckpointError."""
-    # One link of the chain may be of a first checkpoint that a kill kept from being there.
-    several = len(run_log.read(out / run_log.HASH_CHAIN)) > 1 or bool(
+    """Raise CheckpointError if the run had checkpoints and has none now."""
+    # One row of the hash chain can belong to a first checkpoint whose writing was interrupted.
+    had_checkpoints = len(run_log.read(out / run_log.HASH_CHAIN)) > 1 or bool(
         run_folder.damaged_checkpoints(out)
     )
-    if several or (out / run_folder.BEST).is_dir() or run_log.read(out / run_log.METRICS):
+    if had_checkpoints or (out / run_folder.BEST).is_dir() or run_log.read(out / run_log.METRICS):
         raise CheckpointError(
-            f"{out}: its checkpoints are gone, so the run cannot go on; give another --out to "
-            "start anew"
+            f"{out}: its checkpoints are missing, so the run cannot resume; give another --out to "
+            "start a new run"
         )
 
 
 def check_same_run(run: TrainingRun, finished: dict[str, Any]) -> None:
-    """Hold the configuration and the data against those of a finished run. Raises ConfigError and
-    DataError."""
+    """Compare configuration, data and teachers with those of a finished run.
+
+    Raises ConfigError and DataError if they differ.
+    """
     _check_config(run)
     _check_data(run, finished["fingerprint"], finished["targets"])
     _check_teachers(run, finished.get("teachers", run.state.teachers))
@@ -192,27 +194,28 @@ def _check_data(run: TrainingRun, fingerprint: str, targets: list[str]) -> None:
     if fingerprint != run.splits.fingerprint:
         raise DataError(
             f"{run.out}: the images differ from those the run started with (class names, pixels "
-            "or labels; another version of Pillow may decode other pixels); resume with the same "
-            "data (data.source, data.root), or start again in another --out"
+            "or labels; another version of Pillow can decode other pixels); resume with the same "
+            "data (data.source, data.root), or start a new run in another --out"
         )
     if targets != run.state.targets:
         raise DataError(
             f"{run.out}: the stored targets differ from those the run started with; resume with "
-            "the same teacher.target_stores, or start again in another --out"
+            "the same teacher.target_stores, or start a new run in another --out"
         )
 
 
 def _check_teachers(run: TrainingRun, before: list[str]) -> None:
-    """Of a teacher that only its stored answers speak for, nothing is known here: "" then."""
+    """Compare digests of the teachers' weights; "" stands for unavailable ones."""
     now = run.state.teachers
     if len(before) != len(now) or any(a and b and a != b for a, b in zip(before, now)):
         raise DataError(
             f"{run.out}: a teacher's weights differ from those the run started with; resume "
-            "with the same teacher.source, or start again in another --out"
+            "with the same teacher.source, or start a new run in another --out"
         )
 
 
 def _check_config(run: TrainingRun) -> None:
+    """Raise ConfigError if a field differs that decides the result."""
     differences = []
     for section, values in to_dict(load_config(run.out / run_folder.CONFIG)).items():
         for leaf, value in values.items():
@@ -220,22 +223,24 @@ def _check_config(run: TrainingRun) -> None:
             if current != value and f"{section}.{leaf}" not in RESUMABLE_FIELDS:
                 differences.append(f"\n  {section}.{leaf}: {value!r} before, {current!r} now")
     if differences:
-        ways = ["give the same one", "another --out"]
+        advice = ["give the same one", "another --out"]
         if (run.out / run_folder.BEST).is_dir():
-            ways.append(f"deit finetune --from {shlex.quote(str(run.out))} to train its weights on")
+            advice.append(
+                f"deit finetune --from {shlex.quote(str(run.out))} to continue with its weights"
+            )
         raise ConfigError(
-            f"--resume: the configuration differs from the run's; {', or '.join(ways)}:"
+            f"--resume: the configuration differs from the run's; {', or '.join(advice)}:"
             + "".join(differences)
         )
 
 
 _COMPUTING = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
-"""Packages whose versions may change what is computed, pictures that are decoded among it."""
+"""Packages whose versions can change what is computed or how images are decoded."""
 
 
 @dataclass(frozen=True)
 class MachineInfo:
-    """What deit.core.accelerator.describe says that a result depends on to the bit."""
+    """The part of environment.json that bit-exact results depend on."""
 
     device_name: str | None = None
     processes: int | None = None
@@ -244,10 +249,10 @@ class MachineInfo:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-def warn_if_not_reproducible(out: Path, now: dict[str, Any], config: Config) -> None:
-    """Say where a run began on other ground: it goes on, but no longer to the bit.
+def warn_if_not_reproducible(out: Path, environment: dict[str, Any], config: Config) -> None:
+    """Warn about each setting, version and hardware that makes resuming not bit-exact.
 
-    now: what deit.core.accelerator.describe returns.
+    environment: from deit.core.accelerator.environment_info, of this process.
     """
     path = out / run_folder.ENVIRONMENT
     if not path.is_file():
@@ -255,29 +260,24 @@ def warn_if_not_reproducible(out: Path, now: dict[str, Any], config: Config) -> 
     try:
         before = load_json_as(path, MachineInfo)
     except CheckpointError as error:
-        warn(f"{error}; so whether it goes on to the bit is not known")
+        warn(f"{error}; so it is unknown whether resuming is bit-exact")
         return
-    begun = load_config(out / run_folder.CONFIG)
-    settings = {
-        "optim.grad_accum_steps": (begun.optim.grad_accum_steps, config.optim.grad_accum_steps),
-        "run.linear_backend": (begun.run.linear_backend, config.run.linear_backend),
-        "run.compile": (begun.run.compile, config.run.compile),
+    old = load_config(out / run_folder.CONFIG)
+    pairs = {
+        "optim.grad_accum_steps": (old.optim.grad_accum_steps, config.optim.grad_accum_steps),
+        "run.linear_backend": (old.run.linear_backend, config.run.linear_backend),
+        "run.compile": (old.run.compile, config.run.compile),
     }
-    if max(before.processes or 1, now["processes"]) > 1:
-        settings["run.sharding"] = begun.run.sharding, config.run.sharding
+    if max(before.processes or 1, environment["processes"]) > 1:
+        pairs["run.sharding"] = old.run.sharding, config.run.sharding
     if config.loss.kind != "none":
-        settings["teacher.memory_format"] = tuple(
-            ",".join(one.teacher.memory_format) for one in (begun, config)
+        pairs["teacher.memory_format"] = tuple(
+            ",".join(settings.teacher.memory_format) for settings in (old, config)
         )
-    told = [
-        f"{name} {was} before, {is_} now" for name, (was, is_) in settings.items() if was != is_
-    ]
-    told += [
-        f"{name} {getattr(before, name)} before, {now[name]} now"
-        for name in ("device_name", "processes", "threads", "precision")
-        if getattr(before, name) != now[name]
-    ]
-    versions = [(name, before.packages.get(name), now["packages"][name]) for name in _COMPUTING]
-    told += [f"{name} {was} before, {is_} now" for name, was, is_ in versions if was != is_]
-    if told:
-        warn(f"{out}: goes on from where it was, but not to the bit: {'; '.join(told)}")
+    for name in ("device_name", "processes", "threads", "precision"):
+        pairs[name] = getattr(before, name), environment[name]
+    for name in _COMPUTING:
+        pairs[name] = before.packages.get(name), environment["packages"][name]
+    changes = [f"{name} from {was} to {now}" for name, (was, now) in pairs.items() if was != now]
+    if changes:
+        warn(f"{out}: resuming, but not bit-exactly; changed: {'; '.join(changes)}")

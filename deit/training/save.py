@@ -1,4 +1,4 @@
-"""A run written down at any update: checkpoints, the best weights, the end."""
+"""Write a run: checkpoints, the best weights, and the result."""
 
 import time
 from dataclasses import asdict
@@ -27,69 +27,70 @@ _SLOW_S = 10.0
 
 
 def selection_metric(validation: dict[str, float]) -> float:
-    """The number that selects `best`: of the average if there is one, fused if there are two."""
+    """Return the accuracy that selects `best`: of the EMA if there is one, of the fused heads if
+    there are two."""
     for name in ("average_fused_top1", "average_class_top1", "fused_top1"):
         if name in validation:
             return validation[name]
     return validation["class_top1"]
 
 
-def save_checkpoint(parts: TrainingRun, tally: MetricAccumulator, *, in_hash_chain: bool) -> None:
-    """Write the checkpoint of this update.
+def save_checkpoint(run: TrainingRun, metrics: MetricAccumulator, *, in_hash_chain: bool) -> None:
+    """Write a checkpoint of the current step.
 
-    regular: whether every run of this configuration saves here; the hashes of its state then go
-    into the chain, by which two runs can be held beside each other. Raises SystemFault.
+    in_hash_chain: whether every run of this configuration saves at this step. The hashes of its
+    state then extend state_hashes.jsonl, by which two runs can be compared. Raises SystemFault.
     """
-    state, accelerator = parts.state, parts.accelerator
-    state.metric_sums = tally.state()  # of all processes
-    student = accelerator.unwrap_model(parts.student)
+    state, accelerator = run.state, run.accelerator
+    state.metric_sums = metrics.state()  # a collective call
+    student = accelerator.unwrap_model(run.student)
     main = accelerator.is_main_process
     weights = full_tensors(student.network.state_dict(), keep=main)
-    moments = full_tensors(optimizer_tensors(parts.optimizer, student.network), keep=main)
+    moments = full_tensors(optimizer_tensors(run.optimizer, student.network), keep=main)
     averaged = {}
-    if parts.average is not None:
-        averaged = full_tensors(parts.average.model.network.state_dict(), keep=main)
+    if run.average is not None:
+        averaged = full_tensors(run.average.model.network.state_dict(), keep=main)
     if not main:
         return
-    weights, averaged = _saved_subset(parts, weights), _saved_subset(parts, averaged)
-    _guard(parts)
-    if parts.average is not None:
-        state.average_updates = int(parts.average.updates)
+    weights, averaged = _saved_subset(run, weights), _saved_subset(run, averaged)
+    _check_lock(run)
+    if run.average is not None:
+        state.average_updates = int(run.average.updates)
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
     def fill(folder: Path) -> dict[str, FileDigest]:
-        save_student(folder, weights, parts.model_info)
+        save_student(folder, weights, run.model_info)
         fault_point("model")
         save_optimizer(folder / run_folder.OPTIMIZER, moments)
         fault_point("optimizer")
         if averaged:
             save_weights(folder / AVERAGE, averaged)
             fault_point("average")
-        _save_extras(parts, folder, weights, averaged)
+        _save_extras(run, folder, weights, averaged)
         hashed = digests(folder, (path.name for path in folder.glob("*.safetensors")))
         if in_hash_chain:
-            _append_hash(parts, hashed)
+            _append_hash(run, hashed)
         write_json(folder / run_folder.STATE, asdict(state))
         fault_point("state")
         return hashed
 
     started = time.monotonic()
-    run = parts.config.run
-    keep, stay, needs = run.num_checkpoints, run.keep_steps, checkpoint_bytes(parts)
+    settings = run.config.run
     run_folder.save_checkpoint(
-        parts.out, state.step, fill, keep=keep, keep_steps=stay, bytes_needed=needs
+        *(run.out, state.step, fill),
+        keep=settings.num_checkpoints,
+        keep_steps=settings.keep_steps,
+        bytes_needed=checkpoint_bytes(run),
     )
     if (took := time.monotonic() - started) > _SLOW_S:
         warn(
-            f"{run_folder.checkpoint_path(parts.out, state.step)}: took {format_duration(took)} to "
-            "write; "
-            "launchers often kill 30 s after a signal, and then the checkpoint before it is what "
-            "is left"
+            f"{run_folder.checkpoint_path(run.out, state.step)}: took {format_duration(took)} to "
+            "write; launchers often kill a process 30 s after a signal, which would lose it"
         )
 
 
 def _saved_subset(run: TrainingRun, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is saved of a network's weights: all, or adapters and heads where they alone move."""
+    """Return the weights to save: all, or adapters and heads if only these are trained."""
     if run.config.optim.trainable != "adapters":
         return weights
     names = trainable_parameters(run.accelerator.unwrap_model(run.student).network, "adapters")
@@ -97,8 +98,7 @@ def _saved_subset(run: TrainingRun, weights: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _save_extras(run: TrainingRun, folder: Path, *saved: dict[str, Tensor]) -> None:
-    """Write what weights are not to be read without: the base of adapters; the masks of a pruned
-    student, which must hold in them."""
+    """Write what belongs to the weights: the base of adapters, the masks of a pruned student."""
     if run.adapter_base is not None:
         save_base(folder, run.adapter_base)
     if run.masks is None:
@@ -108,20 +108,20 @@ def _save_extras(run: TrainingRun, folder: Path, *saved: dict[str, Tensor]) -> N
 
 
 def _append_hash(run: TrainingRun, files: dict[str, FileDigest]) -> None:
-    """Add the hashes of a state's tensors to the chain."""
+    """Append the hashes of a checkpoint's tensors to the hash chain."""
     state = run.state
-    hashes = {name.removesuffix(".safetensors"): one.sha256 for name, one in files.items()}
+    hashes = {name.removesuffix(".safetensors"): file.sha256 for name, file in files.items()}
     state.chain = run_log.next_chain_hash(state.chain, state.step, hashes)
     row = {"step": state.step, **hashes, "chain": state.chain}
     state.chain_bytes = run_log.append(run.out / run_log.HASH_CHAIN, row)
 
 
 def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
-    """Note a finished epoch: `best`, unless the selected accuracy fell, then the row of metrics."""
+    """Record a finished epoch: write `best` unless accuracy dropped, then append the metrics."""
     state = run.state
     top1 = selection_metric(row["validation"]) if "validation" in row else float("-inf")
-    # A tie goes to the later epoch: on a small validation split it comes early by luck, and the
-    # weights still move a lot then.
+    # A tie goes to the later epoch: on a small validation split, an early epoch reaches the same
+    # accuracy by chance.
     improved = top1 >= state.best["top1"]
     chosen = {}
     if improved:
@@ -132,7 +132,7 @@ def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
         chosen = _saved_subset(run, chosen)
     if not run.accelerator.is_main_process:
         return
-    _guard(run)
+    _check_lock(run)
 
     def fill(folder: Path) -> None:
         save_student(folder, chosen, run.model_info)
@@ -144,13 +144,13 @@ def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
     state.metrics_bytes = run_log.append(run.out / run_log.METRICS, row)
 
 
-def _guard(run: TrainingRun) -> None:
+def _check_lock(run: TrainingRun) -> None:
     if run.check_lock is not None:
         run.check_lock()
 
 
 def write_result(run: TrainingRun) -> dict[str, Any]:
-    """Mark the run as finished; what came of it, as plain values."""
+    """Write result.json, which marks the run as finished; return its content."""
     state = run.state
     result = asdict(
         run_folder.Result(
@@ -168,26 +168,26 @@ def write_result(run: TrainingRun) -> dict[str, Any]:
         )
     )
     if run.accelerator.is_main_process:
-        _guard(run)
+        _check_lock(run)
         fault_point("finish")
         write_json(run.out / run_folder.RESULT, result)
     return result
 
 
 def _teacher_top1(run: TrainingRun) -> float | None:
-    """The teacher's own accuracy on the validation split, where it was asked."""
+    """Return the teacher's accuracy on the validation split, None if it was not measured."""
     if run.teacher_predictions is None:
         return None
     return agreement(run.teacher_predictions.cpu(), run.splits.validation.labels.cpu())
 
 
 def checkpoint_bytes(run: TrainingRun) -> int:
-    """About what a checkpoint takes [bytes]."""
+    """Return the approximate size of a checkpoint [bytes]."""
     network = run.accelerator.unwrap_model(run.student).network
-    moments = 2 * sum(one.nbytes for one in network.parameters() if one.requires_grad)
+    moments = 2 * sum(p.nbytes for p in network.parameters() if p.requires_grad)
     masks = {} if run.masks is None else run.masks.masks
-    masked = sum(mask.nbytes for mask in masks.values())
-    return _weights_bytes(run) * (2 if run.average is not None else 1) + moments + masked
+    mask_bytes = sum(mask.nbytes for mask in masks.values())
+    return _weights_bytes(run) * (2 if run.average is not None else 1) + moments + mask_bytes
 
 
 def _weights_bytes(run: TrainingRun) -> int:
@@ -195,12 +195,13 @@ def _weights_bytes(run: TrainingRun) -> int:
     return sum(value.nbytes for value in _saved_subset(run, network.state_dict()).values())
 
 
-def required_bytes(parts: TrainingRun) -> int:
-    """What a run still adds to its folder at most [bytes]: checkpoints until all that stay are
-    there, one more while that is written, and the best likewise."""
-    run, there = parts.config.run, [step for step, _ in run_folder.list_checkpoints(parts.out)]
-    passing = [step for step in there if step not in run.keep_steps]
-    number = max(run.num_checkpoints - len(passing), 0) + 1
-    number += len(set(run.keep_steps) - set(there))
-    best = 1 if (parts.out / run_folder.BEST).is_dir() else 2
-    return number * checkpoint_bytes(parts) + best * _weights_bytes(parts)
+def required_bytes(run: TrainingRun) -> int:
+    """Return what a run adds to its folder at most [bytes]: the checkpoints that are kept, one more
+    while it is written, and the best weights twice."""
+    settings = run.config.run
+    existing = [step for step, _ in run_folder.list_checkpoints(run.out)]
+    rotating = [step for step in existing if step not in settings.keep_steps]
+    num_checkpoints = max(settings.num_checkpoints - len(rotating), 0) + 1
+    num_checkpoints += len(set(settings.keep_steps) - set(existing))
+    num_best = 1 if (run.out / run_folder.BEST).is_dir() else 2
+    return num_checkpoints * checkpoint_bytes(run) + num_best * _weights_bytes(run)

@@ -1,4 +1,4 @@
-"""The parts of a training run, built once and handed from stage to stage."""
+"""The parts and the state of a training run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,46 +24,46 @@ from deit.training.optimizer import EMA
 
 @dataclass
 class TrainState:
-    """How far a run has come; everything a resumed run must know beside tensors.
+    """The progress of a run: all of a checkpoint that is not a tensor.
 
-    No random state is among it: order, views, mixing and drop path are functions of the seed and
-    of where the run is.
+    There is no random state: order, views, mixing and drop path are functions of seed, epoch and
+    step.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     format_version: int = FORMAT_VERSION
     epoch: int = 0
-    """Epochs that are trained, evaluated and logged."""
+    """Number of epochs that are trained, evaluated and logged."""
     step: int = 0
-    """Updates so far, those skipped among them."""
+    """Number of steps, including skipped ones."""
     samples_seen: int = 0
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=lambda: {"epoch": 0, "top1": -1.0})
     average_updates: int = 0
     skipped: int = 0
-    """Updates left out because loss or gradient was not finite; `skipped_in_a_row` of them without
-    a good one between."""
+    """Number of steps skipped because loss or gradient was not finite; skipped_in_a_row: since the
+    last applied one."""
     skipped_in_a_row: int = 0
     metric_sums: dict[str, list[float]] = field(default_factory=dict)
-    """Sums of the epoch under way: by name, of each process."""
+    """Sums of the current epoch, by name and process."""
     fingerprint: str = ""
-    """Of the images, labels and class names."""
+    """Hash of images, labels and class names."""
     targets: list[str] = field(default_factory=list)
-    """Digests of the stores of targets."""
+    """Digests of the target stores."""
     teachers: list[str] = field(default_factory=list)
-    """Digests of the teachers' weights; "" for one whose stored answers alone are here."""
+    """Digests of the teachers' weights; "" for one of which only stored targets are available."""
     scaler: dict[str, Any] | None = None
-    """Of the gradients in fp16."""
+    """State of the gradient scaler in fp16."""
     metrics_bytes: int = 0
-    """Length of the log of metrics; what is behind it was written later."""
+    """Length of metrics.jsonl; rows after it were written later."""
     chain_bytes: int = 0
     chain: str = ""
-    """The latest link of the chain of hashes."""
+    """The latest hash of the chain in state_hashes.jsonl."""
 
 
 @dataclass
 class TrainingRun:
-    """Everything a run works with; `student` and `optimizer` are prepared by Accelerate."""
+    """All parts of a run; `student` and `optimizer` are prepared by Accelerate."""
 
     config: Config
     out: Path
@@ -79,14 +79,14 @@ class TrainingRun:
     average: EMA | None
     state: TrainState
     masks: PruningMasks | None = None
-    """The masks of a pruned student; None where every weight is trained."""
+    """Masks of a pruned student; None for a dense one."""
     adapter_base: AdapterBase | None = None
-    """Where adapters are trained alone, the weights they belong to; None where all are saved."""
+    """The weights that adapters were trained on top of; None if all weights are trained."""
     init_report: dict[str, Any] | None = None
-    """What the student started from, and what was done to fit it; None: random weights, or a
-    resumed run."""
+    """How the initial weights were adapted; None for random weights and a resumed run."""
     teacher_predictions: Tensor | None = None
+    """Classes that the teachers predict on the validation split, int64 [N]."""
     check_lock: Callable[[], None] | None = None
-    """Raises where the run's folder is no longer this run's; in the main process."""
+    """Raises if another process has taken the folder; set in the main process."""
     num_view_epochs: int | None = None
-    """Epochs of views that come round again and again; None: each epoch has its own."""
+    """Number of epochs of views that are reused cyclically; None: each epoch has its own."""

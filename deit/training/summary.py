@@ -1,4 +1,4 @@
-"""What a finished run came to, in ten seconds for a person and as plain values for a program."""
+"""Summary of a finished run, as plain values and as a few lines of text."""
 
 import shlex
 import statistics
@@ -26,11 +26,11 @@ _USES = {
 
 
 def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """A finished run in plain values: time, speed, memory, the epoch of the best weights, their
-    validation top-1 by head, that which selected them, the teacher's, its curve, and a use that
-    takes its student.
+    """Return the content of summary.json.
 
-    result: what its result.json holds.
+    It has time, speed, memory, the best epoch with its validation top-1 by head and the accuracy
+    that selected it, the teacher's accuracy, the curve over epochs, and a command that can use the
+    student. result: the content of result.json.
     """
     rows = run_log.read_metrics(out)
     measured = [row for row in rows if "loader" in row]
@@ -59,7 +59,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
 
 
 def _use_of(student: StudentConfig) -> str:
-    """Of _USES one that takes the student."""
+    """Return the key of _USES that supports the student."""
     if student.qat != "none":
         return "int8"
     try:
@@ -70,50 +70,55 @@ def _use_of(student: StudentConfig) -> str:
 
 
 def _median(values: Any) -> float | None:
-    found = list(values)
-    return statistics.median(found) if found else None
+    listed = list(values)
+    return statistics.median(listed) if listed else None
 
 
-def print_summary(told: dict[str, Any]) -> None:
-    """The same for a person, with what could be done next. told: what `summary_of` returns."""
-    run = shlex.quote(told["run"])
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print a summary from `summary_of`, with commands to run next."""
+    run = shlex.quote(summary["run"])
     speed = ""
-    if told["images_per_s"] is not None:
-        share = format_percent(told["loader_share"])
-        speed = f", {told['images_per_s']:,.0f} images/s (loader {share} %)"
-    if told["memory_mb"] is not None:
-        speed += f", {told['memory_mb']:,.0f} MB"
-    left_out = f", {told['skipped']} updates left out" if told["skipped"] else ""
+    if summary["images_per_s"] is not None:
+        share = format_percent(summary["loader_share"])
+        speed = f", {summary['images_per_s']:,.0f} images/s (loader {share} %)"
+    if summary["memory_mb"] is not None:
+        speed += f", {summary['memory_mb']:,.0f} MB"
+    skipped = f", {summary['skipped']} steps skipped" if summary["skipped"] else ""
     info(
-        f"\nfinished in {format_duration(told['seconds'])}: {told['epochs']} "
-        f"epochs{speed}{left_out}"
+        f"\nfinished in {format_duration(summary['seconds'])}: {summary['epochs']} "
+        f"epochs{speed}{skipped}"
     )
     heads = [
-        f"{name.replace('_', ' ')} {format_percent(top1)}" for name, top1 in told["best"].items()
+        f"{name.replace('_', ' ')} {format_percent(top1)}" for name, top1 in summary["best"].items()
     ]
-    heads += [f"= teacher {format_percent(told['agreement'])}"] * (told["agreement"] is not None)
-    heads += [f"the teacher itself {format_percent(told['teacher'])}"] * (
-        told["teacher"] is not None
-    )
-    info(f"  validation top-1 %: {', '.join(heads)} (best weights: epoch {told['best_epoch']})")
-    values = [value for _, value in told["curve"]]
+    for label, key in (("agreement with teacher", "agreement"), ("teacher", "teacher")):
+        if summary[key] is not None:
+            heads.append(f"{label} {format_percent(summary[key])}")
+    info(f"  validation top-1 %: {', '.join(heads)} (best weights: epoch {summary['best_epoch']})")
+    values = [value for _, value in summary["curve"]]
     if len(values) > 1:
         low, high = min(values), max(values)
         info(
             f"  over the epochs: {sparkline(values)} {format_percent(low)} to "
             f"{format_percent(high)}"
         )
-    use = _USES[told["use"]].format(run=run)
-    if told["use"] != "timm" and not all(map(find_spec, EXPORT_PACKAGES["onnx"])):
+    use = _USES[summary["use"]].format(run=run)
+    if summary["use"] != "timm" and not all(map(find_spec, EXPORT_PACKAGES["onnx"])):
         use += " (pip install 'deit[export]' first)"
-    info(f"next:\n  deit evaluate {run}      the test split, head by head\n  {use}")
+    info(f"next:\n  deit evaluate {run}      test accuracy by head\n  {use}")
 
 
 def sparkline(values: list[float], width: int = _WIDTH) -> str:
-    """Values as a line of bars, the lowest flat and the highest full; of many the last of each of
-    `width` stretches."""
+    """Return values as a line of bars scaled between their minimum and maximum.
+
+    Of more than `width` values, the last of each of `width` equal ranges is shown.
+
+    Example:
+        >>> sparkline([1.0, 2.0, 3.0])
+        '▁▅█'
+    """
     if len(values) > width:
-        values = [values[(place + 1) * len(values) // width - 1] for place in range(width)]
+        values = [values[(index + 1) * len(values) // width - 1] for index in range(width)]
     low, high = min(values), max(values)
     steps = len(_BARS) - 1
     return "".join(_BARS[round((value - low) / ((high - low) or 1) * steps)] for value in values)

@@ -1,4 +1,4 @@
-"""Metrics handed on to TensorBoard, wandb, mlflow or trackio, by Accelerate; none by default."""
+"""Log metrics to TensorBoard, wandb, mlflow or trackio through Accelerate; to none by default."""
 
 import uuid
 from collections.abc import Iterator
@@ -20,12 +20,11 @@ PROJECT = "deit"
 FOLDER = "trackers"
 """In the run folder: what trackers write there, and the run's names for them."""
 
-_OURS, _MLFLOW = "run-id", "mlflow-run-id"
+_RUN_ID, _MLFLOW_RUN_ID = "run-id", "mlflow-run-id"
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers whose package is not there, before the work: Accelerate would drop them
-    without a word. Raises SystemFault."""
+    """Raise SystemFault if a tracker's package is missing, which Accelerate would ignore."""
     for name in names:
         if find_spec(name) is None:
             raise SystemFault(
@@ -36,29 +35,29 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 @contextmanager
 def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[None]:
-    """While it is entered, `track` reaches the trackers of a configuration.
+    """Start the trackers of a configuration for the block, in which `track` logs to them.
 
-    Raises SystemFault where one of them cannot begin.
+    Raises SystemFault if one cannot start.
     """
     names = list(config.run.trackers)
     if names:
         folder = out / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)  # in every process: it may be another machine
+        folder.mkdir(parents=True, exist_ok=True)  # processes can be on other machines
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.log_with = filter_trackers(names, str(folder))
         settings = _settings(out, folder)
-        told: dict[str, Any] = _flat(config)
+        values: dict[str, Any] = _flat(config)
         if "mlflow" in names and accelerator.is_main_process and (known := _mlflow_run(folder)):
             settings["mlflow"]["run_id"] = known
-            told = {}  # it has them, and refuses any that was changed since
+            values = {}  # mlflow has them already and refuses changed ones
         try:
-            accelerator.init_trackers(PROJECT, told, settings)
+            accelerator.init_trackers(PROJECT, values, settings)
         except Exception as error:  # each library raises its own, for keys, servers and disks
             raise SystemFault(f"run.trackers {', '.join(names)}: {first_line(error)}") from None
         for tracker in accelerator.trackers:
             if tracker.name == "mlflow" and accelerator.is_main_process:
-                (folder / _MLFLOW).write_text(tracker.tracker.info.run_id, encoding="utf-8")
+                (folder / _MLFLOW_RUN_ID).write_text(tracker.tracker.info.run_id, encoding="utf-8")
         info(f"trackers  {', '.join(_where(name, folder) for name in names)}")
     try:
         yield
@@ -67,13 +66,15 @@ def tracked(accelerator: Accelerator, config: Config, out: Path) -> Iterator[Non
             try:
                 tracker.finish()
             except Exception as error:
-                warn(f"the tracker {tracker.name} did not end well: {first_line(error)}")
+                warn(f"the tracker {tracker.name} failed at its end: {first_line(error)}")
         accelerator.trackers = []
 
 
 def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """Hand on the numbers of an epoch, `validation/fused_top1` for instance, at its update. A
-    tracker that fails is left alone from then on: training does not depend on it."""
+    """Log the metrics of an epoch, such as `validation/fused_top1`, at its step.
+
+    A tracker that fails is disabled with a warning; training continues.
+    """
     values: dict[str, float] = {"epoch": row["epoch"], "seconds": row["seconds"]}
     for group in ("train", "validation"):
         for name, value in row.get(group, {}).items():
@@ -87,12 +88,12 @@ def track(accelerator: Accelerator, row: dict[str, Any]) -> None:
         try:
             tracker.log(values, step=row["step"])
         except Exception as error:
-            warn(f"the tracker {tracker.name} failed and is left alone now: {first_line(error)}")
+            warn(f"the tracker {tracker.name} failed and is disabled: {first_line(error)}")
             accelerator.trackers.remove(tracker)
 
 
 def _flat(config: Config) -> dict[str, bool | int | float | str]:
-    """The configuration by `section.field`, in the types that every tracker takes."""
+    """Return the configuration by `section.field`, in types that every tracker supports."""
     return {
         f"{section}.{leaf}": value if isinstance(value, bool | int | float | str) else _text(value)
         for section, values in to_dict(config).items()
@@ -105,35 +106,33 @@ def _text(value: Any) -> str:
 
 
 def _settings(out: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """What trackers take at their start: a run is called by its folder, and a resumed one goes on
-    as the same run."""
+    """Return the start options of trackers: the run's name, and an identifier to resume with."""
     name = out.resolve().name
-    write_once(folder / _OURS, uuid.uuid4().hex.encode())
-    known = read_text(folder / _OURS)
+    write_once(folder / _RUN_ID, uuid.uuid4().hex.encode())
+    run_id = read_text(folder / _RUN_ID)
     return {
-        "wandb": {"name": name, "dir": str(folder), "id": known, "resume": "allow"},
+        "wandb": {"name": name, "dir": str(folder), "id": run_id, "resume": "allow"},
         "mlflow": {"run_name": name},
-        # It knows runs by their names alone.
-        "trackio": {"name": f"{name}-{known[:6]}", "resume": "allow"},
+        # trackio identifies runs by name.
+        "trackio": {"name": f"{name}-{run_id[:6]}", "resume": "allow"},
     }
 
 
 def _mlflow_run(folder: Path) -> str | None:
-    """The identifier of the run that mlflow has of this folder; None where it has none, or not in
-    the store that it writes to now."""
-    path = folder / _MLFLOW
+    """Return mlflow's identifier of this run; None if its current store has no such run."""
+    path = folder / _MLFLOW_RUN_ID
     if not path.is_file():
         return None
     import mlflow
 
     try:
         return mlflow.get_run(read_text(path)).info.run_id
-    except mlflow.exceptions.MlflowException:  # not there: then it is a run of its own
+    except mlflow.exceptions.MlflowException:  # missing: start a new one
         return None
 
 
 def _where(name: str, folder: Path) -> str:
-    """A tracker, and where its numbers are to be found."""
+    """Return a tracker's name and where it writes."""
     if name == "mlflow":
         import mlflow
 

@@ -1,4 +1,4 @@
-"""Turn errors that stop a run into errors of ours, which say what is kept and how to resume."""
+"""Turn errors that stop a run into errors that state what is saved and how to resume."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,63 +26,64 @@ from deit.training.state import TrainingRun
 
 
 @contextmanager
-def translate_errors(run: TrainingRun, asked: Callable[[], int]) -> Iterator[None]:
-    """Turn what stops a run in its middle into an error of deit.core.errors that says what is kept
-    and what to do.
+def translate_errors(run: TrainingRun, stop_signal: Callable[[], int]) -> Iterator[None]:
+    """Turn any error inside the block into one of deit.core.errors with advice on how to continue.
 
-    asked: the signal that this process was asked to stop by, 0 for none. What goes wrong after it
-    is no other mishap: the other processes were asked as well, and may have ended first.
+    stop_signal: returns the signal that this process received, 0 for none. After a signal, a lost
+    peer is not an error: it received the signal too and ended first.
     """
     try:
         yield
     except StoppedBySignal as stop:
-        raise StoppedBySignal(stop.signum, f"{stop}; {_kept(run)}") from None
+        raise StoppedBySignal(stop.signum, f"{stop}; {_how_to_resume(run)}") from None
     except WorkerLost as error:
-        raise SystemFault(f"{error}; {_kept(run)}") from None
+        raise SystemFault(f"{error}; {_how_to_resume(run)}") from None
     except DeitError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+            traceback.clear_frames(
+                error.__traceback__
+            )  # they refer to the tensors that filled the memory
             raise _memory_fault(run) from None
         if run.accelerator.num_processes > 1 and is_peer_failure(error):
-            if number := asked():
-                stop = StoppedBySignal(number)
-                raise StoppedBySignal(number, f"{stop}; {_kept(run)}") from None
+            if signum := stop_signal():
+                stop = StoppedBySignal(signum)
+                raise StoppedBySignal(signum, f"{stop}; {_how_to_resume(run)}") from None
             raise PeerError(
-                f"another process of the run is gone, or did not answer within "
-                f"{run.config.run.timeout_s:g} s; {_kept(run)}"
+                "another process of the run has ended, or did not respond within "
+                f"{run.config.run.timeout_s:g} s; {_how_to_resume(run)}"
             ) from None
         if (failure := compiler_failure(error)) is not None:
-            raise SystemFault(f"{failure}; without --run.compile {_kept(run)}") from error
+            raise SystemFault(f"{failure}; without --run.compile {_how_to_resume(run)}") from error
         raise
 
 
-def _kept(run: TrainingRun) -> str:
-    return f"the same command with --resume goes on with {run.out}"
+def _how_to_resume(run: TrainingRun) -> str:
+    return f"the same command with --resume continues {run.out}"
 
 
 def _memory_fault(run: TrainingRun) -> SystemFault:
     optim, block = run.config.optim, run.loader.block
     student = run.accelerator.unwrap_model(run.student)
-    tried = (
-        [] if is_sharded(student) else micro_batch_sizes(run)
-    )  # which computes with all processes
-    fitting = next((number for number in tried if fits(run, number)), None)
-    told = f"out of memory with {block} images at once"
+    # A sharded student computes with all processes, so this process cannot try alone.
+    sizes = [] if is_sharded(student) else micro_batch_sizes(run)
+    fitting = next((size for size in sizes if fits(run, size)), None)
+    message = f"out of memory with micro-batches of {block} images"
     if fitting is None and is_sharded(student):
-        cut = [grad_accum_advice(run, number) for number in micro_batch_sizes(run)[:1]]
+        smaller = [grad_accum_advice(run, size) for size in micro_batch_sizes(run)[:1]]
         return SystemFault(
-            f"{told}, which is not tried smaller in a student that is divided (run.sharding): try "
-            f"{joined_by_or(cut + less_memory_advice(run))}; {_kept(run)}"
+            f"{message} of a sharded student (run.sharding): try "
+            f"{joined_by_or(smaller + less_memory_advice(run))}; {_how_to_resume(run)}"
         )
     if fitting is None:
-        too = f", and with {tried[-1]}" if tried else ""
+        smallest = f", and of {sizes[-1]}" if sizes else ""
         return SystemFault(
-            f"{told}{too}: try {joined_by_or(less_memory_advice(run))}; {_kept(run)}"
+            f"{message}{smallest}: try {joined_by_or(less_memory_advice(run))}; "
+            f"{_how_to_resume(run)}"
         )
     return SystemFault(
-        f"{told}; {fitting} fit (without a teacher beside them): {grad_accum_advice(run, fitting)} "
+        f"{message}; {fitting} fit (tried without a teacher): {grad_accum_advice(run, fitting)} "
         f"makes micro-batches of that size and keeps the batch of {optim.batch_size}; "
-        f"{_kept(run)}"
+        f"{_how_to_resume(run)}"
     )
