@@ -1,8 +1,9 @@
-"""The objectives of distillation, as pure functions of logits and targets, in float32.
+"""Distillation losses, as pure functions of logits and targets in float32.
 
 Sources: DeiT (Touvron et al. 2021, arXiv 2012.12877), equations 2 and 3; knowledge distillation
-(Hinton et al. 2015); label smoothing (Szegedy et al. 2016); decoupled distillation (Zhao et al.
-2022, arXiv 2203.08679), equation 7; logit standardisation (Sun et al. 2024, arXiv 2403.01427).
+(Hinton et al. 2015); label smoothing (Szegedy et al. 2016); decoupled knowledge distillation (Zhao
+et al. 2022, arXiv 2203.08679), equation 7; logit standardization (Sun et al. 2024, arXiv
+2403.01427).
 """
 
 import math
@@ -19,26 +20,43 @@ Losses = dict[str, Tensor]
 
 
 def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:
-    """(1 - smoothing) * targets + smoothing / classes, for distributions [batch, classes]."""
+    """Return (1 - smoothing) * targets + smoothing / C, for label distributions [B, C].
+
+    Example:
+        >>> smooth_labels(torch.tensor([[1.0, 0.0]]), 0.5).tolist()
+        [[0.75, 0.25]]
+    """
     return (1 - smoothing) * targets + smoothing / targets.shape[1]
 
 
 def label_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with label distributions [batch, classes], mean over the batch, a scalar."""
+    """Return the cross-entropy of logits [B, C] with label distributions [B, C], a scalar."""
     return cross_entropy(logits.float(), smooth_labels(targets.float(), smoothing))
 
 
 def hard_distillation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the teacher's classes, int64 [batch], never smoothed (DeiT eq. 3)."""
+    """Return the cross-entropy of logits [B, C] with the teacher's classes, int64 [B], a scalar.
+
+    The teacher's labels are not smoothed. Source: DeiT, equation 3.
+
+    Example:
+        >>> round(hard_distillation_loss(torch.zeros(1, 4), torch.tensor([2])).item(), 4)  # log 4
+        1.3863
+    """
     return cross_entropy(logits.float(), labels)
 
 
 def soft_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """temperature**2 * KL(teacher || student) at that temperature (DeiT eq. 2), a scalar.
+    """Return temperature**2 * KL(teacher || student) of logits [B, C] at a temperature, a scalar.
 
-    The sum over classes, the mean over the batch: the published DeiT code also divides by the
-    number of classes, which makes its term that much smaller than the paper's formula. The
-    temperature squared keeps the size of the gradient as the temperature grows.
+    It is summed over classes and averaged over the batch, as in the paper. The published DeiT code
+    also divides by the number of classes. The factor temperature**2 keeps the gradient's magnitude
+    at higher temperatures. Source: DeiT, equation 2.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> soft_distillation_loss(logits, logits, 3.0).item()
+        0.0
     """
     student = log_softmax(logits.float() / temperature, dim=1)
     teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
@@ -46,9 +64,9 @@ def soft_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: 
 
 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """temperature**2 * cross-entropy with the teacher's distribution at that temperature.
+    """Return temperature**2 * cross-entropy with the teacher's distribution at a temperature.
 
-    `soft_distillation_loss` plus the teacher's entropy: another number, the same gradient.
+    It is `soft_distillation_loss` plus the teacher's entropy, so its gradient is the same.
     """
     teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
     return temperature**2 * cross_entropy(logits.float() / temperature, teacher)
@@ -57,36 +75,43 @@ def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: floa
 def dkd_losses(
     logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Target-class and other-class distillation, each temperature**2 * KL, means over the batch.
+    """Return the target-class and the non-target-class term of decoupled distillation, two scalars.
 
-    labels: int64 [batch], the one true class. The first compares (p, 1 - p) of the true class, the
-    second the distributions over the other classes alone (Zhao et al. 2022, eq. 7).
+    Each is temperature**2 * KL, averaged over the batch. The first compares (p, 1 - p) of the true
+    class, the second the distributions over the other classes. logits, teacher_logits: [B, C].
+    labels: true classes, int64 [B]. Source: Zhao et al. 2022, equation 7.
     """
-    student, s_others = _decoupled(logits.float() / temperature, labels)
-    teacher, t_others = _decoupled(teacher_logits.detach().float() / temperature, labels)
+    student, student_others = _decoupled(logits.float() / temperature, labels)
+    teacher, teacher_others = _decoupled(teacher_logits.detach().float() / temperature, labels)
     target = kl_div(student, teacher, reduction="batchmean", log_target=True)
-    others = kl_div(s_others, t_others, reduction="batchmean", log_target=True)
+    others = kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
     return temperature**2 * target, temperature**2 * others
 
 
 def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """log (p, 1 - p) of the true class [batch, 2], and the log-distribution over the others [batch,
-    classes - 1]; in logarithms throughout, so that a sure answer stays finite."""
-    # By place, not by a mask: how many a mask picks, a GPU would have to tell first.
-    places = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
-    others = logits.gather(1, places + (places >= labels[:, None]).long())
+    """Return log (p, 1 - p) of the true class [B, 2] and the log-distribution over the others
+    [B, C - 1]. Both stay finite for p = 1, because everything is computed in logarithms."""
+    # Gathered by index: selecting by a mask would synchronize a GPU.
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    others = logits.gather(1, columns + (columns >= labels[:, None]).long())
     true = logits.gather(1, labels[:, None])[:, 0]
     both = torch.stack([true, others.logsumexp(dim=1)], dim=1)
     return log_softmax(both, dim=1), log_softmax(others, dim=1)
 
 
 def standardize_logits(logits: Tensor) -> Tensor:
-    """Logits [batch, classes] with mean 0 and deviation 1 in each row (Sun et al. 2024, algorithm
-    1; the deviation of all classes, not of a sample of them). Equal logits become zeros."""
+    """Return logits [B, C] with mean 0 and standard deviation 1 in each row; equal logits become 0.
+
+    The standard deviation divides by C. Source: Sun et al. 2024, algorithm 1.
+
+    Example:
+        >>> standardize_logits(torch.tensor([[3.0, 1.0]])).tolist()
+        [[1.0, -1.0]]
+    """
     logits = logits.float()
-    centred = logits - logits.mean(dim=1, keepdim=True)
-    # Within the root: a head that begins at zero has equal logits, and a root of zero no gradient.
-    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
+    centered = logits - logits.mean(dim=1, keepdim=True)
+    # Inside the root, because a head initialized to zero has equal logits: sqrt(0) has no gradient.
+    return centered / (centered.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
 
 
 def _hard(logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig) -> Tensor:
@@ -102,21 +127,22 @@ def _soft(logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossCon
 def _cross_entropy(
     logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig
 ) -> Tensor:
-    """Soft labels without the teacher's entropy."""
+    """Cross-entropy with the teacher's distribution."""
     return soft_cross_entropy(*_both(logits, teacher, loss), loss.temperature)
 
 
 def _dkd(logits: Tensor, teacher: TeacherOutput, targets: Tensor, loss: LossConfig) -> Tensor:
-    """Decoupled distillation: alpha * target class + beta * other classes."""
+    """Decoupled distillation: alpha * target-class term + beta * non-target-class term."""
     labels = targets.argmax(dim=1)
     target, others = dkd_losses(*_both(logits, teacher, loss), labels, loss.temperature)
     return loss.dkd_alpha * target + loss.dkd_beta * others
 
 
 def _both(logits: Tensor, teacher: TeacherOutput, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's logits, standardised if that is asked for."""
-    both = (logits, teacher.logits)
-    return tuple(map(standardize_logits, both)) if loss.standardize_logits else both
+    """Return the student's and the teacher's logits, standardized if configured."""
+    if loss.standardize_logits:
+        return standardize_logits(logits), standardize_logits(teacher.logits)
+    return logits, teacher.logits
 
 
 DISTILLATION_LOSSES: dict[str, Callable[[Tensor, TeacherOutput, Tensor, LossConfig], Tensor]] = {
@@ -125,57 +151,70 @@ DISTILLATION_LOSSES: dict[str, Callable[[Tensor, TeacherOutput, Tensor, LossConf
     "cross_entropy": _cross_entropy,
     "dkd": _dkd,
 }
-"""What a head learns from a teacher, by loss.kind: (its logits [batch, classes], one voice with
-labels [batch] and logits [batch, classes], targets [batch, classes], section) -> a scalar."""
+"""The teacher term by loss.kind: a function of a head's logits [B, C], the output of one teacher
+(labels [B], logits [B, C]), label targets [B, C] and the loss section; it returns a scalar."""
 
 
 def needs_logits(loss: LossConfig) -> bool:
-    """Whether the objective asks the teachers for more than a label."""
+    """Return whether the loss needs more than the teachers' labels."""
     return loss.kind not in ("none", "hard")
 
 
 def label_only_loss(outputs: StudentOutput, targets: Tensor, loss: LossConfig) -> Losses:
-    """Labels alone. With several heads each learns from the label, with an equal share of the
-    weight, so that all stay classifiers and every parameter has a gradient."""
+    """Return the loss without a teacher: cross-entropy with the labels, averaged over all heads.
+
+    Training every head keeps all of them classifiers, and gives every parameter a gradient.
+    """
     losses = {"class": label_loss(outputs.class_logits, targets, loss.label_smoothing)}
     if outputs.distillation_logits is None:
         return {"total": losses["class"], **losses}
     tokens = outputs.distillation_logits.unbind(dim=1)
-    each = [label_loss(logits, targets, loss.label_smoothing) for logits in tokens]
-    losses["distillation"] = torch.stack(each).mean()
-    total = (losses["class"] + sum(each)) / (1 + len(each))
+    by_token = [label_loss(logits, targets, loss.label_smoothing) for logits in tokens]
+    losses["distillation"] = torch.stack(by_token).mean()
+    total = (losses["class"] + sum(by_token)) / (1 + len(by_token))
     return {"total": total, **losses}
 
 
 def distillation_loss(
     outputs: StudentOutput,
     targets: Tensor,
-    answers: TeacherOutput | None,
+    teacher: TeacherOutput | None,
     loss: LossConfig,
     *,
     epoch: float = math.inf,
 ) -> Losses:
-    """The configured objective, outside autocast: scalars by name, of which `total` is derived.
+    """Return the configured loss as scalars by name: `total`, `class` and, if any, `teacher`.
 
-    label weight * CE(label) + distillation weight * mean over the taught heads of the teacher's
-    term, weighted by their teachers where each head has its own. targets: [batch, classes].
-    answers: None without a teacher; no gradient reaches them.
-    epoch: how many have passed, for loss.distillation_warmup_epochs.
+    total = label_weight * cross-entropy of the class head with the label + distillation_weight *
+    mean over heads of the teacher term. If each head has its own teacher, the teachers' weights are
+    used, and `teacher_1`, `teacher_2`, ... are the terms of each. Computed outside autocast.
+
+    targets: label distributions [B, C]. teacher: None without a teacher; it gets no gradient.
+    epoch: number of epochs trained so far, for loss.distillation_warmup_epochs.
+
+    Example:
+        >>> zeros = torch.zeros(1, 2)
+        >>> outputs = StudentOutput(zeros, zeros[:, None])
+        >>> teacher = TeacherOutput(torch.tensor([[1]]), None)
+        >>> targets = torch.tensor([[1.0, 0.0]])
+        >>> losses = distillation_loss(outputs, targets, teacher, LossConfig())
+        >>> {name: round(value.item(), 4) for name, value in losses.items()}
+        {'total': 0.6931, 'class': 0.6931, 'teacher': 0.6931}
     """
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
-        if answers is None:
+        if teacher is None:
             return label_only_loss(outputs, targets, loss)
         terms = [
-            DISTILLATION_LOSSES[loss.kind](logits, voice, targets, loss)
-            for logits, voice in _pair_heads_with_teachers(outputs, answers, loss)
+            DISTILLATION_LOSSES[loss.kind](logits, one_teacher, targets, loss)
+            for logits, one_teacher in _pair_heads_with_teachers(outputs, teacher, loss)
         ]
-        several = len(answers.weights) > 1
-        shares = answers.weights if several else (1 / len(terms),) * len(terms)
+        is_multi = len(teacher.weights) > 1
+        weights = teacher.weights if is_multi else (1 / len(terms),) * len(terms)
         losses = {
             "class": label_loss(outputs.class_logits, targets, loss.label_smoothing),
-            "teacher": sum(share * term for share, term in zip(shares, terms)),
+            "teacher": sum(weight * term for weight, term in zip(weights, terms)),
         }
-        if several:
+        if is_multi:
             losses |= {f"teacher_{number}": term for number, term in enumerate(terms, start=1)}
         weight = loss.distillation_weight * teacher_weight_ramp(loss, epoch)
         total = loss.effective_label_weight * losses["class"] + weight * losses["teacher"]
@@ -183,7 +222,7 @@ def distillation_loss(
 
 
 def teacher_weight_ramp(loss: LossConfig, epoch: float) -> float:
-    """The share of its weight that the teacher's term has at an epoch."""
+    """Return the factor of the teacher term's weight at an epoch, in [0, 1]: a linear warm-up."""
     return (
         min(1.0, epoch / loss.distillation_warmup_epochs)
         if loss.distillation_warmup_epochs > 0
@@ -192,20 +231,22 @@ def teacher_weight_ramp(loss: LossConfig, epoch: float) -> float:
 
 
 def _pair_heads_with_teachers(
-    outputs: StudentOutput, answers: TeacherOutput, loss: LossConfig
+    outputs: StudentOutput, teacher: TeacherOutput, loss: LossConfig
 ) -> list[tuple[Tensor, TeacherOutput]]:
-    """Which head hears which voice: each token its own where there are several voices."""
-    voices = [
-        TeacherOutput(answers.labels[:, voice], None if answers.logits is None else logits)
-        for voice, logits in enumerate(_unbound(answers))
+    """Return the logits of each head that learns from a teacher, with the output it learns from.
+
+    With several teachers, each distillation token has its own.
+    """
+    num_teachers = teacher.labels.shape[1]
+    by_teacher = [
+        TeacherOutput(
+            teacher.labels[:, index], None if teacher.logits is None else teacher.logits[:, index]
+        )
+        for index in range(num_teachers)
     ]
     tokens = outputs.distillation_logits
     heads = [] if loss.head == "distillation" else [outputs.class_logits]
     if loss.head != "class" and tokens is not None:
         heads += tokens.unbind(dim=1)
-    return list(zip(heads, voices if len(voices) > 1 else voices * len(heads), strict=True))
-
-
-def _unbound(answers: TeacherOutput) -> tuple[Tensor | None, ...]:
-    number = answers.labels.shape[1]
-    return (None,) * number if answers.logits is None else answers.logits.unbind(dim=1)
+    teachers = by_teacher if num_teachers > 1 else by_teacher * len(heads)
+    return list(zip(heads, teachers, strict=True))

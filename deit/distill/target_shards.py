@@ -1,4 +1,4 @@
-"""A store while it is written: units committed one by one, and put together when all are there."""
+"""A target store that is being written: shards are committed one by one and merged at the end."""
 
 import hashlib
 import json
@@ -29,21 +29,21 @@ from deit.distill.target_store import (
 )
 
 _MAGIC = b"deit-unit"
-_HEADER = struct.Struct("<9sB16sIIII")  # magic, format, digest, unit, rows, canaries, CRC-32
+_HEADER = struct.Struct("<9sB16sIIII")  # magic, format, digest, shard, rows, canaries, CRC-32
 _TRACE = struct.Struct("<II")
 _OUTLIER = 6.0  # standard deviations
 
 
 class TargetShard(NamedTuple):
-    """A piece of the answers, with what proves it.
+    """Some of the records, with their canaries.
 
-    canaries: uint32, of the canary places it covers. right, counted: how often the teacher named
-    the true label, over views that are (almost) one image.
+    canaries: of the canary rows in the shard, uint32. correct, counted: number of views of (almost)
+    one image whose label the teacher predicts, and number of such views.
     """
 
     records: np.ndarray
     canaries: np.ndarray
-    right: int
+    correct: int
     counted: int
 
 
@@ -55,50 +55,52 @@ class ShardedTargetWriter:
         self.manifest = manifest
         self.layout = RecordFormat(**manifest["layout"])
         common = {key: manifest[key] for key in ("format", "fingerprint", "asked", "layout")}
-        # Every unit carries it: none of another store can slip in.
+        # Written into every shard, so that those of another store are detected.
         self.digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).digest()[:16]
 
     def is_complete(self) -> bool:
-        """Whether the folder is a store of this manifest, and complete; looks only.
+        """Return whether the folder is a complete store of this manifest; nothing is written.
 
-        Raises ConfigError where it is a store of something else.
+        Raises ConfigError if it is a store of something else.
         """
         try:
-            return self._compared()
+            return self._match()
         except FileNotFoundError:
             return False
 
     def create_or_match(self) -> bool:
-        """Make the folder a store of this manifest, or find that it is one; whether it is complete.
+        """Create the store, or check that it is of this manifest; return whether it is complete.
 
-        Raises ConfigError where it is one of something else or holds other things.
+        Raises ConfigError if it is a store of something else or the folder has other content.
         """
         try:
-            return self._compared()
+            return self._match()
         except FileNotFoundError:
-            return self._make()
+            return self._create()
 
-    def _compared(self) -> bool:
-        """Whether the store that is there is complete. Raises FileNotFoundError and ConfigError."""
-        found = read_manifest(self.store)
+    def _match(self) -> bool:
+        """Return whether the existing store is complete. Raises FileNotFoundError, ConfigError."""
+        existing = read_manifest(self.store)
         keys = ("fingerprint", "asked", "layout")
-        differing = differences(*({k: one[k] for k in keys} for one in (found, self.manifest)))
+        differing = differences(
+            *({k: manifest[k] for k in keys} for manifest in (existing, self.manifest))
+        )
         if differing:
-            written = any((self.store / SHARDS).glob("[0-9]*.bin")) or found["complete"]
-            advice = "give another --out" if written else "it holds no answers yet, delete it"
+            written = any((self.store / SHARDS).glob("[0-9]*.bin")) or existing["complete"]
+            advice = "give another --out" if written else "it has no targets yet, delete it"
             raise ConfigError(
-                f"--out {self.store}: is a store of something else; {advice}:"
+                f"--out {self.store}: is a store of other targets; {advice}:"
                 + "".join(f"\n  {line}" for line in differing)
             )
-        return found["complete"]
+        return existing["complete"]
 
-    def _make(self) -> bool:
+    def _create(self) -> bool:
         out = self.store
-        there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-        if MANIFEST in there:
+        names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+        if MANIFEST in names:
             return self.create_or_match()  # another process was faster
-        # A process that was killed may have left the folder of units, or a passing file.
-        others = [name for name in there if name != SHARDS and not is_temporary(name)]
+        # A killed process can leave the folder of shards or a temporary file.
+        others = [name for name in names if name != SHARDS and not is_temporary(name)]
         if others:
             raise ConfigError(
                 f"--out {out}: not empty (it holds {min(others)!r}); give another --out"
@@ -106,68 +108,72 @@ class ShardedTargetWriter:
         try:
             (out / SHARDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemFault(f"--out {out}: cannot be made ({error.strerror})") from None
+            raise SystemFault(f"--out {out}: cannot be created ({error.strerror})") from None
         if not write_once(out / MANIFEST, manifest_bytes(self.manifest)):
             return self.create_or_match()
         return False
 
-    def path(self, unit: int) -> Path:
-        """Where a unit lies; it is written if that is there."""
-        return self.store / SHARDS / f"{unit:06d}.bin"
+    def path(self, shard: int) -> Path:
+        """Return the path of a shard, which exists once it is written."""
+        return self.store / SHARDS / f"{shard:06d}.bin"
 
-    def commit(self, unit: int, made: TargetShard) -> None:
-        """Write a unit: whole, or not at all."""
-        trace = _TRACE.pack(made.right, made.counted)
-        payload = made.records.tobytes() + made.canaries.astype("<u4").tobytes() + trace
-        sizes = (unit, len(made.records), len(made.canaries), zlib.crc32(payload))
+    def commit(self, index: int, shard: TargetShard) -> None:
+        """Write a shard atomically."""
+        trace = _TRACE.pack(shard.correct, shard.counted)
+        payload = shard.records.tobytes() + shard.canaries.astype("<u4").tobytes() + trace
+        sizes = (index, len(shard.records), len(shard.canaries), zlib.crc32(payload))
         header = _HEADER.pack(_MAGIC, FORMAT, self.digest, *sizes)
         try:
             fault_point("targets")
-            atomic_write(self.path(unit), header + payload)
+            atomic_write(self.path(index), header + payload)
         except FileNotFoundError:
-            if not self._complete():  # another process wrote the same and finished the store
+            if not self._complete():  # another process wrote it and completed the store
                 raise
         except OSError as error:
             reason = describe_os_error(error, self.store)
-            raise SystemFault(f"{self.path(unit)}: could not be written ({reason})") from None
+            raise SystemFault(f"{self.path(index)}: could not be written ({reason})") from None
 
-    def read(self, unit: int) -> TargetShard:
-        """A unit that was committed. Raises CheckpointError if it is damaged or another store's."""
-        content = read_bytes(self.path(unit))
+    def read(self, index: int) -> TargetShard:
+        """Return a written shard. Raises CheckpointError if it is damaged or of another store."""
+        content = read_bytes(self.path(index))
         payload = content[_HEADER.size :]
-        known, rows, canaries, crc = (), 0, 0, -1
+        header, rows, canaries, crc = (), 0, 0, -1
         if len(content) > _HEADER.size:
-            *known, rows, canaries, crc = _HEADER.unpack(content[: _HEADER.size])
-        if len(known) == 4 and known[:2] == [_MAGIC, FORMAT] and known[2] != self.digest:
+            *header, rows, canaries, crc = _HEADER.unpack(content[: _HEADER.size])
+        if len(header) == 4 and header[:2] == [_MAGIC, FORMAT] and header[2] != self.digest:
             raise CheckpointError(
-                f"{self.path(unit)}: was written for another store ({known[2].hex()[:12]}, not "
+                f"{self.path(index)}: was written for another store ({header[2].hex()[:12]}, not "
                 f"{self.digest.hex()[:12]}); delete it and run the same command again"
             )
-        if known != [_MAGIC, FORMAT, self.digest, unit] or zlib.crc32(payload) != crc:
+        if header != [_MAGIC, FORMAT, self.digest, index] or zlib.crc32(payload) != crc:
             raise CheckpointError(
-                f"{self.path(unit)}: damaged; delete it and run the same command again"
+                f"{self.path(index)}: damaged; delete it and run the same command again"
             )
-        at = rows * self.layout.dtype.itemsize
+        end = rows * self.layout.dtype.itemsize
         return TargetShard(
-            np.frombuffer(payload[:at], self.layout.dtype),
-            np.frombuffer(payload[at : at + 4 * canaries], "<u4"),
-            *_TRACE.unpack(payload[at + 4 * canaries :]),
+            np.frombuffer(payload[:end], self.layout.dtype),
+            np.frombuffer(payload[end : end + 4 * canaries], "<u4"),
+            *_TRACE.unpack(payload[end + 4 * canaries :]),
         )
 
     def _complete(self) -> bool:
         return read_manifest(self.store)["complete"]
 
     def merge_if_complete(self) -> bool:
-        """Put the units together if all are there; whether the store is complete. Any number of
-        processes may at once: they write the same. Raises CheckpointError at a damaged unit."""
-        number = self.layout.num_shards
-        there = sum(self.path(unit).is_file() for unit in range(number))
+        """Merge the shards if all are written; return whether the store is complete.
+
+        Several processes can do so at once: they write the same. Raises CheckpointError if a shard
+        is damaged.
+        """
+        num_shards = self.layout.num_shards
+        num_written = sum(self.path(index).is_file() for index in range(num_shards))
         try:
-            if there == number:
+            if num_written == num_shards:
                 self._merge()
             elif not self._complete():
                 info(
-                    f"{self.store}: {there} of {number} units are written, {number - there} missing"
+                    f"{self.store}: {num_written} of {num_shards} shards are written, "
+                    f"{num_shards - num_written} missing"
                 )
         except FileNotFoundError:
             if not self._complete():
@@ -175,19 +181,20 @@ class ShardedTargetWriter:
         return self._complete()
 
     def _merge(self) -> None:
-        sums, canaries, traces = [], [], []
+        """Write all records into one file, then their checks, then the complete manifest."""
+        sums, canaries, counts = [], [], []
         temporary = self.store / f".{TARGETS}.{uuid.uuid4().hex}"
-        units = range(self.layout.num_shards)
+        shards = range(self.layout.num_shards)
         try:
             with temporary.open("wb") as file:
-                for number in progress(units, total=len(units), title="finishing"):
-                    unit = self.read(number)
-                    file.write(unit.records.tobytes())
-                    sums.append(zlib.crc32(unit.records.tobytes()))
-                    canaries.append(unit.canaries)
-                    traces.append((unit.right, unit.counted))
+                for index in progress(shards, total=len(shards), title="finishing"):
+                    shard = self.read(index)
+                    file.write(shard.records.tobytes())
+                    sums.append(zlib.crc32(shard.records.tobytes()))
+                    canaries.append(shard.canaries)
+                    counts.append((shard.correct, shard.counted))
                 sync(file)
-            trace = np.array(traces, "<u4")
+            trace = np.array(counts, "<u4")
             checks = np.concatenate([np.array(sums, "<u4"), *canaries, trace.ravel()])
             atomic_write(self.store / CHECKS, checks.tobytes())
             temporary.replace(self.store / TARGETS)
@@ -198,37 +205,39 @@ class ShardedTargetWriter:
             raise SystemFault(f"{self.store}: {reason}") from None
         finally:
             temporary.unlink(missing_ok=True)
-        right, counted = (int(part) for part in trace.sum(axis=0, dtype=np.int64))
-        top1 = right / counted if counted else None
+        correct, counted = (int(part) for part in trace.sum(axis=0, dtype=np.int64))
+        top1 = correct / counted if counted else None
         finished = {**self.manifest, "complete": True, "teacher_top1": top1}
         atomic_write(self.store / MANIFEST, manifest_bytes(finished))
         self.clean_up()
         self._warn_of_outliers(trace)
-        size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
+        self._log_complete(top1)
+
+    def _log_complete(self, top1: float | None) -> None:
         layout = self.layout
+        size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
         epochs = count_noun(layout.epochs, "epoch")
         info(
-            f"{self.store}: complete, {layout.rows} answers ({layout.content}, {epochs} of "
-            f"{layout.rows_per_epoch}) in {size / 1e6:.2f} MB; the teacher names "
-            f"{format_percent(top1)} % of the "
-            "labels"
+            f"{self.store}: complete, {layout.rows} {layout.content} targets ({epochs} of "
+            f"{layout.rows_per_epoch}) in {size / 1e6:.2f} MB; teacher top-1 "
+            f"{format_percent(top1)} %"
         )
 
     def clean_up(self) -> None:
-        """Remove what a finished store needs no more, also of processes that were killed."""
+        """Remove shards and temporary files of a complete store, also those of killed processes."""
         shutil.rmtree(self.store / SHARDS, ignore_errors=True)
         for name in (TARGETS, CHECKS, MANIFEST):
-            for left in self.store.glob(f".{name}.*"):
-                left.unlink(missing_ok=True)
+            for leftover in self.store.glob(f".{name}.*"):
+                leftover.unlink(missing_ok=True)
 
     def _warn_of_outliers(self, accuracy_trace: np.ndarray) -> None:
-        """Where the teacher is far better or worse than elsewhere, the pairing is in doubt."""
-        right, counted = accuracy_trace.astype(np.float64).T
-        mean = right.sum() / max(counted.sum(), 1)
-        spread = np.sqrt(np.maximum(counted * mean * (1 - mean), 1e-12))
-        for unit in np.flatnonzero(np.abs(right - counted * mean) > _OUTLIER * spread):
+        """Warn about shards whose teacher accuracy is far from the mean: rows may be misaligned."""
+        correct, counted = accuracy_trace.astype(np.float64).T
+        mean = correct.sum() / max(counted.sum(), 1)
+        deviation = np.sqrt(np.maximum(counted * mean * (1 - mean), 1e-12))
+        for index in np.flatnonzero(np.abs(correct - counted * mean) > _OUTLIER * deviation):
             warn(
-                f"{self.store}: in unit {unit} the teacher names {right[unit]:.0f} of "
-                f"{counted[unit]:.0f} labels, elsewhere {format_percent(mean)} %; look at it with "
+                f"{self.store}: in shard {index} the teacher predicts {correct[index]:.0f} of "
+                f"{counted[index]:.0f} labels, on average {format_percent(mean)} %; check it with "
                 "`deit targets verify`"
             )

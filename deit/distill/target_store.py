@@ -1,8 +1,8 @@
-"""A store of teachers' answers: its files, its records, and the checks that refuse a wrong one.
+"""A target store: the files and records of stored teacher outputs, and their checks.
 
-Nothing of a view is stored: it is a function of (seed, epoch, place), so an answer is found by its
-place alone. That the place means the same view to writer and reader is proven by fingerprints, and
-by canaries: checksums of the grey levels of every so many-th view.
+No image and no identifier is stored. A view is a function of (seed, epoch, row), so its target is
+found by its row. Fingerprints show that a row is the same view for writer and reader, and so do
+canaries: checksums of the pixels of every Nth view.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ MANIFEST = "store.json"
 TARGETS = "targets.bin"
 CHECKS = "checks.bin"
 SHARDS = "units"
-_MOST_UNITS = 2048
-_LEAST_ROWS = 4096
-_CANARY_EVERY = 1024
-_LEAST_CANARIES = 8
+_MAX_SHARDS = 2048
+_MIN_ROWS = 4096
+_CANARY_STEP = 1024
+_MIN_CANARIES = 8
 
 
-def top_k_of(records: str) -> int | None:
-    """K of top-K; None of hard and full."""
-    return int(records.removeprefix("top-")) if records.startswith("top-") else None
+def top_k_of(content: str) -> int | None:
+    """Return K of top-K; None for hard and full."""
+    return int(content.removeprefix("top-")) if content.startswith("top-") else None
 
 
 class RecordFormat(NamedTuple):
-    """How the answers lie: one record for each place of each epoch, in that order.
+    """The format of a store: one record for each row of each epoch, in that order.
 
-    content: hard; full (hard and all log-probabilities, fp16); or top-K (the K largest).
-    epochs: 1 where the teacher's view of an image is always the same. places: in an epoch.
-    paired: whether neighbours are mixed, so that a view is made of two images.
+    content: hard (the label); full (label and all log-probabilities in fp16); or top-K (labels and
+    log-probabilities of the K largest). epochs: 1 if the teacher's view of an image is fixed.
+    mixed_pairs: whether neighboring rows are mixed, so that a view consists of two images.
     """
 
     content: str
@@ -56,12 +56,12 @@ class RecordFormat(NamedTuple):
 
     @property
     def top_k(self) -> int | None:
-        """K of top-K; None of the others."""
+        """K of top-K; None for the others."""
         return top_k_of(self.content)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of one record, little-endian."""
+        """The type of a record, little-endian."""
         label = "u1" if self.num_classes <= 256 else "<u2"
         if self.top_k is not None:
             return np.dtype([("labels", label, self.top_k), ("scores", "<f2", self.top_k)])
@@ -71,52 +71,59 @@ class RecordFormat(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Records of all epochs."""
+        """Number of records of all epochs."""
         return self.epochs * self.rows_per_epoch
 
     @property
     def rows_per_shard(self) -> int:
-        """Records of a unit, the piece that is written whole or not at all."""
-        wanted = max(self.rows / _MOST_UNITS, _LEAST_ROWS)
-        return 2 ** math.ceil(math.log2(wanted))
+        """Number of records of a shard, which is written atomically."""
+        minimum = max(self.rows / _MAX_SHARDS, _MIN_ROWS)
+        return 2 ** math.ceil(math.log2(minimum))
 
     @property
     def num_shards(self) -> int:
-        """How many units there are."""
+        """Number of shards."""
         return -(-self.rows // self.rows_per_shard)
 
     @property
     def canary_step(self) -> int:
-        """Places from one canary to the next, even; small epochs get at least eight."""
-        return max(2, min(_CANARY_EVERY, self.rows_per_epoch // _LEAST_CANARIES // 2 * 2))
+        """Rows from one canary to the next, even; an epoch has at least eight canaries."""
+        return max(2, min(_CANARY_STEP, self.rows_per_epoch // _MIN_CANARIES // 2 * 2))
 
     @property
     def canary_rows(self) -> range:
-        """The places of an epoch that have a canary."""
+        """The rows of an epoch that have a canary."""
         return range(0, self.rows_per_epoch - self.mixed_pairs, self.canary_step)
 
-    def epoch_ranges(self, unit: int) -> list[tuple[int, int, int]]:
-        """The unit's records as (epoch, first place, last place + 1)."""
-        first, last = unit * self.rows_per_shard, min((unit + 1) * self.rows_per_shard, self.rows)
-        found = []
+    def epoch_ranges(self, shard: int) -> list[tuple[int, int, int]]:
+        """Return the rows of a shard as (epoch, first row, last row + 1)."""
+        first, last = shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows)
+        ranges = []
         while first < last:
-            epoch, place = divmod(first, self.rows_per_epoch)
-            stop = min(self.rows_per_epoch, place + last - first)
-            found.append((epoch, place, stop))
-            first += stop - place
-        return found
+            epoch, row = divmod(first, self.rows_per_epoch)
+            stop = min(self.rows_per_epoch, row + last - first)
+            ranges.append((epoch, row, stop))
+            first += stop - row
+        return ranges
 
 
 def encode(layout: RecordFormat, logits: Tensor) -> np.ndarray:
-    """Records [rows] of a teacher's answers, float32 [rows, classes].
+    """Return the records [rows] of a teacher's logits, float32 [rows, C].
 
-    The label is the argmax before rounding. Log-probabilities and not logits: softmax(logp / T) is
-    softmax(logits / T) for every T, and fp16 is most exact where the probability is large.
+    The label is the argmax before rounding. Log-probabilities are stored instead of logits:
+    softmax(logp / T) equals softmax(logits / T) for every T, and fp16 is most precise near 0, where
+    the probability is large.
+
+    Example:
+        >>> layout = RecordFormat("hard", 3, epochs=1, rows_per_epoch=2, mixed_pairs=False)
+        >>> records = encode(layout, torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]]))
+        >>> records.nbytes, decode(layout, records)[0].tolist()
+        (2, [1, 0])
     """
     records = np.zeros(len(logits), dtype=layout.dtype)
     scores = logits.double().log_softmax(dim=1).clamp_min(-65504.0)
     if layout.top_k is not None:
-        # Sorted by the answer itself: rounding may make equals of what differs.
+        # Sorted before rounding, which can make different values equal.
         order = logits.double().argsort(dim=1, descending=True, stable=True)[:, : layout.top_k]
         records["labels"] = order.cpu().numpy()
         records["scores"] = scores.gather(1, order).cpu().numpy()
@@ -128,9 +135,9 @@ def encode(layout: RecordFormat, logits: Tensor) -> np.ndarray:
 
 
 def decode(layout: RecordFormat, records: np.ndarray) -> tuple[Tensor, Tensor | None]:
-    """Labels int64 [rows], and log-probabilities float32 [rows, classes] where they are stored.
+    """Return labels, int64 [rows], and log-probabilities, float32 [rows, C], if they are stored.
 
-    What top-K leaves out shares the rest of the probability equally.
+    With top-K, the other classes share the remaining probability equally.
     """
     if layout.content == "hard":
         return torch.from_numpy(records["label"].astype(np.int64)), None
@@ -138,44 +145,46 @@ def decode(layout: RecordFormat, records: np.ndarray) -> tuple[Tensor, Tensor | 
     if layout.top_k is None:
         return torch.from_numpy(records["label"].astype(np.int64)), scores
     labels = torch.from_numpy(records["labels"].astype(np.int64))
-    others = max(layout.num_classes - layout.top_k, 1)
-    rest = (1 - scores.exp().sum(dim=1, keepdim=True)).clamp_min(1e-8) / others
-    spread = rest.log().expand(-1, layout.num_classes)
-    return labels[:, 0], spread.scatter(1, labels, scores)
+    num_others = max(layout.num_classes - layout.top_k, 1)
+    rest = (1 - scores.exp().sum(dim=1, keepdim=True)).clamp_min(1e-8) / num_others
+    remaining = rest.log().expand(-1, layout.num_classes)
+    return labels[:, 0], remaining.scatter(1, labels, scores)
 
 
-def canary(shown: TeacherInput, place: int) -> int:
-    """CRC-32 of what the teacher was shown at the place-th row of a block: its grey levels; with
-    mixing (place is even) those of its partner too, the weight and the box."""
-    partners = 1 if shown.mix is None else 2
-    value = zlib.crc32(shown.views[place : place + partners].contiguous().cpu().numpy().tobytes())
-    if shown.mix is None:
+def canary(block: TeacherInput, row: int) -> int:
+    """Return the CRC-32 of the teacher's view in a row of a block.
+
+    It covers the pixels; with mixing (`row` is even) those of both images, the weight and the box.
+    """
+    num_images = 1 if block.mix is None else 2
+    value = zlib.crc32(block.views[row : row + num_images].contiguous().cpu().numpy().tobytes())
+    if block.mix is None:
         return value
-    pair = place // 2
-    # The weight comes from logarithms and cosines, whose last bits differ between devices.
-    weight = round(float(shown.mix.own_weight[pair]) * 2**20)
-    facts = [weight, int(shown.mix.cut[pair]), *shown.mix.boxes[pair].tolist()]
-    return zlib.crc32(struct.pack("<6q", *facts), value)
+    pair = row // 2
+    # Rounded: the weight is computed by log and cos, whose last bits differ between devices.
+    weight = round(float(block.mix.own_weight[pair]) * 2**20)
+    numbers = [weight, int(block.mix.cut[pair]), *block.mix.boxes[pair].tolist()]
+    return zlib.crc32(struct.pack("<6q", *numbers), value)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one: `views.crop`."""
-    found: dict[str, Any] = {}
+    """Return a nested dictionary as a flat one, with keys such as `views.crop`."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
-def differences(stored: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """`key: X in the store, Y here` for each value of two fingerprints that differs."""
-    one, two = flatten(stored), flatten(here)
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Return `key: X in the store, Y in this run` for each value that differs."""
+    before, now = flatten(stored), flatten(current)
     return [
-        f"{key}: {_short(one.get(key))} in the store, {_short(two.get(key))} here"
-        for key in dict.fromkeys([*one, *two])
-        if one.get(key) != two.get(key)
+        f"{key}: {_short(before.get(key))} in the store, {_short(now.get(key))} in this run"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
     ]
 
 
@@ -185,7 +194,7 @@ def _short(value: Any) -> str:
 
 
 class TargetStore:
-    """A finished store. Opens its files when it is read, so that it may be sent to others."""
+    """A complete store. Its files are opened on first use, so it can be sent to other processes."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -195,37 +204,37 @@ class TargetStore:
         self.layout = RecordFormat(**manifest["layout"])
         self.teacher_top1: float | None = manifest["teacher_top1"]
         self._epoch, self._records = -1, np.empty(0, self.layout.dtype)
-        self._watched = -1  # the epoch of views that was held against a canary last
+        self._checked_epoch = -1
         self._checks = np.fromfile(path / CHECKS, "<u4")
 
     @property
     def input_sizes(self) -> list[int | None]:
-        """The side [px] at which each of its teachers wants images; None where any will do."""
+        """The input side [px] of each of its teachers; None for any."""
         return [one["image_size"] for one in self.fingerprint["teacher"].values()]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what it answers and of its checksums: of every answer, by way of them. The
-        same for a store that was moved, or written again to the same bytes."""
-        about = {"fingerprint": self.fingerprint, "layout": self.layout._asdict()}
-        content = json.dumps(about, sort_keys=True).encode() + self._checks.tobytes()
+        """SHA-256 of fingerprint, format and checksums, and so of every target. A store that was
+        moved, or written again with the same content, has the same digest."""
+        header = {"fingerprint": self.fingerprint, "layout": self.layout._asdict()}
+        content = json.dumps(header, sort_keys=True).encode() + self._checks.tobytes()
         return hashlib.sha256(content).hexdigest()
 
     @property
     def canaries(self) -> np.ndarray:
-        """uint32 [epochs, canary places]."""
-        number = len(self.layout.canary_rows)
+        """The canaries, uint32 [epochs, canary rows]."""
+        num_canaries = len(self.layout.canary_rows)
         return self._checks[self.layout.num_shards : -2 * self.layout.num_shards].reshape(
-            -1, number
+            -1, num_canaries
         )
 
     @property
     def checksums(self) -> np.ndarray:
-        """CRC-32 of each unit's records, uint32 [units]."""
+        """CRC-32 of each shard's records, uint32 [shards]."""
         return self._checks[: self.layout.num_shards]
 
     def records(self, epoch: int) -> np.ndarray:
-        """The records of an epoch; mapped, and only those of one epoch at a time."""
+        """Return the memory-mapped records of an epoch; one epoch is mapped at a time."""
         if epoch != self._epoch:
             offset = epoch * self.layout.rows_per_epoch * self.layout.dtype.itemsize
             self._records = np.memmap(
@@ -235,52 +244,51 @@ class TargetStore:
         return self._records
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the teacher said of a batch: (labels [batch], log-probabilities or None)."""
+        """Return the targets of a batch: labels, int64 [B]; log-probabilities [B, C] or None."""
         epoch = batch.epoch % self.layout.epochs
         labels, scores = decode(self.layout, self.records(epoch)[batch.target_rows.numpy()])
         device = batch.images.device
         scores = None if scores is None else scores.to(device, non_blocking=True)
         return labels.to(device, non_blocking=True), scores
 
-    def check_batch(self, shown: TeacherInput) -> None:
-        """Hold the first canary of each epoch that is shown against the store's. Raises DataError.
+    def check_batch(self, block: TeacherInput) -> None:
+        """Compare the first canary row of each epoch with the store. Raises DataError.
 
-        Not all of them: each makes a GPU wait.
+        Only the first, because each comparison synchronizes a GPU.
         """
-        if shown.epoch == self._watched:
+        if block.epoch == self._checked_epoch:
             return
-        for row in (shown.target_rows % self.layout.canary_step == 0).nonzero().flatten().tolist():
-            if int(shown.target_rows[row]) in self.layout.canary_rows:
-                self._watched = shown.epoch
-                self.check_canary(shown, row)
+        for row in (block.target_rows % self.layout.canary_step == 0).nonzero().flatten().tolist():
+            if int(block.target_rows[row]) in self.layout.canary_rows:
+                self._checked_epoch = block.epoch
+                self.check_canary(block, row)
                 return
 
-    def check_canary(self, shown: TeacherInput, row: int) -> None:
-        """Hold the view of a canary place against the store. Raises DataError."""
-        place = int(shown.target_rows[row])
-        epoch = shown.epoch % self.layout.epochs
-        if canary(shown, row) != int(self.canaries[epoch][place // self.layout.canary_step]):
-            written = self.provenance["packages"]
+    def check_canary(self, block: TeacherInput, row: int) -> None:
+        """Compare the view in a canary row with the store. Raises DataError."""
+        target_row = int(block.target_rows[row])
+        epoch = block.epoch % self.layout.epochs
+        if canary(block, row) != int(self.canaries[epoch][target_row // self.layout.canary_step]):
+            packages = self.provenance["packages"]
             raise DataError(
-                f"teacher.target_stores {self.path}: the view at place {place} of epoch {epoch}, "
-                "of "
-                f"training image {int(shown.sample_ids[row])}, is not what the teacher saw: grey "
-                "levels or mixing differ; has the image changed, or how it is decoded (then: "
-                f"pillow {written['pillow']}, torchvision {written['torchvision']})?"
+                f"teacher.target_stores {self.path}: the view in row {target_row} of epoch {epoch}, "
+                f"of training image {int(block.sample_ids[row])}, differs in pixels or mixing from "
+                "the one that the teacher saw; did the image or its decoder change (written with "
+                f"pillow {packages['pillow']}, torchvision {packages['torchvision']})?"
             )
 
     def verify_checksums(self) -> None:
-        """Read every record and compare its unit's checksum. Raises CheckpointError naming the
-        first unit that differs."""
+        """Read all records and compare the checksums of shards. Raises CheckpointError naming the
+        first shard that differs."""
         size = self.layout.rows_per_shard * self.layout.dtype.itemsize
-        units = range(self.layout.num_shards)
+        shards = range(self.layout.num_shards)
         with (self.path / TARGETS).open("rb") as file:
-            for unit in progress(units, total=len(units), title="reading the store"):
-                if zlib.crc32(file.read(size)) != int(self.checksums[unit]):
-                    epoch, place, _ = self.layout.epoch_ranges(unit)[0]
+            for shard in progress(shards, total=len(shards), title="reading the store"):
+                if zlib.crc32(file.read(size)) != int(self.checksums[shard]):
+                    epoch, row, _ = self.layout.epoch_ranges(shard)[0]
                     raise CheckpointError(
-                        f"{self.path / TARGETS}: unit {unit} (from epoch {epoch}, place {place}) "
-                        "is damaged: its checksum differs; write the store anew"
+                        f"{self.path / TARGETS}: shard {shard} (from epoch {epoch}, row {row}) is "
+                        "damaged: its checksum differs; write the store again"
                     )
 
 
@@ -288,13 +296,16 @@ _DIGEST = "sha256"
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    """What is written as a store's manifest: with a digest, so that nothing else is read."""
+    """Return the content of a store's manifest file, with a digest against edits."""
     value = {**manifest, _DIGEST: digest_of_value(manifest)}
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a store, complete or not. Raises FileNotFoundError and CheckpointError."""
+    """Return the manifest of a store, complete or not.
+
+    Raises FileNotFoundError and CheckpointError.
+    """
     file = path / MANIFEST
     try:
         manifest = parse_strict_json(read_bytes(file))
@@ -302,18 +313,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable ({error})") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{file}: format {found}, this release reads {FORMAT}")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{file}: format {version}, this release reads {FORMAT}")
     if manifest.pop(_DIGEST, None) != digest_of_value(manifest):
         raise CheckpointError(
-            f"{file}: was edited or damaged (its digest differs); write the store again"
+            f"{file}: was edited or is damaged (its digest differs); write the store again"
         )
     try:
         _check_manifest(manifest)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{file}: not a store's ({type(error).__name__}: {error}); write it anew"
+            f"{file}: not a store's manifest ({type(error).__name__}: {error}); write the store again"
         ) from None
     return manifest
 
@@ -322,8 +333,7 @@ _PARTS = {"fingerprint": dict, "about": dict, "asked": dict, "layout": dict, "co
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError, ValueError or AttributeError where something is missing or is
-    not what it should be."""
+    """Raise KeyError, TypeError, ValueError or AttributeError if a value is missing or invalid."""
     for name, kind in _PARTS.items():
         if not isinstance(manifest[name], kind):
             raise TypeError(f"{name} is {manifest[name]!r}")
@@ -339,23 +349,24 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def open_store(path: Path) -> TargetStore:
-    """A finished store. Raises DataError where there is none or it is not complete, and
-    CheckpointError where its files are cut off or of another format."""
+    """Return a complete store.
+
+    Raises DataError if there is none or it is incomplete, and CheckpointError if its files are
+    truncated or of another format.
+    """
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
         raise DataError(
-            f"teacher.target_stores {path}: holds no store of targets (no {MANIFEST}); write one "
-            "with "
+            f"teacher.target_stores {path}: is not a target store (no {MANIFEST}); write one with "
             "`deit targets write RECIPE --out STORE`"
         ) from None
     layout = RecordFormat(**manifest["layout"])
     if not manifest["complete"]:
-        done = len(list((path / SHARDS).glob("[0-9]*.bin")))
+        num_written = len(list((path / SHARDS).glob("[0-9]*.bin")))
         raise DataError(
-            f"teacher.target_stores {path}: not complete, {done} of {layout.num_shards} units are "
-            "written; "
-            "run the `deit targets write` command again, it goes on"
+            f"teacher.target_stores {path}: incomplete, {num_written} of {layout.num_shards} "
+            "shards are written; run the same `deit targets write` command again to finish it"
         )
     canaries = layout.epochs * len(layout.canary_rows)
     sizes = {
@@ -364,7 +375,9 @@ def open_store(path: Path) -> TargetStore:
     }
     for name, size in sizes.items():
         file = path / name
-        found = f"has {file.stat().st_size} bytes" if file.is_file() else "is not there"
-        if found != f"has {size} bytes":
-            raise CheckpointError(f"{file}: {found}, should have {size} bytes; write it anew")
+        state = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+        if state != f"has {size} bytes":
+            raise CheckpointError(
+                f"{file}: {state}, should have {size} bytes; write the store again"
+            )
     return TargetStore(path, manifest)

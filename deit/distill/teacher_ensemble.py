@@ -1,4 +1,4 @@
-"""The teachers of a run as one call: what they say of a batch, by network or from a store."""
+"""The teachers of a run as one call, live or from a target store."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -14,17 +14,17 @@ from deit.core.tensors import device_constant
 from deit.core.types import Batch, TeacherOutput
 from deit.models.teachers import Teacher
 
-_CHECK_EVERY = 50  # batches; a check makes a GPU wait
+_CHECK_EVERY = 50  # batches; a check synchronizes a GPU
 
 
 class TeacherFn(Protocol):
-    """One teacher: (labels int64 [batch], logits float32 [batch, classes] or None)."""
+    """One teacher: returns labels, int64 [B], and logits, float32 [B, C], or None for these."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]: ...
 
 
 class OnlineTeacher:
-    """A teacher that answers itself, in the precision of the run."""
+    """A teacher network, run in the precision of the run."""
 
     def __init__(self, teacher: Teacher, accelerator: Accelerator) -> None:
         self.teacher = teacher
@@ -33,12 +33,12 @@ class OnlineTeacher:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(), self.accelerator.autocast():
             logits = self.teacher(batch.teacher_images)
-        logits = logits.clone()  # what autograd may keep: made outside of inference mode
+        logits = logits.clone()  # a normal tensor, which autograd can save
         return logits.argmax(dim=1), logits
 
 
 class TeacherEnsemble:
-    """All teachers of a run; watches that every answer is finite."""
+    """All teachers of a run as one call; checks that every output is finite."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class TeacherEnsemble:
         needs_logits: bool,
         name: Callable[[int], str],
     ) -> None:
-        """weights, mode, temperature: as `combine_teachers` takes them. needs_logits: whether
-        labels alone would not do. name: what messages call a training image."""
+        """weights, mode, temperature: see `combine_teachers`. needs_logits: whether the loss needs
+        more than labels. name: returns the name of a training image in messages."""
         self.teachers = teachers
         self.weights = weights
         self.mode = mode
@@ -62,81 +62,93 @@ class TeacherEnsemble:
         self._num_batches = 0
 
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """What the student hears. Raises NumericsError, on a GPU some batches later, where an
-        answer is not finite."""
-        said = [voice(batch) for voice in self.teachers]
+        """Return the teachers' output for a batch, combined by `mode`.
+
+        Raises NumericsError if an output is not finite; on a GPU some batches later.
+        """
+        outputs = [teacher(batch) for teacher in self.teachers]
         self._track_nonfinite(
-            batch.sample_ids, [logits for _, logits in said if logits is not None]
+            batch.sample_ids, [logits for _, logits in outputs if logits is not None]
         )
-        labels = torch.stack([labels for labels, _ in said], dim=1)
+        labels = torch.stack([labels for labels, _ in outputs], dim=1)
         if not self.needs_logits:
             return TeacherOutput(labels, None, self.weights)
-        logits = torch.stack([logits for _, logits in said], dim=1)
-        answers = combine_teachers(logits, self.weights, self.mode, temperature=self.temperature)
-        # Where nothing was combined, the label as it was said: rounding a stored answer may tie.
-        return answers._replace(labels=labels) if len(answers.weights) == len(said) else answers
+        logits = torch.stack([logits for _, logits in outputs], dim=1)
+        combined = combine_teachers(logits, self.weights, self.mode, temperature=self.temperature)
+        if len(combined.weights) == len(outputs):
+            # Nothing was combined: keep the labels, since rounded stored logits can tie.
+            return combined._replace(labels=labels)
+        return combined
 
     def compile(self, mode: str) -> None:
-        """Have the networks compiled, as deit.core.accelerator.compiled does."""
-        for voice in self.teachers:
-            if isinstance(voice, OnlineTeacher):
-                compile_module(voice.teacher, mode)
+        """Compile the networks, as deit.core.accelerator.compile_module does."""
+        for teacher in self.teachers:
+            if isinstance(teacher, OnlineTeacher):
+                compile_module(teacher.teacher, mode)
 
     def _track_nonfinite(self, samples: Tensor, logits: list[Tensor]) -> None:
-        for answers in logits:
-            broken = ~answers.isfinite().flatten(1).all(dim=1)
-            found = torch.where(broken, samples, -1)
-            if self._nonfinite_ids is not None and self._nonfinite_ids.shape != found.shape:
+        for output in logits:
+            is_bad = ~output.isfinite().flatten(1).all(dim=1)
+            bad_ids = torch.where(is_bad, samples, -1)
+            if self._nonfinite_ids is not None and self._nonfinite_ids.shape != bad_ids.shape:
                 self.check()
-            before = found if self._nonfinite_ids is None else self._nonfinite_ids
-            self._nonfinite_ids = torch.maximum(before, found)
+            before = bad_ids if self._nonfinite_ids is None else self._nonfinite_ids
+            self._nonfinite_ids = torch.maximum(before, bad_ids)
         self._num_batches += 1
         if samples.device.type == "cpu" or self._num_batches % _CHECK_EVERY == 0:
             self.check()
 
     def check(self) -> None:
-        """Raises NumericsError naming the images where an answer heard so far is not finite."""
+        """Raise NumericsError naming the images if an output so far was not finite."""
         if self._nonfinite_ids is None:
             return
-        broken = self._nonfinite_ids[self._nonfinite_ids >= 0].tolist()
+        bad_ids = self._nonfinite_ids[self._nonfinite_ids >= 0].tolist()
         self._nonfinite_ids = None
-        if broken:
-            named = ", ".join(self.name(index) for index in broken[:5])
-            more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        if bad_ids:
+            names = ", ".join(self.name(index) for index in bad_ids[:5])
+            more = f" and {len(bad_ids) - 5} more" if len(bad_ids) > 5 else ""
             raise NumericsError(
-                f"the teacher's answer is not finite for {named}{more}; look at these images, or "
-                "use a teacher in fp32 (--run.precision fp32)"
+                f"the teacher's logits are not finite for {names}{more}; check these images, or "
+                "run in fp32 (--run.precision fp32)"
             )
 
 
 def combine_teachers(
     logits: Tensor, weights: tuple[float, ...], mode: EnsembleMode, *, temperature: float
 ) -> TeacherOutput:
-    """What a student hears of teachers.
+    """Return the combined output of teachers.
 
-    logits: float32 [batch, teachers, classes]. weights: one a teacher, of sum 1.
-    temperature: of the objective. A mean of probabilities depends on it, so the logits returned are
-    those whose softmax at this temperature is that mean; the labels are those of the mean at 1.
-    tokens: nothing is combined, a voice for each teacher.
+    logits: float32 [B, teachers, C]. weights: one per teacher, of sum 1. temperature: of the loss.
+
+    mode "probabilities": the softmax of the returned logits at this temperature is the weighted
+    mean of the teachers' softmaxes at it; the labels are those of the mean at temperature 1.
+    mode "logits": the weighted mean of the logits. mode "tokens": not combined.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0], [0.0, 4.0]]])
+        >>> combine_teachers(logits, (0.5, 0.5), "logits", temperature=1.0).logits.tolist()
+        [[[1.0, 2.0]]]
     """
     if mode == "tokens" or logits.shape[1] == 1:
         return TeacherOutput(logits.argmax(dim=2), logits, weights)
-    shares = device_constant(weights, logits.device)[:, None]
+    factors = device_constant(weights, logits.device)[:, None]
     if mode == "logits":
-        mean = (shares * logits).sum(dim=1, keepdim=True)
+        mean = (factors * logits).sum(dim=1, keepdim=True)
         return TeacherOutput(mean.argmax(dim=2), mean)
-    labels = _log_mean(logits, shares).argmax(dim=2)
-    return TeacherOutput(labels, temperature * _log_mean(logits / temperature, shares))
+    labels = _log_mean(logits, factors).argmax(dim=2)
+    return TeacherOutput(labels, temperature * _log_mean(logits / temperature, factors))
 
 
-def _log_mean(logits: Tensor, shares: Tensor) -> Tensor:
-    """log of the weighted mean of softmaxes, [batch, 1, classes]."""
-    return (logits.log_softmax(dim=2) + shares.log()).logsumexp(dim=1, keepdim=True)
+def _log_mean(logits: Tensor, factors: Tensor) -> Tensor:
+    """Return the log of the weighted mean of softmaxes, [B, 1, C]."""
+    return (logits.log_softmax(dim=2) + factors.log()).logsumexp(dim=1, keepdim=True)
 
 
 def error_overlap(first: Tensor, second: Tensor, labels: Tensor) -> float | None:
-    """Of the samples that either of two answers [number] gets wrong, the share that both do; in
-    [0, 1], None where neither errs. Teachers of one kind err together."""
-    wrong = torch.stack([first != labels, second != labels])
-    either = int(wrong.any(dim=0).sum())
-    return int(wrong.all(dim=0).sum()) / either if either else None
+    """Return the share of errors that two teachers have in common, in [0, 1]; None without errors.
+
+    It is |both wrong| / |at least one wrong|. first, second: predictions, int64 [N].
+    """
+    errors = torch.stack([first != labels, second != labels])
+    num_either = int(errors.any(dim=0).sum())
+    return int(errors.all(dim=0).sum()) / num_either if num_either else None

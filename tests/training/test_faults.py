@@ -82,7 +82,7 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(
     out = tmp_path / "run"
     done = run(command_server, out, "loss:2:nan")
     assert done.code == 0
-    assert re.search(r"\bupdate 2\b.*\b1\b.*\b10\b", done.err)
+    assert re.search(r"\bstep 2\b.*\b1\b.*\b10\b", done.err)
     (left_out,) = run_log.read(out / run_log.NONFINITE_LOG)
     assert left_out["step"] == 2
     assert left_out["names"][0] in done.err

@@ -67,7 +67,7 @@ def test_a_run_starts_by_the_configuration_of_one_gpu(command_server, tmp_path):
     added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
     done = command_server.run(*run_arguments, script="train_deit.py", cwd=tmp_path, **added)
     assert done.code == 0, done.err
-    assert re.search(r"^machine .*\bbf16\b", done.out, re.MULTILINE)
+    assert re.search(r"^hardware .*\bbf16\b", done.out, re.MULTILINE)
 
 
 def free_port():

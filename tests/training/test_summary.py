@@ -69,7 +69,7 @@ def test_everything_that_is_known_is_told(capsys):
     said = capsys.readouterr().out
     for number in ("1 h 56 min", "300 epochs", "12,346 images/s", "loader 2.1 %", "1,234 MB"):
         assert number in said
-    assert re.search(r"\b2 updates\b", said)
+    assert re.search(r"\b2 steps\b", said)
     for head in ("class 90.0", "distillation 91.0", "fused 92.0", "average fused 93.0"):
         assert head in said
     assert re.search(r"\bteacher\D*\b95\.0\b.*\bteacher\D*\b96\.0\b.*\bepoch 290\b", said)
