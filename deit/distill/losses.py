@@ -215,7 +215,7 @@ def distillation_loss(
             "teacher": sum(weight * term for weight, term in zip(weights, terms)),
         }
         if is_multi:
-            losses |= {f"teacher_{number}": term for number, term in enumerate(terms, start=1)}
+            losses |= {f"teacher_{index}": term for index, term in enumerate(terms, start=1)}
         weight = loss.distillation_weight * teacher_weight_ramp(loss, epoch)
         total = loss.effective_label_weight * losses["class"] + weight * losses["teacher"]
         return {"total": total, **losses}

@@ -61,7 +61,7 @@ class ShardedTargetWriter:
     def is_complete(self) -> bool:
         """Return whether the folder is a complete store of this manifest; nothing is written.
 
-        Raises ConfigError if it is a store of something else.
+        Raises ConfigError if it is a store of other targets.
         """
         try:
             return self._match()

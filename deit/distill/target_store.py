@@ -210,7 +210,7 @@ class TargetStore:
     @property
     def input_sizes(self) -> list[int | None]:
         """The input side [px] of each of its teachers; None for any."""
-        return [one["image_size"] for one in self.fingerprint["teacher"].values()]
+        return [teacher["image_size"] for teacher in self.fingerprint["teacher"].values()]
 
     @property
     def digest(self) -> str:
@@ -271,8 +271,8 @@ class TargetStore:
         if canary(block, row) != int(self.canaries[epoch][target_row // self.layout.canary_step]):
             packages = self.provenance["packages"]
             raise DataError(
-                f"teacher.target_stores {self.path}: the view in row {target_row} of epoch {epoch}, "
-                f"of training image {int(block.sample_ids[row])}, differs in pixels or mixing from "
+                f"teacher.target_stores {self.path}: the view in row {target_row} of epoch "
+                f"{epoch}, training image {int(block.sample_ids[row])}, differs in pixels or mixing from "
                 "the one that the teacher saw; did the image or its decoder change (written with "
                 f"pillow {packages['pillow']}, torchvision {packages['torchvision']})?"
             )
@@ -324,7 +324,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         _check_manifest(manifest)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{file}: not a store's manifest ({type(error).__name__}: {error}); write the store again"
+            f"{file}: not a store's manifest ({type(error).__name__}: {error}); write the store "
+            "again"
         ) from None
     return manifest
 

@@ -14,6 +14,7 @@ from deit.distill.target_store import (
     SHARDS,
     TARGETS,
     open_store,
+    read_manifest,
 )
 from deit.distill.write_targets import write_targets
 from tests.helpers.errors import raises
@@ -50,11 +51,13 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
         for writer in writers:
             writer.signal(signal.SIGKILL)
             writer.wait()
+    # On a busy machine the writers can have completed the store before they were killed.
+    was_complete = read_manifest(killed)["complete"]
     first, last = (write(killed, "--part", f"{part}/2").wait() for part in (0, 1))
     assert (first.code, last.code) == (0, 0)
-    # Whoever completes the store says how it is used.
+    # The one that finds the store complete prints how to use it.
     advice = f"--teacher.target_stores {killed}"
-    assert (advice in first.out, advice in last.out) == (False, True)
+    assert (advice in first.out, advice in last.out) == (was_complete, True)
     finished, expected = content(killed), content(single_process_store)
     assert {name: finished[name] for name in expected} == expected
 
