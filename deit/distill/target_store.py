@@ -271,9 +271,9 @@ class TargetStore:
         if canary(block, row) != int(self.canaries[epoch][target_row // self.layout.canary_step]):
             packages = self.provenance["packages"]
             raise DataError(
-                f"teacher.target_stores {self.path}: the view in row {target_row} of epoch "
-                f"{epoch}, training image {int(block.sample_ids[row])}, differs in pixels or mixing from "
-                "the one that the teacher saw; did the image or its decoder change (written with "
+                f"teacher.target_stores {self.path}: row {target_row} of epoch {epoch} (training "
+                f"image {int(block.sample_ids[row])}) is not the view that the teacher saw: its "
+                "pixels or mixing differ; did the image or its decoder change (written with "
                 f"pillow {packages['pillow']}, torchvision {packages['torchvision']})?"
             )
 
