@@ -172,10 +172,10 @@ def test_differences_are_named_by_their_path():
     one = {"views": {"crop": "padded", "flip": 0.5}, "seed": 0, "dataset": "a" * 64}
     two = {"views": {"crop": "none", "flip": 0.5}, "seed": 1, "dataset": "b" * 64, "new": 3}
     assert differences(one, two) == [
-        "views.crop: 'padded' in the store, 'none' here",
-        "seed: 0 in the store, 1 here",
-        "dataset: aaaaaaaaaaaa... in the store, bbbbbbbbbbbb... here",
-        "new: None in the store, 3 here",
+        "views.crop: 'padded' in the store, 'none' in this run",
+        "seed: 0 in the store, 1 in this run",
+        "dataset: aaaaaaaaaaaa... in the store, bbbbbbbbbbbb... in this run",
+        "new: None in the store, 3 in this run",
     ]
     assert differences(one, one) == []
 

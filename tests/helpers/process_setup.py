@@ -42,4 +42,4 @@ def _stay() -> None:
 
 def make_small_units() -> None:
     """In the process."""
-    target_store._LEAST_ROWS = LEAST_ROWS
+    target_store._MIN_ROWS = LEAST_ROWS

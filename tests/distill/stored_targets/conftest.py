@@ -21,7 +21,7 @@ from tests.helpers.trained import trained
 def small_units():
     """Units of a quarter of the rows, for a quarter of the images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_store, "_LEAST_ROWS", LEAST_ROWS)
+        patch.setattr(target_store, "_MIN_ROWS", LEAST_ROWS)
         yield
 
 
