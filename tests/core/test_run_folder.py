@@ -141,7 +141,7 @@ def test_replaced_run_folder_is_not_written_to(change, command_server, tmp_path)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == content
 
 
-def test_finished_run_with_other_settings_raises_with_remedies(uninterrupted_run, command_server):
+def test_finished_run_with_other_settings_raises(uninterrupted_run, command_server):
     done = run(command_server, uninterrupted_run, "", "--optim.epochs", "9")
     assert done.code == 2
     remedy = f"deit finetune --from {uninterrupted_run}"
@@ -352,9 +352,7 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
     ],
     ids=["less fits", "nothing to recompute", "activation_checkpointing", "recomputes already"],
 )
-def test_out_of_memory_advice_lists_only_what_helps(
-    arguments, block, named, command_server, tmp_path
-):
+def test_out_of_memory_advice(arguments, block, named, command_server, tmp_path):
     arguments = (*arguments, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
     done = command_server.run(
         "train", *arguments, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory"
