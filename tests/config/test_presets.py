@@ -165,7 +165,7 @@ def test_one_store_with_combined_outputs_is_one_slot():
         parse("digits-ensemble", "--teacher.source", "a,b", "--teacher.target_stores", "store")
 
 
-@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+@pytest.mark.parametrize("text", ["none", "None", "NONE"])
 def test_none_in_any_case_is_none(text):
     config = parse("digits", "--teacher.source", "a,b", "--teacher.target_stores", f"{text},store")
     assert [slot.target_store for slot in teacher_slots(config.teacher)] == [None, "store"]
