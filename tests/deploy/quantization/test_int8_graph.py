@@ -23,7 +23,7 @@ from deit.deploy.int8_layers import (
 )
 from deit.models.saved import ModelInfo, build_student
 from tests.helpers.errors import raises
-from tests.helpers.exports import SMALL_DEIT, OnnxGraph, prepared_network
+from tests.helpers.exports import SMALL_DEIT, OnnxGraph, int8_inference_fn, prepared_network
 
 pytest.importorskip("sklearn")
 onnx = pytest.importorskip("onnx")
@@ -88,7 +88,7 @@ def test_prepare_layers_have_names_of_network(name, size, settings, tmp_path):
     write_int8(path, tmp_path / "int8.onnx", layers, chosen, ranges=ranges, reduce_range=False)
     assert (
         15
-        < signal_to_noise(before, onnx_inference_fn(tmp_path / "int8.onnx")(inputs)["logits"])
+        < signal_to_noise(before, int8_inference_fn(tmp_path / "int8.onnx")(inputs)["logits"])
         < 90
     )
     graph = OnnxGraph(tmp_path / "int8.onnx")

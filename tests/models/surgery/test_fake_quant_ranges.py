@@ -42,6 +42,7 @@ from deit.models.surgery.token_merging import with_merging
 from deit.models.weight_files import load_weights
 from deit.training.optimizer import parameter_groups
 from tests.helpers.errors import raises
+from tests.helpers.exports import int8_inference_fn
 from tests.helpers.images import random_batch
 
 pytest.importorskip("sklearn")
@@ -273,7 +274,7 @@ def test_the_file_answers_as_the_network(name, tmp_path):
     target = tmp_path / "int8.onnx"
     write_int8(tmp_path / "prepared.onnx", target, layers, chosen, ranges=told, reduce_range=False)
     theirs, floats = (
-        onnx_inference_fn(target)(given),
+        int8_inference_fn(target)(given),
         onnx_inference_fn(tmp_path / "model.onnx")(given),
     )
     for head, logits in theirs.items():

@@ -20,6 +20,7 @@ from deit.config.schema import Config
 from deit.config.teachers import teacher_specs
 from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError
+from deit.core.hardware import int8_flags, int8_sums_saturate
 from deit.deploy.export import export
 from deit.deploy.formats import FORMATS
 from deit.deploy.int8_graph import signal_to_noise
@@ -256,7 +257,7 @@ def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeyp
         *arguments, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path
     )
     assert done.code == 0, done.err
-    assert re.search(r"rounded\s+11\b", done.out)
+    assert re.search(r"^qat\s+11\b", done.out, re.MULTILINE)
     assert "deit quantize run" in done.out
     assert "deit export" not in done.out
     monkeypatch.chdir(tmp_path)
@@ -274,11 +275,16 @@ def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeyp
     assert f"{found['as_the_run']['sqnr_db']['fused']:.1f} dB" in said
     assert found["calibration"]["how"] == "learnt"
     evaluated = evaluate(Path("run"))["heads"]
+    assert "fake quantization" in Path("run/quantized-static/README.md").read_text()
+    # Weights have 7 bits where sums of 8-bit products saturate: not those that were trained.
+    assert found["reduce_range"] is int8_sums_saturate(int8_flags())
+    if found["reduce_range"]:
+        assert min(found["as_the_run"]["agreement"].values()) > 0.9
+        return
     for head, row in found["int8"]["heads"].items():
         assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
         assert found["as_the_run"]["agreement"][head] > 0.995
         assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
-    assert "fake quantization" in Path("run/quantized-static/README.md").read_text()
 
 
 @pytest.mark.slow
