@@ -149,8 +149,7 @@ class TrainLoader:
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
         self.sizes = sizes
-        self.square = square
-        self.channel_stats = colours
+        self.square, self.channel_stats = square, colours
         self.seed = seed
         self.process = process
         self.workers = workers

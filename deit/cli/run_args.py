@@ -64,10 +64,7 @@ def parse_run(
     """
     excluded = excluded or {}
     recipe, rest = _split_recipe(arguments, program)
-    given = {argument.partition("=")[0].replace("-", "_") for argument in rest}
-    for name, instead in excluded.items():
-        if f"__{name}" in given:
-            raise ConfigError(f"{program}: does not take {option_of(name)}; {instead}")
+    _check_excluded(rest, excluded, program)
     base = find_recipe(recipe)
     if transform is not None:
         base = transform(base)
@@ -100,6 +97,14 @@ def parse_run(
         print_config=options.print_config,
         trusts_teacher_code=source_given,
     )
+
+
+def _check_excluded(arguments: list[str], excluded: Mapping[str, str], program: str) -> None:
+    """Raise ConfigError if an option is given that the command does not take."""
+    given = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
+    for name, instead in excluded.items():
+        if f"__{name}" in given:
+            raise ConfigError(f"{program}: does not take {option_of(name)}; {instead}")
 
 
 def _check_teacher_code(recipe: str, config: Config) -> None:

@@ -9,8 +9,7 @@ import re
 import pytest
 
 from deit.core import run_folder
-from tests.helpers.cli_cases import COMMANDS_WITH_CONFIG
-from tests.helpers.commands import tree
+from tests.helpers.commands import COMMANDS_WITH_CONFIG, tree
 
 TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.py"
 BAD_ARGUMENTS = {

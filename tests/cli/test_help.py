@@ -10,8 +10,7 @@ from deit.cli.grammar import SHARED, option_of
 from deit.config.recipes import RECIPES
 from deit.config.validation import field_names
 from deit.experiments.studies import STUDIES
-from tests.helpers.cli_cases import COMMANDS_WITH_CONFIG
-from tests.helpers.commands import tree
+from tests.helpers.commands import COMMANDS_WITH_CONFIG, tree
 
 TRAIN, EVALUATE = "train_deit.py", "evaluate_deit.py"
 

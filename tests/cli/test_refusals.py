@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from deit.config.student_section import StudentConfig
 from deit.models.saved import ModelInfo, build_student
-from tests.helpers.cli_cases import QUICK, SMALL
-from tests.helpers.commands import TEN, assert_refused, fake_teacher, tree
+from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, fake_teacher, tree
 
 TRAIN = "train_deit.py"
 

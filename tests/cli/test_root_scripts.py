@@ -8,8 +8,7 @@ import pytest
 
 import deit
 from deit.core import run_folder
-from tests.helpers.cli_cases import QUICK, SMALL
-from tests.helpers.commands import TEN, assert_refused, run_in, tree
+from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, run_in, tree
 from tests.helpers.odd_input.run import run_try
 from tests.helpers.odd_input.tries import Try
 

@@ -12,8 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from deit.cli import run_command
+from deit.config.recipes.handwriting import digits_teacher
 from deit.core import fault_injection, run_folder, run_log
 from deit.core.errors import ConfigError
+from deit.models import student
+from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.images import write_image_folder
 from tests.helpers.leftovers import is_gone
@@ -347,21 +350,14 @@ def test_of_two_that_start_together_one_has_the_folder(command_server, undisturb
 
 
 @pytest.mark.fault("D11")
-def test_the_statistics_of_batch_norms_do_not_keep_what_was_left_out(
-    command_server, tmp_path, monkeypatch
-):
-    """A forward pass that overflows has moved them before anybody notices."""
-    from deit.config.recipes.handwriting import digits_teacher
-    from deit.training.train import train
-
+def test_batch_norm_statistics_exclude_skipped_steps(command_server, tmp_path, monkeypatch):
+    """A forward pass that overflows changes them before the step is skipped."""
     epochs = {"epochs": 2, "warmup_epochs": 1, "ema_epochs": 1}
     config = digits_teacher().replace(data={"train_fraction": 0.2}, optim=epochs)
     calls = iter(range(10**6))
 
     def overflowing(images):
         return images * float("inf") if next(calls) == 3 else images
-
-    from deit.models import student
 
     original = student.Student.forward
     monkeypatch.setattr(
@@ -394,10 +390,8 @@ def test_the_best_so_far_that_is_lost_is_told(how, command_server, undisturbed_r
 @pytest.mark.fault("B5")
 def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(command_server, tmp_path):
     out = tmp_path / "run"
-    assert (
-        run(command_server, out, "update:4:kill", "--run.save_every_steps", "1").code
-        == -signal.SIGKILL
-    )
+    done = run(command_server, out, "update:4:kill", "--run.save_every_steps", "1")
+    assert done.code == -signal.SIGKILL
     for _, folder in run_folder.list_checkpoints(out):
         shutil.rmtree(folder)
     done = run(command_server, out, "", "--run.save_every_steps", "1")

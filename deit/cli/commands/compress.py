@@ -67,24 +67,7 @@ def _quantize_parser(program: str) -> Parser:
         help="static: activation ranges are calibrated on training images; dynamic: they are "
         "computed for each batch.",
     )
-    parser.add_argument(
-        "--calibration-images",
-        type=int,
-        metavar="N",
-        help="static: number of training images to calibrate on. (default: 128)",
-    )
-    parser.add_argument(
-        "--calibration-method",
-        choices=CALIBRATION_METHODS,
-        help="static: how activation ranges are chosen. (default: minmax)",
-    )
-    parser.add_argument(
-        "--percentile",
-        type=float,
-        metavar="P",
-        help="Percentile of activations within the range, for --calibration-method percentile. "
-        f"(default: {_PERCENTILE})",
-    )
+    _add_calibration_options(parser)
     parser.add_argument(
         "--quantize-attention",
         action="store_true",
@@ -114,6 +97,28 @@ def _quantize_parser(program: str) -> Parser:
     parser.add_json()
     parser.add_force("--out", "--json")
     return parser
+
+
+def _add_calibration_options(parser: Parser) -> None:
+    """Add the options of the static method's calibration."""
+    parser.add_argument(
+        "--calibration-images",
+        type=int,
+        metavar="N",
+        help="static: number of training images to calibrate on. (default: 128)",
+    )
+    parser.add_argument(
+        "--calibration-method",
+        choices=CALIBRATION_METHODS,
+        help="static: how activation ranges are chosen. (default: minmax)",
+    )
+    parser.add_argument(
+        "--percentile",
+        type=float,
+        metavar="P",
+        help="Percentile of activations within the range, for --calibration-method percentile. "
+        f"(default: {_PERCENTILE})",
+    )
 
 
 def _calibration_method(options: argparse.Namespace) -> str | None:

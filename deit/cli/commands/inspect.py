@@ -102,23 +102,7 @@ def _evaluate_parser(program: str) -> Parser:
         metavar="SOURCE",
         help="Teacher to compare with; none: no teacher. (default: the run's)",
     )
-    parser.add_argument(
-        "--resolution",
-        metavar="A,B",
-        help="Sides [px] of the student's input; the position embedding is resized. (default: the "
-        "run's)",
-    )
-    parser.add_argument(
-        "--crop",
-        metavar="A,B",
-        help="Evaluation crops, as views.eval_crop_pct. (default: the run's)",
-    )
-    parser.add_argument(
-        "--merge-tokens",
-        metavar="A,B",
-        help="Numbers of tokens that each block of a ViT merges; without training. (default: no "
-        "merging)",
-    )
+    _add_variant_options(parser)
     parser.add_argument(
         "--run.device",
         dest="device",
@@ -141,6 +125,27 @@ def _evaluate_parser(program: str) -> Parser:
     parser.add_json()
     parser.add_force("--plot", "--json")
     return parser
+
+
+def _add_variant_options(parser: Parser) -> None:
+    """Add options with lists of values, each of which is one row of the table."""
+    parser.add_argument(
+        "--resolution",
+        metavar="A,B",
+        help="Sides [px] of the student's input; the position embedding is resized. (default: the "
+        "run's)",
+    )
+    parser.add_argument(
+        "--crop",
+        metavar="A,B",
+        help="Evaluation crops, as views.eval_crop_pct. (default: the run's)",
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        metavar="A,B",
+        help="Numbers of tokens that each block of a ViT merges; without training. (default: no "
+        "merging)",
+    )
 
 
 def predict(arguments: list[str], program: str) -> None:

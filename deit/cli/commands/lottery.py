@@ -196,10 +196,16 @@ def _landscape_parser(program: str) -> Parser:
     group = parser.add_argument_group("basin volume")
     add_number(group, "rays", "Number of random directions.")
     add_number(group, "loss_rise", "Rise of the loss [nats] at which a basin ends.")
+    _add_lottery_options(parser)
+    return parser
+
+
+def _add_lottery_options(parser: Parser) -> None:
+    """Add the options that select runs in a folder of `deit lottery`."""
     group = parser.add_argument_group("for a folder of deit lottery")
     group.add_argument(
         "--kinds",
-        default=",".join(defaults.kinds),
+        default=",".join(landscape_options.LandscapeOptions().kinds),
         metavar="A,B,...",
         help=f"Kinds of runs to measure in each round: {', '.join(landscape_options.KINDS)}.",
     )
@@ -214,7 +220,6 @@ def _landscape_parser(program: str) -> Parser:
         metavar="N",
         help="Seed of the runs to measure. (default: the first)",
     )
-    return parser
 
 
 def _parse_rounds(text: str | None) -> tuple[int, ...] | None:
