@@ -1,4 +1,4 @@
-"""Curvature: eigenvalues, trace and spectral density of a matrix known by its products alone."""
+"""Eigenvalues, trace and spectral density of a matrix that is given by its products."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ExtremeEigenvalues:
-    """Eigenvalues at both ends of a spectrum, the outermost first, and how good they are.
+    """Eigenvalues at both ends of a spectrum, the outermost first, with their residuals.
 
-    A residual is the norm of H v - value v for the unit vector v found: an eigenvalue lies no
-    farther than that from the value. converged: whether all are within the tolerance. products: how
-    often the matrix was multiplied.
+    A residual is the norm of H v - value v for the computed unit vector v; an eigenvalue is at most
+    that far from the value. products: number of products with the matrix. converged: whether all
+    residuals are within the tolerance.
     """
 
     largest: tuple[float, ...]
@@ -34,7 +34,7 @@ class ExtremeEigenvalues:
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimate of a trace, and the standard error of it over so many random vectors."""
+    """An estimate of a trace and its standard error over `probes` random vectors."""
 
     value: float
     standard_error: float
@@ -43,11 +43,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """The eigenvalues of a matrix as a density over the line, of integral 1.
+    """The density of the eigenvalues of a matrix, with integral 1.
 
-    grid, density: its values at equal distances. width: standard deviation of the Gaussian
-    around each Ritz value. ritz_values, weights: what it is made of, a row a probe; the weights of
-    a row sum to 1. negative_share: of all weights, at Ritz values negative beyond rounding.
+    grid, density: points at equal distances and the density there. width: standard deviation of
+    the Gaussian around each Ritz value. ritz_values, weights: the nodes and weights of the
+    quadrature, [probes][steps]; the weights of a probe sum to 1. negative_share: share of the
+    weights at Ritz values that are negative beyond rounding, in [0, 1].
     """
 
     grid: tuple[float, ...]
@@ -67,63 +68,76 @@ def extreme_eigenvalues(
     steps: int = 100,
     tolerance: float = 1e-3,
     seed: int = 0,
-    watch: ProgressFn = iter,
+    progress: ProgressFn = iter,
 ) -> ExtremeEigenvalues:
-    """The algebraically largest and smallest eigenvalues, by Lanczos with full orthogonalisation.
+    """Compute the algebraically largest and smallest eigenvalues by the Lanczos method.
 
-    Both ends are found together, whichever is larger in magnitude; power iteration would find only
-    that one. The subspace grows until all residuals are below `tolerance` times the largest
-    magnitude, or has `steps` dimensions. An eigenvalue that several directions share is found again
-    only where the subspace closes (fewer different eigenvalues than steps).
+    The basis is fully reorthogonalized. Both ends of the spectrum are computed together, whichever
+    is larger in magnitude (power iteration would find only that one). The subspace grows until all
+    residuals are below `tolerance` times the largest magnitude, or until it has `steps` dimensions.
+    A multiple eigenvalue is repeated only if the subspace closes, that is, if there are fewer
+    distinct eigenvalues than steps.
 
-    like: any vector [size] of the dtype and device to compute in. Memory: steps x size numbers of
-    that dtype; 50 steps for 5.7 M weights in float32 are 1.1 GB. Time: a product a step, and one
-    for each eigenvalue at the end. Raises ConfigError, NumericsError.
+    largest, smallest: number of eigenvalues at each end. like: any vector [size] with the dtype and
+    device to compute in. Memory: steps x size numbers of that dtype (50 steps for 5.7 M weights in
+    float32: 1.1 GB). Time: one product per step, and one per eigenvalue at the end. Raises
+    ConfigError for invalid numbers, NumericsError if a product is not finite.
     """
-    steps, wanted = min(steps, len(like)), largest + smallest
-    if min(largest, smallest) < 0 or not 0 < wanted <= steps:
+    steps, num_values = min(steps, len(like)), largest + smallest
+    if min(largest, smallest) < 0 or not 0 < num_values <= steps:
         raise ConfigError(
             f"{largest} largest and {smallest} smallest eigenvalues in {steps} steps of a matrix "
             f"of {len(like)} rows: should be at least one, and no more than steps and rows"
         )
-    krylov = Krylov(product, _gaussian(seed, 0, like), room=steps)
-    ends = torch.cat([torch.arange(-1, -largest - 1, -1), torch.arange(smallest)])
-    for step in watch(range(1, steps + 1)):
+    krylov = Krylov(product, _gaussian(seed, 0, like), max_steps=steps)
+    indices = torch.cat([torch.arange(-1, -largest - 1, -1), torch.arange(smallest)])
+    for step in progress(range(1, steps + 1)):
         closed = krylov.step()
-        values, rows = krylov.ritz()
+        values, vectors = krylov.ritz()
         radius = values.abs().max()
-        if step >= wanted:
-            # What the tridiagonal matrix says of the residual (Parlett 1998, chapter 13).
-            # Half the tolerance: those that are measured in the end are rounded.
-            residuals = krylov.remainder * rows[-1, ends].abs()
+        if step >= num_values:
+            # Residuals estimated from the tridiagonal matrix (Parlett 1998, chapter 13). They are
+            # tested at half the tolerance, because the exact ones below contain rounding errors.
+            residuals = krylov.remainder * vectors[-1, indices].abs()
             if (residuals <= tolerance * radius / 2).all():
                 break
         if closed and step < steps:
             krylov.restart(_gaussian(seed, step, like))
-    found, residuals = krylov.ritz_with_residuals(ends)
-    close = bool((torch.tensor(residuals) <= tolerance * radius).all())
+    eigenvalues, residuals = krylov.ritz_with_residuals(indices)
+    converged = bool((torch.tensor(residuals) <= tolerance * radius).all())
     return ExtremeEigenvalues(
-        *(found[:largest], residuals[:largest], found[largest:], residuals[largest:]),
+        largest=eigenvalues[:largest],
+        largest_residuals=residuals[:largest],
+        smallest=eigenvalues[largest:],
+        smallest_residuals=residuals[largest:],
         products=krylov.products,
-        converged=close,
+        converged=converged,
     )
 
 
 def trace(
-    product: Product, like: Tensor, *, probes: int = 32, seed: int = 0, watch: ProgressFn = iter
+    product: Product,
+    like: Tensor,
+    *,
+    probes: int = 32,
+    seed: int = 0,
+    progress: ProgressFn = iter,
 ) -> Trace:
-    """Hutchinson's estimate (1990): the mean of v.Hv over vectors of random signs.
+    """Estimate the trace by the mean of v.Hv over vectors of random signs (Hutchinson 1990).
 
-    Its variance is twice the sum of squares off the diagonal. like: as in `extreme_eigenvalues`.
-    Memory: two vectors. Raises ConfigError, NumericsError.
+    The variance of a single v.Hv is twice the sum of squares off the diagonal. like: as in
+    `extreme_eigenvalues`. Memory: two vectors. Raises ConfigError for fewer than two probes,
+    NumericsError if a product is not finite.
     """
     if probes < 2:
-        raise ConfigError(f"a trace from {probes} probes: should be at least 2, for its error")
-    found = []
-    for probe in watch(range(probes)):
+        raise ConfigError(
+            f"a trace from {probes} probes: should be at least 2, for a standard error"
+        )
+    samples = []
+    for probe in progress(range(probes)):
         vector = _signs(seed, probe, like)
-        found.append(finite(product(vector)).double() @ vector.double())
-    values = torch.stack(found)
+        samples.append(require_finite(product(vector)).double() @ vector.double())
+    values = torch.stack(samples)
     return Trace(values.mean().item(), values.std().item() / math.sqrt(probes), probes)
 
 
@@ -135,32 +149,34 @@ def spectral_density(
     steps: int = 30,
     width: float = 0.01,
     seed: int = 0,
-    watch: ProgressFn = iter,
+    progress: ProgressFn = iter,
 ) -> SpectralDensity:
-    """The density of eigenvalues by stochastic Lanczos quadrature (Golub and Welsch 1969; Lin, Saad
-    and Yang 2016; Ghorbani, Krishnan and Xiao 2019).
+    """Estimate the density of the eigenvalues by stochastic Lanczos quadrature.
 
-    From each random vector so many steps of Lanczos: the Ritz values are the nodes and the squared
-    first entries of their vectors the weights of a Gauss quadrature, exact for polynomials up to
-    degree 2 steps - 1 as far as the vector is typical.
-    width: of the Gaussians, as a share of the distance between the outermost Ritz values.
-    like, memory: as in `extreme_eigenvalues`. Raises ConfigError, NumericsError.
+    Sources: Golub and Welsch 1969; Lin, Saad and Yang 2016; Ghorbani, Krishnan and Xiao 2019.
+    Each random vector takes `steps` Lanczos steps. The Ritz values are the nodes of a Gauss
+    quadrature, and the squared first components of the Ritz vectors are its weights. It is exact
+    for polynomials up to degree 2 steps - 1 for that vector.
+
+    width: standard deviation of the Gaussians, as a share of the distance between the outermost
+    Ritz values. like, memory: as in `extreme_eigenvalues`. Raises ConfigError for numbers that are
+    not positive, NumericsError if a product is not finite.
     """
     if min(probes, steps) < 1 or not width > 0:
         raise ConfigError(
             f"a density from {probes} probes of {steps} steps, width {width}: should be positive"
         )
     ritz_values, weights, steps = [], [], min(steps, len(like))
-    for tick in watch(range(probes * steps)):
+    for tick in progress(range(probes * steps)):
         probe, step = divmod(tick, steps)
         if step == 0:
-            krylov = Krylov(product, _signs(seed, probe, like), room=steps)
+            krylov = Krylov(product, _signs(seed, probe, like), max_steps=steps)
             closed = False
         closed = closed or krylov.step()
         if step == steps - 1:
-            values, rows = krylov.ritz()
+            values, vectors = krylov.ritz()
             ritz_values.append(values)
-            weights.append(rows[0] ** 2)
+            weights.append(vectors[0] ** 2)
     nodes, masses = torch.cat(ritz_values), torch.cat(weights) / probes
     grid, density, deviation = _smoothed(nodes, masses, width)
     rounding = 100 * torch.finfo(like.dtype).eps * nodes.abs().max()
@@ -175,53 +191,58 @@ def spectral_density(
 
 
 def _smoothed(nodes: Tensor, masses: Tensor, width: float) -> tuple[Tensor, Tensor, float]:
-    """Grid, density and width of masses (of sum 1) spread by Gaussians."""
+    """Return the grid, density and Gaussian width of masses that sum to 1."""
     low, high = nodes.min().item(), nodes.max().item()
-    # Where all are one but for rounding, a share of that one; of nothing, a share of 1.
+    # If all nodes are equal up to rounding, the width is relative to their value, or to 1 if 0.
     span = max(high - low, 1e-3 * max(abs(low), abs(high))) or 1.0
     deviation = width * span
     count = math.ceil((high - low + 12 * deviation) / (deviation / 4)) + 1
     grid = torch.linspace(low - 6 * deviation, high + 6 * deviation, count, dtype=torch.float64)
-    away = (grid[:, None] - nodes) / deviation
-    bells = torch.exp(-(away**2) / 2) / (deviation * math.sqrt(2 * math.pi))
-    return grid, bells @ masses, deviation
+    z = (grid[:, None] - nodes) / deviation
+    gaussians = torch.exp(-(z**2) / 2) / (deviation * math.sqrt(2 * math.pi))
+    return grid, gaussians @ masses, deviation
 
 
-def _gaussian(seed: int, number: int, like: Tensor) -> Tensor:
-    keys = Keys(seed, 0, torch.tensor([number]))
+def _gaussian(seed: int, index: int, like: Tensor) -> Tensor:
+    keys = Keys(seed, 0, torch.tensor([index]))
     return normal(keys, "curvature/start", len(like))[0].to(like)
 
 
-def _signs(seed: int, number: int, like: Tensor) -> Tensor:
-    keys = Keys(seed, 0, torch.tensor([number]))
+def _signs(seed: int, index: int, like: Tensor) -> Tensor:
+    keys = Keys(seed, 0, torch.tensor([index]))
     return (2 * (random_words(keys, "curvature/signs", len(like))[0] & 1) - 1).to(like)
 
 
 class Krylov:
-    """Orthonormal vectors that grow by one with each product, and the matrix among them, which is
-    tridiagonal (Lanczos 1950), on the CPU in float64."""
+    """An orthonormal Lanczos basis that grows by one vector per product (Lanczos 1950).
 
-    def __init__(self, product: Product, start: Tensor, *, room: int) -> None:
+    The matrix in this basis is tridiagonal; it is kept on the CPU in float64. remainder: norm of
+    the last product outside the subspace. products: number of products so far.
+    """
+
+    def __init__(self, product: Product, start: Tensor, *, max_steps: int) -> None:
         self._product = product
-        self._vectors = start.new_empty(room, len(start))
+        self._vectors = start.new_empty(max_steps, len(start))
         self._diagonal: list[float] = []
-        self._beside: list[float] = []
+        self._off_diagonal: list[float] = []
         self._next = start / torch.linalg.vector_norm(start)
         self.remainder = 0.0
         self.products = 0
 
     def step(self) -> bool:
-        """Take in the next vector; whether the subspace is closed then: the matrix leads nowhere
-        else, so its Ritz values are eigenvalues."""
+        """Add the next vector to the basis; return whether the subspace is closed.
+
+        The matrix maps a closed subspace into itself, so the Ritz values are eigenvalues.
+        """
         if self._diagonal:
-            self._beside.append(self.remainder)
-        place = len(self._diagonal)
-        self._vectors[place] = self._next
+            self._off_diagonal.append(self.remainder)
+        index = len(self._diagonal)
+        self._vectors[index] = self._next
         image = self._multiply(self._next)
         self._diagonal.append((image @ self._next).item())
-        image = self._orthogonal(image, place + 1)
+        image = self._orthogonalize(image, index + 1)
         self.remainder = torch.linalg.vector_norm(image).item()
-        size = max(map(abs, self._diagonal + self._beside))
+        size = max(map(abs, self._diagonal + self._off_diagonal))
         if self.remainder <= 100 * torch.finfo(image.dtype).eps * size:
             self.remainder = 0.0
             return True
@@ -229,40 +250,45 @@ class Krylov:
         return False
 
     def restart(self, vector: Tensor) -> None:
-        """Go on from another vector, after the subspace closed."""
-        vector = self._orthogonal(vector, len(self._diagonal))
+        """Continue with another vector after the subspace has closed."""
+        vector = self._orthogonalize(vector, len(self._diagonal))
         self._next = vector / torch.linalg.vector_norm(vector)
 
-    def _orthogonal(self, vector: Tensor, number: int) -> Tensor:
-        """Its part orthogonal to the first vectors; twice is enough (Giraud and others 2005)."""
-        known = self._vectors[:number]
+    def _orthogonalize(self, vector: Tensor, num_vectors: int) -> Tensor:
+        """Return the part of a vector that is orthogonal to the first `num_vectors` of the basis.
+
+        Two passes are enough (Giraud et al. 2005).
+        """
+        basis = self._vectors[:num_vectors]
         for _ in range(2):
-            vector = vector - (known @ vector) @ known
+            vector = vector - (basis @ vector) @ basis
         return vector
 
     def _multiply(self, vector: Tensor) -> Tensor:
         self.products += 1
-        return finite(self._product(vector))
+        return require_finite(self._product(vector))
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """Ritz values, ascending, and as columns their vectors in the basis; float64."""
-        beside = torch.tensor(self._beside, dtype=torch.float64)
+        """Return the Ritz values, ascending, and their vectors in the basis as columns; float64."""
+        off_diagonal = torch.tensor(self._off_diagonal, dtype=torch.float64)
         diagonal = torch.tensor(self._diagonal, dtype=torch.float64)
-        return torch.linalg.eigh(diagonal.diag() + beside.diag(1) + beside.diag(-1))
+        return torch.linalg.eigh(diagonal.diag() + off_diagonal.diag(1) + off_diagonal.diag(-1))
 
-    def ritz_with_residuals(self, ends: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The Ritz values of these indices, and their residuals by a product each."""
-        values, rows = self.ritz()
+    def ritz_with_residuals(self, indices: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the Ritz values at these indices and their residuals, by one product each."""
+        values, vectors = self.ritz()
         residuals = []
-        for end in ends.tolist():
-            vector = rows[:, end].to(self._vectors) @ self._vectors[: len(rows)]
-            away = self._multiply(vector) - values[end].item() * vector
-            residuals.append(torch.linalg.vector_norm(away).item())
-        return tuple(values[ends].tolist()), tuple(residuals)
+        for index in indices.tolist():
+            vector = vectors[:, index].to(self._vectors) @ self._vectors[: len(vectors)]
+            residual = self._multiply(vector) - values[index].item() * vector
+            residuals.append(torch.linalg.vector_norm(residual).item())
+        return tuple(values[indices].tolist()), tuple(residuals)
 
 
-def finite(image: Tensor) -> Tensor:
-    """A product, unless it is not finite: then NumericsError."""
+def require_finite(image: Tensor) -> Tensor:
+    """Return the product unchanged; raise NumericsError if it is not finite."""
     if not torch.isfinite(image).all():
-        raise NumericsError("a product with the Hessian is not finite: the loss is not smooth here")
+        raise NumericsError(
+            "a product with the Hessian is not finite: the loss is not smooth at these weights"
+        )
     return image

@@ -1,4 +1,4 @@
-"""One pass over every image of a data set: what there is, what is bad, what lies there twice."""
+"""Scan every image of a dataset in one pass: contents, unreadable files and duplicates."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -21,30 +21,32 @@ _EXAMPLES = 3
 
 MODES = {
     "1": "black and white",
-    "L": "grey",
-    "LA": "grey with transparency",
+    "L": "gray",
+    "LA": "gray with transparency",
     "P": "palette",
     "PA": "palette with transparency",
     "RGBA": "RGB with transparency",
-    "I;16": "16-bit grey",
+    "I;16": "16-bit gray",
 }
-"""Words for Pillow's modes; the others (RGB, CMYK, YCbCr) speak for themselves."""
+"""Descriptions of Pillow's modes; other modes (RGB, CMYK, YCbCr) are reported by their names."""
 
 
-class _Seen(NamedTuple):
-    """What decoding one image showed; reason: why it cannot be used, or nothing. closed: whether
-    that is a permission alone."""
+class _ImageInfo(NamedTuple):
+    """The result of decoding one image.
+
+    reason: why it cannot be used, or "". no_permission: whether the reason is a permission only.
+    """
 
     reason: str = ""
-    closed: bool = False
+    no_permission: bool = False
     size: tuple[int, int] = (0, 0)
     format: str = ""
     mode: str = ""
     digest: bytes = b""
 
 
-class _Place(NamedTuple):
-    """Where a picture lies."""
+class _Location(NamedTuple):
+    """Where an image is: its split, label and row of the store."""
 
     split: str
     label: int
@@ -53,7 +55,7 @@ class _Place(NamedTuple):
 
 @dataclass
 class SplitStats:
-    """What a split holds. smallest, median, largest: width and height [px], ordered by area."""
+    """The contents of a split. smallest, median, largest: width and height [px], by area."""
 
     images: int
     classes: int
@@ -66,28 +68,28 @@ class SplitStats:
 
 @dataclass
 class Duplicates:
-    """Pictures that are there more than once: how many more, and the keys of the first groups."""
+    """Repeated images. count: of the repetitions; examples: keys of the first groups."""
 
-    number: int = 0
+    count: int = 0
     examples: list[list[str]] = field(default_factory=list)
 
-    def add(self, keys: list[str], number: int) -> None:
-        """Count so many more of the pictures with these keys."""
-        self.number += number
-        if number and len(self.examples) < _EXAMPLES:
+    def add(self, keys: list[str], count: int) -> None:
+        """Add `count` repetitions of the image that has these keys."""
+        self.count += count
+        if count and len(self.examples) < _EXAMPLES:
             self.examples.append(keys)
 
 
 @dataclass
 class ScanReport:
-    """The findings, as plain values.
+    """The results of a scan, as plain values.
 
-    problems: what is wrong with the layout, and files that may not be read. unreadable: key ->
-    reason.
-    within_split, across_splits, across_classes: the same picture again in its own split, in
-    another split (what is measured there was trained on), under another class (one is wrong).
-    passed_over: files that are not read, by the ending of their names. not_read: folders and the
-    like that are not, each with a reason.
+    problems: errors in the layout, and files without read permission. unreadable: key -> reason.
+    within_split, across_splits, across_classes: repetitions of an image in its own split, in
+    another split (so that training images are evaluated), and under another class (so that one
+    label is wrong). excluded: number of images on the exclude list. passed_over: number of files
+    that are no images, by extension. not_read: folders and other entries that are not read, each
+    with a reason.
     """
 
     root: str
@@ -106,44 +108,45 @@ class ScanReport:
 def scan(config: DataConfig) -> ScanReport:
     """Decode every image of every split of a folder, shards or reader source.
 
-    Goes on after what is bad; raises DataError only where there is nothing to look at, and
-    SystemFault where an image cannot be read now and may be sound: what is listed as bad is
-    left out of every later run.
+    Unreadable images are recorded and the scan continues. Raises DataError if there are no images
+    at all, and SystemFault if an image cannot be read for a reason of the machine: it may be valid,
+    and every image on an exclude list is left out of all later runs.
     """
     problems: list[str] = []
     listing = LISTINGS[config.source](config, (), problems.append)
     store = listing.store
-    wanted = torch.ones(len(store), dtype=torch.bool)
+    included = torch.ones(len(store), dtype=torch.bool)
     if config.exclude_list is not None:
-        wanted = ~is_excluded(Path(config.exclude_list), store)
+        included = ~is_excluded(Path(config.exclude_list), store)
 
-    def look(row: int) -> _Seen:
+    def decode(row: int) -> _ImageInfo:
         try:
-            picture = read_picture(store.read(row), store.name(row))
+            stored = read_picture(store.read(row), store.name(row))
         except DataError as error:
             reason = str(error).removeprefix(f"{store.name(row)}: ")
-            return _Seen(reason, isinstance(error, NotAllowedError))
-        image = picture.image
+            return _ImageInfo(reason, isinstance(error, NotAllowedError))
+        image = stored.image
         content = hashlib.blake2b(str(image.size).encode(), digest_size=16)
         content.update(image.tobytes())
-        return _Seen("", False, image.size, picture.format, picture.mode, content.digest())
+        return _ImageInfo("", False, image.size, stored.format, stored.mode, content.digest())
 
     splits: dict[str, SplitStats] = {}
     unreadable: dict[str, str] = {}
-    copies = defaultdict(list)  # digest -> where the picture lies
+    copies = defaultdict(list)  # digest -> locations
     for split, rows in listing.splits.items():
-        rows = rows[wanted[rows]].tolist()
-        seen = list(in_threads(look, rows, f"scanning {split}"))
+        rows = rows[included[rows]].tolist()
+        decoded = list(in_threads(decode, rows, f"scanning {split}"))
         labels = listing.labels[rows].tolist()
-        splits[split] = _facts([one for one in seen if not one.reason], len(set(labels)))
-        for row, label, one in zip(rows, labels, seen):
-            if one.closed:
-                problems.append(f"{store.name(row)}: {one.reason}")
-            elif one.reason:
-                unreadable[store.key(row)] = one.reason
+        valid = [image for image in decoded if not image.reason]
+        splits[split] = _split_stats(valid, len(set(labels)))
+        for row, label, image in zip(rows, labels, decoded):
+            if image.no_permission:
+                problems.append(f"{store.name(row)}: {image.reason}")
+            elif image.reason:
+                unreadable[store.key(row)] = image.reason
             else:
-                copies[one.digest].append(_Place(split, label, row))
-    within, across, mislabelled = _duplicates(copies.values(), store)
+                copies[image.digest].append(_Location(split, label, row))
+    within, across, mislabeled = _duplicates(copies.values(), store)
     return ScanReport(
         root=config.root,
         class_names=listing.class_names,
@@ -152,43 +155,44 @@ def scan(config: DataConfig) -> ScanReport:
         unreadable=unreadable,
         within_split=within,
         across_splits=across,
-        across_classes=mislabelled,
-        excluded=int((~wanted).sum()),
+        across_classes=mislabeled,
+        excluded=int((~included).sum()),
         passed_over=dict(listing.passed.files),
         not_read=listing.passed.places,
     )
 
 
-def _facts(seen: list[_Seen], classes: int) -> SplitStats:
-    sizes = sorted((one.size for one in seen), key=lambda size: size[0] * size[1]) or [(0, 0)]
+def _split_stats(images: list[_ImageInfo], num_classes: int) -> SplitStats:
+    sizes = sorted((image.size for image in images), key=lambda size: size[0] * size[1])
+    sizes = sizes or [(0, 0)]
     return SplitStats(
-        images=len(seen),
-        classes=classes,
+        images=len(images),
+        classes=num_classes,
         smallest=sizes[0],
         median=sizes[len(sizes) // 2],
         largest=sizes[-1],
-        formats=dict(Counter(one.format for one in seen).most_common()),
-        modes=dict(Counter(MODES.get(one.mode, one.mode) for one in seen).most_common()),
+        formats=dict(Counter(image.format for image in images).most_common()),
+        modes=dict(Counter(MODES.get(image.mode, image.mode) for image in images).most_common()),
     )
 
 
-def _duplicates(copies: Iterable[list[_Place]], store: ImageStore) -> tuple[Duplicates, ...]:
-    """Copies within their split, in a later split, and under another class than the first."""
-    within, across, mislabelled = Duplicates(), Duplicates(), Duplicates()
-    for places in copies:
-        if len(places) == 1:
+def _duplicates(copies: Iterable[list[_Location]], store: ImageStore) -> tuple[Duplicates, ...]:
+    """Return the repetitions within a split, in a later split, and under another class."""
+    within, across, mislabeled = Duplicates(), Duplicates(), Duplicates()
+    for locations in copies:
+        if len(locations) == 1:
             continue
-        keys = [store.key(place.row) for place in places]
-        splits = Counter(place.split for place in places)
-        first = places[0]
-        within.add(keys, len(places) - len(splits))
-        across.add(keys, sum(place.split != first.split for place in places))
-        mislabelled.add(keys, sum(place.label != first.label for place in places))
-    return within, across, mislabelled
+        keys = [store.key(location.row) for location in locations]
+        num_splits = len({location.split for location in locations})
+        first = locations[0]
+        within.add(keys, len(locations) - num_splits)
+        across.add(keys, sum(location.split != first.split for location in locations))
+        mislabeled.add(keys, sum(location.label != first.label for location in locations))
+    return within, across, mislabeled
 
 
-def print_scan(found: ScanReport) -> None:
-    """A table of what is there, every bad image with its reason, warnings of duplicates."""
+def print_scan(report: ScanReport) -> None:
+    """Print a table of the splits, every unreadable image with its reason, and duplicates."""
     rows = [
         (
             name,
@@ -196,10 +200,10 @@ def print_scan(found: ScanReport) -> None:
             str(split.images),
             *(f"{width} x {height}" for width, height in (split.smallest, split.median)),
             f"{split.largest[0]} x {split.largest[1]}",
-            _counts(split.formats),
-            _counts(split.modes),
+            _format_counts(split.formats),
+            _format_counts(split.modes),
         )
-        for name, split in found.splits.items()
+        for name, split in report.splits.items()
     ]
     columns = (
         "split",
@@ -209,60 +213,63 @@ def print_scan(found: ScanReport) -> None:
         "median",
         "largest",
         "formats",
-        "stored as",
+        "color modes",
     )
-    table(found.root, columns, rows, text=True)
-    for problem in found.problems:
+    table(report.root, columns, rows, text=True)
+    for problem in report.problems:
         info(f"bad: {problem}")
-    for key, reason in found.unreadable.items():
+    for key, reason in report.unreadable.items():
         info(f"bad: {key}: {reason}")
     for duplicates, where in (
-        (found.within_split, "in the same split"),
-        (found.across_splits, "in another split, so that it measures what was trained on"),
-        (found.across_classes, "under another class, so that one of the labels is wrong"),
+        (report.within_split, "in the same split"),
+        (report.across_splits, "in another split, so training images are also evaluated"),
+        (report.across_classes, "in another class, so one of the labels is wrong"),
     ):
-        if duplicates.number:
+        if duplicates.count:
             examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
-            warn(f"copies of pictures: {duplicates.number} {where} ({examples})")
-    for note in PassedOver(Counter(found.passed_over), found.not_read).notes(most=None):
+            warn(f"duplicate images: {duplicates.count} {where} ({examples})")
+    for note in PassedOver(Counter(report.passed_over), report.not_read).notes(most=None):
         info(note)
-    if found.excluded:
-        info(f"{found.excluded} excluded images were skipped (exclude list)")
+    if report.excluded:
+        info(f"skipped {report.excluded} images of the exclude list")
 
 
-def _counts(numbers: dict[str, int]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in numbers.items())
+def _format_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def write_exclude_list(path: Path, found: ScanReport) -> None:
-    """The unreadable images as a list for data.exclude_list, each under its reason. Raises
-    SystemFault where the disk refuses."""
-    lines = [f"# images of {found.root} to leave out: --data.exclude_list takes this list"]
-    for key, reason in found.unreadable.items():
+def write_exclude_list(path: str | Path, report: ScanReport) -> None:
+    """Write the unreadable images as a list for data.exclude_list, each below its reason.
+
+    Raises SystemFault if the file cannot be written.
+    """
+    path = Path(path)
+    lines = [f"# unreadable images of {report.root}, a list for --data.exclude_list"]
+    for key, reason in report.unreadable.items():
         lines += [f"# {reason}", exclude_list_line(key)]
     text = "\n".join(lines) + "\n"
     try:
         path.write_bytes(text.encode(errors="surrogateescape"))
     except OSError as error:
         raise SystemFault(f"--write-exclude-list {path}: {error.strerror}") from None
-    info(f"wrote {path}: {len(found.unreadable)} images")
+    info(f"wrote {path}: {len(report.unreadable)} images")
 
 
-def raise_if_unreadable(found: ScanReport, listed: Path | None = None) -> None:
-    """Raises DataError if anything was unreadable, with what to do about it.
+def raise_if_unreadable(report: ScanReport, exclude_list: str | Path | None = None) -> None:
+    """Raise DataError, with the remedy, if the scan had problems or unreadable images.
 
-    listed: where the unreadable images were listed.
+    exclude_list: the list that the unreadable images were written to.
     """
-    bad = [f"{len(found.unreadable)} unreadable images"] if found.unreadable else []
-    bad += [f"{len(found.problems)} problems of the layout"] if found.problems else []
-    if not bad:
+    errors = [f"{len(report.unreadable)} unreadable images"] if report.unreadable else []
+    errors += [f"{len(report.problems)} problems of the layout"] if report.problems else []
+    if not errors:
         return
     advice = ""
-    if found.unreadable and listed is None:
+    if report.unreadable and exclude_list is None:
         advice = (
-            "; replace them, or list them with --write-exclude-list FILE for "
-            "--data.exclude_list FILE"
+            "; replace them, or write a list of them with --write-exclude-list FILE and exclude "
+            "them with --data.exclude_list FILE"
         )
-    elif found.unreadable:
-        advice = f"; replace them, or leave them out with --data.exclude_list {listed}"
-    raise DataError(f"{found.root}: {' and '.join(bad)}{advice}")
+    elif report.unreadable:
+        advice = f"; replace them, or exclude them with --data.exclude_list {exclude_list}"
+    raise DataError(f"{report.root}: {' and '.join(errors)}{advice}")

@@ -1,4 +1,4 @@
-"""Directions through the weights of a network: the lines and planes its loss is looked at along."""
+"""Lines and planes in the weight space of a network, and the loss on them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,71 +14,83 @@ from deit.core.errors import ConfigError, NumericsError
 from deit.core.rng import Keys, normal
 
 
-def random_direction(surface: LossSurface, *, seed: int, number: int = 0) -> Tensor:
-    """A Gaussian direction [size] whose every filter is as long as the filter of the weights where
-    the surface stands (Li et al. 2018, section 4).
+def random_direction(surface: LossSurface, *, seed: int, index: int = 0) -> Tensor:
+    """Sample a filter-normalized Gaussian direction [size] (Li et al. 2018, section 4).
 
-    A filter is a slice along the first dimension, as the weights of one output; of tensors
-    [1, tokens, width], the tokens and the position embedding, a row. Biases and the weights of
-    norms, with one dimension, stay where they are. Each tensor is drawn by its name, so that what
-    is drawn for a weight depends neither on the masks nor on the other tensors; masked weights are
-    left out before lengths are taken.
-    number: of the direction; directions of one seed are independent.
+    Every filter of the direction has the norm of the same filter of the weights at
+    `surface.point`. A filter is a slice along the first dimension, that is, the weights of one
+    output. Of a tensor [1, tokens, width] (tokens, position embedding) it is a row. Tensors with
+    one dimension (biases, weights of norms) do not move. Each tensor is sampled by its name, so
+    that its values depend neither on the masks nor on other tensors. Masked weights are removed
+    before norms are taken.
+    index: of the direction; directions of one seed are independent.
     """
-    keys = Keys(seed, number, torch.tensor([0]))
-    drawn = {
-        name: normal(keys, f"direction/{name}", own.numel())[0].view(own.shape).to(own)
-        for name, own in surface.weights.parameters.items()
+    keys = Keys(seed, index, torch.tensor([0]))
+    samples = {
+        name: normal(keys, f"direction/{name}", weight.numel())[0].view(weight.shape).to(weight)
+        for name, weight in surface.weights.parameters.items()
     }
-    return _normalised(surface, surface.weights.flatten(drawn))
+    return _filter_normalized(surface, surface.weights.flatten(samples))
 
 
 def filter_scales(surface: LossSurface) -> Tensor:
-    """How far one step along a random ray should go along each weight, [size], so that a radius of
-    1 moves every filter by about its own length: the unit of `random_direction`, for the scales of
-    `basin_volume`. 0 for what that leaves where it is."""
-    scales = _normalised(surface, torch.ones_like(surface.point))
-    # Of a unit vector, a filter's share has the length sqrt(weights in the filter / all that move).
+    """Return `scales` for `basin_volume`, [size], in the unit of `random_direction`.
+
+    With them, a step of radius 1 along a random ray moves every filter by about its own norm.
+    They are 0 for weights that `random_direction` does not move.
+    """
+    scales = _filter_normalized(surface, torch.ones_like(surface.point))
+    # A filter's share of a random unit vector has norm sqrt(weights in the filter / all moving).
     return scales * math.sqrt(scales.count_nonzero())
 
 
-def _normalised(surface: LossSurface, vector: Tensor) -> Tensor:
-    """A vector with its filters as long as those of the weights where the surface stands."""
+def _filter_normalized(surface: LossSurface, vector: Tensor) -> Tensor:
+    """Return a vector whose filters have the norms of those of the weights at the point."""
     space = surface.weights
-    weights, free = space.unflatten(surface.point), space.unflatten(vector)
-    return space.flatten({name: _scaled(free[name], weights[name]) for name in weights})
+    weights, tensors = space.unflatten(surface.point), space.unflatten(vector)
+    return space.flatten(
+        {name: _normalize_filters(tensors[name], weights[name]) for name in weights}
+    )
 
 
-def _scaled(drawn: Tensor, weight: Tensor) -> Tensor:
-    """With the filters of one tensor as long as those of the other."""
+def _normalize_filters(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor whose filters have the norms of those of `weight`."""
     if weight.ndim < 2:
-        return torch.zeros_like(drawn)
-    kept = 1 if weight.ndim == 3 and weight.shape[0] == 1 else 0
-    others = [dimension for dimension in range(weight.ndim) if dimension != kept]
-    lengths = torch.linalg.vector_norm(drawn, dim=others, keepdim=True)
-    wanted = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    # A filter that is masked as a whole has no length on either side.
-    return drawn * torch.where(lengths > 0, wanted / lengths, 0.0)
+        return torch.zeros_like(tensor)
+    filter_dim = 1 if weight.ndim == 3 and weight.shape[0] == 1 else 0
+    dims = [dim for dim in range(weight.ndim) if dim != filter_dim]
+    norms = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    target_norms = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    # Both norms are 0 where a whole filter is masked.
+    return tensor * torch.where(norms > 0, target_norms / norms, 0.0)
 
 
 @dataclass(frozen=True)
 class LossLine:
-    """What was measured between two points: at places in [0, 1], from the first to the second."""
+    """Values along the line between two points.
 
-    places: tuple[float, ...]
+    positions: in [0, 1], from the first point to the second. values: by name, one per position.
+    """
+
+    positions: tuple[float, ...]
     values: dict[str, tuple[float, ...]]
 
     def barrier(self, name: str) -> float:
-        """How far a value rises above the straight line between its ends, at most; 0 or more
-        (Entezari et al. 2022)."""
+        """Return the largest rise of a value above the linear interpolation of its ends; >= 0.
+
+        Source: Entezari et al. 2022.
+        """
         values = self.values[name]
         first, last = values[0], values[-1]
-        # So written, it is 0 to the bit where all values are equal.
-        return max(v - (first + a * (last - first)) for a, v in zip(self.places, values))
+        # This form of the interpolation gives exactly 0 if all values are equal.
+        return max(v - (first + a * (last - first)) for a, v in zip(self.positions, values))
 
     def instability(self, name: str) -> float:
-        """How far a value rises above the mean of its ends, at most; 0 or more (the error barrier
-        of Frankle et al. 2020, who call networks connected where it is below 2 % of error)."""
+        """Return the largest rise of a value above the mean of its ends; >= 0.
+
+        This is the error barrier of Frankle et al. 2020, who call two networks connected if it is
+        below 2 % error.
+        """
         values = self.values[name]
         return max(values) - (values[0] + values[-1]) / 2
 
@@ -90,83 +102,87 @@ def line(
     measure: Measure,
     *,
     points: int = 21,
-    watch: ProgressFn = iter,
+    progress: ProgressFn = iter,
 ) -> LossLine:
-    """Means over all images, at equal distances on the straight line between two points.
+    """Compute means over all images at equal distances on the straight line from start to end.
 
-    Between networks of different masks, on the surface of the wider one: points between them are
-    denser than the sparser end. points: how many, with both ends. Raises ConfigError,
-    NumericsError where a value is not finite.
+    For networks with different masks, use the surface of the denser one; points between the ends
+    are denser than the sparser end. start, end: [size]. points: number of points, with both ends.
+    Raises ConfigError for fewer than two points, NumericsError if a value is not finite.
     """
     if points < 2:
-        raise ConfigError(f"a line of {points} points: should be at least 2, its ends")
-    places = tuple(number / (points - 1) for number in range(points))
-    # lerp meets both ends, and any two equal weights, to the bit.
-    measured = [
-        _measured(surface, torch.lerp(start, end, places[number]), measure)
-        for number in watch(range(points))
+        raise ConfigError(f"a line of {points} points: should have at least 2, its ends")
+    positions = tuple(index / (points - 1) for index in range(points))
+    # lerp is exact at both ends, and for weights that are equal at both ends.
+    rows = [
+        _evaluate(surface, torch.lerp(start, end, positions[index]), measure)
+        for index in progress(range(points))
     ]
-    return LossLine(places, {name: tuple(row[name] for row in measured) for name in measured[0]})
+    return LossLine(positions, {name: tuple(row[name] for row in rows) for name in rows[0]})
 
 
 class WeightPlane(NamedTuple):
-    """All points origin + x first + y second; vectors [size]. The axes need be neither of length 1
-    nor orthogonal."""
+    """The points origin + x first + y second; vectors [size].
+
+    The axes may have any length and any angle between them.
+    """
 
     origin: Tensor
     first: Tensor
     second: Tensor
 
     def at(self, x: float, y: float) -> Tensor:
-        """The point with these coordinates."""
+        """Return the point [size] with these coordinates."""
         return self.origin + x * self.first + y * self.second
 
     def cosine(self) -> float:
-        """Of the angle between the axes."""
+        """Return the cosine of the angle between the axes."""
         axes = torch.stack([self.first, self.second]).double()
         return torch.cosine_similarity(axes[0], axes[1], dim=0).item()
 
     def project(self, point: Tensor) -> tuple[float, float, float]:
-        """x, y of the nearest point of the plane, and how far away that is in weight space."""
+        """Return x and y of the nearest point of the plane, and its distance in weight space."""
         axes = torch.stack([self.first, self.second]).double()
-        away = point.double() - self.origin.double()
-        coordinates = torch.linalg.solve(axes @ axes.T, axes @ away)
-        distance = torch.linalg.vector_norm(away - coordinates @ axes)
+        offset = point.double() - self.origin.double()
+        coordinates = torch.linalg.solve(axes @ axes.T, axes @ offset)
+        distance = torch.linalg.vector_norm(offset - coordinates @ axes)
         return (*coordinates.tolist(), distance.item())
 
 
 def random_plane(surface: LossSurface, *, seed: int) -> WeightPlane:
-    """The plane through where the surface stands, along two filter-normalised directions.
+    """Return the plane through `surface.point` along two filter-normalized random directions.
 
-    Pictures of it compare networks only with the same images, span and colours; even so they
-    predict generalisation badly.
+    Plots of such planes are comparable between networks only with equal images, extent and color
+    scale. Even then they predict generalization poorly.
     """
-    first, second = (random_direction(surface, seed=seed, number=number) for number in (0, 1))
+    first, second = (random_direction(surface, seed=seed, index=index) for index in (0, 1))
     return WeightPlane(surface.point, first, second)
 
 
 def plane_through(origin: Tensor, second: Tensor, third: Tensor) -> WeightPlane:
-    """The plane through three points, with orthonormal axes (Gram and Schmidt): the second point
-    lies on the first axis. Coordinates are distances in weight space.
+    """Return the plane through three points, with orthonormal axes (Gram-Schmidt).
 
-    Raises ConfigError if the three lie on one line.
+    The second point is on the first axis. Coordinates are distances in weight space. origin,
+    second, third: [size]. Raises ConfigError if the three points are on one line.
     """
     axes: list[Tensor] = []
     for name, point in (("second", second), ("third", third)):
-        way = point.double() - origin.double()
-        length = torch.linalg.vector_norm(way)
+        vector = point.double() - origin.double()
+        length = torch.linalg.vector_norm(vector)
         for axis in axes:
-            way = way - (axis @ way) * axis
-        left = torch.linalg.vector_norm(way)
-        if not left > 1e-6 * length:
-            raise ConfigError(f"{name}: on one line with the points before it; no plane has it")
-        axes.append(way / left)
+            vector = vector - (axis @ vector) * axis
+        orthogonal_length = torch.linalg.vector_norm(vector)
+        if not orthogonal_length > 1e-6 * length:
+            raise ConfigError(
+                f"{name}: the point is on one line with those before it, so no plane is defined"
+            )
+        axes.append(vector / orthogonal_length)
     return WeightPlane(origin, axes[0].to(origin), axes[1].to(origin))
 
 
 @dataclass(frozen=True)
 class LossGrid:
-    """What was measured on a plane: values by name, rows of equal y with a number for each x."""
+    """Values on a grid of a plane. values: by name, [ys][xs]."""
 
     xs: tuple[float, ...]
     ys: tuple[float, ...]
@@ -180,24 +196,27 @@ def grid(
     *,
     xs: Sequence[float],
     ys: Sequence[float],
-    watch: ProgressFn = iter,
+    progress: ProgressFn = iter,
 ) -> LossGrid:
-    """Means over all images at each crossing of a grid on a plane.
+    """Compute means over all images at each point of a grid on a plane.
 
-    xs, ys: coordinates on the axes. Raises NumericsError where a value is not finite.
+    xs, ys: coordinates on the axes. Raises NumericsError if a value is not finite.
     """
-    measured = [
-        _measured(surface, plane.at(xs[number % len(xs)], ys[number // len(xs)]), measure)
-        for number in watch(range(len(xs) * len(ys)))
+    cells = [
+        _evaluate(surface, plane.at(xs[index % len(xs)], ys[index // len(xs)]), measure)
+        for index in progress(range(len(xs) * len(ys)))
     ]
-    rows = [measured[start : start + len(xs)] for start in range(0, len(measured), len(xs))]
-    values = {name: tuple(tuple(one[name] for one in row) for row in rows) for name in measured[0]}
+    rows = [cells[start : start + len(xs)] for start in range(0, len(cells), len(xs))]
+    values = {name: tuple(tuple(cell[name] for cell in row) for row in rows) for name in cells[0]}
     return LossGrid(tuple(xs), tuple(ys), values)
 
 
-def _measured(surface: LossSurface, point: Tensor, measure: Measure) -> Mapping[str, float]:
-    found = surface.evaluate(point, measure)
-    for name, value in found.items():
+def _evaluate(surface: LossSurface, point: Tensor, measure: Measure) -> Mapping[str, float]:
+    """Evaluate a point. Raises NumericsError if a value is not finite."""
+    values = surface.evaluate(point, measure)
+    for name, value in values.items():
         if not math.isfinite(value):
-            raise NumericsError(f"{name} is {value} at a point of weight space: look at less of it")
-    return found
+            raise NumericsError(
+                f"{name} is {value} at a point of weight space: use a smaller range of weights"
+            )
+    return values

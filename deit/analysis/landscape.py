@@ -1,20 +1,19 @@
-"""`deit loss-landscape`: lines, planes, curvature and volume around trained weights, run beside
-run."""
+"""`deit loss-landscape`: lines, planes, curvature and basin volume around trained weights."""
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deit.analysis.landscape_measure import AROUND, at_point, path, segments, ticket_path
-from deit.analysis.landscape_options import LandscapeOptions, check_asked
+from deit.analysis.landscape_measure import AROUND, at_point, path_plane, segments, ticket_path
+from deit.analysis.landscape_options import LandscapeOptions, check_options
 from deit.analysis.landscape_runs import (
     LandscapeData,
     LandscapePoint,
-    places_of,
+    landscape_points,
+    load_landscape_data,
     share_weight_space,
-    view_of,
 )
 from deit.analysis.landscape_tables import MANIFEST, cells, columns, write_page
 from deit.core.accelerator import environment_info
@@ -29,126 +28,147 @@ from deit.experiments.shared_targets import content_hash
 from deit.models.saved import load_student
 from deit.models.weight_files import digest_of
 
-_KEPT = "measured"  # a file for each thing that was measured
+_CACHE = "measured"  # a folder with one file per measurement
 
 
 def landscape(
-    runs: list[Path], out: Path, asked: LandscapeOptions, *, root: str | None, command: str = ""
+    runs: Sequence[str | Path],
+    out: str | Path,
+    options: LandscapeOptions,
+    *,
+    root: str | None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """Look at the loss around finished runs, or around the levels of a search for tickets, and
-    between them; write landscape.json, landscape.md, a page and its pictures into a folder.
+    """Measure the loss around and between finished runs, or around the levels of a lottery search.
 
-    Whatever was measured is kept at once, so the same command goes on. root: where the images lie
-    now. Returns what landscape.json holds. Raises the errors of deit.core.errors.
+    Writes landscape.json, landscape.md and a page with its charts into `out`. Each measurement is
+    saved as soon as it is done, so the same call resumes after an interruption. root: the current
+    folder of the dataset, if it was moved. command: recorded in the results. Returns the content of
+    landscape.json. Raises ConfigError, DataError, CheckpointError, NumericsError or SystemFault.
     """
     started = time.monotonic()
-    check_asked(asked)
-    places = places_of(runs, asked)
-    how = _how(asked)
-    begun = {"runs": [run.resolve().name for run in runs], **how}
-    check_same_request(out, MANIFEST, begun, what="landscape")
-    if "lines" in asked.parts and len(places) < 2:
-        if asked.parts == ("lines",):
+    runs, out = [Path(run) for run in runs], Path(out)
+    check_options(options)
+    points = landscape_points(runs, options)
+    settings = _measurement_settings(options)
+    request = {"runs": [run.resolve().name for run in runs], **settings}
+    check_same_request(out, MANIFEST, request, what="landscape")
+    if "lines" in options.parts and len(points) < 2:
+        if options.parts == ("lines",):
             raise ConfigError(
-                f"--measure lines: need two places, and there is {places[0].name} alone"
+                f"--measure lines: needs at least two runs, but there is only {points[0].name}"
             )
-        info("lines     need two places, and there is one")
-    accelerator = build_accelerator(resolve_run(places[0].run, asked.checkpoint)[0].run)
-    view = view_of(places, asked, root=root, device=accelerator.device)
+        info("lines     skipped: they need at least two runs")
+    accelerator = build_accelerator(resolve_run(points[0].run, options.checkpoint)[0].run)
+    data = load_landscape_data(points, options, root=root, device=accelerator.device)
     check_writable(out, option="--out")
     out.mkdir(parents=True, exist_ok=True)
     with lock_dir(out, option="--out"):
-        write_json(out / MANIFEST, begun)
+        write_json(out / MANIFEST, request)
         info(
-            f"loss      of {view.number} {asked.split} images as evaluation shows them: "
-            "cross-entropy of the fused answer (or the only head's) with the labels"
+            f"loss      {data.num_images} {options.split} images, prepared as for evaluation: "
+            "cross-entropy of the fused heads (or the only head) with the labels"
         )
-        kept = _Kept(out / _KEPT, view, how)
+        cache = _MeasurementCache(out / _CACHE, data, settings)
         result = {
-            "asked": dataclasses.asdict(asked),
-            "images": view.number,
-            "places": {place.name: _around(place, view, asked, kept) for place in places},
-            **_between(places, view, asked, kept),
+            "asked": dataclasses.asdict(options),
+            "images": data.num_images,
+            "places": {point.name: _around(point, data, options, cache) for point in points},
+            **_between(points, data, options, cache),
             "command": command,
             "environment": environment_info(accelerator, command),
         }
         write_json(out / "landscape.json", result)
-        for written in write_page(result, out):
-            info(f"wrote {written}")
-    table(f"landscapes, {view.number} {asked.split} images", columns(result), cells(result))
+        for path in write_page(result, out):
+            info(f"wrote {path}")
+    title = f"loss landscape, {data.num_images} {options.split} images"
+    table(title, columns(result), cells(result))
     info(f"took {format_duration(time.monotonic() - started)}")
     return result
 
 
-def _how(asked: LandscapeOptions) -> dict[str, Any]:
-    """What every measurement depends on beside weights and images."""
-    values = dataclasses.asdict(asked)
-    for which in ("parts", "kinds", "levels", "run_seed"):
-        del values[which]
+def _measurement_settings(options: LandscapeOptions) -> dict[str, Any]:
+    """Return the options that affect a measurement, other than its weights and images."""
+    values = dataclasses.asdict(options)
+    for selection in ("parts", "kinds", "levels", "run_seed"):
+        del values[selection]
     return values
 
 
-class _Kept:
-    """What was measured, each in a file of its own, whose name ends in a hash of all it depends on:
-    asked for again, it is read."""
+class _MeasurementCache:
+    """Measurements on disk, one file each; the file name ends in a hash of everything it depends
+    on."""
 
-    def __init__(self, folder: Path, view: LandscapeData, how: dict[str, Any]) -> None:
-        self._folder, self._of = folder, {**how, "view": view.digest}
+    def __init__(self, folder: Path, data: LandscapeData, settings: dict[str, Any]) -> None:
+        self._folder, self._inputs = folder, {**settings, "view": data.digest}
         self._digests: dict[Path, str] = {}
         folder.mkdir(exist_ok=True)
 
     def __call__(
-        self, what: str, places: list[LandscapePoint], measured: Callable[[], dict[str, Any]]
+        self, what: str, points: list[LandscapePoint], measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """what: is measured, of these places in this order."""
-        weights = [self._digest(place) for place in places]
-        key = content_hash({**self._of, "what": what, "weights": weights})
-        file = self._folder / f"{slugify(places[0].name)[:60]}-{what}-{key}.json"
-        if (found := read_sealed(file, dict[str, Any])) is None:
-            found = write_sealed(file, measured())
-        return found
+        """Return a stored measurement, or make and store it.
 
-    def _digest(self, place: LandscapePoint) -> str:
-        """Of the weights, and of the masks along which they may move."""
-        if place.saved not in self._digests:
-            student, _ = load_student(place.saved)  # whole, where a file holds adapters alone
-            masks = {f"mask of {name}": mask for name, mask in place.masks().items()}
-            self._digests[place.saved] = digest_of({**student.network.state_dict(), **masks})
-        return self._digests[place.saved]
+        what: its name. points: what it depends on, in this order.
+        """
+        weights = [self._digest(point) for point in points]
+        key = content_hash({**self._inputs, "what": what, "weights": weights})
+        file = self._folder / f"{slugify(points[0].name)[:60]}-{what}-{key}.json"
+        if (measurement := read_sealed(file, dict[str, Any])) is None:
+            measurement = write_sealed(file, measure())
+        return measurement
+
+    def _digest(self, point: LandscapePoint) -> str:
+        """Return the digest of the weights and of the masks."""
+        if point.saved not in self._digests:
+            student, _ = load_student(point.saved)  # includes the base weights of adapters
+            masks = {f"mask of {name}": mask for name, mask in point.masks().items()}
+            self._digests[point.saved] = digest_of({**student.network.state_dict(), **masks})
+        return self._digests[point.saved]
 
 
 def _around(
-    place: LandscapePoint, view: LandscapeData, asked: LandscapeOptions, kept: _Kept
+    point: LandscapePoint, data: LandscapeData, options: LandscapeOptions, cache: _MeasurementCache
 ) -> dict[str, Any]:
-    """What is measured around a place."""
-    about = {"kind": place.kind, "level": place.level, "run": str(place.run)}
-    about |= kept("here", [place], lambda: at_point(place, view))
-    for part, measured in AROUND.items():
-        if part in asked.parts:
-            about[part] = kept(part, [place], lambda of=measured: of(place, view, asked))
-    return about
+    """Return all measurements around a point."""
+    result = {"kind": point.kind, "level": point.level, "run": str(point.run)}
+    result |= cache("here", [point], lambda: at_point(point, data))
+    for part, measure in AROUND.items():
+        if part in options.parts:
+            result[part] = cache(part, [point], lambda of=measure: of(point, data, options))
+    return result
 
 
 def _between(
-    places: list[LandscapePoint], view: LandscapeData, asked: LandscapeOptions, kept: _Kept
+    points: list[LandscapePoint],
+    data: LandscapeData,
+    options: LandscapeOptions,
+    cache: _MeasurementCache,
 ) -> dict[str, Any]:
-    """What is measured between places: `lines` by name, and the plane of their `path`; none where
-    they are not points of one space."""
-    found: dict[str, Any] = {"lines": {}, "path": None}
-    wanted = {"lines", "planes"} & set(asked.parts)
-    if not wanted or len(places) < 2:
-        return found
-    if not share_weight_space(places):
-        info("lines and path are left out: these networks differ in shape, statistics or colours")
-        return found
-    if "lines" in wanted:
-        found["lines"] = {
-            one.name: kept(
-                one.kind, [one.first, one.second], lambda of=one: of.measure(view, asked)
+    """Return the measurements between points: `lines` by name, and the plane of their `path`.
+
+    They are empty if the points do not share a weight space.
+    """
+    result: dict[str, Any] = {"lines": {}, "path": None}
+    parts = {"lines", "planes"} & set(options.parts)
+    if not parts or len(points) < 2:
+        return result
+    if not share_weight_space(points):
+        info(
+            "lines and path skipped: the networks differ in shape, BatchNorm statistics or "
+            "normalization"
+        )
+        return result
+    if "lines" in parts:
+        result["lines"] = {
+            segment.name: cache(
+                segment.kind,
+                [segment.first, segment.second],
+                lambda of=segment: of.measure(data, options),
             )
-            for one in segments(places)
+            for segment in segments(points)
         }
-    along = ticket_path(places)
-    if "planes" in wanted and len(along) > 2:
-        found["path"] = kept("path", along, lambda: path(along, view, asked))
-    return found
+    chain = ticket_path(points)
+    if "planes" in parts and len(chain) > 2:
+        result["path"] = cache("path", chain, lambda: path_plane(chain, data, options))
+    return result

@@ -1,6 +1,6 @@
-"""What is measured of a landscape: around each place, between neighbours, along a whole path."""
+"""Measurements of a loss landscape: around each point, between points, and along a path."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,57 +10,60 @@ from torch import Tensor
 
 from deit.analysis.basin_volume import basin_volume
 from deit.analysis.curvature import extreme_eigenvalues, spectral_density, trace
-from deit.analysis.directions import LossLine, grid, line, plane_through, random_plane
+from deit.analysis.directions import grid, line, plane_through, random_plane
 from deit.analysis.landscape_options import LandscapeOptions
 from deit.analysis.landscape_runs import (
     LandscapeData,
     LandscapePoint,
-    measure,
+    loss_and_errors,
     student_of,
     surface_of,
 )
 from deit.analysis.loss_surface import LossSurface
-from deit.core.console import progress
+from deit.core.console import ProgressFn, progress
 from deit.experiments.lottery_options import DENSE, TICKET
 from deit.models.surgery.pruning_masks import apply
 
 _PROBES, _STEPS = 4, 30  # of the spectral density
-_FAR = 4.0  # how far a ray is followed, in lengths of the vector of weights
+_MAX_RADIUS = 4.0  # of a ray, in norms of the weight vector
 
 
-def _watch(title: str) -> Callable[[range], Iterable[int]]:
-    return lambda numbers: progress(numbers, total=len(numbers), title=title)
+def _progress(title: str) -> ProgressFn:
+    return lambda steps: progress(steps, total=len(steps), title=title)
 
 
-def at_point(place: LandscapePoint, view: LandscapeData) -> dict[str, Any]:
-    """The place itself: how many weights are free, how long their vector is, what is measured
-    there, and the length of the gradient, which is 0 in a minimum."""
-    surface = surface_of(place, view)
+def at_point(point: LandscapePoint, data: LandscapeData) -> dict[str, Any]:
+    """Return number and norm of the free weights, norm of the gradient, loss and errors."""
+    surface = surface_of(point, data)
     return {
         "free_weights": surface.size,
         "norm": surface.point.norm().item(),
         "gradient_norm": surface.gradient(surface.point).norm().item(),
-        **surface.evaluate(surface.point, measure),
+        **surface.evaluate(surface.point, loss_and_errors),
     }
 
 
 def curvature(
-    place: LandscapePoint, view: LandscapeData, asked: LandscapeOptions
+    point: LandscapePoint, data: LandscapeData, options: LandscapeOptions
 ) -> dict[str, Any]:
-    """Extreme eigenvalues, trace and spectrum of the Hessian among the free weights."""
-    surface = surface_of(place, view)
-    product, like, seed = surface.hvp, surface.point, asked.seed
-    ends = extreme_eigenvalues(
+    """Return extreme eigenvalues, trace and spectrum of the Hessian of the free weights."""
+    surface = surface_of(point, data)
+    product, like, seed = surface.hvp, surface.point, options.seed
+    eigenvalues = extreme_eigenvalues(
         product,
         like,
-        largest=asked.num_eigenvalues,
+        largest=options.num_eigenvalues,
         smallest=1,
-        steps=asked.steps,
+        steps=options.steps,
         seed=seed,
-        watch=_watch(f"{place.name}: eigenvalues, at most"),
+        progress=_progress(f"{point.name}: eigenvalues, at most"),
     )
-    whole = trace(
-        product, like, probes=asked.probes, seed=seed, watch=_watch(f"{place.name}: trace")
+    hessian_trace = trace(
+        product,
+        like,
+        probes=options.probes,
+        seed=seed,
+        progress=_progress(f"{point.name}: trace"),
     )
     spectrum = spectral_density(
         product,
@@ -68,80 +71,92 @@ def curvature(
         probes=_PROBES,
         steps=_STEPS,
         seed=seed,
-        watch=_watch(f"{place.name}: spectrum"),
+        progress=_progress(f"{point.name}: spectrum"),
     )
-    return {"eigenvalues": asdict(ends), "trace": asdict(whole), "spectrum": asdict(spectrum)}
+    return {
+        "eigenvalues": asdict(eigenvalues),
+        "trace": asdict(hessian_trace),
+        "spectrum": asdict(spectrum),
+    }
 
 
-def volume(place: LandscapePoint, view: LandscapeData, asked: LandscapeOptions) -> dict[str, Any]:
-    """The volume of the basin around the place, in the free weights."""
-    surface = surface_of(place, view)
-    found = basin_volume(
+def volume(point: LandscapePoint, data: LandscapeData, options: LandscapeOptions) -> dict[str, Any]:
+    """Return the volume of the basin around the point, in the space of the free weights."""
+    surface = surface_of(point, data)
+    basin = basin_volume(
         surface.value,
         surface.point,
-        rise=asked.loss_rise,
-        largest_radius=_FAR * surface.point.norm().item(),
-        rays=asked.rays,
-        seed=asked.seed,
-        watch=_watch(f"{place.name}: rays"),
+        loss_rise=options.loss_rise,
+        largest_radius=_MAX_RADIUS * surface.point.norm().item(),
+        rays=options.rays,
+        seed=options.seed,
+        progress=_progress(f"{point.name}: rays"),
     )
-    return asdict(found)
+    return asdict(basin)
 
 
-def plane(place: LandscapePoint, view: LandscapeData, asked: LandscapeOptions) -> dict[str, Any]:
-    """Loss and errors on the plane of two random directions, filters as long as the weights'."""
-    surface = surface_of(place, view)
-    shown = random_plane(surface, seed=asked.seed)
-    axis = torch.linspace(
-        -asked.plane_extent, asked.plane_extent, asked.grid, dtype=torch.float64
-    ).tolist()
-    watch = _watch(f"{place.name}: plane")
-    found = asdict(grid(surface, shown, measure, xs=axis, ys=axis, watch=watch))
-    return {**found, "cosine": shown.cosine()}
+def plane(point: LandscapePoint, data: LandscapeData, options: LandscapeOptions) -> dict[str, Any]:
+    """Return loss and errors on the plane of two filter-normalized random directions."""
+    surface = surface_of(point, data)
+    weight_plane = random_plane(surface, seed=options.seed)
+    extent = options.plane_extent
+    axis = torch.linspace(-extent, extent, options.grid, dtype=torch.float64).tolist()
+    values = grid(
+        surface,
+        weight_plane,
+        loss_and_errors,
+        xs=axis,
+        ys=axis,
+        progress=_progress(f"{point.name}: plane"),
+    )
+    return {**asdict(values), "cosine": weight_plane.cosine()}
 
 
 Part = Callable[[LandscapePoint, LandscapeData, LandscapeOptions], dict[str, Any]]
 AROUND: dict[str, Part] = {"planes": plane, "curvature": curvature, "volume": volume}
-"""What is measured around each place, by the part that asks for it; `here` always is."""
+"""What is measured around each point, by the part of the options; `at_point` always is."""
 
 
 def _line(
-    surface: LossSurface, start: Tensor, end: Tensor, asked: LandscapeOptions, title: str
+    surface: LossSurface, start: Tensor, end: Tensor, options: LandscapeOptions, title: str
 ) -> dict[str, Any]:
-    found = line(surface, start, end, measure, points=asked.points, watch=_watch(title))
-    return {**asdict(found), **_barriers(found)}
-
-
-def _barriers(found: LossLine) -> dict[str, dict[str, float]]:
+    loss_line = line(
+        surface, start, end, loss_and_errors, points=options.points, progress=_progress(title)
+    )
     return {
-        "barrier": {name: found.barrier(name) for name in found.values},
-        "instability": {name: found.instability(name) for name in found.values},
+        "places": loss_line.positions,
+        "values": loss_line.values,
+        "barrier": {name: loss_line.barrier(name) for name in loss_line.values},
+        "instability": {name: loss_line.instability(name) for name in loss_line.values},
     }
 
 
-def straight_line(
-    first: LandscapePoint, second: LandscapePoint, view: LandscapeData, asked: LandscapeOptions
+def connecting_line(
+    first: LandscapePoint, second: LandscapePoint, data: LandscapeData, options: LandscapeOptions
 ) -> dict[str, Any]:
-    """Along the straight line from one place to another, in all weights."""
-    surface = surface_of(first, view, masked=False)
-    end = surface.weights.vector_of(student_of(second, view))
-    return _line(surface, surface.point, end, asked, f"{first.name} to {second.name}")
+    """Return loss and errors on the straight line between two points, in all weights."""
+    surface = surface_of(first, data, masked=False)
+    end = surface.weights.vector_of(student_of(second, data))
+    return _line(surface, surface.point, end, options, f"{first.name} to {second.name}")
 
 
 def pruning_line(
-    first: LandscapePoint, second: LandscapePoint, view: LandscapeData, asked: LandscapeOptions
+    first: LandscapePoint, second: LandscapePoint, data: LandscapeData, options: LandscapeOptions
 ) -> dict[str, Any]:
-    """Along the step of pruning itself: from one place to where the other's masks alone take it."""
-    surface = surface_of(first, view, masked=False)
-    student = student_of(first, view)
+    """Return loss and errors from the first point to its weights under the masks of the second."""
+    surface = surface_of(first, data, masked=False)
+    student = student_of(first, data)
     apply(second.masks(), student.network)
     end = surface.weights.vector_of(student)
-    return _line(surface, surface.point, end, asked, f"{first.name} cut to {second.name}")
+    return _line(surface, surface.point, end, options, f"{first.name} cut to {second.name}")
 
 
 class Segment(NamedTuple):
-    """A line that is looked at: straight from one place to another, or, of kind cut, from it to
-    where the other's masks alone take it."""
+    """A line to measure.
+
+    kind: `line` goes straight from the first point to the second; `cut` goes from the first point
+    to its weights under the masks of the second, that is, along the pruning step.
+    """
 
     kind: str
     first: LandscapePoint
@@ -149,50 +164,64 @@ class Segment(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The name of the line in tables and plots."""
         return f"{self.first.name} {'cut to' if self.kind == 'cut' else 'to'} {self.second.name}"
 
-    def measure(self, view: LandscapeData, asked: LandscapeOptions) -> dict[str, Any]:
-        """Along it."""
-        return {"line": straight_line, "cut": pruning_line}[self.kind](
-            self.first, self.second, view, asked
+    def measure(self, data: LandscapeData, options: LandscapeOptions) -> dict[str, Any]:
+        """Return loss, errors and barriers along the line."""
+        return {"line": connecting_line, "cut": pruning_line}[self.kind](
+            self.first, self.second, data, options
         )
 
 
-def segments(places: list[LandscapePoint]) -> list[Segment]:
-    """From each run to the next; of a search for tickets from each level to the next and along the
-    step of pruning between them, and from each ticket to its controls."""
-    found = []
-    chain = ticket_path(places)
+def segments(points: list[LandscapePoint]) -> list[Segment]:
+    """Return the lines between points.
+
+    They connect each run with the next one. In a lottery search they connect each level with the
+    next one, also along the pruning step, and each ticket with its controls.
+    """
+    lines = []
+    chain = ticket_path(points)
     for first, second in pairwise(chain):
-        found.append(Segment("line", first, second))
+        lines.append(Segment("line", first, second))
         if second.follows(first):
-            found.append(Segment("cut", first, second))
-    tickets = {place.level: place for place in chain}
-    controls = [place for place in places if place not in chain and place.level in tickets]
-    return found + [Segment("line", tickets[place.level], place) for place in controls]
+            lines.append(Segment("cut", first, second))
+    tickets = {point.level: point for point in chain}
+    controls = [point for point in points if point not in chain and point.level in tickets]
+    return lines + [Segment("line", tickets[point.level], point) for point in controls]
 
 
-def ticket_path(places: list[LandscapePoint]) -> list[LandscapePoint]:
-    """The places that follow each other: those of a search without its controls."""
-    return [place for place in places if place.kind in ("", DENSE, TICKET)]
+def ticket_path(points: list[LandscapePoint]) -> list[LandscapePoint]:
+    """Return the points in sequence, without the controls of a lottery search."""
+    return [point for point in points if point.kind in ("", DENSE, TICKET)]
 
 
-def path(
-    places: list[LandscapePoint], view: LandscapeData, asked: LandscapeOptions
+def path_plane(
+    points: list[LandscapePoint], data: LandscapeData, options: LandscapeOptions
 ) -> dict[str, Any]:
-    """The loss on the plane through the first place, the middle one and the last, in all weights;
-    and where all places are beside it: coordinates, and how far off."""
-    surface = surface_of(places[0], view, masked=False)
-    points = [surface.weights.vector_of(student_of(place, view)) for place in places]
-    shown = plane_through(points[0], points[-1], points[len(points) // 2])
-    spots = [shown.project(point) for point in points]
+    """Return loss and errors on the plane through the first, middle and last point.
+
+    The plane is in the space of all weights. `places` has the coordinates of each point on it, and
+    the distance of the point from the plane.
+    """
+    surface = surface_of(points[0], data, masked=False)
+    vectors = [surface.weights.vector_of(student_of(point, data)) for point in points]
+    weight_plane = plane_through(vectors[0], vectors[-1], vectors[len(vectors) // 2])
+    projections = [weight_plane.project(vector) for vector in vectors]
     axes = []
-    for spot in zip(*[spot[:2] for spot in spots]):
-        low, high = min(spot), max(spot)
+    for coordinates in zip(*[projection[:2] for projection in projections]):
+        low, high = min(coordinates), max(coordinates)
         margin = 0.25 * max(high - low, 1e-6)
-        span = torch.linspace(low - margin, high + margin, asked.grid, dtype=torch.float64)
-        axes.append(span.tolist())
+        axis = torch.linspace(low - margin, high + margin, options.grid, dtype=torch.float64)
+        axes.append(axis.tolist())
     xs, ys = axes
-    found = asdict(grid(surface, shown, measure, xs=xs, ys=ys, watch=_watch("plane of the path")))
-    return {**found, "places": {place.name: spot for place, spot in zip(places, spots)}}
+    values = grid(
+        surface,
+        weight_plane,
+        loss_and_errors,
+        xs=xs,
+        ys=ys,
+        progress=_progress("plane of the path"),
+    )
+    by_name = {point.name: projection for point, projection in zip(points, projections)}
+    return {**asdict(values), "places": by_name}

@@ -1,4 +1,4 @@
-"""What of a loss landscape is asked for, and what cannot be; no torch."""
+"""The options of `deit loss-landscape` and their checks; no torch."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,16 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class LandscapeOptions:
-    """What a command line says of a landscape.
+    """What to measure of a loss landscape.
 
-    parts: of PARTS. kinds, levels, run_seed: of a search for tickets which runs, beside its dense
-    one; levels None: all; run_seed None: the first. checkpoint: best or last. split, images: whose
-    loss. points: of a line. grid, span: points along each axis of a plane, and how far it goes,
-    in lengths of the filters. top, steps: largest eigenvalues, and steps to find them in. probes:
-    of the trace. rays, rise: of the volume, and by how much [nats] the loss rises to its rim.
-    seed: of everything that is drawn.
+    parts: a subset of PARTS. kinds, levels, run_seed: which runs of a lottery search to include, in
+    addition to its dense run; levels: all by default; run_seed: the first by default. checkpoint:
+    best or last. split, images: the split, and how many of its images the loss is computed on.
+    points: number of points of a line. grid: points along each axis of a plane. plane_extent: from
+    the center to the border of a plane, in filter norms. num_eigenvalues: number of the largest
+    eigenvalues. steps: maximum number of Lanczos steps for them. probes: random vectors for the
+    trace. rays: random rays for the volume. loss_rise: the rise of the loss [nats] that bounds the
+    basin. seed: of all random directions, and of the choice of images.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -40,7 +42,7 @@ class LandscapeOptions:
     seed: int = 0
 
 
-_LEAST = {
+_MINIMUM = {
     "images": 1,
     "points": 3,
     "grid": 3,
@@ -51,30 +53,34 @@ _LEAST = {
 }
 
 
-def check_asked(asked: LandscapeOptions) -> None:
-    """Refuse what cannot be, before anything is loaded. Raises ConfigError."""
-    known = {"measure": (asked.parts, PARTS), "kinds": (asked.kinds, KINDS)}
-    known["split"] = ((asked.split,), SPLITS)
-    for option, (names, all_of_them) in known.items():
+def check_options(options: LandscapeOptions) -> None:
+    """Raise ConfigError if an option has an invalid value."""
+    choices = {
+        "measure": (options.parts, PARTS),
+        "kinds": (options.kinds, KINDS),
+        "split": ((options.split,), SPLITS),
+    }
+    for option, (names, allowed) in choices.items():
         for name in names:
-            if name not in all_of_them:
-                listed = ", ".join(all_of_them)
+            if name not in allowed:
                 raise ConfigError(
-                    f"--{option} {name}: should be of {listed}{did_you_mean(name, all_of_them)}"
+                    f"--{option} {name}: should be one of {', '.join(allowed)}"
+                    f"{did_you_mean(name, allowed)}"
                 )
-    for option, least in _LEAST.items():
-        if getattr(asked, option) < least:
-            raise ConfigError(
-                f"{_option(option)} {getattr(asked, option)}: should be at least {least}"
-            )
-    for option in ("plane_extent", "loss_rise"):
-        if not 0 < getattr(asked, option) < float("inf"):
-            raise ConfigError(f"{_option(option)} {getattr(asked, option):g}: should be above 0")
-    if asked.num_eigenvalues >= asked.steps:
+    for field, minimum in _MINIMUM.items():
+        value = getattr(options, field)
+        if value < minimum:
+            raise ConfigError(f"{_flag(field)} {value}: should be at least {minimum}")
+    for field in ("plane_extent", "loss_rise"):
+        value = getattr(options, field)
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{_flag(field)} {value:g}: should be positive and finite")
+    if options.num_eigenvalues >= options.steps:
         raise ConfigError(
-            f"--num-eigenvalues {asked.num_eigenvalues}: should be below --steps ({asked.steps})"
+            f"--num-eigenvalues {options.num_eigenvalues}: should be less than --steps "
+            f"({options.steps})"
         )
 
 
-def _option(field: str) -> str:
+def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")

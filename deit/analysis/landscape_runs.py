@@ -1,6 +1,6 @@
-"""Where landscapes are looked at: the runs, their weights and masks, and the loss around them."""
+"""The runs of a landscape: their weights, masks and images, and the loss around them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +28,14 @@ from deit.models.student import Student
 from deit.models.surgery.pruning_masks import Masks
 from deit.models.weight_files import digest_of
 
-_AT_ONCE = 128  # images whose second derivatives are there at once
+_BATCH_SIZE = 128  # images; limits the memory of second derivatives
 
 
 class LandscapePoint(NamedTuple):
-    """A finished run, at the weights of one of its checkpoints. name: as it is told. kind, level:
-    of a search for tickets, else "" and 0."""
+    """A finished run at the weights of one of its checkpoints.
+
+    name: for tables and messages. kind, level: of a run of a lottery search, else "" and 0.
+    """
 
     name: str
     run: Path
@@ -42,170 +44,185 @@ class LandscapePoint(NamedTuple):
     level: int = 0
 
     def masks(self) -> Masks:
-        """Its masks, those of its base where adapters were trained on one; {} of a dense run."""
+        """Return the pruning masks, {} for a dense run. Adapters have the masks of their base."""
         return load_weights_from(str(self.saved)).masks or {}
 
     def follows(self, other: "LandscapePoint") -> bool:
-        """Whether this one was pruned by what the other ended with."""
+        """Return whether this run was pruned according to the final weights of the other."""
         chain = (DENSE, TICKET)
         return self.kind == TICKET and other.kind in chain and other.level == self.level - 1
 
 
-def places_of(runs: list[Path], asked: LandscapeOptions) -> list[LandscapePoint]:
-    """The places that paths name: of a search for tickets its levels, the dense one first; of runs
-    these themselves. Raises ConfigError and CheckpointError."""
-    searches = [run for run in runs if (run / MANIFEST).is_file()]
-    if searches and len(runs) > 1:
-        raise ConfigError(f"{searches[0]}: is a search for tickets, which is looked at alone")
+def landscape_points(runs: Sequence[str | Path], options: LandscapeOptions) -> list[LandscapePoint]:
+    """Return the points for some run folders, or for the levels of one lottery search.
+
+    The dense run of a search comes first. Raises ConfigError for options that do not fit the runs,
+    CheckpointError if a run is missing or damaged.
+    """
+    paths = [Path(run) for run in runs]
+    searches = [path for path in paths if (path / MANIFEST).is_file()]
+    if searches and len(paths) > 1:
+        raise ConfigError(
+            f"{searches[0]}: is a lottery search, which cannot be combined with other runs"
+        )
     if searches:
-        return _of_search(searches[0], asked)
-    usual = LandscapeOptions()
-    options = {"kinds": "--kinds", "levels": "--rounds", "run_seed": "--run-seed"}
-    for field, option in options.items():
-        if getattr(asked, field) != getattr(usual, field):
-            raise ConfigError(f"{option}: applies to a lottery search, and {runs[0]} is none")
-    found = [
-        LandscapePoint(run.resolve().name, run, resolve_run(run, asked.checkpoint)[1])
-        for run in runs
+        return _points_of_search(searches[0], options)
+    defaults = LandscapeOptions()
+    search_options = {"kinds": "--kinds", "levels": "--rounds", "run_seed": "--run-seed"}
+    for field, option in search_options.items():
+        if getattr(options, field) != getattr(defaults, field):
+            raise ConfigError(f"{option}: applies to a lottery search, which {paths[0]} is not")
+    points = [
+        LandscapePoint(path.resolve().name, path, resolve_run(path, options.checkpoint)[1])
+        for path in paths
     ]
-    for place in found:
-        warn_unfinished(place.saved.parent)
-    names = [place.name for place in found]
+    for point in points:
+        warn_unfinished(point.saved.parent)
+    names = [point.name for point in points]
     return [
-        place if names.count(place.name) == 1 else place._replace(name=str(place.run))
-        for place in found
+        point if names.count(point.name) == 1 else point._replace(name=str(point.run))
+        for point in points
     ]
 
 
-def _whole(value: object) -> int:
-    """The value, a whole number. Raises TypeError for any other."""
+def _require_int(value: object) -> int:
+    """Return the value, an integer. Raises TypeError for any other type."""
     if type(value) is not int:
-        raise TypeError(f"{value!r} is no whole number")
+        raise TypeError(f"{value!r} is not an integer")
     return value
 
 
-def _of_search(out: Path, asked: LandscapeOptions) -> list[LandscapePoint]:
+def _points_of_search(out: Path, options: LandscapeOptions) -> list[LandscapePoint]:
     result = read_results(out)
     if "tickets" not in result:
-        raise ConfigError(f"{out}: is a sweep; name some of its runs (OUT/runs/...)")
+        raise ConfigError(f"{out}: is a sweep; give some of its runs instead ({out}/runs/...)")
     with translate_value_errors(out / RESULTS):
-        seeds = [_whole(seed) for seed in result["seeds"]]
-        first = seeds[0]
-        sparsity = {
-            (row["values"]["run"], _whole(row["level"])): name
+        seeds = [_require_int(seed) for seed in result["seeds"]]
+        first_seed = seeds[0]
+        names = {
+            (row["values"]["run"], _require_int(row["level"])): name
             for name, row in result["rows"].items()
             if "level" in row
         }
-    seed = first if asked.run_seed is None else asked.run_seed
+    seed = first_seed if options.run_seed is None else options.run_seed
     if seed not in seeds:
         raise ConfigError(f"--run-seed {seed}: {out} has {', '.join(map(str, seeds))}")
-    if not sparsity:
+    if not names:
         raise CheckpointError(
-            f"{out / RESULTS}: names no levels; run the search (deit lottery) again"
+            f"{out / RESULTS}: contains no levels; run the search (deit lottery) again"
         )
-    levels = sorted({level for _, level in sparsity})
-    for level in asked.levels or ():
+    levels = sorted({level for _, level in names})
+    for level in options.levels or ():
         if level not in levels:
             raise ConfigError(f"--rounds {level}: {out} has {', '.join(map(str, levels))}")
-    wanted = levels if asked.levels is None else sorted({0, *asked.levels})
-    found = []
-    for level in wanted:
-        for kind in (DENSE,) if level == 0 else asked.kinds:
+    selected = levels if options.levels is None else sorted({0, *options.levels})
+    points = []
+    for level in selected:
+        for kind in (DENSE,) if level == 0 else options.kinds:
             run = run_path(out, seed, kind, level)
-            if (kind, level) in sparsity and run_folder.read_result(run) is not None:
-                saved = resolve_run(run, asked.checkpoint)[1]
-                found.append(LandscapePoint(sparsity[kind, level], run, saved, kind, level))
-    if not found:
+            if (kind, level) in names and run_folder.read_result(run) is not None:
+                saved = resolve_run(run, options.checkpoint)[1]
+                points.append(LandscapePoint(names[kind, level], run, saved, kind, level))
+    if not points:
         raise CheckpointError(f"{out}: none of its runs is finished")
-    for kind in asked.kinds:
-        if not any(place.kind == kind for place in found) and wanted != [0]:
+    for kind in options.kinds:
+        if not any(point.kind == kind for point in points) and selected != [0]:
             raise ConfigError(f"--kinds {kind}: {out} has no such finished run at these levels")
-    return found
+    return points
 
 
 class LandscapeData(NamedTuple):
-    """The images whose loss is looked at: views float32 [images, 3, side, side] in [0, 1], labels
-    int64 [images], in batches. digest: of both."""
+    """The images that the loss is computed on.
+
+    batches: views float32 [images, 3, side, side] in [0, 1] and labels int64 [images]. sizes:
+    images of each batch. num_images: of all batches. digest: of views and labels.
+    """
 
     batches: list[tuple[Tensor, Tensor]]
     sizes: list[int]
-    number: int
+    num_images: int
     digest: str
 
 
-def view_of(
-    places: list[LandscapePoint], asked: LandscapeOptions, *, root: str | None, device: torch.device
+def load_landscape_data(
+    points: list[LandscapePoint],
+    options: LandscapeOptions,
+    *,
+    root: str | None,
+    device: torch.device,
 ) -> LandscapeData:
-    """The images that all places are looked at with, as an evaluation shows them: so many of a
-    split, spread over the classes.
+    """Load the images for all points, prepared as for evaluation and stratified by class.
 
-    Raises ConfigError where the runs are of other data, DataError.
+    root: the current folder of the dataset, if it was moved. Raises ConfigError if the runs differ
+    in their data or were trained with quantization, DataError if the data do not fit the runs.
     """
     configs = [
-        evaluation_config(resolve_run(one.run, asked.checkpoint)[0], root=root) for one in places
+        evaluation_config(resolve_run(point.run, options.checkpoint)[0], root=root)
+        for point in points
     ]
     first = configs[0]
-    for place, config in zip(places, configs):
+    for point, config in zip(points, configs):
         if config.student.qat != "none":
             raise ConfigError(
-                f"{place.name}: student.qat = {config.student.qat!r}: its loss goes in "
-                "steps, of which no curve can be drawn; look at the run it was fine-tuned from"
+                f"{point.name}: student.qat = {config.student.qat!r}: the loss of a quantized "
+                "network is piecewise constant; use the run that it was fine-tuned from"
             )
         field = differing_split_field(config.data, first.data)
         if config.data.train_fraction != first.data.train_fraction:
             field = "data.train_fraction"
         if field is not None:
             raise ConfigError(
-                f"{place.name}: has another {field} than {places[0].name}; landscapes stand beside "
-                "each other on the same images alone"
+                f"{point.name}: has another {field} than {points[0].name}; landscapes can only be "
+                "compared on the same images"
             )
-    names, images = load_split(first.data, asked.split)
-    if names != load_student(places[0].saved)[1].class_names:
-        raise DataError(f"{places[0].run}: was trained on other classes than the data has")
-    rows = stratified_indices(images.labels, asked.images, seed=asked.seed, stream="landscape")
-    there = len(images.labels[rows].unique())
-    if there < len(names):
+    class_names, images = load_split(first.data, options.split)
+    if class_names != load_student(points[0].saved)[1].class_names:
+        raise DataError(f"{points[0].run}: was trained on other classes than the data have")
+    rows = stratified_indices(images.labels, options.images, seed=options.seed, stream="landscape")
+    num_classes = len(images.labels[rows].unique())
+    if num_classes < len(class_names):
         warn(
-            f"--images {asked.images}: of {there} of the {len(names)} classes alone; the loss says "
-            "nothing of the others"
+            f"--images {options.images}: covers only {num_classes} of the {len(class_names)} "
+            "classes; the loss does not include the others"
         )
-    chunks = rows.split(_AT_ONCE)
+    chunks = rows.split(_BATCH_SIZE)
     views = evaluation_batches(images, chunks, first.evaluation, device=device)
     labels = images.labels.to(device)
-    batches = [(one, labels[chunk.to(device)]) for one, chunk in zip(views, chunks)]
+    batches = [(view, labels[chunk.to(device)]) for view, chunk in zip(views, chunks)]
     tensors = {
-        f"{kind}-{place}": one
-        for place, two in enumerate(batches)
-        for kind, one in zip(("views", "labels"), two)
+        f"{name}-{index}": tensor
+        for index, batch in enumerate(batches)
+        for name, tensor in zip(("views", "labels"), batch)
     }
     sizes = [len(chunk) for chunk in chunks]
     return LandscapeData(batches, sizes, len(rows), digest_of(tensors))
 
 
-def share_weight_space(places: list[LandscapePoint]) -> bool:
-    """Whether the weights of all places are points of one space: networks of one shape, with the
-    same statistics and normalisation."""
-    first, *others = (load_student(place.saved)[0] for place in places)
-    shapes = [(name, one.shape) for name, one in first.named_parameters()]
+def share_weight_space(points: list[LandscapePoint]) -> bool:
+    """Return whether all networks have the same parameter shapes, statistics and normalization."""
+    first, *others = (load_student(point.saved)[0] for point in points)
+    shapes = [(name, parameter.shape) for name, parameter in first.named_parameters()]
     return all(
-        shapes == [(name, one.shape) for name, one in other.named_parameters()]
+        shapes == [(name, parameter.shape) for name, parameter in other.named_parameters()]
         and all(torch.equal(a, b) for a, b in zip(first.buffers(), other.buffers()))
         for other in others
     )
 
 
-def surface_of(place: LandscapePoint, view: LandscapeData, *, masked: bool = True) -> LossSurface:
-    """The mean cross-entropy of the fused answer (or the only head's) with the labels, around a
-    place; masked: along the weights that it keeps alone."""
-    masks = {f"network.{name}": mask for name, mask in place.masks().items()} if masked else {}
-    device = view.batches[0][0].device
+def surface_of(point: LandscapePoint, data: LandscapeData, *, masked: bool = True) -> LossSurface:
+    """Return the loss around a point: the mean cross-entropy of the fused heads, or the only head.
+
+    masked: only the weights that the masks keep are coordinates.
+    """
+    masks = {f"network.{name}": mask for name, mask in point.masks().items()} if masked else {}
+    device = data.batches[0][0].device
     masks = {name: mask.to(device) for name, mask in masks.items()}
-    return LossSurface(student_of(place, view), view.batches, _loss, sizes=view.sizes, masks=masks)
+    return LossSurface(student_of(point, data), data.batches, _loss, sizes=data.sizes, masks=masks)
 
 
-def student_of(place: LandscapePoint, view: LandscapeData) -> Student:
-    """The student of a place, on the device of the images."""
-    return load_student(place.saved)[0].to(view.batches[0][0].device)
+def student_of(point: LandscapePoint, data: LandscapeData) -> Student:
+    """Load the student of a point onto the device of the images."""
+    return load_student(point.saved)[0].to(data.batches[0][0].device)
 
 
 def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -214,17 +231,16 @@ def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(heads.get("fused", heads["class"]), labels)
 
 
-def measure(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
-    """The loss, and the share of wrong answers of each head: `error`, with its name where there are
-    several."""
+def loss_and_errors(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
+    """Return `loss` and `error` of the final head, in [0, 1], and `error_HEAD` if it is fused."""
     images, labels = batch
     heads = logits_by_head(network(images))
     final = heads.get("fused", heads["class"])
 
-    def wrong(logits: Tensor) -> Tensor:
+    def error_rate(logits: Tensor) -> Tensor:
         return (logits.argmax(dim=1) != labels).float().mean()
 
-    found = {"loss": cross_entropy(final, labels), "error": wrong(final)}
+    means = {"loss": cross_entropy(final, labels), "error": error_rate(final)}
     if "fused" in heads:
-        found |= {f"error_{name}": wrong(heads[name]) for name in ("class", "distillation")}
-    return found
+        means |= {f"error_{name}": error_rate(heads[name]) for name in ("class", "distillation")}
+    return means

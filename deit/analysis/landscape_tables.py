@@ -1,11 +1,11 @@
-"""Landscapes as tables and a page; reads plain values only, no torch."""
+"""Tables and page of a landscape, from the values of landscape.json; no torch."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 from deit.analysis.landscape_plots import (
-    NAMED,
+    MAX_LABELED,
     eigenvalues_chart,
     lines_chart,
     path_chart,
@@ -22,78 +22,89 @@ MANIFEST = "landscape.request.json"
 PAGE = "index.html"
 
 _NOTE = (
-    "Read with care: rescaling queries against keys, or values against the projection, changes no "
-    "answer and every eigenvalue, radius and volume; a volume rests on as many rays as are "
-    "effective, and is a lower bound with few; volumes of different numbers of weights have no "
-    "common unit but per weight; planes of two random directions say little of generalisation; "
-    "between two levels the points of a line are denser than the sparser end."
+    "Limits of these measurements: Rescaling queries against keys, or values against the "
+    "projection, leaves the outputs of a network unchanged but changes every eigenvalue, radius "
+    "and volume. A volume relies on its effective rays; with only a few it is a lower bound. "
+    "Volumes of different numbers of weights can only be compared per weight. Planes of two random "
+    "directions predict generalization poorly. On a line between two levels the inner points are "
+    "denser than the sparser end."
 )
 
 
 def columns(result: dict[str, Any]) -> tuple[str, ...]:
-    """The heads of the table's columns."""
-    found = ["", "free weights", "loss", "error %", "gradient"]
+    """Return the column names of the table of runs."""
+    names = ["", "free weights", "loss", "error %", "gradient norm"]
     parts = result["asked"]["parts"]
     if "curvature" in parts:
-        found += ["largest eigenvalue", "smallest eigenvalue", "trace"]
+        names += ["largest eigenvalue", "smallest eigenvalue", "trace"]
     if "volume" in parts:
-        found += ["median radius", "log volume per weight", "effective rays", "censored"]
-    return tuple(found)
+        names += ["median radius", "log volume per weight", "effective rays", "censored rays"]
+    return tuple(names)
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
-    """A row a place."""
-    return [_row(name, about, result["asked"]) for name, about in result["places"].items()]
+    """Return the table of runs, a row per run."""
+    num_rays = result["asked"]["rays"]
+    return [_row(name, values, num_rays) for name, values in result["places"].items()]
 
 
-def _row(name: str, about: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    found = [
+def _row(name: str, values: dict[str, Any], num_rays: int) -> list[str]:
+    row = [
         name,
-        f"{about['free_weights']:,}",
-        f"{about['loss']:.4f}",
-        f"{100 * about['error']:.1f}",
-        f"{about['gradient_norm']:.3g}",
+        f"{values['free_weights']:,}",
+        f"{values['loss']:.4f}",
+        f"{100 * values['error']:.1f}",
+        f"{values['gradient_norm']:.3g}",
     ]
-    if "curvature" in about:
-        ends, whole = about["curvature"]["eigenvalues"], about["curvature"]["trace"]
-        unsure = "" if ends["converged"] else " (not converged)"
-        found += [
-            f"{ends['largest'][0]:.3g}{unsure}",
-            f"{ends['smallest'][0]:.3g}",
-            f"{whole['value']:.3g} +- {whole['standard_error']:.2g}",
+    if "curvature" in values:
+        eigenvalues, trace = values["curvature"]["eigenvalues"], values["curvature"]["trace"]
+        remark = "" if eigenvalues["converged"] else " (not converged)"
+        row += [
+            f"{eigenvalues['largest'][0]:.3g}{remark}",
+            f"{eigenvalues['smallest'][0]:.3g}",
+            f"{trace['value']:.3g} +- {trace['standard_error']:.2g}",
         ]
-    if "volume" in about:
-        seen = about["volume"]
-        bound = ">= " if seen["censored"] or seen["effective_rays"] < 2 else ""
-        found += [
-            f"{math.exp(seen['log_radius_quantiles'][2]):.3g}",
-            f"{bound}{seen['log_volume_per_weight']:.4f}",
-            f"{seen['effective_rays']:.1f} of {asked['rays']}",
-            str(seen["censored"]),
+    if "volume" in values:
+        volume = values["volume"]
+        bound = ">= " if volume["censored"] or volume["effective_rays"] < 2 else ""
+        row += [
+            f"{math.exp(volume['log_radius_quantiles'][2]):.3g}",
+            f"{bound}{volume['log_volume_per_weight']:.4f}",
+            f"{volume['effective_rays']:.1f} of {num_rays}",
+            str(volume["censored"]),
         ]
-    return found
+    return row
 
 
-LINES = ("", "loss barrier", "error barrier, points", "class head", "distillation head")
+LINES = (
+    "",
+    "loss barrier",
+    "error barrier, points",
+    "class head, points",
+    "distillation head, points",
+)
+"""The column names of the table of lines."""
 
 
 def line_cells(result: dict[str, Any]) -> list[list[str]]:
-    """A row a line: how far loss and error rise above the straight line between its ends."""
-    found = []
-    for name, one in result["lines"].items():
-        errors = [one["barrier"].get(f"error{of}") for of in ("", "_class", "_distillation")]
-        shown = ("-" if error is None else f"{100 * error:.1f}" for error in errors)
-        found.append([name, f"{one['barrier']['loss']:.4f}", *shown])
-    return found
+    """Return the table of lines: the barriers of the loss and of the errors, a row per line."""
+    rows = []
+    for name, line in result["lines"].items():
+        errors = [line["barrier"].get(f"error{head}") for head in ("", "_class", "_distillation")]
+        points = ("-" if error is None else f"{100 * error:.1f}" for error in errors)
+        rows.append([name, f"{line['barrier']['loss']:.4f}", *points])
+    return rows
 
 
 def write_page(result: dict[str, Any], out: Path) -> list[Path]:
-    """landscape.md and, where matplotlib is, index.html with every chart as PNG and every table as
-    CSV beside it. Returns what was written."""
+    """Write landscape.md and, if matplotlib is installed, index.html with its charts and tables.
+
+    The charts are also written as PNG, and the tables as CSV. Returns the two documents.
+    """
     written = [out / "landscape.md"]
     atomic_write(written[0], _markdown(result).encode())
     try:
-        charts.check()
+        charts.require_matplotlib()
     except SystemFault:
         return written
     atomic_write(out / PAGE, _page(result, out).encode())
@@ -106,110 +117,119 @@ def _markdown(result: dict[str, Any]) -> str:
         lines = f"{markdown_table(LINES, line_cells(result))}\n\n"
     environment = result["environment"]
     return (
-        f"# Landscapes\n\nThe loss of {result['images']} {result['asked']['split']} images: "
-        "cross-entropy of the fused answer (or the only head's) with the labels, in nats.\n\n"
+        f"# Loss landscape\n\nLoss on {result['images']} {result['asked']['split']} images: "
+        "cross-entropy of the fused heads (or the only head) with the labels, in nats.\n\n"
         f"{markdown_table(columns(result), cells(result))}\n\n{lines}{_NOTE}\n\n"
         f"`{result['command']}`\n\n{environment['device_name']}, commit {environment['commit']}\n"
     )
 
 
 def _page(result: dict[str, Any], out: Path) -> str:
-    asked = result["asked"]
     body = [
-        html.table(columns(result), cells(result), file=out / "places.csv"),
+        html.table(columns(result), cells(result), csv_path=out / "places.csv"),
         html.paragraph(_NOTE, "note"),
+        *_lines_section(result, out),
+        *_curvature_section(result, out),
+        *_volume_section(result, out),
+        *_planes_section(result, out),
     ]
-    body += _of_lines(result, out) + _of_curvature(result, out) + _of_volume(result, out)
-    body += _of_planes(result, out)
     environment = result["environment"]
     body.append(
         html.key_values(
             {
                 "command": result["command"],
-                "drawn with": f"seed {asked['seed']}",
+                "seed": str(result["asked"]["seed"]),
                 "device": environment["device_name"],
                 "versions": f"torch {environment['packages']['torch']}, "
                 f"commit {environment['commit']}",
             }
         )
     )
-    of = f"{result['images']} {asked['split']} images"
-    lead = f"{len(result['places'])} places; cross-entropy of {of}"
-    foot = "Written by deit loss-landscape. Charts (PNG) and tables (CSV) lie beside this page."
-    return html.page("Landscapes", lead, body, foot=foot)
+    images = f"{result['images']} {result['asked']['split']} images"
+    lead = f"{len(result['places'])} runs; cross-entropy on {images}"
+    foot = (
+        "Written by deit loss-landscape. The charts (PNG) and tables (CSV) are in the same folder."
+    )
+    return html.page("Loss landscape", lead, body, foot=foot)
 
 
-def _of_lines(result: dict[str, Any], out: Path) -> list[str]:
+def _lines_section(result: dict[str, Any], out: Path) -> list[str]:
     if not result["lines"]:
         return []
-    told = (
-        "How far loss and error rise above the straight line between the ends, at most. Between "
-        "levels, and along the step of pruning itself (cut)."
+    caption = (
+        "Barriers: the largest rise of loss and error above the linear interpolation between the "
+        "ends. Lines go from run to run, or along the pruning step (cut)."
     )
-    table = html.table(LINES, line_cells(result), caption=told, file=out / "lines.csv")
-    drawn = [
+    table = html.table(LINES, line_cells(result), caption=caption, csv_path=out / "lines.csv")
+    svgs = [
         charts.chart(lines_chart(result["lines"], key, label), out / f"lines-{key}.png")
-        for key, label in (("loss", "loss [nats]"), ("error", "wrong answers %"))
+        for key, label in (("loss", "loss [nats]"), ("error", "error %"))
     ]
     many = ""
-    if len(result["lines"]) > NAMED:
-        many = " Each kind has a colour, the stronger the sparser."
-    told = (f"Loss along each line.{many}", "Wrong answers along each line.")
-    return [html.subsection("Lines", [table, html.side_by_side(*map(html.figure, drawn, told))])]
+    if len(result["lines"]) > MAX_LABELED:
+        many = " Each kind has a color; lines to sparser runs are more opaque."
+    captions = (f"Loss along each line.{many}", "Error along each line.")
+    figures = html.side_by_side(*map(html.figure, svgs, captions))
+    return [html.subsection("Lines", [table, figures])]
 
 
-def _of_curvature(result: dict[str, Any], out: Path) -> list[str]:
-    known = {name: one["curvature"] for name, one in result["places"].items() if "curvature" in one}
-    if not known:
+def _part_of(result: dict[str, Any], part: str) -> dict[str, Any]:
+    """Return the values of one part by the name of the run, of the runs that have it."""
+    return {name: values[part] for name, values in result["places"].items() if part in values}
+
+
+def _curvature_section(result: dict[str, Any], out: Path) -> list[str]:
+    curvatures = _part_of(result, "curvature")
+    if not curvatures:
         return []
-    drawn = [
-        charts.chart(spectra_chart(known), out / "spectra.png"),
-        charts.chart(eigenvalues_chart(known), out / "eigenvalues.png"),
+    svgs = [
+        charts.chart(spectra_chart(curvatures), out / "spectra.png"),
+        charts.chart(eigenvalues_chart(curvatures), out / "eigenvalues.png"),
     ]
-    told = (
-        "The density of eigenvalues of the Hessian, by stochastic Lanczos quadrature.",
-        "The largest eigenvalues, and the trace with its standard error.",
+    captions = (
+        "Spectral density of the Hessian, by stochastic Lanczos quadrature.",
+        "Largest eigenvalues of the Hessian, and its trace with standard error.",
     )
-    return [html.subsection("Curvature", [html.side_by_side(*map(html.figure, drawn, told))])]
+    figures = html.side_by_side(*map(html.figure, svgs, captions))
+    return [html.subsection("Curvature", [figures])]
 
 
-def _of_volume(result: dict[str, Any], out: Path) -> list[str]:
-    known = {name: one["volume"] for name, one in result["places"].items() if "volume" in one}
-    if not known:
+def _volume_section(result: dict[str, Any], out: Path) -> list[str]:
+    volumes = _part_of(result, "volume")
+    if not volumes:
         return []
-    drawn = charts.chart(radii_chart(known), out / "radii.png", width=9.0)
-    told = (
-        f"How far the loss stays within {result['asked']['loss_rise']:g} nats along random rays: "
-        "from "
-        "the nearest rim to the farthest, the box half of them."
+    svg = charts.chart(radii_chart(volumes), out / "radii.png", width=9.0)
+    caption = (
+        "Distance along random rays at which the loss has risen by "
+        f"{result['asked']['loss_rise']:g} nats: minimum, quartiles and maximum."
     )
-    return [html.subsection("Basins", [html.figure(drawn, told)])]
+    return [html.subsection("Basins", [html.figure(svg, caption)])]
 
 
-def _of_planes(result: dict[str, Any], out: Path) -> list[str]:
-    known = {name: one["planes"] for name, one in result["places"].items() if "planes" in one}
-    drawn = []
-    if known:
-        losses = [loss for one in known.values() for row in one["values"]["loss"] for loss in row]
+def _planes_section(result: dict[str, Any], out: Path) -> list[str]:
+    planes = _part_of(result, "planes")
+    sections = []
+    if planes:
+        losses = [
+            loss for plane in planes.values() for row in plane["values"]["loss"] for loss in row
+        ]
         low, high = min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))]
-        for place, (name, one) in enumerate(known.items()):
-            draw = plane_chart(one, low, high)
-            picture = charts.chart(draw, out / f"plane-{place}.png", width=5.6, height=4.6)
-            drawn.append(html.figure(picture, name))
-    parts = []
-    if drawn:
-        told = (
-            "Loss on the plane of two random directions, every filter of them as long as the "
-            "weights' (Li et al. 2018); the same seed, span and colours in all."
+        figures = []
+        for index, (name, plane) in enumerate(planes.items()):
+            draw = plane_chart(plane, low, high)
+            svg = charts.chart(draw, out / f"plane-{index}.png", width=5.6, height=4.6)
+            figures.append(html.figure(svg, name))
+        note = (
+            "Loss on the plane of two filter-normalized random directions (Li et al. 2018). Seed, "
+            "extent and color scale are equal in all planes."
         )
-        parts.append(
-            html.subsection("Planes", [html.paragraph(told, "note"), html.side_by_side(*drawn)])
-        )
+        content = [html.paragraph(note, "note"), html.side_by_side(*figures)]
+        sections.append(html.subsection("Planes", content))
     if result["path"] is not None:
-        picture = charts.chart(path_chart(result["path"]), out / "path.png", width=9.0, height=5.4)
-        told = (
-            "The plane through the first place, the middle one and the last, in all weights; the "
-            "others are where they lie nearest to it (in brackets how far off)."
+        svg = charts.chart(path_chart(result["path"]), out / "path.png", width=9.0, height=5.4)
+        caption = (
+            "The plane through the first, the middle and the last run, in the space of all "
+            "weights. The other runs are projected onto it; their distances are in brackets."
         )
-        parts.append(html.subsection("The path", [html.figure(picture, told)]))
-    return parts
+        sections.append(html.subsection("Path", [html.figure(svg, caption)]))
+    return sections

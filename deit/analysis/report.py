@@ -1,12 +1,14 @@
-"""`deit report`: one page of HTML about runs and sweeps, with its charts and tables beside it."""
+"""`deit report`: an HTML page about runs and sweeps, with its charts and tables as files."""
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deit.analysis.run_images import Pictures, draw_run
-from deit.analysis.run_sections import RunReport, card_of, final_top1, sections_of, write_csv
+from deit.analysis.run_images import RunImages, draw_run
+from deit.analysis.run_report import RunReport, final_top1, write_csv
+from deit.analysis.run_sections import card_of, sections_of
 from deit.analysis.sweep_sections import sections_of_sweep
 from deit.config.schema import Config
 from deit.config.validation import load_config
@@ -23,22 +25,31 @@ from deit.training.summary import summary_of
 from deit.viz import charts, html
 
 PAGE = "index.html"
-_MARK = "report.json"  # of which runs; by it a folder is known, also one that was not finished
-_LARGE = 2 * 2**20
+_MARKER = "report.json"  # lists the paths; identifies a folder as a report, also an unfinished one
+_LARGE_PAGE = 2 * 2**20  # [bytes]
 _HASH = re.compile(rf"-[0-9a-f]{{{HASH_LENGTH}}}$")
+_HARDEST_NOTE = (
+    "Misclassified images. Images that the teacher classifies correctly come first, then the most "
+    "confident errors."
+)
 
 
-def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool = False) -> Path:
-    """Write the page of finished runs and sweeps into a folder, as index.html, and beside it every
-    chart as PNG and every table as CSV. Returns the page.
+def report(
+    paths: Sequence[str | Path], out: str | Path, *, root: str | None = None, force: bool = False
+) -> Path:
+    """Write a page about finished runs and sweeps into a folder; return the path of the page.
 
-    root: where the images of the runs lie now, if not where the runs found them. force: whether a
-    report in the folder may be replaced. Raises the errors of deit.core.errors before the first
-    picture is drawn."""
+    Every chart is also written as PNG, and every table as CSV. root: the current folder of the
+    images, if they were moved. force: replace a report in the folder. Raises ConfigError,
+    CheckpointError or SystemFault before anything is drawn.
+    """
     started = time.monotonic()
+    paths, out = [Path(path) for path in paths], Path(out)
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     for path, result in sweeps.items():
-        with translate_value_errors(path / RESULTS):  # before anything is written
+        with translate_value_errors(
+            path / RESULTS
+        ):  # a damaged result raises before anything is written
             columns(result)
             cells(result)
     runs = [path for path in paths if path not in sweeps]
@@ -46,154 +57,166 @@ def report(paths: list[Path], out: Path, *, root: str | None = None, force: bool
     slugs = _slugs(names)
     for run in runs:
         _check_run(run)
-    charts.check()
+    charts.require_matplotlib()
     _check_folder(out, force)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / _MARK, {"of": [str(path) for path in paths]})
+    write_json(out / _MARKER, {"of": [str(path) for path in paths]})
     evaluations = EvaluationCache()
-    views = {run: _view(run, names[run], slugs[run], out, evaluations, root) for run in runs}
+    reports = {
+        run: _run_report(run, names[run], slugs[run], out, evaluations, root) for run in runs
+    }
     body = []
     if len(paths) > 1:
         body.append(html.links({names[path]: slugs[path] for path in paths}))
-    if len(views) > 1:
-        body.append(html.section("Side by side", _side_by_side(list(views.values()), out)))
+    if len(reports) > 1:
+        body.append(html.section("Comparison of runs", _comparison(list(reports.values()), out)))
     for path in paths:
         anchor = slugs[path]
         if path in sweeps:
             with translate_value_errors(path / RESULTS):
                 parts = sections_of_sweep(sweeps[path], out, anchor)
-            parts += _best_of(path, sweeps[path], anchor, out, evaluations, root)
+            parts += _best_run_of(path, sweeps[path], anchor, out, evaluations, root)
         else:
-            parts = _of_run(path, views[path], out, root)
-        alone = len(paths) == 1  # its name is the title of the page
-        body += parts if alone else [html.section(names[path], parts, anchor=anchor)]
+            parts = _run_sections(path, reports[path], out, root)
+        # The name of a single path is the title of the page.
+        body += parts if len(paths) == 1 else [html.section(names[path], parts, anchor=anchor)]
     title = names[paths[0]] if len(paths) == 1 else f"{len(paths)} reports"
     kinds = [count_noun(len(runs), "run")] * bool(runs)
     kinds += [count_noun(len(sweeps), "sweep")] * bool(sweeps)
-    whole = html.page(
+    page = html.page(
         title,
         f"{' and '.join(kinds)}: {', '.join(map(str, paths))}",
         body,
-        foot="Written by deit report. This page is one file and asks the network for nothing; "
-        "charts (PNG) and tables (CSV) lie beside it.",
+        foot="Written by deit report. This page is self-contained and makes no network requests. "
+        "Its charts (PNG) and tables (CSV) are in the same folder.",
     )
-    written = out / PAGE
-    atomic_write(written, whole.encode())
-    bytes_ = written.stat().st_size
-    if bytes_ > _LARGE:
-        warn(f"{written}: {format_bytes(bytes_)}; fewer runs make a smaller page")
-    info(
-        f"wrote {written} ({format_bytes(bytes_)}) in {format_duration(time.monotonic() - started)}"
-    )
-    return written
+    return _write_page(page, out / PAGE, started)
+
+
+def _write_page(page: str, path: Path, started: float) -> Path:
+    """Write the page, log its size and the time since `started`, and return its path."""
+    atomic_write(path, page.encode())
+    num_bytes = path.stat().st_size
+    if num_bytes > _LARGE_PAGE:
+        warn(f"{path}: is large ({format_bytes(num_bytes)}); include fewer runs for a smaller page")
+    seconds = format_duration(time.monotonic() - started)
+    info(f"wrote {path} ({format_bytes(num_bytes)}) in {seconds}")
+    return path
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:
-    """What each is called: its folder, without the hash that a sweep puts behind it; with it, or in
-    full, where two would be called the same."""
-    places = [path.resolve() for path in paths]
-    if twice := [path for path, place in zip(paths, places) if places.count(place) > 1]:
-        raise ConfigError(f"{twice[0]}: is named twice; once is enough")
-    whole = [place.name for place in places]
-    short = [
+    """Return a distinct name for each path.
+
+    It is the name of the folder, without the hash that a sweep appends; if that is ambiguous, with
+    the hash; if that is ambiguous too, the path.
+    """
+    folders = [path.resolve() for path in paths]
+    if repeated := [path for path, folder in zip(paths, folders) if folders.count(folder) > 1]:
+        raise ConfigError(f"{repeated[0]}: is given twice; give each run and sweep once")
+    full_names = [folder.name for folder in folders]
+    short_names = [
         _HASH.sub("", name) if (path.resolve().parent.parent / MANIFEST).is_file() else name
-        for path, name in zip(paths, whole)
+        for path, name in zip(paths, full_names)
     ]
-    found = {}
-    for path, *names in zip(paths, short, whole):
-        alone = [one for one, all_ in zip(names, (short, whole)) if all_.count(one) == 1]
-        found[path] = alone[0] if alone else str(path)
-    return found
+    names = {}
+    for path, short, full in zip(paths, short_names, full_names):
+        if short_names.count(short) == 1:
+            names[path] = short
+        else:
+            names[path] = full if full_names.count(full) == 1 else str(path)
+    return names
 
 
 def _slugs(names: dict[Path, str]) -> dict[Path, str]:
-    """What the files and anchors of each begin with: no two the same, whatever the case and the
-    signs in their names."""
-    found: dict[Path, str] = {}
+    """Return a distinct prefix for the files and anchors of each path.
+
+    Prefixes differ even in names that differ only in case or special characters.
+    """
+    slugs: dict[Path, str] = {}
     for path, name in names.items():
-        first = called = slugify(name) or "run"
-        while called in found.values():
-            called = f"{first}-{1 + sum(one.startswith(first) for one in found.values())}"
-        found[path] = called
-    return found
+        base = slug = slugify(name) or "run"
+        while slug in slugs.values():
+            slug = f"{base}-{1 + sum(used.startswith(base) for used in slugs.values())}"
+        slugs[path] = slug
+    return slugs
 
 
 def _check_run(run: Path) -> None:
-    """Raises CheckpointError for what is no finished run."""
+    """Raise CheckpointError if the folder is not a finished run."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
     if not (run / run_folder.CONFIG).is_file():
-        raise CheckpointError(f"{run}: neither a run (no {run_folder.CONFIG}) nor a sweep")
+        raise CheckpointError(f"{run}: is neither a run (no {run_folder.CONFIG}) nor a sweep")
     if run_folder.read_result(run) is None:
-        raise CheckpointError(f"{run}: is not finished; its command with --resume goes on")
+        raise CheckpointError(f"{run}: is not finished; resume it with --resume")
 
 
 def _check_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that holds something else than a report, or one that is to stay. Raises
-    ConfigError and SystemFault."""
+    """Raise ConfigError or SystemFault if the report cannot be written into the folder."""
     if out.exists() and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"--out {out}: is a file, should be a folder")
     check_writable(out, option="--out")
-    inside = list(out.iterdir()) if out.is_dir() else []
-    if inside and not (out / _MARK).is_file():
+    entries = list(out.iterdir()) if out.is_dir() else []
+    if entries and not (out / _MARKER).is_file():
         raise ConfigError(
-            f"--out {out}: holds something, but no report (no {_MARK}); give another --out"
+            f"--out {out}: is not empty and contains no report (no {_MARKER}); use another --out"
         )
     if (out / PAGE).is_file() and not force:
-        raise SystemFault(f"--out {out}: holds a report already; --force replaces it")
+        raise SystemFault(f"--out {out}: already contains a report; use --force to replace it")
 
 
-def _view(
-    run: Path, name: str, called: str, out: Path, evaluations: EvaluationCache, root: str | None
+def _run_report(
+    run: Path, name: str, slug: str, out: Path, evaluations: EvaluationCache, root: str | None
 ) -> RunReport:
     config: Config = load_config(run / run_folder.CONFIG)
-    kept = out / f"{called}.evaluation.json"
+    cache_path = out / f"{slug}.evaluation.json"
     with translate_value_errors(run / run_folder.RESULT):
         summary = summary_of(config, run, run_folder.read_result(run))
     return RunReport(
         name,
-        called,
+        slug,
         config,
         run_folder.read_environment(run),
         run_log.read_metrics(run),
         summary,
-        evaluations.get(run, cache_path=kept, root=root, cost=True),
+        evaluations.get(run, cache_path=cache_path, root=root, cost=True),
     )
 
 
-def _of_run(run: Path, view: RunReport, out: Path, root: str | None) -> list[str]:
-    parts = sections_of(view, out)
+def _run_sections(run: Path, run_report: RunReport, out: Path, root: str | None) -> list[str]:
+    """Return all sections of a run; without its images if they are missing."""
+    sections = sections_of(run_report, out)
     try:
-        shown = _pictures(draw_run(run, view.evaluation, out, view.slug, root=root))
+        images = draw_run(run, run_report.evaluation, out, run_report.slug, root=root)
+        sections += _image_sections(images)
     except DataError as error:
-        warn(f"{run}: without pictures of its images: {error}")
-        told = f"No pictures of its images: {error}. Where they were moved, --data.root tells."
-        shown = [html.paragraph(told, "note")]
-    return [*parts, *shown, html.subsection("Run card", [card_of(view)])]
+        warn(f"{run}: the report has no images of this run: {error}")
+        note = f"The images are missing: {error}. If they were moved, use --data.root."
+        sections.append(html.paragraph(note, "note"))
+    return [*sections, html.subsection("Run card", [card_of(run_report)])]
 
 
-def _pictures(pictures: Pictures) -> list[str]:
-    parts = []
-    if pictures.hardest:
-        images = (
-            html.figure(html.picture(one.picture, one.lines[0]), "\n".join(one.lines))
-            for one in pictures.hardest
+def _image_sections(images: RunImages) -> list[str]:
+    sections = []
+    if images.hardest:
+        figures = (
+            html.figure(html.image(image.thumbnail, image.lines[0]), "\n".join(image.lines))
+            for image in images.hardest
         )
-        told = "Answered wrongly: first where the teacher is right, the surest first."
-        shown = [html.paragraph(told, "note"), html.gallery(images)]
-        parts.append(html.subsection("Hardest images", shown))
-    if pictures.attention is not None:
-        told = "Attention rolled out from the last block to the image, for each token."
-        picture = html.picture(pictures.attention, "attention of the tokens on some images")
-        parts.append(html.subsection("What the tokens look at", [html.figure(picture, told)]))
-    if pictures.views is not None:
-        told = "The first training views: the image, what the student sees, what the teacher sees."
-        picture = html.picture(pictures.views, "a sheet of training views")
-        parts.append(html.subsection("Views", [html.figure(picture, told)]))
-    return parts
+        content = [html.paragraph(_HARDEST_NOTE, "note"), html.gallery(figures)]
+        sections.append(html.subsection("Hardest images", content))
+    if images.attention is not None:
+        image = html.image(images.attention, "attention maps of the tokens on some images")
+        caption = "Attention rollout from the last block to the input image, for each token."
+        sections.append(html.subsection("Attention maps", [html.figure(image, caption)]))
+    if images.views is not None:
+        image = html.image(images.views, "a sheet of training views")
+        caption = "The first training views: image, view of the student, view of the teacher."
+        sections.append(html.subsection("Views", [html.figure(image, caption)]))
+    return sections
 
 
-def _best_of(
+def _best_run_of(
     sweep: Path,
     result: dict[str, Any],
     anchor: str,
@@ -201,7 +224,7 @@ def _best_of(
     evaluations: EvaluationCache,
     root: str | None,
 ) -> list[str]:
-    """The best point's first run, folded."""
+    """Return the sections of the first run of the best point, collapsed."""
     if not result["best"]:
         return []
     with translate_value_errors(sweep / RESULTS):
@@ -210,16 +233,16 @@ def _best_of(
         run, seed = Path(row["folders"][0]), row["seeds"][0]
     run = run if run.is_dir() else sweep / "runs" / run.name  # the sweep may have been moved
     if not (run / run_folder.CONFIG).is_file():
-        warn(f"{run}: is not there any more, so the best run is not shown")
+        warn(f"{run}: not found; the report has no section about the best run of {sweep}")
         return []
-    view = _view(run, f"{sweep.resolve().name}, best", f"{anchor}-best", out, evaluations, root)
-    return [
-        html.details(f"The best: {name}, seed {seed}", _of_run(run, view, out, root), opened=False)
-    ]
+    title = f"{sweep.resolve().name}, best"
+    run_report = _run_report(run, title, f"{anchor}-best", out, evaluations, root)
+    sections = _run_sections(run, run_report, out, root)
+    return [html.details(f"Best run: {name}, seed {seed}", sections, opened=False)]
 
 
-def _side_by_side(views: list[RunReport], out: Path) -> list[str]:
-    """Several runs in one table and one chart, and who answers otherwise than whom."""
+def _comparison(reports: list[RunReport], out: Path) -> list[str]:
+    """Return a table and charts of several runs, and the disagreement between them."""
     columns = (
         "run",
         "student",
@@ -231,47 +254,57 @@ def _side_by_side(views: list[RunReport], out: Path) -> list[str]:
         "seconds",
         "images/s",
     )
-    rows, lines = [], []
-    for view in views:
-        heads, told = view.evaluation.metrics["heads"], view.summary
-        two = heads["distillation"] is not None
-        shares = [heads["class"], heads["distillation"], heads["fused"] if two else None]
-        speed = told["images_per_s"]
-        cells = [
-            view.name,
-            view.config.student.name,
-            *("-" if one is None else format_percent(one["top1"]) for one in shares),
-            format_percent(heads["fused"]["calibration_error"]),
-            str(told["epochs"]),
-            f"{told['seconds']:.0f}",
-            "-" if speed is None else f"{speed:.0f}",
-        ]
-        rows.append(cells)
-        lines.append(dict(zip(columns, cells)))
-    write_csv(out / "runs.csv", columns, lines)
-    best = max(range(len(views)), key=lambda place: views[place].summary["selected"])
-    curves = {view.name: view.summary["curve"] for view in views}
-    drawn = charts.chart(charts.curves(curves, {}), out / "runs.png")
-    told = "Test top-1 % by head; in bold the best on the validation split."
-    figures = [html.figure(drawn, "Validation accuracy of the answer that selects the weights.")]
-    if all("cost" in view.evaluation.metrics for view in views):
-        speeds = [view.evaluation.metrics["cost"]["images_per_s"] for view in views]
-        shares = [100 * final_top1(view.evaluation) for view in views]
-        dots = dict(zip((view.name for view in views), zip(speeds, shares)))
-        dots = charts.scatter(dots, "images/s (inference)", "test top-1 %")
-        drawn = charts.chart(dots, out / "throughput.png")
-        places = {view.evaluation.metrics["cost"]["measured_on"] for view in views}
-        speed = (
-            "Accuracy against speed, each measured when it was evaluated (deit variants: in "
-            "turns), "
-            f"on {'; '.join(sorted(places))}."
+    rows = [_comparison_row(run_report) for run_report in reports]
+    write_csv(out / "runs.csv", columns, [dict(zip(columns, row)) for row in rows])
+    best = max(range(len(reports)), key=lambda index: reports[index].summary["selected"])
+    caption = "Test top-1 % by head. Bold: best on the validation split."
+    curves = {run_report.name: run_report.summary["curve"] for run_report in reports}
+    svg = charts.chart(charts.curves(curves, {}), out / "runs.png")
+    figures = [html.figure(svg, "Validation accuracy of the head that selects the best weights.")]
+    if all("cost" in run_report.evaluation.metrics for run_report in reports):
+        figures.append(_throughput_figure(reports, out))
+    body = [html.table(columns, rows, caption=caption, best=best), html.side_by_side(*figures)]
+    rates = disagreement_matrix({run_report.name: run_report.evaluation for run_report in reports})
+    if rates:
+        values = [[100 * rates[a][b] if a != b else None for b in rates] for a in rates]
+        caption = "Images with different predictions, in %."
+        csv_path = out / "disagreement.csv"
+        body.append(
+            html.heat_table(list(rates), list(rates), values, caption=caption, csv_path=csv_path)
         )
-        figures.append(html.figure(drawn, speed))
-    body = [html.table(columns, rows, caption=told, best=best), html.side_by_side(*figures)]
-    shares = disagreement_matrix({view.name: view.evaluation for view in views})
-    if shares:
-        values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
-        told = "Different answers in % of the images."
-        file = out / "disagreement.csv"
-        body.append(html.heat_table(list(shares), list(shares), values, caption=told, file=file))
     return body
+
+
+def _comparison_row(run_report: RunReport) -> list[str]:
+    heads, summary = run_report.evaluation.metrics["heads"], run_report.summary
+    has_two_heads = heads["distillation"] is not None
+    fused = heads["fused"] if has_two_heads else None
+    speed = summary["images_per_s"]
+    return [
+        run_report.name,
+        run_report.config.student.name,
+        *(
+            "-" if metrics is None else format_percent(metrics["top1"])
+            for metrics in (heads["class"], heads["distillation"], fused)
+        ),
+        format_percent(heads["fused"]["calibration_error"]),
+        str(summary["epochs"]),
+        f"{summary['seconds']:.0f}",
+        "-" if speed is None else f"{speed:.0f}",
+    ]
+
+
+def _throughput_figure(reports: list[RunReport], out: Path) -> str:
+    costs = [run_report.evaluation.metrics["cost"] for run_report in reports]
+    points = {
+        run_report.name: (cost["images_per_s"], 100 * final_top1(run_report.evaluation))
+        for run_report, cost in zip(reports, costs)
+    }
+    draw = charts.scatter(points, "images/s (inference)", "test top-1 %")
+    svg = charts.chart(draw, out / "throughput.png")
+    devices = "; ".join(sorted({cost["measured_on"] for cost in costs}))
+    caption = (
+        f"Accuracy against throughput on {devices}. Each run was measured when it was evaluated; "
+        "deit variants measures in interleaved rounds."
+    )
+    return html.figure(svg, caption)

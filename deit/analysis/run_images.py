@@ -1,4 +1,4 @@
-"""The pictures of a run for its report: what its tokens look at, its views, its hardest images."""
+"""Images of a run for its report: attention maps, training views, hardest images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,154 +23,164 @@ from deit.models.attention import check_attention, rollout
 from deit.models.saved import ModelInfo
 from deit.viz.attention_plot import draw_attention
 
-_LOOKED_AT = 4
-_HARDEST = 12
-_SIDE = 160  # of a picture in a gallery, at most [px]
+_CPU = torch.device("cpu")
+_NUM_ATTENTION_ROWS = 4
+_NUM_HARDEST = 12
+_NUM_VIEWS = 12
+_MAX_THUMBNAIL_SIDE = 160  # [px]
 
 
-class Hard(NamedTuple):
-    """An image that was answered wrongly: its picture, and lines on who said what."""
+class HardImage(NamedTuple):
+    """A misclassified image: its thumbnail, and lines with the label and the predictions."""
 
-    picture: Path
+    thumbnail: Path
     lines: tuple[str, ...]
 
 
-class Pictures(NamedTuple):
-    """attention: None for a student without such tokens. views: None where they cannot be drawn."""
+class RunImages(NamedTuple):
+    """The image files of a run; attention is None for a network without attention."""
 
     attention: Path | None
     views: Path | None
-    hardest: list[Hard]
+    hardest: list[HardImage]
 
 
 def draw_run(
-    run: Path, said: CachedEvaluation, folder: Path, name: str, *, root: str | None = None
-) -> Pictures:
-    """Draw the pictures of a finished run into a folder. name: what their files begin with. root:
-    where its images lie now, if not where it found them.
+    run: Path, evaluation: CachedEvaluation, folder: Path, prefix: str, *, root: str | None = None
+) -> RunImages:
+    """Draw the images of a finished run into a folder.
 
-    Raises the errors of deit.core.errors; DataError where the images are gone.
+    prefix: of the file names. root: the current folder of the dataset, if it was moved. Raises
+    ConfigError, DataError, CheckpointError or SystemFault; DataError if the dataset is missing.
     """
     config, saved = resolve_run(run, "best")
     if root is not None:
         config = config.replace(data={"root": root})
-    if config.data.source in LISTINGS:  # a few of the images are looked at, not all decoded
+    if config.data.source in LISTINGS:  # only a few images are needed: do not decode all of them
         config = config.replace(data={"storage": "files"})
-    student, facts = student_at_resolution(saved, None)
+    student, model_info = student_at_resolution(saved, None)
     splits = load_splits(config.data)
     images = splits.test
-    if isinstance(images, InMemoryImages):  # of the size that views are cut from
+    if isinstance(images, InMemoryImages):  # stored at the size for views, not for evaluation
         _, images = load_split(evaluation_config(config).data, "test")
-    hardest = hardest_of(said, _HARDEST)
-    wrong = hardest[: _LOOKED_AT // 2]
-    chosen = wrong + _of_each_class(said, _LOOKED_AT - len(wrong))
+    hardest = hardest_images(evaluation, _NUM_HARDEST)
+    selected = hardest[: _NUM_ATTENTION_ROWS // 2]
+    selected += _correct_images(evaluation, _NUM_ATTENTION_ROWS - len(selected))
     attention = None
     try:
         check_attention(student.network)
     except ConfigError:
         pass  # a ConvNet
     else:
-        attention = folder / f"{name}-attention.png"
+        attention = folder / f"{prefix}-attention.png"
         views = next(
             evaluation_batches(
-                images, (torch.tensor(chosen),), evaluation_config(config).evaluation, device=_CPU
+                images, (torch.tensor(selected),), evaluation_config(config).evaluation, device=_CPU
             )
         )
-        looks = rollout(student.network.eval(), (views - student.mean) / student.std)
+        attention_maps = rollout(student.network.eval(), (views - student.mean) / student.std)
+        class_names = model_info.class_names
         draw_attention(
             [view.permute(1, 2, 0).numpy() for view in views],
-            [one.numpy() for one in looks.maps],
-            looks.names,
-            [_answers(said, place) for place in chosen],
-            [f"truth: {facts.class_names[said.labels[place]]}" for place in chosen],
+            [token_maps.numpy() for token_maps in attention_maps.maps],
+            attention_maps.names,
+            [_format_predictions(evaluation, index) for index in selected],
+            [f"truth: {class_names[evaluation.labels[index]]}" for index in selected],
             attention,
-            clear=True,
+            transparent=True,
         )
-    listed = [
-        Hard(
-            _thumbnail(images, place, folder / f"{name}-hard-{at}.png", config), _lines(said, place)
+    hard_images = [
+        HardImage(
+            _save_thumbnail(images, index, folder / f"{prefix}-hard-{rank}.png", config),
+            _caption_lines(evaluation, index),
         )
-        for at, place in enumerate(hardest)
+        for rank, index in enumerate(hardest)
     ]
-    sheet = folder / f"{name}-views.png"
-    draw_view_sheet(_as_trained(config, facts), sheet, number=12, splits=splits, clear=True)
-    return Pictures(attention and _lighter(attention), _lighter(sheet), listed)
+    sheet = folder / f"{prefix}-views.png"
+    view_config = _config_for_views(config, model_info)
+    draw_view_sheet(view_config, sheet, num_views=_NUM_VIEWS, splits=splits, transparent=True)
+    return RunImages(attention and _smaller_format(attention), _smaller_format(sheet), hard_images)
 
 
-_CPU = torch.device("cpu")
+def hardest_images(evaluation: CachedEvaluation, max_images: int) -> list[int]:
+    """Return the indices of the hardest misclassified images of the test split, hardest first.
+
+    Images that the teacher classifies correctly come first; among them, and among the others, the
+    most confident wrong prediction comes first.
+    """
+    final = evaluation.predictions.get("fused", evaluation.predictions["class"])
+    confidence = evaluation.confidence.get("fused", evaluation.confidence["class"])
+    teacher = evaluation.predictions.get("teacher", final)
+    labels = evaluation.labels
+    errors = [index for index, label in enumerate(labels) if final[index] != label]
+    errors.sort(key=lambda index: (teacher[index] != labels[index], -confidence[index]))
+    return errors[:max_images]
 
 
-def hardest_of(said: CachedEvaluation, number: int) -> list[int]:
-    """The images that the final answer gets wrong, those first that the teacher gets right, and
-    among these the most confident; places in the split."""
-    final = said.predictions.get("fused", said.predictions["class"])
-    sure = said.confidence.get("fused", said.confidence["class"])
-    teacher = said.predictions.get("teacher", final)
-    wrong = [place for place, label in enumerate(said.labels) if final[place] != label]
-    wrong.sort(key=lambda place: (teacher[place] != said.labels[place], -sure[place]))
-    return wrong[:number]
+def _correct_images(evaluation: CachedEvaluation, max_images: int) -> list[int]:
+    """Return the index of the first correctly classified image of each of the first classes."""
+    final = evaluation.predictions.get("fused", evaluation.predictions["class"])
+    first_of_class: dict[int, int] = {}
+    for index, label in enumerate(evaluation.labels):
+        if final[index] == label:
+            first_of_class.setdefault(label, index)
+    return [first_of_class[label] for label in sorted(first_of_class)][:max_images]
 
 
-def _of_each_class(said: CachedEvaluation, number: int) -> list[int]:
-    """The first image that is answered rightly, of the first classes."""
-    final = said.predictions.get("fused", said.predictions["class"])
-    found: dict[int, int] = {}
-    for place, label in enumerate(said.labels):
-        if final[place] == label:
-            found.setdefault(label, place)
-    return [found[label] for label in sorted(found)][:number]
-
-
-def _answers(said: CachedEvaluation, place: int) -> dict[str, str]:
-    names = said.metrics["class_names"]
+def _format_predictions(evaluation: CachedEvaluation, index: int) -> dict[str, str]:
+    """Return class and confidence of the predictions for an image, by head and `teacher`."""
+    names = evaluation.metrics["class_names"]
     return {
-        voice: f"{names[answers[place]]} ({100 * said.confidence[voice][place]:.0f} %)"
-        for voice, answers in said.predictions.items()
-        if voice != "fused_softmax"
+        head: f"{names[predictions[index]]} ({100 * evaluation.confidence[head][index]:.0f} %)"
+        for head, predictions in evaluation.predictions.items()
+        if head != "fused_softmax"
     }
 
 
-def _lines(said: CachedEvaluation, place: int) -> tuple[str, ...]:
-    names = said.metrics["class_names"]
-    answers = _answers(said, place)
-    final = answers.get("fused", answers["class"])
-    told = [f"truth: {names[said.labels[place]]}", f"student: {final}"]
-    return (*told, f"teacher: {answers['teacher']}") if "teacher" in answers else tuple(told)
+def _caption_lines(evaluation: CachedEvaluation, index: int) -> tuple[str, ...]:
+    names = evaluation.metrics["class_names"]
+    predictions = _format_predictions(evaluation, index)
+    final = predictions.get("fused", predictions["class"])
+    lines = (f"truth: {names[evaluation.labels[index]]}", f"student: {final}")
+    return (*lines, f"teacher: {predictions['teacher']}") if "teacher" in predictions else lines
 
 
-def _thumbnail(
-    images: InMemoryImages | EncodedImages, place: int, path: Path, config: Config
+def _save_thumbnail(
+    images: InMemoryImages | EncodedImages, index: int, path: Path, config: Config
 ) -> Path:
-    side = min(config.student.image_size, _SIDE)
+    side = min(config.student.image_size, _MAX_THUMBNAIL_SIDE)
     view = next(
         evaluation_batches(
-            *(images, (torch.tensor([place]),), evaluation_config(config).evaluation), device=_CPU
+            images, (torch.tensor([index]),), evaluation_config(config).evaluation, device=_CPU
         )
     )[0]
     levels = (view * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(levels))
-    if picture.width > side:
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    picture.save(path)
+    thumbnail = Image.fromarray(np.ascontiguousarray(levels))
+    if thumbnail.width > side:
+        thumbnail = thumbnail.resize((side, side), Image.Resampling.LANCZOS)
+    thumbnail.save(path)
     return path
 
 
-def _as_trained(config: Config, facts: ModelInfo) -> Config:
-    """With what a start said when the run began: it may be gone by now. Without teachers that are
-    somebody's code: no saved file may have that run."""
-    config = config.replace(views={"mean": facts.mean, "std": facts.std})
+def _config_for_views(config: Config, model_info: ModelInfo) -> Config:
+    """Return a configuration that draws the views of the run from its saved files only.
+
+    The initial weights may have been deleted, so their normalization comes from the saved model.
+    A teacher that is user code is dropped, because no code is executed from the files of a run.
+    """
+    config = config.replace(views={"mean": model_info.mean, "std": model_info.std})
     config = replace(config.replace(optim={"trainable": "all"}), init=InitConfig())
     if not config.teacher.code_sources:
         return config
     return config.replace(teacher=TeacherConfig(), loss=LOSS_PRESETS["none"])
 
 
-def _lighter(path: Path) -> Path:
-    """The picture as WebP beside it, where that is smaller; photographs are, by far."""
-    smaller = path.with_suffix(".webp")
-    with Image.open(path) as picture:
-        picture.convert("RGBA").save(smaller, quality=82)
-    if smaller.stat().st_size < path.stat().st_size:
-        return smaller
-    smaller.unlink()
+def _smaller_format(path: Path) -> Path:
+    """Convert an image to WebP if that is smaller (photographs are); return the smaller file."""
+    webp = path.with_suffix(".webp")
+    with Image.open(path) as image:
+        image.convert("RGBA").save(webp, quality=82)
+    if webp.stat().st_size < path.stat().st_size:
+        return webp
+    webp.unlink()
     return path

@@ -1,11 +1,11 @@
-"""A sweep as parts of a page: its table, heat maps, curves and scatter; no torch."""
+"""The sections of a sweep in a report: table, heat maps, curves and scatter plots; no torch."""
 
 import itertools
 import statistics
 from pathlib import Path
 from typing import Any
 
-from deit.experiments.base_runs import slugify as slugged
+from deit.experiments.base_runs import slugify
 from deit.experiments.lottery_tables import (
     MASKS_NOTE,
     layer_densities,
@@ -38,223 +38,244 @@ from deit.viz import charts, html
 from deit.viz.plots import draw_arms, draw_epoch_scaling
 from deit.viz.tables import final_top1
 
-_MOST_POINTS = 24
+_MAX_SCATTER_POINTS = 24
 
 
 def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
-    """The parts of a sweep from its results.json; charts are files in the folder as well."""
-    own = {name: row for name, row in points(result).items() if row["seeds"]}
-    rows = cells(result)
-    names = list(result["rows"])
-    best = names.index(result["best"][0]) if result["best"] else None
-    seeds = ", ".join(map(str, result["seeds"]))
-    spread = "mean +- standard deviation of seeds" if len(result["seeds"]) > 1 else "seed"
-    bold = "in bold the best on the validation split; " if best is not None else ""
-    told = (
-        f"Top-1 % on {result['num_samples']} {result['split']} images, {spread} {seeds}; {bold}the "
-        "gain is that of the fused (or only) answer over the first point, in points."
-    )
-    table = html.table(
-        columns(result), rows, caption=told, best=best, file=folder / f"{slug}-results.csv"
-    )
-    body = [_headline(result, own), table]
-    drawn = _of_tickets(result, folder, slug) or _of_fields(result, folder, slug)
-    if "tickets" not in result:  # whose runs all cost the same
-        drawn += _costs(result, own, folder, slug)
-    body.append(html.side_by_side(*drawn))
+    """Return the sections of a sweep; also write its charts and tables into the folder.
+
+    result: content of its results.json. slug: prefix of the file names.
+    """
+    finished = {name: row for name, row in points(result).items() if row["seeds"]}
+    body = [_headline(result, finished), _results_table(result, folder / f"{slug}-results.csv")]
+    figures = _sparsity_figures(result, folder, slug) or _field_figures(result, folder, slug)
+    if "tickets" not in result:  # all runs of a lottery search have the same cost
+        figures += _cost_figures(result, finished, folder, slug)
+    body.append(html.side_by_side(*figures))
     body += _masks(result, folder, slug)
     body += _classes(result, folder / f"{slug}-classes.csv")
     if result["disagreement"]:
-        body.append(
-            html.subsection(
-                "Who answers otherwise than whom",
-                [_disagreement(result, folder / f"{slug}-disagreement.csv")],
-            )
-        )
+        table = _disagreement(result, folder / f"{slug}-disagreement.csv")
+        body.append(html.subsection("Disagreement", [table]))
     failed = {
         f"{name}, seed {seed}": reason
         for name, row in result["rows"].items()
         for seed, reason in row["failed"].items()
     }
     if failed:
-        body.append(html.subsection("Runs that failed", [html.key_values(failed)]))
+        body.append(html.subsection("Failed runs", [html.key_values(failed)]))
     if result.get("stopped"):
-        body.append(
-            html.subsection(
-                "Trials that were stopped", [_stopped(result, folder / f"{slug}-stopped.csv")]
-            )
-        )
-    if found := changes(result):
-        body.append(html.subsection("What each run sets", [html.key_values(found)]))
+        table = _stopped_table(result, folder / f"{slug}-stopped.csv")
+        body.append(html.subsection("Stopped trials", [table]))
+    if settings := changes(result):
+        body.append(html.subsection("Settings of each run", [html.key_values(settings)]))
     environment = result["environment"]
-    facts = {
+    card = {
         "recipe": result["recipe"],
         "command": result["command"],
         "device": environment["device_name"],
         "versions": f"torch {environment['packages']['torch']}, commit {environment['commit']}",
     }
-    return [*body, html.key_values(facts)]
+    return [*body, html.key_values(card)]
 
 
-def _stopped(result: dict[str, Any], file: Path) -> str:
-    """The trials that lay below the median, the best first."""
+def _results_table(result: dict[str, Any], csv_path: Path) -> str:
+    names = list(result["rows"])
+    best = names.index(result["best"][0]) if result["best"] else None
+    seeds = ", ".join(map(str, result["seeds"]))
+    spread = "mean +- standard deviation over seeds" if len(result["seeds"]) > 1 else "seed"
+    bold = " Bold: best on the validation split." if best is not None else ""
+    caption = (
+        f"Top-1 % on {result['num_samples']} {result['split']} images, {spread} {seeds}. The gain "
+        f"is that of the fused heads (or the only head) over the first point, in percentage points."
+        f"{bold}"
+    )
+    return html.table(columns(result), cells(result), caption=caption, best=best, csv_path=csv_path)
+
+
+def _stopped_table(result: dict[str, Any], csv_path: Path) -> str:
+    """Return the trials that were below the median, the best first."""
     rows = [
         [
-            *(one["values"].get(field, "") for field in result["fields"]),
-            f"{100 * one['top1']:.1f}",
-            str(one["epoch"]),
+            *(trial["values"].get(field, "") for field in result["fields"]),
+            f"{100 * trial['top1']:.1f}",
+            str(trial["epoch"]),
         ]
-        for one in result["stopped"].values()
+        for trial in result["stopped"].values()
     ]
-    heads = ["" if one == "run" else one for one in short_names(result["fields"]).values()]
-    heads += ["validation top-1 %", "at epoch"]
-    told = "They lay below the median of the others at that epoch, on the validation split."
-    return html.table(heads, rows, caption=told, file=file)
+    header = ["" if name == "run" else name for name in short_names(result["fields"]).values()]
+    header += ["validation top-1 %", "at epoch"]
+    caption = "Trials stopped because they were below the median validation accuracy at that epoch."
+    return html.table(header, rows, caption=caption, csv_path=csv_path)
 
 
-def _headline(result: dict[str, Any], own: dict[str, Any]) -> str:
+def _headline(result: dict[str, Any], finished: dict[str, Any]) -> str:
     values = {"points": str(len(points(result))), "seeds": str(len(result["seeds"]))}
     if result.get("search"):
-        values |= {name: str(number) for name, number in result["search"].items() if number}
-    runs = sum(len(row["seeds"]) for row in own.values())
-    values["runs finished"] = str(runs)
-    told = html.paragraph(f"{best_summary(result).capitalize()}.", "note")
+        values |= {name: str(count) for name, count in result["search"].items() if count}
+    values["runs finished"] = str(sum(len(row["seeds"]) for row in finished.values()))
+    summary = html.paragraph(f"{best_summary(result).capitalize()}.", "note")
     if "tickets" in result:
-        told, values["sparsest ticket that matches"] = "", sparsest(result)
-    failed = sum(len(row["failed"]) for row in result["rows"].values())
-    if failed:
-        values["runs failed"] = str(failed)
+        summary, values["sparsest ticket that matches"] = "", sparsest(result)
+    num_failed = sum(len(row["failed"]) for row in result["rows"].values())
+    if num_failed:
+        values["runs failed"] = str(num_failed)
     if result["best"]:
         best = result["best"][0]
-        top1 = 100 * statistics.mean(final_top1(own[best]))
+        top1 = 100 * statistics.mean(final_top1(finished[best]))
         values[f"{result['split']} top-1 of the best"] = f"{top1:.1f} %"
-        told = html.paragraph(f"{best_summary(result).capitalize()} {label_of(result, best)}.")
-    return html.stat_tiles(values) + told
+        summary = html.paragraph(f"{best_summary(result).capitalize()} {label_of(result, best)}.")
+    return html.stat_tiles(values) + summary
 
 
-def _costs(result: dict[str, Any], own: dict[str, Any], folder: Path, slug: str) -> list[str]:
-    """Accuracy against the time that training took and, where students differ, against their speed
-    in evaluation."""
-    costs = {"seconds": ("seconds of training", "time", "What accuracy costs in training")}
+def _cost_figures(
+    result: dict[str, Any], finished: dict[str, Any], folder: Path, slug: str
+) -> list[str]:
+    """Return accuracy against training time and, if students differ, against throughput."""
+    costs = {"seconds": ("seconds of training", "time", "Accuracy against training time")}
     if any(name.startswith("student.") for name in result["fields"]):
-        costs["images_per_s"] = ("images/s", "throughput", "Accuracy against speed in evaluation")
-    drawn = []
-    for key, (label, file, told) in costs.items():
-        places = {
+        costs["images_per_s"] = ("images/s", "throughput", "Accuracy against inference throughput")
+    figures = []
+    for key, (label, file_suffix, title) in costs.items():
+        means = {
             row["values"]["run"] if result.get("search") else ", ".join(row["values"].values()): (
                 statistics.mean(row[key]),
                 100 * statistics.mean(final_top1(row)),
             )
-            for row in own.values()
+            for row in finished.values()
             if row.get(key)
         }
-        if 0 < len(places) <= _MOST_POINTS:
-            spots = charts.scatter(places, label, f"{result['split']} top-1 %")
-            picture = charts.chart(spots, folder / f"{slug}-{file}.png")
-            drawn.append(html.figure(picture, f"{told}: a dot a point, means over seeds."))
-    return drawn
+        if 0 < len(means) <= _MAX_SCATTER_POINTS:
+            draw = charts.scatter(means, label, f"{result['split']} top-1 %")
+            svg = charts.chart(draw, folder / f"{slug}-{file_suffix}.png")
+            figures.append(html.figure(svg, f"{title}: a dot per point, means over seeds."))
+    return figures
 
 
-def _of_tickets(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
-    """Accuracy against sparsity; nothing where a sweep is no search for tickets."""
+def _sparsity_figures(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """Return accuracy against sparsity for a lottery search, nothing for another sweep."""
     if "tickets" not in result:
         return []
-    drawn = charts.chart(ticket_curve(result), folder / f"{slug}-tickets.png")
-    told = "Means and standard deviations over the seeds; in grey, what matches the dense run."
-    return [html.figure(drawn, told)]
+    svg = charts.chart(ticket_curve(result), folder / f"{slug}-tickets.png")
+    caption = "Mean and standard deviation over the seeds. Gray band: matches the dense run."
+    return [html.figure(svg, caption)]
 
 
 def _masks(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
-    """What the levels of a search for tickets leave, whole and layer by layer."""
+    """Return the weights that each level of a lottery search keeps, in total and by layer."""
     if not result.get("tickets", {}).get("masks"):
         return []
-    told = f"Seed {result['seeds'][0]}. {MASKS_NOTE}"
-    whole = html.table(
-        mask_columns(), mask_cells(result), caption=told, file=folder / f"{slug}-masks.csv"
+    totals = html.table(
+        mask_columns(),
+        mask_cells(result),
+        caption=f"Seed {result['seeds'][0]}. {MASKS_NOTE}",
+        csv_path=folder / f"{slug}-masks.csv",
     )
-    rows, heads, values = layer_densities(result)
+    rows, header, values = layer_densities(result)
     layers = html.heat_table(
         rows,
-        heads,
+        header,
         values,
-        shown="{:.0f}",
-        caption="Weights kept in % of each layer.",
-        file=folder / f"{slug}-layers.csv",
+        cell_format="{:.0f}",
+        caption="Remaining weights in % of each layer.",
+        csv_path=folder / f"{slug}-layers.csv",
     )
-    matches = html.paragraph(f"{matching_line(result).capitalize()}.")
-    return [html.subsection("What is left", [matches, whole, layers])]
+    matching = html.paragraph(f"Matching runs are {matching_line(result)}.")
+    return [html.subsection("Remaining weights", [matching, totals, layers])]
 
 
-def _of_fields(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
-    """A curve of one field, heat maps of each two."""
+def _field_figures(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
+    """Return the charts over the fields that vary.
+
+    A search has a chart per field. Otherwise a sweep of one field has a curve, a sweep of several
+    fields has a heat map of each pair, and a sweep of runs has a chart of the runs.
+    """
     fields = [name for name in result["fields"] if name != "run"]
     short = short_names(result["fields"])
     if result.get("search"):
-        drawn = []
+        figures = []
         for field in fields:
-            drawing = charts.chart(
-                scatter_trials(result, field), folder / f"{slug}-{slugged(field)}.png", width=4.5
-            )
-            told = f"{short[field]}: validation accuracy of each trial."
-            drawn.append(html.figure(drawing, told))
-        return drawn
+            path = folder / f"{slug}-{slugify(field)}.png"
+            svg = charts.chart(scatter_trials(result, field), path, width=4.5)
+            figures.append(html.figure(svg, f"{short[field]}: validation accuracy of each trial."))
+        return figures
     if len(fields) == 1:
-        drawn = charts.chart(curve(result, fields[0]), folder / f"{slug}-{slugged(fields[0])}.png")
-        told = f"Accuracy over {short[fields[0]]}: a dot a seed, a line through the means."
-        return [html.figure(drawn, told)]
+        path = folder / f"{slug}-{slugify(fields[0])}.png"
+        svg = charts.chart(curve(result, fields[0]), path)
+        caption = f"Accuracy over {short[fields[0]]}: a dot per seed, a line through the means."
+        return [html.figure(svg, caption)]
     if not fields:
-        own = finished_rows(result)
+        finished = finished_rows(result)
         draw = draw_epoch_scaling if result["study"] == "epochs" else draw_arms
-        height = 3.4 if draw is draw_epoch_scaling else 1.0 + 0.28 * len(own["rows"])
-        drawn = charts.chart(
-            lambda axes: draw(axes, own), folder / f"{slug}-runs.png", height=height
-        )
-        return [html.figure(drawn, "Test accuracy: a dot a seed, a line at the mean.")]
-    maps = []
-    for down, across in itertools.combinations(fields, 2):
-        rows, heads, means = heat_map(result, down, across)
-        values = [[None if one != one else one for one in row] for row in means]
-        told = f"{short[down]} (down) and {short[across]} (across): mean top-1 %{{}} over the rest."
-        name = folder / f"{slug}-{slugged(down)}-{slugged(across)}"
-        draw_heat_map(result, down, across, name.with_suffix(".png"))
-        drawn = html.heat_table(rows, heads, values, file=name.with_suffix(".csv"))
-        maps.append(html.figure(drawn, told.format("")))
-        if any(row.get("classes") for row in points(result).values()):
-            rows, heads, means = heat_map(result, down, across, metric=_on_unseen)
-            values = [[None if one != one else one for one in row] for row in means]
-            unseen = name.with_name(f"{name.name}-unseen.csv")
-            drawn = html.heat_table(rows, heads, values, file=unseen)
-            maps.append(html.figure(drawn, told.format(" on the classes never seen")))
-    return maps
+        height = 3.4 if draw is draw_epoch_scaling else 1.0 + 0.28 * len(finished["rows"])
+        path = folder / f"{slug}-runs.png"
+        svg = charts.chart(lambda axes: draw(axes, finished), path, height=height)
+        return [html.figure(svg, "Test accuracy: a dot per seed, a line at the mean.")]
+    return [
+        figure
+        for down, across in itertools.combinations(fields, 2)
+        for figure in _heat_maps(result, down, across, folder, slug)
+    ]
 
 
-def _on_unseen(row: dict[str, Any]) -> list[float]:
-    return [one["unseen"] for one in row.get("classes", []) if one["unseen"] is not None]
+def _heat_maps(
+    result: dict[str, Any], down: str, across: str, folder: Path, slug: str
+) -> list[str]:
+    """Return the heat map of two fields and, with held-out classes, that of the unseen classes."""
+    short = short_names(result["fields"])
+    title = f"{short[down]} (rows) and {short[across]} (columns): mean top-1 %"
+    note = "over all other settings and the seeds."
+    stem = folder / f"{slug}-{slugify(down)}-{slugify(across)}"
+    draw_heat_map(result, down, across, stem.with_suffix(".png"))
+    rows, header, means = heat_map(result, down, across)
+    table = html.heat_table(rows, header, _nan_as_none(means), csv_path=stem.with_suffix(".csv"))
+    figures = [html.figure(table, f"{title} {note}")]
+    if any(row.get("classes") for row in points(result).values()):
+        rows, header, means = heat_map(result, down, across, metric=_unseen_top1)
+        csv_path = stem.with_name(f"{stem.name}-unseen.csv")
+        table = html.heat_table(rows, header, _nan_as_none(means), csv_path=csv_path)
+        figures.append(html.figure(table, f"{title} on the unseen classes {note}"))
+    return figures
 
 
-def _classes(result: dict[str, Any], file: Path) -> list[str]:
-    """Right answers in each class, of each point, where some were held out."""
+def _nan_as_none(values: list[list[float]]) -> list[list[float | None]]:
+    return [[None if value != value else value for value in row] for row in values]
+
+
+def _unseen_top1(row: dict[str, Any]) -> list[float]:
+    """Return the top-1 on the unseen classes, a value per seed."""
+    return [seed["unseen"] for seed in row.get("classes", []) if seed["unseen"] is not None]
+
+
+def _classes(result: dict[str, Any], csv_path: Path) -> list[str]:
+    """Return the accuracy of each point in each class, if classes were held out."""
     names, rows = class_shares(result, list(points(result)))
     if not 0 < len(names) <= MAX_LISTED_CLASSES:
         return []
-    heads, never = unseen_marks(result, names)
-    means = [[_mean(share) for share in row] for row in rows.values()]
-    marks = [[never(point, name) for name in names] for point in rows]
-    told = "Right answers in % of each class, mean over the seeds"
-    told += "; *: a class that this point did not see." if any(map(any, marks)) else "."
+    header, mark_of = unseen_marks(result, names)
+    means = [[_mean_percent(top1) for top1 in row] for row in rows.values()]
+    marks = [[mark_of(point, name) for name in names] for point in rows]
+    caption = "Accuracy in % of each class, mean over the seeds"
+    caption += "; *: a class that this point did not see." if any(map(any, marks)) else "."
     table = html.heat_table(
-        list(rows), heads, means, shown="{:.0f}", caption=told, marks=marks, file=file
+        list(rows),
+        header,
+        means,
+        cell_format="{:.0f}",
+        caption=caption,
+        marks=marks,
+        csv_path=csv_path,
     )
     return [html.subsection("Classes seen and unseen", [table])]
 
 
-def _mean(shares: list[float | None]) -> float | None:
-    """In %; None where a class has no images."""
-    return None if None in shares else 100 * statistics.mean(shares)
+def _mean_percent(top1: list[float | None]) -> float | None:
+    """Return the mean in %, or None for a class without images."""
+    return None if None in top1 else 100 * statistics.mean(top1)
 
 
-def _disagreement(result: dict[str, Any], file: Path) -> str:
-    shares = result["disagreement"]
-    values = [[100 * shares[a][b] if a != b else None for b in shares] for a in shares]
-    told = f"Different answers in % of the images, seed {result['seeds'][0]}."
-    return html.heat_table(list(shares), list(shares), values, caption=told, file=file)
+def _disagreement(result: dict[str, Any], csv_path: Path) -> str:
+    rates = result["disagreement"]
+    values = [[100 * rates[a][b] if a != b else None for b in rates] for a in rates]
+    caption = f"Images with different predictions, in %, seed {result['seeds'][0]}."
+    return html.heat_table(list(rates), list(rates), values, caption=caption, csv_path=csv_path)

@@ -1,4 +1,4 @@
-"""A picture of training views: the image, what student and teacher see of it, and the labels."""
+"""A sheet of training views: stored images, views of student and teacher, and labels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,75 +28,79 @@ from deit.distill.build import (
 from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
-from deit.viz.attention_plot import GREY
+from deit.viz.attention_plot import TEXT_ON_ANY_BACKGROUND
 
-_TILE = 128  # side of a picture on the sheet [px]
+_TILE = 128  # side of an image on the sheet [px]
 _GAP = 8
 _LINE = 16
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (120, 120, 120)
-# Of a sheet without paper: letters, and what is not there, of one colour so that edges are clean.
-_GREY, _CLEAR = ((*ImageColor.getrgb(GREY), alpha) for alpha in (255, 0))
-_SHOWN_LABELS = 2
+# Text and background of a transparent sheet, with equal RGB so that antialiased edges are clean.
+_INK_ON_TRANSPARENT, _TRANSPARENT = (
+    (*ImageColor.getrgb(TEXT_ON_ANY_BACKGROUND), alpha) for alpha in (255, 0)
+)
+_MAX_LABELS = 2
+_MIN_LABEL_WEIGHT = 0.005
 
 
 class _Cell(NamedTuple):
-    """One view: its pictures from left to right, and the lines below them."""
+    """One view: its tiles from left to right, and the lines of text below them."""
 
-    pictures: list[Image.Image]
+    tiles: list[Image.Image]
     lines: list[str]
 
 
-def check_image_path(path: Path, *, option: str) -> None:
-    """Refuse a name that is no picture's before the work. Raises ConfigError."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+def check_image_path(path: str | Path, *, option: str) -> None:
+    """Raise ConfigError if the file name has no extension of a supported image format."""
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"{option} {path}: should end in .png, .jpg or .webp")
 
 
 def draw_view_sheet(
     config: Config,
-    out: Path,
+    out: str | Path,
     *,
     epoch: int = 0,
-    number: int = 12,
+    num_views: int = 12,
     splits: Splits | None = None,
-    clear: bool = False,
+    transparent: bool = False,
 ) -> None:
-    """Write a sheet of the first `number` views of an epoch, as a run would train on them.
+    """Write a sheet of the first `num_views` views of an epoch, as a run would train on them.
 
-    Each shows the image as it is stored, the student's view and the teacher's, with their sizes;
-    below, the label's weights after mixing and the teacher's answer. A teacher that is not there
-    yet is left out with a warning. splits: of the configuration's data, where they are loaded
-    already. clear: whether whatever lies below shows through instead of white paper. Raises the
-    errors of deit.core.errors.
+    Each cell shows the stored image, the view of the student and the view of the teacher. Below are
+    the label weights after mixing and the prediction of the teacher. A teacher that cannot be
+    loaded is left out with a warning. splits: the data of the configuration, if already loaded.
+    transparent: leave the background transparent and use a text color that can be read on white and
+    on black. Raises ConfigError, DataError, CheckpointError or SystemFault.
     """
     config = validate(config, live_teacher=False)
     config = with_init_normalization(config, load_init_weights(config.init))
     accelerator = build_accelerator(config.run)
     splits = splits or load_splits(config.data)
     teachers = _teachers(config, splits, accelerator)
-    wanted = teacher_input_size([teacher.image_size for teacher in teachers])
-    loader = build_train_loader(config, splits, accelerator, teacher_size=wanted)
-    batch = _first(loader.epoch(epoch), number)
-    answers = None
+    teacher_size = teacher_input_size([teacher.image_size for teacher in teachers])
+    loader = build_train_loader(config, splits, accelerator, teacher_size=teacher_size)
+    batch = _first_views(loader.epoch(epoch), num_views)
+    teacher_probs = None
     if teachers:
-        panel = build_online_ensemble(teachers, config.teacher, splits, accelerator)
-        answers = panel(batch).logits.softmax(dim=2).mean(dim=1).cpu()
+        ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
+        teacher_probs = ensemble(batch).logits.softmax(dim=2).mean(dim=1).cpu()
     cells = [
-        _cell(splits.train, batch, row, splits.class_names, answers)
+        _cell(splits.train, batch, row, splits.class_names, teacher_probs)
         for row in range(len(batch.sample_ids))
     ]
-    seen = ["image", f"student {batch.images.shape[-1]} px"]
+    tile_names = ["image", f"student {batch.images.shape[-1]} px"]
     if teachers:
         crops = config.views.teacher_num_crops
-        one = f" (crop 1 of {crops})" if config.views.teacher_view == "crops" else ""
-        seen.append(f"teacher {wanted or batch.teacher_images.shape[-1]} px{one}")
-    title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(seen)}"
-    _sheet(cells, title, clear=clear).save(out)
+        crop = f" (crop 1 of {crops})" if config.views.teacher_view == "crops" else ""
+        side = teacher_size or batch.teacher_images.shape[-1]
+        tile_names.append(f"teacher {side} px{crop}")
+    title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(tile_names)}"
+    _compose(cells, title, transparent=transparent).save(out)
     info(f"wrote {out}: {len(cells)} views")
 
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:
-    """The teachers; none, with a warning, if one of them is not there yet."""
+    """Return the teachers; if one cannot be loaded, warn and return none."""
     if config.loss.kind == "none" or not config.teacher.source:
         return []
     try:
@@ -106,22 +110,22 @@ def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[
             config.teacher, splits.class_names, config.student.image_size, accelerator
         )
     except (DataError, CheckpointError) as error:
-        warn(f"the teacher is left out: {error}")
+        warn(f"drawing without the teacher: {error}")
         return []
 
 
-def _first(batches: Iterator[Batch], number: int) -> Batch:
-    """The first so many views of an epoch as one batch."""
+def _first_views(batches: Iterator[Batch], num_views: int) -> Batch:
+    """Return the first views of an epoch as one batch."""
     parts: list[Batch] = []
     for batch in batches:
         parts.append(batch)
-        if sum(len(part.sample_ids) for part in parts) >= number:
+        if sum(len(part.sample_ids) for part in parts) >= num_views:
             break
-    together = {
-        name: torch.cat([getattr(part, name) for part in parts])[:number]
+    fields = {
+        name: torch.cat([getattr(part, name) for part in parts])[:num_views]
         for name in ("images", "teacher_images", "targets", "sample_ids", "target_rows")
     }
-    return Batch(**together, epoch=parts[0].epoch)
+    return Batch(**fields, epoch=parts[0].epoch)
 
 
 def _cell(
@@ -129,17 +133,18 @@ def _cell(
     batch: Batch,
     row: int,
     class_names: tuple[str, ...],
-    answers: Tensor | None,
+    teacher_probs: Tensor | None,
 ) -> _Cell:
+    """Return the cell of one view. teacher_probs: [views, classes]."""
     sample = int(batch.sample_ids[row])
-    pictures = [_picture(_stored(images, sample)), _picture(batch.images[row])]
-    if answers is not None:
-        pictures.append(_picture(batch.teacher_images[row]))
-    own = class_names[int(images.labels[sample])]
-    lines = [f"#{sample} {own}", f"label: {_labels(batch.targets[row].cpu(), class_names)}"]
-    if answers is not None:
-        lines.append(f"teacher: {_labels(answers[row], class_names)}")
-    return _Cell(pictures, lines)
+    tiles = [_tile(_stored(images, sample)), _tile(batch.images[row])]
+    class_name = class_names[int(images.labels[sample])]
+    label_text = _format_weights(batch.targets[row].cpu(), class_names)
+    lines = [f"#{sample} {class_name}", f"label: {label_text}"]
+    if teacher_probs is not None:
+        tiles.append(_tile(batch.teacher_images[row]))
+        lines.append(f"teacher: {_format_weights(teacher_probs[row], class_names)}")
+    return _Cell(tiles, lines)
 
 
 def _stored(images: InMemoryImages | EncodedImages, index: int) -> Tensor:
@@ -148,53 +153,58 @@ def _stored(images: InMemoryImages | EncodedImages, index: int) -> Tensor:
     return decode_square(images.read(index), images.name(index), _TILE)
 
 
-def _labels(weights: Tensor, class_names: tuple[str, ...]) -> str:
-    """The heaviest labels with their weights: `0.62 cat + 0.38 dog`."""
-    found, labels = weights.topk(min(_SHOWN_LABELS, len(weights)))
+def _format_weights(weights: Tensor, class_names: tuple[str, ...]) -> str:
+    """Return the largest of the weights [classes] with their classes: `0.62 cat + 0.38 dog`."""
+    top_weights, labels = weights.topk(min(_MAX_LABELS, len(weights)))
     return " + ".join(
         f"{weight:.2f} {class_names[label]}"
-        for weight, label in zip(found.tolist(), labels.tolist())
-        if weight >= 0.005
+        for weight, label in zip(top_weights.tolist(), labels.tolist())
+        if weight >= _MIN_LABEL_WEIGHT
     )
 
 
-def _picture(image: Tensor) -> Image.Image:
-    """uint8, or float in [0, 1], [3, height, width], as a tile; whole pixels where it is small."""
+def _tile(image: Tensor) -> Image.Image:
+    """Return an image [3, height, width], uint8 or float in [0, 1], resized to a tile.
+
+    Small images are enlarged without smoothing, so that their pixels are visible.
+    """
     levels = image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(levels.cpu().permute(1, 2, 0).numpy()))
-    small = picture.width <= _TILE // 2
-    how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return picture.resize((_TILE, _TILE), how)
+    tile = Image.fromarray(np.ascontiguousarray(levels.cpu().permute(1, 2, 0).numpy()))
+    is_small = tile.width <= _TILE // 2
+    resampling = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS
+    return tile.resize((_TILE, _TILE), resampling)
 
 
-def _sheet(cells: list[_Cell], title: str, *, clear: bool) -> Image.Image:
-    """The cells in a grid about as wide as it is high, under a title."""
+def _compose(cells: list[_Cell], title: str, *, transparent: bool) -> Image.Image:
+    """Return a sheet with the cells in a roughly square grid below a title."""
     font = ImageFont.load_default(size=13)
-    across = len(cells[0].pictures) * (_TILE + 2) + _GAP
-    down = _TILE + len(cells[0].lines) * _LINE + 2 * _GAP
-    columns = max(1, min(len(cells), round((len(cells) * down / across) ** 0.5)))
+    cell_width = len(cells[0].tiles) * (_TILE + 2) + _GAP
+    cell_height = _TILE + len(cells[0].lines) * _LINE + 2 * _GAP
+    columns = max(1, min(len(cells), round((len(cells) * cell_height / cell_width) ** 0.5)))
     rows = -(-len(cells) // columns)
     header = _LINE + 2 * _GAP
-    kind, paper = ("RGBA", _CLEAR) if clear else ("RGB", _PAPER)
-    ink, faint = (_GREY, _GREY) if clear else (_INK, _FAINT)
-    sheet = Image.new(kind, (columns * across + _GAP, rows * down + header), paper)
+    mode, paper = ("RGBA", _TRANSPARENT) if transparent else ("RGB", _PAPER)
+    ink, faint = (_INK_ON_TRANSPARENT,) * 2 if transparent else (_INK, _FAINT)
+    sheet = Image.new(mode, (columns * cell_width + _GAP, rows * cell_height + header), paper)
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP), title, fill=ink, font=font)
     for index, cell in enumerate(cells):
-        left = _GAP + index % columns * across
-        top = header + index // columns * down
-        for place, picture in enumerate(cell.pictures):
-            sheet.paste(picture, (left + place * (_TILE + 2), top))
-        for place, line in enumerate(cell.lines):
-            at = (left, top + _TILE + 2 + place * _LINE)
+        left = _GAP + index % columns * cell_width
+        top = header + index // columns * cell_height
+        for column, tile in enumerate(cell.tiles):
+            sheet.paste(tile, (left + column * (_TILE + 2), top))
+        for line_index, line in enumerate(cell.lines):
             draw.text(
-                at, _fitted(line, across - _GAP, font), fill=ink if place else faint, font=font
+                (left, top + _TILE + 2 + line_index * _LINE),
+                _truncate(line, cell_width - _GAP, font),
+                fill=ink if line_index else faint,
+                font=font,
             )
     return sheet
 
 
-def _fitted(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """The line, cut off where it would run into the next cell."""
+def _truncate(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Return the line, with `...` at its end if it is wider than `width` [px]."""
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}...") > width:

@@ -82,7 +82,7 @@ def draw_variants(result: dict[str, Any], path: Path) -> None:
     result: the content of variants.json. path: a PNG file. Raises SystemFault without
     matplotlib.
     """
-    charts.check()
+    charts.require_matplotlib()
     from matplotlib.figure import Figure
 
     rows = result["rows"]

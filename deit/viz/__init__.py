@@ -1,1 +1,1 @@
-"""Tables, charts and HTML from plain values; no torch."""
+"""Tables, charts and HTML pages from plain values; no torch."""

@@ -1,4 +1,4 @@
-"""Pictures of what a network looks at; takes plain arrays, draws with matplotlib."""
+"""Attention maps over images; takes plain arrays and draws with matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -6,63 +6,66 @@ from typing import Any
 from deit.core.errors import SystemFault, in_line
 from deit.viz.plots import save_figure
 
-GREY = "#808894"
-"""Of letters that can be read on white and on black."""
+TEXT_ON_ANY_BACKGROUND = "#808894"
+"""A text color that can be read on white and on black."""
 
 
 def draw_attention(
     images: list[Any],
     maps: list[Any],
-    names: tuple[str, ...],
-    answers: list[dict[str, str]],
+    token_names: tuple[str, ...],
+    predictions: list[dict[str, str]],
     captions: list[str],
-    path: Path,
+    path: str | Path,
     *,
-    clear: bool = False,
+    transparent: bool = False,
 ) -> None:
-    """A row for each image: the image with the answers, then a token's map over it, as a PNG.
+    """Draw a PNG with a row per image: the image, then it under the attention map of each token.
 
-    images: [side, side, 3] in [0, 1]. maps: [tokens, patches, patches] of each image, coloured
-    from its own least to its own most. names: of the tokens. answers: by head, of each image.
-    captions: a line for each image. clear: whether whatever lies below shows through instead of
-    white paper, under letters that can be read on white and on black.
-    Raises SystemFault without matplotlib.
+    images: [side, side, 3] in [0, 1]. maps: [tokens, patches, patches] per image; the color scale
+    of each map spans its own minimum and maximum. token_names: a name per token. predictions: text
+    by head, per image. captions: a line per image. transparent: leave the background transparent
+    and use a text color that can be read on white and on black.
+    Raises SystemFault if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
-    across = 1 + len(names)
-    ink = {"color": GREY} if clear else {}
-    figure = Figure(figsize=(2.6 * across, 2.9 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), across, squeeze=False)
-    for row, (image, tokens, said, caption) in enumerate(zip(images, maps, answers, captions)):
+    num_columns = 1 + len(token_names)
+    text_color = {"color": TEXT_ON_ANY_BACKGROUND} if transparent else {}
+    figure = Figure(figsize=(2.6 * num_columns, 2.9 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), num_columns, squeeze=False)
+    rows = zip(images, maps, predictions, captions)
+    for row, (image, token_maps, by_head, caption) in enumerate(rows):
         side = image.shape[0]
         extent = (-0.5, side - 0.5, side - 0.5, -0.5)
         _show(grid[row][0], image, side)
-        text = f"{in_line(caption)}\n{_told(said)}"
-        grid[row][0].set_title(text, fontsize=8, loc="left", **ink)
-        for place, (name, values) in enumerate(zip(names, tokens), start=1):
-            axes = grid[row][place]
+        text = f"{in_line(caption)}\n{_prediction_lines(by_head)}"
+        grid[row][0].set_title(text, fontsize=8, loc="left", **text_color)
+        for column, (name, values) in enumerate(zip(token_names, token_maps), start=1):
+            axes = grid[row][column]
             _show(axes, image.mean(axis=-1), side, cmap="gray", vmin=0, vmax=1)
-            how = "bilinear" if side > 2 * len(values) else "nearest"
-            axes.imshow(values, cmap="inferno", alpha=0.6, extent=extent, interpolation=how)
-            most = 100 * values.max()
-            axes.set_title(
-                f"{name} token: up to {most:.1f} % a patch", fontsize=8, loc="left", **ink
+            interpolation = "bilinear" if side > 2 * len(values) else "nearest"
+            axes.imshow(
+                values, cmap="inferno", alpha=0.6, extent=extent, interpolation=interpolation
             )
-    save_figure(figure, path, dpi=120, transparent=clear)
+            peak = 100 * values.max()
+            axes.set_title(
+                f"{name} token: up to {peak:.1f} % a patch", fontsize=8, loc="left", **text_color
+            )
+    save_figure(figure, path, dpi=120, transparent=transparent)
 
 
 def _show(axes: Any, image: Any, side: int, **settings: Any) -> None:
     axes.imshow(image, interpolation="nearest" if side < 64 else "antialiased", **settings)
     axes.set_axis_off()
-    axes.set(xticks=(), yticks=())  # they would not be seen, and take most of the time
+    axes.set(xticks=(), yticks=())  # invisible ticks would take most of the drawing time
 
 
-def _told(said: dict[str, str]) -> str:
-    """The answers, heads that agree to the digit in one line."""
+def _prediction_lines(by_head: dict[str, str]) -> str:
+    """Return a line per prediction; heads with the same text share a line."""
     lines: dict[str, list[str]] = {}
-    for head, answer in said.items():
-        lines.setdefault(answer, []).append(head)
-    return "\n".join(f"{', '.join(heads)}: {answer}" for answer, heads in lines.items())
+    for head, prediction in by_head.items():
+        lines.setdefault(prediction, []).append(head)
+    return "\n".join(f"{', '.join(heads)}: {prediction}" for prediction, heads in lines.items())

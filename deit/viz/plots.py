@@ -1,6 +1,7 @@
-"""Numbers of finished comparisons as tables and pictures; reads plain values only, no torch."""
+"""Plots of finished comparisons, drawn with matplotlib from plain values; no torch."""
 
 import io
+import itertools
 import re
 import statistics
 import warnings
@@ -10,51 +11,57 @@ from typing import IO, Any
 from deit.core.console import count_noun
 from deit.core.errors import SystemFault, printable
 from deit.core.filesystem import atomic_write
-from deit.viz.tables import HEADS, _final
+from deit.viz.tables import HEADS, final_top1_percent
 
-_LEGEND_SIGNS = 84  # in a line of a legend
-_COLOURS = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
+_LEGEND_WIDTH = 84  # of a line of a legend, in characters
+_COLOR_OF = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
 
 
-def save_figure(figure: Any, file: Path | IO[str], **settings: Any) -> None:
-    """Save a figure of matplotlib's in which names are no formulas (`$`), no line is broken by
-    one, and signs that the font lacks are boxes without a warning. settings: as savefig takes."""
+def save_figure(figure: Any, file: str | Path | IO[str], **settings: Any) -> None:
+    """Save a matplotlib figure whose texts may hold any name.
+
+    `$` is not read as a formula, control characters are escaped, and characters that the font lacks
+    become boxes without a warning. settings: as `savefig` takes them. A path is written atomically.
+    """
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter
 
     formulas = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            labels = axis.get_ticklabels(which="both")  # made now, so that they are found below
+            # This call creates the tick labels, so that findobj below finds them.
+            labels = axis.get_ticklabels(which="both")
             if isinstance(axis.get_major_formatter(), LogFormatter):
-                formulas |= {id(one) for one in labels}
+                formulas |= {id(label) for label in labels}
     for text in figure.findobj(Text):
         if id(text) not in formulas:
             text.set_parse_math(False)
             text.set_text(printable(text.get_text()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        if not isinstance(file, Path):
+        if not isinstance(file, str | Path):
             figure.savefig(file, **settings)
             return
-        content = io.BytesIO()  # atomic_write renames a finished file: none is ever half written
-        figure.savefig(content, **{"format": file.suffix[1:] or "png", **settings})
-        atomic_write(file, content.getvalue())
+        path, content = Path(file), io.BytesIO()
+        figure.savefig(content, **{"format": path.suffix[1:] or "png", **settings})
+        atomic_write(path, content.getvalue())
 
 
-def draw_comparison(result: dict[str, Any], path: Path) -> None:
-    """Validation accuracy over the epochs, and final test accuracy by head, as a PNG.
+def draw_comparison(result: dict[str, Any], path: str | Path) -> None:
+    """Plot a finished study as a PNG.
 
-    Of other studies than `teacher` one accuracy of each arm. result: what
-    deit.experiments.sweep.sweep returns. Raises SystemFault without matplotlib."""
+    The study `teacher` shows validation accuracy over the epochs and test accuracy by head; other
+    studies show one test accuracy per arm. result: as deit.experiments.sweep.sweep returns it.
+    Raises SystemFault if matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
-    seeds = len(result["seeds"])
+    num_seeds = len(result["seeds"])
     study = result.get("study", "teacher")
-    title = f"{result['recipe']}: {_TITLES[study]} ({count_noun(seeds, 'seed')})"
-    if study == "teacher" and set(result["rows"]) <= set(_COLOURS):
+    title = f"{result['recipe']}: {_TITLES[study]} ({count_noun(num_seeds, 'seed')})"
+    if study == "teacher" and set(result["rows"]) <= set(_COLOR_OF):
         figure = Figure(figsize=(10, 4), layout="constrained")
         curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curves(curves, result)
@@ -70,21 +77,21 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
 
 
 _TITLES = {
-    "teacher": "what the teacher is worth",
-    "view-modes": "what teacher and student see",
+    "teacher": "with and without the teacher",
+    "view-modes": "view modes of student and teacher",
     "epochs": "accuracy against epochs",
-    "ensemble": "teachers together and alone",
+    "ensemble": "single teachers and their ensemble",
     "resolution": "fine-tuning at another resolution",
-    "table-2": "what each teacher is worth",
-    "table-3": "ways of distilling",
-    "table-4": "who decides like whom",
-    "table-8": "what each part is worth",
-    "sweep": "its runs",
+    "table-2": "comparison of teachers",
+    "table-3": "distillation methods",
+    "table-4": "disagreement of the classifiers",
+    "table-8": "ablation of the training",
+    "sweep": "all runs",
 }
 
 
-def name_all(axes: Any) -> None:
-    """Let names that begin with an underscore into the legend, which leaves them out."""
+def show_underscored_labels(axes: Any) -> None:
+    """Make labels that begin with an underscore appear in the legend; matplotlib hides them."""
     for artist in (*axes.get_children(), *axes.containers):
         label = str(artist.get_label())
         if label.startswith("_") and not re.fullmatch(r"_child\d+|_nolegend_", label):
@@ -92,15 +99,15 @@ def name_all(axes: Any) -> None:
 
 
 def legend(axes: Any) -> None:
-    """Names of what is drawn, above the axes, where they cover nothing."""
-    name_all(axes)
+    """Draw a legend above the axes, where it covers nothing."""
+    show_underscored_labels(axes)
     names = axes.get_legend_handles_labels()[1]
     if names:
-        across = min(max(_LEGEND_SIGNS // (max(map(len, names)) + 5), 1), len(names))
+        num_columns = min(max(_LEGEND_WIDTH // (max(map(len, names)) + 5), 1), len(names))
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=across,
+            ncols=num_columns,
             borderaxespad=0.2,
             frameon=False,
             fontsize=8,
@@ -108,29 +115,33 @@ def legend(axes: Any) -> None:
 
 
 def draw_arms(axes: Any, result: dict[str, Any]) -> None:
-    """Test accuracy of each arm: a dot a seed, the mean as a bar with its number; the best on top,
-    teachers as dashed lines."""
-    arms = {name: _final(row) for name, row in result["rows"].items() if not row["teacher"]}
+    """Plot the test accuracy of each arm: a dot per seed, the mean as a bar with its value.
+
+    The best arm is on top; teachers are dashed lines. result: as in `draw_comparison`.
+    """
+    arms = {
+        name: final_top1_percent(row) for name, row in result["rows"].items() if not row["teacher"]
+    }
     order = sorted(arms, key=lambda name: statistics.mean(arms[name]))
-    for place, name in enumerate(order):
+    for rank, name in enumerate(order):
         mean = statistics.mean(arms[name])
-        colour = _COLOURS["undistilled" if name == "none" else "distilled"]
-        axes.plot(arms[name], [place] * len(arms[name]), ".", color=colour, alpha=0.6)
-        axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=3)
+        arm_color = _COLOR_OF["undistilled" if name == "none" else "distilled"]
+        axes.plot(arms[name], [rank] * len(arms[name]), ".", color=arm_color, alpha=0.6)
+        axes.plot([mean, mean], [rank - 0.3, rank + 0.3], color=arm_color, linewidth=3)
         axes.annotate(
             f"{mean:.1f}",
-            (1.01, place),
+            (1.01, rank),
             xycoords=("axes fraction", "data"),
             va="center",
             fontsize=8,
-            color=colour,
+            color=arm_color,
         )
     styles = ("--", ":", "-.")
     for style, (name, row) in zip(styles * 9, result["rows"].items()):
         if row["teacher"]:
-            mean = statistics.mean(_final(row))
+            mean = statistics.mean(final_top1_percent(row))
             axes.axvline(
-                mean, color=_COLOURS["teacher"], linestyle=style, label=f"{name}, {mean:.1f}"
+                mean, color=_COLOR_OF["teacher"], linestyle=style, label=f"{name}, {mean:.1f}"
             )
     axes.set_yticks(range(len(order)), order)
     axes.set(xlabel="test top-1 %")
@@ -139,23 +150,25 @@ def draw_arms(axes: Any, result: dict[str, Any]) -> None:
 
 
 def draw_epoch_scaling(axes: Any, result: dict[str, Any]) -> None:
-    """Test accuracy against the epochs of training, with the teacher and without."""
+    """Plot test accuracy against training epochs, with and without the teacher.
+
+    result: as in `draw_comparison`.
+    """
     for kind in ("distilled", "undistilled"):
         rows = [row for name, row in result["rows"].items() if name.startswith(f"{kind}-")]
         if not rows:
             continue
         epochs = [row["epochs"] for row in rows]
-        means = [statistics.mean(_final(row)) for row in rows]
-        axes.plot(epochs, means, color=_COLOURS[kind], label=kind)
+        means = [statistics.mean(final_top1_percent(row)) for row in rows]
+        axes.plot(epochs, means, color=_COLOR_OF[kind], label=kind)
         for row in rows:
-            values = _final(row)
-            scatter_trials = [row["epochs"]] * len(values)
-            axes.plot(scatter_trials, values, ".", color=_COLOURS[kind], alpha=0.6)
+            values = final_top1_percent(row)
+            axes.plot([row["epochs"]] * len(values), values, ".", color=_COLOR_OF[kind], alpha=0.6)
     for name, row in result["rows"].items():
         if row["teacher"]:
-            mean = statistics.mean(_final(row))
+            mean = statistics.mean(final_top1_percent(row))
             axes.axhline(
-                mean, color=_COLOURS["teacher"], linestyle="--", label=f"{name}, {mean:.1f}"
+                mean, color=_COLOR_OF["teacher"], linestyle="--", label=f"{name}, {mean:.1f}"
             )
     ticks = sorted({row["epochs"] for row in result["rows"].values() if not row["teacher"]})
     axes.set_xscale("log")
@@ -166,11 +179,12 @@ def draw_epoch_scaling(axes: Any, result: dict[str, Any]) -> None:
     legend(axes)
 
 
-def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy against images/s, a point a row (the figure of the DeiT paper), as a PNG.
+def draw_throughput(rows: dict[str, dict[str, Any]], path: str | Path) -> None:
+    """Plot accuracy against throughput as a PNG, a point per row (Figure 1 of the DeiT paper).
 
-    rows: by name, what deit.evaluation.evaluate.evaluate returns, with `cost`; bars go from the
-    slowest to the fastest round. Raises SystemFault without matplotlib."""
+    rows: by name the results of deit.evaluation.evaluate.evaluate with `cost`. Error bars span the
+    slowest and the fastest round. Raises SystemFault if matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -179,36 +193,29 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     runs = list(dict.fromkeys(row["run"] for row in rows.values()))
     palette = ("#0f766e", "#c2410c", "#6b7280", "#1d4ed8", "#a21caf", "#4d7c0f")
-    for run, colour in zip(runs, palette * len(runs)):
-        own = {name: row for name, row in rows.items() if row["run"] == run}
-        speeds = [row["cost"]["images_per_s"] for row in own.values()]
-        shares = [100 * row["heads"]["fused"]["top1"] for row in own.values()]
-        spread = [row["cost"]["spread"] for row in own.values()]
+    for run, run_color in zip(runs, palette * len(runs)):
+        run_rows = {name: row for name, row in rows.items() if row["run"] == run}
+        speeds = [row["cost"]["images_per_s"] for row in run_rows.values()]
+        top1 = [100 * row["heads"]["fused"]["top1"] for row in run_rows.values()]
+        spread = [row["cost"]["spread"] for row in run_rows.values()]
         errors = [
             [speed - low for speed, (low, _) in zip(speeds, spread)],
             [high - speed for speed, (_, high) in zip(speeds, spread)],
         ]
-        label, *_ = next(iter(own)).split(", ")
+        label, *_ = next(iter(run_rows)).split(", ")
         axes.errorbar(
-            speeds, shares, xerr=errors, fmt="o", color=colour, alpha=0.8, capsize=2, label=label
+            speeds, top1, xerr=errors, fmt="o", color=run_color, alpha=0.8, capsize=2, label=label
         )
-        # A line goes through what differs in one thing: the tokens merged, else the resolution.
-        merging = len({row.get("merge") for row in own.values()}) > 1
-        fixed = ("eval_crop_pct", "image_size") if merging else ("eval_crop_pct",)
-        settings = [tuple(row[key] for key in fixed) for row in own.values()]
-        for setting in dict.fromkeys(settings):
-            same = [one == setting for one in settings]
-            line = [[x for x, here in zip(xs, same) if here] for xs in (speeds, shares)]
-            axes.plot(*line, color=colour, alpha=0.5)
-        for name, speed, share in zip(own, speeds, shares):
-            _, _, changed = name.partition(", ")  # the run itself is in the legend
+        _connect_points(axes, list(run_rows.values()), speeds, top1, run_color)
+        for name, speed, accuracy in zip(run_rows, speeds, top1):
+            _, _, variant = name.partition(", ")  # the name of the run is in the legend
             axes.annotate(
-                changed,
-                (speed, share),
+                variant,
+                (speed, accuracy),
                 textcoords="offset points",
                 xytext=(5, 5),
                 fontsize=8,
-                color=colour,
+                color=run_color,
             )
     first = next(iter(rows.values()))
     axes.set_xscale("log")
@@ -221,70 +228,83 @@ def draw_throughput(rows: dict[str, dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_minor_formatter("{x:,.0f}")
     axes.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
     axes.grid(alpha=0.25, which="both")
-    name_all(axes)
+    show_underscored_labels(axes)
     axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path, dpi=150)
 
 
+def _connect_points(
+    axes: Any, rows: list[dict[str, Any]], speeds: list[float], top1: list[float], run_color: str
+) -> None:
+    """Connect the points that differ only in the number of merged tokens, or in resolution."""
+    merging = len({row.get("merge") for row in rows}) > 1
+    fixed = ("eval_crop_pct", "image_size") if merging else ("eval_crop_pct",)
+    settings = [tuple(row[key] for key in fixed) for row in rows]
+    for setting in dict.fromkeys(settings):
+        on_line = [row_setting == setting for row_setting in settings]
+        line = [list(itertools.compress(values, on_line)) for values in (speeds, top1)]
+        axes.plot(*line, color=run_color, alpha=0.5)
+
+
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
-    """Validation accuracy over the epochs, one line a seed; the teacher as a level."""
-    shown = []
+    """Plot validation accuracy over the epochs, a line per seed, and the teacher as a level."""
+    visible = []
     for name, row in result["rows"].items():
-        colour = _COLOURS[name]
+        line_color = _COLOR_OF[name]
         if name == "teacher":
-            # The weights of its best epoch are what the students learn from.
+            # Students are distilled from the weights of its best epoch.
             best = [max(top1 for _, top1 in curve) for curve in row["curves"]]
             level = 100 * statistics.mean(best)
-            axes.axhline(level, color=colour, linestyle="--", label=f"teacher, {level:.1f}")
-            shown.append(level)
+            axes.axhline(level, color=line_color, linestyle="--", label=f"teacher, {level:.1f}")
+            visible.append(level)
             continue
         for index, curve in enumerate(row["curves"]):
             epochs, values = zip(*((epoch, 100 * top1) for epoch, top1 in curve))
             marker = "o" if len(epochs) == 1 else None
             label = None if index else name
-            axes.plot(epochs, values, color=colour, alpha=0.8, label=label, marker=marker)
-            shown += values
-    axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(shown))
+            axes.plot(epochs, values, color=line_color, alpha=0.8, label=label, marker=marker)
+            visible += values
+    axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(visible))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
-    name_all(axes)
+    show_underscored_labels(axes)
     axes.legend(loc="lower right", frameon=False)
 
 
 def _draw_heads(axes: Any, result: dict[str, Any]) -> None:
-    """Test accuracy by head: a dot a seed, the mean as a bar with its number."""
-    ticks, labels, shown = [], [], []
-    place = 0.0
+    """Plot test accuracy by head: a dot per seed, the mean as a bar with its value."""
+    ticks, labels, visible = [], [], []
+    x = 0.0
     for name, row in result["rows"].items():
         for head in HEADS:
             values = [100 * top1[head] for top1 in row["top1"] if top1[head] is not None]
             if not values:
                 continue
             mean = statistics.mean(values)
-            axes.plot([place] * len(values), values, ".", color=_COLOURS[name], alpha=0.6)
-            axes.plot([place - 0.35, place + 0.35], [mean, mean], color=_COLOURS[name], linewidth=3)
+            axes.plot([x] * len(values), values, ".", color=_COLOR_OF[name], alpha=0.6)
+            axes.plot([x - 0.35, x + 0.35], [mean, mean], color=_COLOR_OF[name], linewidth=3)
             axes.annotate(
                 f"{mean:.1f}",
-                (place, mean),
+                (x, mean),
                 textcoords="offset points",
                 xytext=(0, 4),
                 ha="center",
                 fontsize=8,
-                color=_COLOURS[name],
+                color=_COLOR_OF[name],
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             )
-            ticks.append(place)
+            ticks.append(x)
             labels.append(name if name == "teacher" else f"{name}, {head}")
-            shown += values
-            place += 1
-        place += 0.5
+            visible += values
+            x += 1
+        x += 0.5
     axes.set_xticks(ticks, labels, fontsize=7, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set(ylabel="test top-1 %", ylim=_limits(shown))
+    axes.set(ylabel="test top-1 %", ylim=_limits(visible))
     axes.grid(axis="y", alpha=0.25)
 
 
 def _limits(values: list[float]) -> tuple[float, float]:
-    """Axis limits with room for the numbers above the highest value."""
+    """Return axis limits with space for the text above the highest value."""
     low, high = min(values), max(values)
-    room = max(high - low, 1.0)
-    return low - 0.1 * room, high + 0.15 * room
+    span = max(high - low, 1.0)
+    return low - 0.1 * span, high + 0.15 * span

@@ -241,7 +241,7 @@ def test_a_table_as_a_file_has_means_and_deviations_apart(told, tmp_path):
 
 def test_a_remark_beside_a_number_has_a_column_of_its_own(tmp_path):
     rows = [["a (b)", "10 +- 0 (1 of 3 seeds failed)", "-"], ["c", "failed", "2"]]
-    html.table(("", "seconds", "x"), rows, file=tmp_path / "t.csv")
+    html.table(("", "seconds", "x"), rows, csv_path=tmp_path / "t.csv")
     with (tmp_path / "t.csv").open() as file:
         found = list(csv.reader(file))
     assert found == [
@@ -261,9 +261,9 @@ def test_names_of_points_cover_neither_each_other_nor_a_point(seed):
         )
         for number in range(9)
     }
-    height = charts._LABEL[1]
-    nears = charts._apart(list(places.items()))
-    boxes = {name: (*near.ends(name), near.height) for name, near in zip(places, nears)}
+    height = charts._LINE_HEIGHT
+    nears = charts._place_labels(list(places.items()))
+    boxes = {name: (*near.extent(name), near.height) for name, near in zip(places, nears)}
     assert all(left >= 0 and right <= 1 and 0 <= at <= 1 for left, right, at in boxes.values())
     marks = {f"{name}'s mark": (x, x, y) for name, (x, y) in places.items()}
     for one, other in itertools.combinations({**boxes, **marks}, 2):

@@ -113,7 +113,7 @@ def show_views(arguments: list[str], program: str) -> None:
 
     check_image_path(options.out, option="--out")
     check_file(options.out, option="--out", replace=options.force)
-    draw_view_sheet(run.config, options.out, epoch=options.epoch, number=options.num_views)
+    draw_view_sheet(run.config, options.out, epoch=options.epoch, num_views=options.num_views)
 
 
 def targets(arguments: list[str], program: str) -> None:
