@@ -61,8 +61,7 @@ def basin_volume(
 
     V = omega_n mean(r^n) over directions uniform on the sphere, omega_n the volume of the unit ball
     (Huang et al. 2020, "Understanding generalization through visualizations"). On an ellipsoid with
-    a condition number of 1e4 the estimate is about 1 nat per weight too low for any affordable
-    number of rays.
+    a condition number of 1e4 it is about 1 nat per weight too low for any affordable rays.
 
     value: a loss on fixed images, or a divergence from the outputs at the point. point: [size].
     rays: number of random directions; ray k does not depend on it. largest_radius: radius at which
@@ -77,9 +76,8 @@ def basin_volume(
     value_at_point = value(point)
     threshold = value_at_point + loss_rise
     if not value_at_point < threshold < math.inf:
-        raise ConfigError(
-            f"loss_rise {loss_rise}: threshold {threshold} should be finite, above {value_at_point}"
-        )
+        limits = f"should be finite and above {value_at_point}"
+        raise ConfigError(f"loss_rise {loss_rise}: the threshold {threshold} {limits}")
     log_radii, evaluations, censored = [], [], 0
     for ray in progress(range(rays)):
         step = scales * _unit_vector(seed, ray, scales)

@@ -24,14 +24,14 @@ def well(curvatures):
 
 
 def volume(value, point, **options):
-    return basin_volume(value, point, **{"rise": 0.1, "largest_radius": 100.0, **options})
+    return basin_volume(value, point, **{"loss_rise": 0.1, "largest_radius": 100.0, **options})
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50, 5000])
 @pytest.mark.parametrize(("curvature", "rise"), [(1.0, 0.1), (30.0, 2.0)])
 def test_an_isotropic_well_is_exact(size, curvature, rise):
     radius = math.sqrt(2 * rise / curvature)
-    found = volume(*well([curvature] * size), rays=4, rise=rise, tolerance=1e-6)
+    found = volume(*well([curvature] * size), rays=4, loss_rise=rise, tolerance=1e-6)
     assert found.log_radii == pytest.approx([math.log(radius)] * 4, abs=1e-6)
     exact = log_ball(size) + size * math.log(radius)
     assert found.log_volume == pytest.approx(exact, abs=1e-6 * size + 1e-9)
@@ -45,13 +45,13 @@ def test_an_isotropic_well_is_exact(size, curvature, rise):
 def test_known_balls():
     """An interval of length 2 r, a circle of pi r^2, a ball of 4/3 pi r^3."""
     for size, exact in ((1, 2), (2, math.pi), (3, 4 / 3 * math.pi)):
-        found = volume(*well([1.0] * size), rise=0.5, rays=3, tolerance=1e-8)
+        found = volume(*well([1.0] * size), loss_rise=0.5, rays=3, tolerance=1e-8)
         assert math.exp(found.log_volume) == pytest.approx(exact, rel=1e-6)
 
 
 def test_an_ellipse_by_many_rays():
     """pi a b, within the error of the mean."""
-    found = volume(*well([2.0, 32.0]), rise=1.0, rays=2000, tolerance=1e-4)
+    found = volume(*well([2.0, 32.0]), loss_rise=1.0, rays=2000, tolerance=1e-4)
     assert math.exp(found.log_volume) == pytest.approx(math.pi * 1 * 0.25, rel=0.06)
     assert found.log_radius_quantiles[0] == pytest.approx(math.log(0.25), abs=0.01)
     assert found.log_radius_quantiles[-1] == pytest.approx(0, abs=0.01)
@@ -63,7 +63,7 @@ def test_a_minimum_off_the_centre():
     found = volume(
         lambda w: (w[0].item() - 0.3) ** 2,
         torch.zeros(1, dtype=torch.float64),
-        rise=1 - 0.09,
+        loss_rise=1 - 0.09,
         rays=64,
         tolerance=1e-8,
     )
@@ -130,7 +130,7 @@ def test_directions_are_uniform_on_the_sphere():
         return 0.0 if len(points) == 1 else 1.0 if point.norm() > 0.5 else 0.0
 
     size, rays = 20, 400
-    volume(value, torch.zeros(size, dtype=torch.float64), rays=rays, rise=0.5, tolerance=0.9)
+    volume(value, torch.zeros(size, dtype=torch.float64), rays=rays, loss_rise=0.5, tolerance=0.9)
     units = torch.stack(points[1:])
     units = (units / units.norm(dim=1, keepdim=True)).unique(dim=0)
     rounded = (units * 1e9).round().unique(dim=0) / 1e9
@@ -232,7 +232,7 @@ def test_evaluations_are_counted():
 @pytest.mark.parametrize("rise", [0.0, -0.1, math.nan, math.inf, 1e-30])
 def test_a_threshold_that_is_not_above_the_value_is_refused(rise):
     with raises(ConfigError, "rise", rise):
-        volume(lambda point: 1.0, torch.zeros(2), rise=rise)
+        volume(lambda point: 1.0, torch.zeros(2), loss_rise=rise)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -268,7 +268,7 @@ def test_progress_can_be_watched():
             seen.append(step)
             yield step
 
-    volume(*well([1.0, 1.0]), rays=3, watch=watch)
+    volume(*well([1.0, 1.0]), rays=3, progress=watch)
     assert seen == [0, 1, 2]
 
 
@@ -277,7 +277,7 @@ def test_a_network_and_its_volume():
     before = remembered(network)
     land = surface(network, (5, 7))
     found = basin_volume(
-        land.value, land.point, rise=0.1, largest_radius=4 * land.point.norm().item(), rays=6
+        land.value, land.point, loss_rise=0.1, largest_radius=4 * land.point.norm().item(), rays=6
     )
     assert found.size == land.size
     assert found.censored == 0
@@ -285,7 +285,11 @@ def test_a_network_and_its_volume():
     for logarithm in found.log_radii:
         assert 0 < math.exp(logarithm) < found.largest_radius
     other = basin_volume(
-        surface(network).value, land.point, rise=0.1, largest_radius=found.largest_radius, rays=6
+        surface(network).value,
+        land.point,
+        loss_rise=0.1,
+        largest_radius=found.largest_radius,
+        rays=6,
     )
     assert other.log_radii == pytest.approx(found.log_radii, abs=0.02)
     assert_as_before(network, before)

@@ -129,7 +129,7 @@ def test_one_row():
 
 def test_the_basis_stays_orthonormal_where_plain_lanczos_loses_it():
     matrix = symmetric([1e3, *torch.linspace(0, 1, 299).tolist()])
-    krylov = Krylov(lambda v: matrix @ v, torch.ones(300, dtype=torch.float64), room=120)
+    krylov = Krylov(lambda v: matrix @ v, torch.ones(300, dtype=torch.float64), max_steps=120)
     for _ in range(120):
         krylov.step()
     basis = krylov._vectors
@@ -193,7 +193,7 @@ def test_progress_can_be_watched(function, options, ticks):
         return iter(steps)
 
     matrix = symmetric(SPECTRA["a decay"])
-    assert of_matrix(function, matrix, watch=watch, **options) == of_matrix(
+    assert of_matrix(function, matrix, progress=watch, **options) == of_matrix(
         function, matrix, **options
     )
     assert seen == [ticks]

@@ -269,7 +269,7 @@ def test_duplicates_are_warned_of_by_where_they_lie(tmp_path):
     assert done.returncode == 0
     found = json.loads((tmp_path / "found.json").read_text())
     copies = [found[where] for where in ("within_split", "across_splits", "across_classes")]
-    assert [one["number"] for one in copies] == [2, 2, 1]
+    assert [one["count"] for one in copies] == [2, 2, 1]
     assert re.findall(r" (\d+) .*\((.+)\)\n", done.stderr) == [
         (number, "train/ant/0.png = train/ant/again.png = val/ant/leak.png") for number in "221"
     ]

@@ -13,7 +13,7 @@ from deit.analysis.basin_volume import basin_volume
 from deit.analysis.directions import (
     LossLine,
     WeightPlane,
-    _scaled,
+    _normalize_filters,
     filter_scales,
     grid,
     line,
@@ -94,7 +94,7 @@ def test_masked_weights_stay_and_lengths_are_those_of_what_is_left():
 def test_a_filter_of_which_nothing_is_drawn_stays():
     drawn, weight = torch.ones(2, 3), torch.full((2, 3), 5.0)
     drawn[0] = 0
-    assert _scaled(drawn, weight).tolist() == [[0, 0, 0], pytest.approx([5, 5, 5])]
+    assert _normalize_filters(drawn, weight).tolist() == [[0, 0, 0], pytest.approx([5, 5, 5])]
 
 
 def test_what_is_drawn_for_a_weight_does_not_depend_on_masks():
@@ -123,7 +123,7 @@ def test_seeds_and_numbers_give_other_directions():
     land = surface(student("convnet"))
     first, again = (random_direction(land, seed=1) for _ in range(2))
     assert torch.equal(first, again)
-    for other in (random_direction(land, seed=2), random_direction(land, seed=1, number=1)):
+    for other in (random_direction(land, seed=2), random_direction(land, seed=1, index=1)):
         assert abs(torch.cosine_similarity(first, other, dim=0).item()) < 0.02
 
 
@@ -141,7 +141,9 @@ def test_a_ray_in_units_of_filters_moves_each_by_about_its_length():
             ours, theirs = moved[name].flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1)
             kept = theirs > 0
             assert (ours[kept] / theirs[kept]).mean().item() == pytest.approx(1, abs=0.2)
-    found = basin_volume(land.value, land.point, rise=0.1, largest_radius=4, rays=2, scales=scales)
+    found = basin_volume(
+        land.value, land.point, loss_rise=0.1, largest_radius=4, rays=2, scales=scales
+    )
     assert found.size == scales.count_nonzero() < land.size
     assert max(found.log_radii) < 0  # less than their own length
 
@@ -178,11 +180,11 @@ def test_the_barrier_between_two_points_of_a_hill():
         values(hill=lambda w: -(w**2).sum(), bowl=lambda w: (w**2).sum(), flat=lambda w: 3 * w[0]),
         points=11,
     )
-    assert found.places == pytest.approx([k / 10 for k in range(11)])
+    assert found.positions == pytest.approx([k / 10 for k in range(11)])
     assert found.barrier("hill") == pytest.approx(25 / 4)
     assert found.barrier("bowl") == 0
     assert found.barrier("flat") == pytest.approx(0, abs=1e-12)
-    hill = [-((1 + 3 * a) ** 2) - (2 + 4 * a) ** 2 for a in found.places]
+    hill = [-((1 + 3 * a) ** 2) - (2 + 4 * a) ** 2 for a in found.positions]
     assert found.values["hill"] == pytest.approx(hill)
     # Above the mean of the ends, -5 and -52: the larger end.
     assert found.instability("hill") == pytest.approx(-5 + 28.5)
@@ -244,9 +246,9 @@ def test_progress_can_be_watched():
         seen.append(len(steps))
         return iter(steps)
 
-    line(bowl(0.0), vector(0), vector(1), values(x=lambda w: w[0]), points=5, watch=watch)
+    line(bowl(0.0), vector(0), vector(1), values(x=lambda w: w[0]), points=5, progress=watch)
     plane = WeightPlane(vector(0), vector(1), vector(2))
-    grid(bowl(0.0), plane, values(x=lambda w: w[0]), xs=[0, 1], ys=[0, 1, 2], watch=watch)
+    grid(bowl(0.0), plane, values(x=lambda w: w[0]), xs=[0, 1], ys=[0, 1, 2], progress=watch)
     assert seen == [5, 6]
 
 
@@ -325,7 +327,7 @@ def test_a_random_plane_of_a_network():
     before = remembered(network)
     plane = random_plane(land, seed=3)
     assert torch.equal(plane.first, random_direction(land, seed=3))
-    assert torch.equal(plane.second, random_direction(land, seed=3, number=1))
+    assert torch.equal(plane.second, random_direction(land, seed=3, index=1))
     assert abs(plane.cosine()) < 0.2
     found = grid(land, plane, measure, xs=[-0.5, 0, 0.5], ys=[0, 0.5])
     centre = land.evaluate(land.point, measure)

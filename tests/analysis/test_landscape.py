@@ -11,15 +11,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from deit.analysis import landscape_measure
-from deit.analysis.landscape import _Kept
+from deit.analysis.landscape import _MeasurementCache
 from deit.analysis.landscape_measure import segments, ticket_path
 from deit.analysis.landscape_options import PARTS, LandscapeOptions
 from deit.analysis.landscape_runs import (
     LandscapeData,
     LandscapePoint,
-    places_of,
+    landscape_points,
+    load_landscape_data,
     surface_of,
-    view_of,
 )
 from deit.analysis.landscape_tables import cells, line_cells, write_page
 from deit.config.validation import load_config
@@ -80,25 +80,25 @@ def answers_at(run, masks=None):
 
 def test_the_places_of_a_search_are_its_levels(lottery_folder):
     search = [lottery_folder / "search"]
-    assert [one.name for one in places_of(search, LandscapeOptions())] == NAMES
-    some = places_of(search, LandscapeOptions(levels=(2,), kinds=("ticket", "random")))
+    assert [one.name for one in landscape_points(search, LandscapeOptions())] == NAMES
+    some = landscape_points(search, LandscapeOptions(levels=(2,), kinds=("ticket", "random")))
     assert [one.name for one in some] == ["dense", "ticket, 75.0 %", "random, 75.0 %"]
     assert some[2].saved == run_folder.latest_checkpoint(lottery_folder / "search/seed-0/random-2")
-    best = places_of(search, LandscapeOptions(checkpoint="best"))
+    best = landscape_points(search, LandscapeOptions(checkpoint="best"))
     assert best[0].saved == lottery_folder / "search/seed-0/level-0/best"
 
 
 def test_images_of_some_classes_alone_are_said_to_be(lottery_folder, capsys):
-    places = places_of([lottery_folder / "search"], LandscapeOptions())
-    view_of(places, LandscapeOptions(images=5), root=None, device=CPU)
+    places = landscape_points([lottery_folder / "search"], LandscapeOptions())
+    load_landscape_data(places, LandscapeOptions(images=5), root=None, device=CPU)
     assert re.search(r"--images 5\b.*\b10\b", capsys.readouterr().err)  # of 10 classes
-    view_of(places, LandscapeOptions(images=10), root=None, device=CPU)
+    load_landscape_data(places, LandscapeOptions(images=10), root=None, device=CPU)
     assert capsys.readouterr().err == ""
 
 
 def test_around_a_level_only_what_it_keeps_moves(lottery_folder):
-    places = places_of([lottery_folder / "search"], LandscapeOptions())
-    view = view_of(places, LandscapeOptions(images=8), root=None, device=CPU)
+    places = landscape_points([lottery_folder / "search"], LandscapeOptions())
+    view = load_landscape_data(places, LandscapeOptions(images=8), root=None, device=CPU)
     sizes = [surface_of(one, view).size for one in places]
     whole = surface_of(places[2], view, masked=False).size
     assert [sizes[0] - size for size in sizes] == [0, 1536, 2304]
@@ -252,7 +252,7 @@ def test_the_same_weights_under_other_masks_are_measured_apart(lottery_folder, t
     shutil.copytree(run, tmp_path / "bare")
     for name in (MASKS, "manifest.json"):
         (tmp_path / "bare" / "best" / name).unlink()
-    kept = _Kept(tmp_path / "kept", LandscapeData([], [], 0, "of the images"), {})
+    kept = _MeasurementCache(tmp_path / "kept", LandscapeData([], [], 0, "of the images"), {})
     masked, bare = (
         LandscapePoint("level-2", one, one / "best") for one in (run, tmp_path / "bare")
     )
@@ -288,7 +288,9 @@ def test_of_other_weights_everything_is_measured_anew(lottery_folder, command_se
 
 
 def test_controls_stand_beside_the_ticket_of_their_level(lottery_folder):
-    places = places_of([lottery_folder / "search"], LandscapeOptions(kinds=("ticket", "random")))
+    places = landscape_points(
+        [lottery_folder / "search"], LandscapeOptions(kinds=("ticket", "random"))
+    )
     names = [one.name for one in segments(places)]
     assert names == [
         *("dense to ticket, 50.0 %", "dense cut to ticket, 50.0 %"),

@@ -7,7 +7,7 @@ import pytest
 
 from deit.analysis.landscape_options import KINDS, PARTS, LandscapeOptions
 from deit.analysis.landscape_runs import (
-    places_of,
+    landscape_points,
 )
 from deit.core.errors import CheckpointError
 from deit.experiments.sweep_tables import MANIFEST
@@ -73,7 +73,7 @@ def test_results_that_name_no_levels_are_refused(lottery_folder, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(told))
     shutil.copy(lottery_folder / "search" / MANIFEST, tmp_path)
     with raises(CheckpointError, tmp_path / "results.json", "deit lottery"):
-        places_of([tmp_path], LandscapeOptions(levels=(1,)))
+        landscape_points([tmp_path], LandscapeOptions(levels=(1,)))
 
 
 def test_results_that_no_search_writes_are_named(lottery_folder, tmp_path):
@@ -84,10 +84,10 @@ def test_results_that_no_search_writes_are_named(lottery_folder, tmp_path):
     for one in wrong:
         (tmp_path / "results.json").write_text(json.dumps(good | one))
         with raises(CheckpointError, "results.json"):
-            places_of([tmp_path], LandscapeOptions(run_seed=0))
+            landscape_points([tmp_path], LandscapeOptions(run_seed=0))
     for what, content in edits(good, depth=4):
         (tmp_path / "results.json").write_text(json.dumps(content))
-        errors[what] = error_of(places_of, [tmp_path], LandscapeOptions())
+        errors[what] = error_of(landscape_points, [tmp_path], LandscapeOptions())
     assert all(str(tmp_path) in str(error) for error in errors.values() if error is not None)
     damaged = [error for error in errors.values() if isinstance(error, CheckpointError)]
     assert sum("results.json" in str(error) for error in damaged) > 10

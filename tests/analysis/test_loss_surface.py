@@ -41,7 +41,7 @@ def test_second_derivatives_are_those_of_differences_of_the_gradient(kind):
     ahead, behind = (land.gradient(land.point + way * step * direction) for way in (1, -1))
     expected, found = (ahead - behind) / (2 * step), land.hvp(direction)
     assert expected.norm() > 1e-2
-    for name, stretch in land.weights.stretches.items():
+    for name, stretch in land.weights.slices.items():
         error = (found[stretch] - expected[stretch]).norm()
         assert error <= 1e-4 * expected[stretch].norm() + 1e-9, name
 
@@ -183,7 +183,7 @@ def test_a_surface_is_of_the_network_at_that_moment():
 def test_coordinates_are_parameters_by_identity():
     network = Tied()
     land = surface(network)
-    assert list(land.weights.stretches) == ["idle", "first.weight", "first.bias", "other.bias"]
+    assert list(land.weights.slices) == ["idle", "first.weight", "first.bias", "other.bias"]
     assert land.size == len(land.point) == 2 + 9 + 3 + 3
     expected = [network.idle, network.first.weight, network.first.bias, network.other.bias]
     assert torch.equal(land.point, torch.cat([value.detach().flatten() for value in expected]))
@@ -222,7 +222,7 @@ def test_vectors_and_tensors_are_the_same():
     assert torch.equal(weights.flatten(tensors), vector)
     for name, mask in masks.items():
         assert tensors[name][~mask].count_nonzero() == 0
-        assert torch.equal(tensors[name][mask], vector[weights.stretches[name]])
+        assert torch.equal(tensors[name][mask], vector[weights.slices[name]])
     with raises(ConfigError, "[3]", f"[{weights.size}]"):
         weights.unflatten(vector[:3])
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from deit.analysis import report
-from deit.analysis.run_images import Pictures
-from deit.analysis.run_sections import RunReport, schedules_of
+from deit.analysis.run_images import RunImages
+from deit.analysis.run_report import RunReport
+from deit.analysis.run_sections import schedules_of
 from deit.config.validation import load_config
 from deit.core.errors import CheckpointError, SystemFault
 from deit.evaluation.cache import EvaluationCache
@@ -256,7 +257,7 @@ def test_metrics_that_no_run_writes_are_named(place, tmp_path, monkeypatch):
     axes = MagicMock()
     axes.get_legend_handles_labels.return_value = ([], [])
     monkeypatch.setattr(charts, "chart", lambda draw, *_, **__: (draw(axes) and "") or "")
-    monkeypatch.setattr(report, "draw_run", lambda *_, **__: Pictures(None, None, []))
+    monkeypatch.setattr(report, "draw_run", lambda *_, **__: RunImages(None, None, []))
     shutil.copytree(place / "run", tmp_path / "run")
     EvaluationCache().get(tmp_path / "run", cost=True)
     metrics = tmp_path / "run" / "metrics.jsonl"

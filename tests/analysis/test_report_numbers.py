@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from deit.analysis import report
-from deit.analysis.run_images import hardest_of
-from deit.analysis.run_sections import RunReport, confusion, reliability_bins, schedules_of
+from deit.analysis.class_sections import confusion, reliability_bins
+from deit.analysis.run_images import hardest_images
+from deit.analysis.run_report import RunReport
+from deit.analysis.run_sections import schedules_of
 from deit.config.recipes.handwriting import digits
 from deit.evaluation.cache import CachedEvaluation
 
@@ -90,7 +92,7 @@ def test_the_hardest_are_those_a_teacher_gets_right_the_surest_first():
     answers = {"class": [0, 1, 1, 1, 0], "teacher": [0, 0, 1, 0, 1]}
     confidence = {"class": [0.9, 0.6, 0.8, 0.7, 0.5], "teacher": [1.0] * 5}
     said = CachedEvaluation("", {}, answers, confidence, [0, 0, 0, 0, 1])
-    assert hardest_of(said, 9) == [3, 1, 4, 2]
-    assert hardest_of(said, 2) == [3, 1]
+    assert hardest_images(said, 9) == [3, 1, 4, 2]
+    assert hardest_images(said, 2) == [3, 1]
     without_teacher = CachedEvaluation("", {}, {"class": [0, 1]}, {"class": [0.9, 0.6]}, [1, 0])
-    assert hardest_of(without_teacher, 9) == [0, 1]
+    assert hardest_images(without_teacher, 9) == [0, 1]

@@ -51,7 +51,9 @@ def tile(sheet, number, across, num_images=2, lines=2):
 
 def test_a_sheet_without_paper_has_the_same_tiles_and_letters_for_light_and_dark(root, tmp_path):
     for clear in (False, True):
-        draw_view_sheet(configuration(root), tmp_path / f"{clear}.png", number=3, clear=clear)
+        draw_view_sheet(
+            configuration(root), tmp_path / f"{clear}.png", num_views=3, transparent=clear
+        )
     white, clear = (Image.open(tmp_path / f"{one}.png") for one in (False, True))
     assert (white.mode, clear.mode) == ("RGB", "RGBA")
     assert np.array_equal(tile(clear, 2, 1)[..., :3], tile(white, 2, 1))
@@ -76,7 +78,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, capsys):
     config = configuration(root, storage)
-    draw_view_sheet(config, tmp_path / "sheet.png", epoch=2, number=7)
+    draw_view_sheet(config, tmp_path / "sheet.png", epoch=2, num_views=7)
     told = rf"\w+ {re.escape(str(tmp_path / 'sheet.png'))}\b\D*\b7\b\D*\n"
     assert re.fullmatch(told, capsys.readouterr().out)
     sheet = Image.open(tmp_path / "sheet.png")
@@ -109,7 +111,7 @@ def test_tiles_are_the_image_and_the_view_of_the_batch(storage, root, tmp_path, 
 
 @pytest.mark.parametrize("wanted", [1, 4, 6, 99])
 def test_as_many_cells_as_wanted_and_no_more_than_an_epoch_has(wanted, root, tmp_path, capsys):
-    draw_view_sheet(configuration(root), tmp_path / "sheet.png", number=wanted)
+    draw_view_sheet(configuration(root), tmp_path / "sheet.png", num_views=wanted)
     views = min(wanted, 12)  # three batches of 4 of 15 images
     assert re.search(rf"sheet\.png\b\D*\b{views}\b", capsys.readouterr().out)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
@@ -126,18 +128,20 @@ def test_as_many_cells_as_wanted_and_no_more_than_an_epoch_has(wanted, root, tmp
 
 def test_labels_are_the_heaviest_two_that_count():
     names = ("ant", "bee", "cat")
-    assert view_sheet._labels(torch.tensor([0.38, 0.0, 0.62]), names) == "0.62 cat + 0.38 ant"
-    assert view_sheet._labels(torch.tensor([0.0, 1.0, 0.0]), names) == "1.00 bee"
-    assert view_sheet._labels(torch.tensor([0.2, 0.3, 0.5]), names) == "0.50 cat + 0.30 bee"
-    assert view_sheet._labels(torch.tensor([0.996, 0.004, 0.0]), names) == "1.00 ant"
+    assert (
+        view_sheet._format_weights(torch.tensor([0.38, 0.0, 0.62]), names) == "0.62 cat + 0.38 ant"
+    )
+    assert view_sheet._format_weights(torch.tensor([0.0, 1.0, 0.0]), names) == "1.00 bee"
+    assert view_sheet._format_weights(torch.tensor([0.2, 0.3, 0.5]), names) == "0.50 cat + 0.30 bee"
+    assert view_sheet._format_weights(torch.tensor([0.996, 0.004, 0.0]), names) == "1.00 ant"
 
 
 @pytest.mark.parametrize("width", [60, 200, 268])
 def test_long_lines_are_cut_where_they_would_run_into_the_next_cell(width):
     font = ImageFont.load_default(size=13)
-    assert view_sheet._fitted("bee", width, font) == "bee"
+    assert view_sheet._truncate("bee", width, font) == "bee"
     line = f"#3 {'hippopotamus ' * 9}"
-    cut = view_sheet._fitted(line, width, font)
+    cut = view_sheet._truncate(line, width, font)
     assert cut.endswith("...")
     assert line.startswith(cut[:-3])
     assert width - 15 < font.getlength(cut) <= width
@@ -147,7 +151,7 @@ def test_long_class_names_and_titles_stay_within_their_cells(tmp_path):
     names = ("a" * 90, "b" * 90)
     root = write_image_folder(tmp_path / "images", classes=names, number=8)
     config = configuration(root, mixup_alpha=0.0)
-    draw_view_sheet(config, tmp_path / "long.png", number=4)
+    draw_view_sheet(config, tmp_path / "long.png", num_views=4)
     sheet = np.asarray(Image.open(tmp_path / "long.png"))
     width, height = 2 * (TILE + 2) + GAP, TILE + 2 * LINE + 2 * GAP
     for number in range(4):

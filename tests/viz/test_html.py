@@ -31,7 +31,9 @@ def test_cells_are_the_deeper_the_larger_and_signed_ones_have_two_colours():
     table = page_html.heat_table(["a"], ["x", "y", "z"], [[1.0, None, 3.0]])
     assert re.findall(r"--v:([\d.]+)", table) == ["0.000", "1.000"]
     assert "<td></td>" in table
-    signed = page_html.heat_table(["a"], ["x", "y"], [[-4.0, 2.0]], signed=True, shown="{:+.0f}")
+    signed = page_html.heat_table(
+        ["a"], ["x", "y"], [[-4.0, 2.0]], signed=True, cell_format="{:+.0f}"
+    )
     assert re.findall(r'--v:([\d.]+)(;--tone)?[^"]*">([^<]+)', signed) == [
         ("1.000", ";--tone", "-4"),
         ("0.500", "", "+2"),

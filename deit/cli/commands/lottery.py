@@ -139,7 +139,7 @@ def loss_landscape(arguments: list[str], program: str) -> None:
     options["kinds"] = parse_names(options["kinds"])
     options["levels"] = _parse_rounds(options.pop("rounds"))
     request = landscape_options.LandscapeOptions(**options)
-    landscape_options.check_asked(request)
+    landscape_options.check_options(request)
     from deit.analysis.landscape import landscape
 
     landscape(runs, out, request, root=root, command=command_of(program, arguments))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit.analysis.landscape_options import LandscapeOptions
-from deit.analysis.landscape_runs import places_of, surface_of, view_of
+from deit.analysis.landscape_runs import landscape_points, load_landscape_data, surface_of
 from deit.cli import run_command
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
 from deit.config.presets import LOSS_PRESETS
@@ -324,12 +324,14 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
     assert not found.weights[name][~masks[name]].any()
     assert torch.equal(found.masks[name], read_masks(tmp_path / "m.safetensors")[name])
     for kind in ("best", "last"):  # a landscape moves along what is kept alone
-        (one,) = places_of([tmp_path / "run"], LandscapeOptions(checkpoint=kind))
+        (one,) = landscape_points([tmp_path / "run"], LandscapeOptions(checkpoint=kind))
         assert torch.equal(one.masks()[name], masks[name])
-    view = view_of([one], LandscapeOptions(images=8), root=None, device=torch.device("cpu"))
+    view = load_landscape_data(
+        [one], LandscapeOptions(images=8), root=None, device=torch.device("cpu")
+    )
     sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
     assert sizes[0] - sizes[1] == (~masks[name]).sum()
-    (plain,) = places_of([place / "adapted"], LandscapeOptions())
+    (plain,) = landscape_points([place / "adapted"], LandscapeOptions())
     assert plain.masks() == {}
 
 

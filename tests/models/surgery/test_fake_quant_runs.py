@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit.analysis.landscape_options import LandscapeOptions
-from deit.analysis.landscape_runs import LandscapePoint, view_of
+from deit.analysis.landscape_runs import LandscapePoint, load_landscape_data
 from deit.cli import run_command
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
 from deit.config.presets import LOSS_PRESETS
@@ -193,7 +193,7 @@ def test_formats_of_floats_are_refused(place, tmp_path, form):
 def test_its_landscape_is_refused(place):
     one = LandscapePoint("one", place / "int8", place / "int8" / "best")
     with raises(ConfigError, "one:", "student.qat", "'int8'"):
-        view_of([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
+        load_landscape_data([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
 
 
 OTHERWISE = {
