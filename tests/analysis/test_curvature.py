@@ -1,4 +1,4 @@
-"""Eigenvalues, traces and densities of matrices that are known, and of a network's Hessian."""
+"""Eigenvalues, traces and spectral densities of known matrices."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from tests.helpers.errors import raises
 
 
 def symmetric(eigenvalues, seed=0, dtype=torch.float64):
-    """A matrix of these eigenvalues in no special basis."""
+    """A matrix with these eigenvalues in a random basis."""
     generator = torch.Generator().manual_seed(seed)
     square = torch.randn(*[len(eigenvalues)] * 2, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(square).Q
@@ -41,43 +41,43 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-def test_both_ends_are_those_of_the_dense_matrix(name):
+def test_extreme_eigenvalues_match_dense_solver_at_both_ends(name):
     matrix = symmetric(SPECTRA[name])
     exact = torch.linalg.eigvalsh(matrix)
-    number = min(3, len(matrix) - 1)
-    smallest = min(2, len(matrix) - number)
+    largest = min(3, len(matrix) - 1)
+    smallest = min(2, len(matrix) - largest)
     radius = exact.abs().max().item()
-    found = of_matrix(
-        extreme_eigenvalues, matrix, largest=number, smallest=smallest, tolerance=1e-9
+    eigenvalues = of_matrix(
+        extreme_eigenvalues, matrix, largest=largest, smallest=smallest, tolerance=1e-9
     )
-    assert found.converged
-    assert found.largest == pytest.approx(exact.flip(0)[:number].tolist(), abs=1e-9 * radius)
-    assert found.smallest == pytest.approx(exact[:smallest].tolist(), abs=1e-9 * radius)
-    assert max(found.largest_residuals + found.smallest_residuals) <= 1e-9 * radius
-    json.dumps(asdict(found), allow_nan=False)
+    assert eigenvalues.converged
+    assert eigenvalues.largest == pytest.approx(exact.flip(0)[:largest].tolist(), abs=1e-9 * radius)
+    assert eigenvalues.smallest == pytest.approx(exact[:smallest].tolist(), abs=1e-9 * radius)
+    assert max(eigenvalues.largest_residuals + eigenvalues.smallest_residuals) <= 1e-9 * radius
+    json.dumps(asdict(eigenvalues), allow_nan=False)
 
 
-def test_power_iteration_would_have_found_the_other_end():
-    """What the second spectrum is for: the largest eigenvalue is not the largest in magnitude."""
+def test_extreme_eigenvalues_with_dominant_negative_end_are_algebraic():
+    """The largest eigenvalue is not the largest in magnitude, which power iteration finds."""
     matrix = symmetric(SPECTRA["the negative end dominates"])
-    found = of_matrix(extreme_eigenvalues, matrix, largest=1, smallest=1)
-    assert found.largest[0] == pytest.approx(5, rel=1e-3)
-    assert found.smallest[0] == pytest.approx(-97, rel=1e-3)
+    eigenvalues = of_matrix(extreme_eigenvalues, matrix, largest=1, smallest=1)
+    assert eigenvalues.largest[0] == pytest.approx(5, rel=1e-3)
+    assert eigenvalues.smallest[0] == pytest.approx(-97, rel=1e-3)
 
 
 @pytest.mark.parametrize(("largest", "smallest"), [(4, 0), (0, 4), (1, 3)])
-def test_as_many_of_each_end_as_asked_for(largest, smallest):
+def test_extreme_eigenvalues_returns_the_requested_number_of_each_end(largest, smallest):
     matrix = symmetric(SPECTRA["a few large ones"])
     exact = torch.linalg.eigvalsh(matrix)
-    found = of_matrix(extreme_eigenvalues, matrix, largest=largest, smallest=smallest)
-    assert len(found.largest) == len(found.largest_residuals) == largest
-    assert len(found.smallest) == len(found.smallest_residuals) == smallest
-    assert found.largest == pytest.approx(exact.flip(0)[:largest].tolist(), abs=0.05)
-    assert found.smallest == pytest.approx(exact[:smallest].tolist(), abs=0.05)
+    eigenvalues = of_matrix(extreme_eigenvalues, matrix, largest=largest, smallest=smallest)
+    assert len(eigenvalues.largest) == len(eigenvalues.largest_residuals) == largest
+    assert len(eigenvalues.smallest) == len(eigenvalues.smallest_residuals) == smallest
+    assert eigenvalues.largest == pytest.approx(exact.flip(0)[:largest].tolist(), abs=0.05)
+    assert eigenvalues.smallest == pytest.approx(exact[:smallest].tolist(), abs=0.05)
 
 
-def test_residuals_are_true_where_steps_end_early():
-    """An eigenvalue lies within the residual of each value, converged or not."""
+def test_extreme_eigenvalues_with_few_steps_have_valid_residuals():
+    """An eigenvalue is within the residual of each value, converged or not."""
     matrix = symmetric(torch.linspace(-5, 5, 200).tolist())
     exact = torch.linalg.eigvalsh(matrix)
     few = of_matrix(extreme_eigenvalues, matrix, largest=3, smallest=3, steps=12)
@@ -92,7 +92,7 @@ def test_residuals_are_true_where_steps_end_early():
     assert max(more.largest_residuals) < min(few.largest_residuals)
 
 
-def test_it_stops_as_soon_as_it_is_good_enough():
+def test_extreme_eigenvalues_stop_at_the_tolerance():
     matrix = symmetric(SPECTRA["a few large ones"])
     coarse, fine = (
         of_matrix(extreme_eigenvalues, matrix, largest=1, smallest=0, tolerance=tolerance)
@@ -113,21 +113,23 @@ def test_it_stops_as_soon_as_it_is_good_enough():
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_subspace_that_closes_is_left_for_another(eigenvalues, largest, smallest, dtype):
+def test_extreme_eigenvalues_restart_when_the_subspace_closes(
+    eigenvalues, largest, smallest, dtype
+):
     matrix = symmetric(eigenvalues, dtype=dtype)
-    found = of_matrix(extreme_eigenvalues, matrix, largest=3, smallest=2, steps=30)
-    assert found.converged
-    assert found.largest == pytest.approx(largest, abs=1e-4)
-    assert found.smallest == pytest.approx(smallest, abs=1e-4)
+    result = of_matrix(extreme_eigenvalues, matrix, largest=3, smallest=2, steps=30)
+    assert result.converged
+    assert result.largest == pytest.approx(largest, abs=1e-4)
+    assert result.smallest == pytest.approx(smallest, abs=1e-4)
 
 
-def test_one_row():
-    found = of_matrix(extreme_eigenvalues, torch.tensor([[-4.0]]), largest=1, smallest=0)
-    assert found.largest == pytest.approx([-4])
-    assert found.converged
+def test_extreme_eigenvalues_of_one_row():
+    eigenvalues = of_matrix(extreme_eigenvalues, torch.tensor([[-4.0]]), largest=1, smallest=0)
+    assert eigenvalues.largest == pytest.approx([-4])
+    assert eigenvalues.converged
 
 
-def test_the_basis_stays_orthonormal_where_plain_lanczos_loses_it():
+def test_krylov_basis_stays_orthonormal_without_ghost_eigenvalues():
     matrix = symmetric([1e3, *torch.linspace(0, 1, 299).tolist()])
     krylov = Krylov(lambda v: matrix @ v, torch.ones(300, dtype=torch.float64), max_steps=120)
     for _ in range(120):
@@ -137,18 +139,18 @@ def test_the_basis_stays_orthonormal_where_plain_lanczos_loses_it():
         basis @ basis.T, torch.eye(120, dtype=torch.float64), atol=1e-13, rtol=0
     )
     values, _ = krylov.ritz()
-    assert (values > 500).sum() == 1  # else copies ("ghosts") of the largest appear
+    assert (values > 500).sum() == 1  # lost orthogonality would add copies ("ghosts") of it
 
 
-def test_single_precision_is_enough():
+def test_extreme_eigenvalues_in_single_precision_converge():
     matrix = symmetric(SPECTRA["a few large ones"], dtype=torch.float32)
-    found = of_matrix(extreme_eigenvalues, matrix, largest=3, smallest=1, tolerance=1e-4)
-    assert found.converged
-    assert found.largest == pytest.approx([50, 20, 10], rel=1e-4)
-    assert found.smallest == pytest.approx([-1], abs=1e-2)
+    eigenvalues = of_matrix(extreme_eigenvalues, matrix, largest=3, smallest=1, tolerance=1e-4)
+    assert eigenvalues.converged
+    assert eigenvalues.largest == pytest.approx([50, 20, 10], rel=1e-4)
+    assert eigenvalues.smallest == pytest.approx([-1], abs=1e-2)
 
 
-def test_seeds_make_it_repeatable():
+def test_extreme_eigenvalues_depend_on_the_seed_only():
     matrix = symmetric(SPECTRA["a decay"])
     options = {"largest": 2, "smallest": 0, "steps": 6}
     first, again, other = (
@@ -166,13 +168,13 @@ def test_seeds_make_it_repeatable():
         ({"largest": 3, "smallest": 3, "steps": 5}, 10),
     ],
 )
-def test_impossible_numbers_of_eigenvalues_are_refused(options, rows):
+def test_extreme_eigenvalues_with_invalid_numbers_are_refused(options, rows):
     with raises(ConfigError, *options, f"{rows} rows"):
         of_matrix(extreme_eigenvalues, symmetric([1.0] * rows), **options)
 
 
 @pytest.mark.parametrize("function", [extreme_eigenvalues, trace, spectral_density])
-def test_products_that_are_not_finite_are_refused(function):
+def test_curvature_with_nonfinite_products_is_refused(function):
     with raises(NumericsError, "Hessian"):
         function(lambda vector: vector / 0, torch.zeros(9))
 
@@ -185,44 +187,44 @@ def test_products_that_are_not_finite_are_refused(function):
         (spectral_density, {"probes": 3, "steps": 4}, 12),
     ],
 )
-def test_progress_can_be_watched(function, options, ticks):
-    seen = []
+def test_curvature_reports_each_product_to_progress(function, options, num_steps):
+    recorded = []
 
-    def watch(steps):
-        seen.append(len(steps))
+    def record(steps):
+        recorded.append(len(steps))
         return iter(steps)
 
     matrix = symmetric(SPECTRA["a decay"])
-    assert of_matrix(function, matrix, progress=watch, **options) == of_matrix(
+    assert of_matrix(function, matrix, progress=record, **options) == of_matrix(
         function, matrix, **options
     )
-    assert seen == [ticks]
+    assert recorded == [num_steps]
 
 
 # Traces
 
 
-def test_a_trace_and_its_error():
-    """Over many seeds: the mean is right, and errors are as large as they are said to be."""
+def test_trace_over_many_seeds_has_the_estimated_standard_error():
+    """The mean is right, and the errors are as large as the standard errors predict."""
     matrix = symmetric(torch.linspace(-1, 3, 40).tolist())
-    found = [of_matrix(trace, matrix, probes=16, seed=seed) for seed in range(200)]
-    values = torch.tensor([one.value for one in found])
+    estimates = [of_matrix(trace, matrix, probes=16, seed=seed) for seed in range(200)]
+    values = torch.tensor([estimate.value for estimate in estimates])
     off = (matrix**2).sum() - (matrix.diagonal() ** 2).sum()
     expected = math.sqrt(2 * off / 16)
     assert values.mean().item() == pytest.approx(40, abs=4 * expected / math.sqrt(200))
     assert values.std().item() == pytest.approx(expected, rel=0.15)
-    said = torch.tensor([one.standard_error for one in found])
-    assert said.mean().item() == pytest.approx(expected, rel=0.05)
-    assert all(one.probes == 16 for one in found)
+    standard_errors = torch.tensor([estimate.standard_error for estimate in estimates])
+    assert standard_errors.mean().item() == pytest.approx(expected, rel=0.05)
+    assert all(estimate.probes == 16 for estimate in estimates)
 
 
-def test_the_trace_of_a_diagonal_matrix_is_exact():
-    found = of_matrix(trace, torch.arange(50, dtype=torch.float64).diag(), probes=3)
-    assert found.value == pytest.approx(49 * 25)
-    assert found.standard_error == pytest.approx(0, abs=1e-9)
+def test_trace_of_diagonal_matrix_is_exact():
+    estimate = of_matrix(trace, torch.arange(50, dtype=torch.float64).diag(), probes=3)
+    assert estimate.value == pytest.approx(49 * 25)
+    assert estimate.standard_error == pytest.approx(0, abs=1e-9)
 
 
-def test_one_probe_has_no_error():
+def test_trace_with_one_probe_is_refused():
     with raises(ConfigError, "probes"):
         of_matrix(trace, symmetric([1.0] * 3), probes=1)
 
@@ -230,39 +232,41 @@ def test_one_probe_has_no_error():
 # Densities
 
 
-def integral(found, power=0):
-    grid, density = (torch.tensor(v, dtype=torch.float64) for v in (found.grid, found.density))
+def integral(spectrum, power=0):
+    grid, density = (
+        torch.tensor(v, dtype=torch.float64) for v in (spectrum.grid, spectrum.density)
+    )
     return torch.trapezoid(density * grid**power, grid).item()
 
 
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("width", [0.003, 0.05])
-def test_a_density_integrates_to_one_and_has_the_moments_of_its_nodes(name, width):
+def test_spectral_density_has_integral_one_and_moments_of_its_nodes(name, width):
     matrix = symmetric(SPECTRA[name])
-    found = of_matrix(spectral_density, matrix, width=width, probes=3, steps=20)
-    nodes, weights = torch.tensor(found.ritz_values), torch.tensor(found.weights)
+    spectrum = of_matrix(spectral_density, matrix, width=width, probes=3, steps=20)
+    nodes, weights = torch.tensor(spectrum.ritz_values), torch.tensor(spectrum.weights)
     assert weights.sum(dim=1).tolist() == pytest.approx([1] * 3)
-    assert integral(found) == pytest.approx(1, abs=1e-6)
+    assert integral(spectrum) == pytest.approx(1, abs=1e-6)
     scale = nodes.abs().max().item()
     mean, second = ((weights * nodes**power).sum().item() / 3 for power in (1, 2))
-    assert integral(found, 1) == pytest.approx(mean, abs=1e-5 * scale)
-    assert integral(found, 2) == pytest.approx(second + found.width**2, rel=1e-4)
-    assert found.width == pytest.approx(width * (nodes.max() - nodes.min()).item())
-    json.dumps(asdict(found), allow_nan=False)
+    assert integral(spectrum, 1) == pytest.approx(mean, abs=1e-5 * scale)
+    assert integral(spectrum, 2) == pytest.approx(second + spectrum.width**2, rel=1e-4)
+    assert spectrum.width == pytest.approx(width * (nodes.max() - nodes.min()).item())
+    json.dumps(asdict(spectrum), allow_nan=False)
 
 
-def test_the_quadrature_is_exact_for_its_vector():
+def test_spectral_density_quadrature_is_exact_for_its_vector():
     """m steps integrate polynomials up to degree 2 m - 1 as v.H^k v does (Golub and Welsch)."""
-    matrix, seen = symmetric(torch.linspace(-1, 1.5, 30).tolist()), []
+    matrix, vectors = symmetric(torch.linspace(-1, 1.5, 30).tolist()), []
 
     def product(vector):
-        seen.append(vector)
+        vectors.append(vector)
         return matrix @ vector
 
     steps = 4
-    found = spectral_density(product, like(matrix), probes=1, steps=steps)
-    nodes, weights = torch.tensor(found.ritz_values[0]), torch.tensor(found.weights[0])
-    vector = seen[0]
+    spectrum = spectral_density(product, like(matrix), probes=1, steps=steps)
+    nodes, weights = torch.tensor(spectrum.ritz_values[0]), torch.tensor(spectrum.weights[0])
+    vector = vectors[0]
     assert vector.norm().item() == pytest.approx(1)
     assert vector.abs().std().item() == pytest.approx(0, abs=1e-12)  # random signs
     image = vector
@@ -273,11 +277,11 @@ def test_the_quadrature_is_exact_for_its_vector():
         image = matrix @ image
 
 
-def test_moments_of_the_spectrum_by_several_probes():
+def test_spectral_density_with_many_probes_has_the_moments_of_the_spectrum():
     eigenvalues = torch.tensor([20.0, 5.0, *torch.linspace(-2, 1, 198).tolist()])
     matrix = symmetric(eigenvalues.tolist())
-    found = of_matrix(spectral_density, matrix, probes=200, steps=10)
-    nodes, weights = torch.tensor(found.ritz_values), torch.tensor(found.weights)
+    spectrum = of_matrix(spectral_density, matrix, probes=200, steps=10)
+    nodes, weights = torch.tensor(spectrum.ritz_values), torch.tensor(spectrum.weights)
     for power in (1, 2):
         each = (weights * nodes**power).sum(dim=1)
         error = each.std().item() / math.sqrt(200)
@@ -286,39 +290,39 @@ def test_moments_of_the_spectrum_by_several_probes():
         assert each.mean().item() == pytest.approx(exact, abs=4 * error)
 
 
-def test_the_whole_density_of_a_diagonal_matrix():
+def test_spectral_density_of_diagonal_matrix_with_all_steps_is_exact():
     """With as many steps as rows, every eigenvalue is a node of weight 1 / n."""
     eigenvalues = torch.linspace(-3, 7, 20, dtype=torch.float64)
-    found = of_matrix(spectral_density, eigenvalues.diag(), probes=2, steps=99, width=0.02)
-    for row, weights in zip(found.ritz_values, found.weights):
+    spectrum = of_matrix(spectral_density, eigenvalues.diag(), probes=2, steps=99, width=0.02)
+    for row, weights in zip(spectrum.ritz_values, spectrum.weights):
         assert row == pytest.approx(eigenvalues.tolist())
         assert weights == pytest.approx([1 / 20] * 20)
-    assert found.negative_share == pytest.approx(6 / 20)
-    grid = torch.tensor(found.grid, dtype=torch.float64)
-    normal = torch.distributions.Normal(eigenvalues, found.width)
+    assert spectrum.negative_share == pytest.approx(6 / 20)
+    grid = torch.tensor(spectrum.grid, dtype=torch.float64)
+    normal = torch.distributions.Normal(eigenvalues, spectrum.width)
     exact = normal.log_prob(grid[:, None]).exp().mean(dim=1)
-    torch.testing.assert_close(torch.tensor(found.density, dtype=torch.float64), exact)
+    torch.testing.assert_close(torch.tensor(spectrum.density, dtype=torch.float64), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zeros_that_are_rounded_are_not_negative(dtype):
+def test_spectral_density_ignores_zeros_that_rounding_made_negative(dtype):
     matrix = symmetric([9.0, 3.0, 1.0] + [0.0] * 97, dtype=dtype)
-    found = of_matrix(spectral_density, matrix, probes=8, steps=30)
-    assert found.negative_share == 0
-    found = of_matrix(spectral_density, -matrix, probes=8, steps=30)
-    assert 0 < found.negative_share < 0.2
+    spectrum = of_matrix(spectral_density, matrix, probes=8, steps=30)
+    assert spectrum.negative_share == 0
+    spectrum = of_matrix(spectral_density, -matrix, probes=8, steps=30)
+    assert 0 < spectrum.negative_share < 0.2
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
-def test_a_density_of_one_eigenvalue_is_one_bell(value):
-    found = of_matrix(spectral_density, symmetric([value] * 20), probes=2, steps=10)
-    assert [len(row) for row in found.ritz_values] == [1, 1]  # the subspace closed
-    assert integral(found) == pytest.approx(1, abs=1e-6)
-    assert integral(found, 1) == pytest.approx(value, abs=1e-7)
-    assert found.negative_share == (value < 0)
+def test_spectral_density_of_one_eigenvalue_is_one_gaussian(value):
+    spectrum = of_matrix(spectral_density, symmetric([value] * 20), probes=2, steps=10)
+    assert [len(row) for row in spectrum.ritz_values] == [1, 1]  # the subspace closed
+    assert integral(spectrum) == pytest.approx(1, abs=1e-6)
+    assert integral(spectrum, 1) == pytest.approx(value, abs=1e-7)
+    assert spectrum.negative_share == (value < 0)
 
 
 @pytest.mark.parametrize("options", [{"probes": 0}, {"steps": 0}, {"width": 0.0}])
-def test_impossible_densities_are_refused(options):
+def test_spectral_density_with_nonpositive_numbers_is_refused(options):
     with raises(ConfigError, *options):
         of_matrix(spectral_density, symmetric([1.0] * 3), **options)

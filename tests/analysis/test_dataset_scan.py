@@ -1,5 +1,4 @@
-"""`deit check-data` as a user runs it: everything bad in one pass, and a list that training
-accepts."""
+"""`deit check-data`: every bad image in one pass, and an exclude list that training accepts."""
 
 import errno
 import json
@@ -23,31 +22,31 @@ from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
 
 
-def picture(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
+def random_image(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
     generator = np.random.default_rng(seed)
     return Image.fromarray(generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8))
 
 
-def sound(root: Path) -> Path:
+def write_dataset(root: Path) -> Path:
     """Three classes, 6 training and 2 test images each, all different."""
-    seed = 0
-    for split, number in (("train", 6), ("val", 2)):
+    num_written = 0
+    for split, num_images in (("train", 6), ("val", 2)):
         for name in ("ant", "bee", "cat"):
             (root / split / name).mkdir(parents=True)
-            for index in range(number):
-                seed += 1
-                picture(seed).save(root / split / name / f"{index}.png")
+            for index in range(num_images):
+                num_written += 1
+                random_image(num_written).save(root / split / name / f"{index}.png")
     return root
 
 
-def spoil(root: Path) -> dict[str, str]:
-    """Damage some images; key -> what scan should say of it, among other words."""
+def damage(root: Path) -> dict[str, str]:
+    """Damage some images; return by key a word that the reason of the scan should contain."""
     train = root / "train"
     (train / "ant" / "0.png").write_bytes(b"")
     (train / "ant" / "1.png").write_text("<html>404</html>")
     content = (train / "bee" / "2.png").read_bytes()
     (train / "bee" / "2.png").write_bytes(content[: len(content) // 2])
-    frames = [picture(90), picture(91)]
+    frames = [random_image(90), random_image(91)]
     frames[0].save(root / "val" / "cat" / "0.png", "GIF", save_all=True, append_images=frames[1:])
     return {
         "train/ant/0.png": "empty",
@@ -57,32 +56,34 @@ def spoil(root: Path) -> dict[str, str]:
     }
 
 
-def test_a_sound_data_set_is_described(tmp_path):
-    root = sound(tmp_path / "data")
-    picture(50).convert("L").save(root / "train" / "ant" / "grey.png")
-    picture(51, (40, 30)).convert("CMYK").save(root / "train" / "ant" / "print.jpg")
+def test_check_data_of_valid_dataset_reports_sizes_formats_and_modes(tmp_path):
+    root = write_dataset(tmp_path / "data")
+    random_image(50).convert("L").save(root / "train" / "ant" / "gray.png")
+    random_image(51, (40, 30)).convert("CMYK").save(root / "train" / "ant" / "print.jpg")
     done = run_in(tmp_path, "deit", "check-data", "data", "--json", "found.json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    (shown,) = [line for line in done.stdout.splitlines() if "PNG 19" in line]
-    grey = dataset_scan.MODES["L"]
-    told = ("train", "12 x 10", "40 x 30", "JPEG 1", "RGB 18", f"{grey} 1", "CMYK 1")
-    assert [one for one in told if one not in shown] == []
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["class_names"] == ["ant", "bee", "cat"]
-    train = found["splits"]["train"]
+    (train_row,) = [line for line in done.stdout.splitlines() if "PNG 19" in line]
+    gray = dataset_scan.MODES["L"]
+    expected = ("train", "12 x 10", "40 x 30", "JPEG 1", "RGB 18", f"{gray} 1", "CMYK 1")
+    assert [text for text in expected if text not in train_row] == []
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["class_names"] == ["ant", "bee", "cat"]
+    train = report["splits"]["train"]
     assert (train["images"], train["classes"]) == (20, 3)
     assert (train["smallest"], train["median"], train["largest"]) == ([12, 10], [12, 10], [40, 30])
     assert train["formats"] == {"PNG": 19, "JPEG": 1}
-    assert train["modes"] == {"RGB": 18, grey: 1, "CMYK": 1}
-    assert found["splits"]["test"]["images"] == 6
-    assert found["unreadable"] == {}
+    assert train["modes"] == {"RGB": 18, gray: 1, "CMYK": 1}
+    assert report["splits"]["test"]["images"] == 6
+    assert report["unreadable"] == {}
 
 
 @pytest.mark.fault("C2")
-def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatch, capsys):
-    root = sound(tmp_path / "data")
-    bad = spoil(root)
+def test_check_data_lists_every_bad_image_and_training_accepts_the_list(
+    tmp_path, monkeypatch, capsys
+):
+    root = write_dataset(tmp_path / "data")
+    bad = damage(root)
     done = run_in(
         tmp_path,
         "deit",
@@ -94,9 +95,9 @@ def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatc
         "found.json",
     )
     assert_refused(done, 3, "data: 4 ", "--data.exclude_list bad.txt")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert list(found["unreadable"]) == list(bad)
-    for key, reason in found["unreadable"].items():
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert list(report["unreadable"]) == list(bad)
+    for key, reason in report["unreadable"].items():
         assert bad[key] in reason
         assert f"{key}: {reason}\n" in done.stdout
     listed = (tmp_path / "bad.txt").read_text().splitlines()
@@ -107,9 +108,9 @@ def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatc
         run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
         == 5
     )
-    said = capsys.readouterr().err
-    assert "--write-exclude-list bad.txt: " in said
-    assert "--force" in said
+    error_output = capsys.readouterr().err
+    assert "--write-exclude-list bad.txt: " in error_output
+    assert "--force" in error_output
     assert (
         run_command(
             "check-data", ["data", "--write-exclude-list", "bad.txt", "--force"], "deit check-data"
@@ -119,8 +120,8 @@ def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatc
     assert "exclude" not in capsys.readouterr().out
     options = ["--exclude-list", "bad.txt", "--json", "found.json", "--force"]
     assert run_command("check-data", ["data", *options], "deit check-data") == 0
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if "exclude" in line]
-    assert re.search(r"\b4\b", told)
+    (excluded_line,) = [line for line in capsys.readouterr().out.splitlines() if "exclude" in line]
+    assert re.search(r"\b4\b", excluded_line)
     assert json.loads((tmp_path / "found.json").read_text())["excluded"] == 4
 
     config = DataConfig(
@@ -131,52 +132,56 @@ def test_every_bad_image_is_listed_and_the_list_is_accepted(tmp_path, monkeypatc
     assert any(re.search(r"exclude list.* 4 .*bad\.txt", note) for note in splits.notes)
 
 
-def at(ending: str, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the reading of a file with this ending fail."""
+def fail_reading(ending: str, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make reading a file with this suffix raise the error."""
     read = Path.read_bytes
 
-    def instead(path: Path) -> bytes:
+    def read_or_fail(path: Path) -> bytes:
         if str(path).endswith(ending):
             raise error
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", instead)
+    monkeypatch.setattr(Path, "read_bytes", read_or_fail)
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
-def test_a_fault_of_the_machine_ends_it_and_lists_no_image(number, tmp_path, monkeypatch, capsys):
-    """What stands in the list is left out of every later run."""
-    spoil(sound(tmp_path / "data"))
+@pytest.mark.parametrize("error_number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_check_data_with_system_fault_stops_without_a_list(
+    error_number, tmp_path, monkeypatch, capsys
+):
+    """Images on the list are excluded from all later runs, so a valid image must not be on it."""
+    damage(write_dataset(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    at("train/cat/3.png", OSError(number, "said by the system"), monkeypatch)
+    fail_reading("train/cat/3.png", OSError(error_number, "said by the system"), monkeypatch)
     assert (
         run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
         == 5
     )
-    said = capsys.readouterr().err
-    assert re.search(r"data/train/cat/3\.png: .*said by the system", said)
+    error_output = capsys.readouterr().err
+    assert re.search(r"data/train/cat/3\.png: .*said by the system", error_output)
     assert not (tmp_path / "bad.txt").exists()
 
 
-def test_a_file_that_may_not_be_read_is_told_and_not_listed(tmp_path, monkeypatch, capsys):
-    """Nothing is wrong with the image, and nothing passes by itself."""
-    bad = spoil(sound(tmp_path / "data"))
+def test_check_data_without_read_permission_reports_the_file_but_does_not_list_it(
+    tmp_path, monkeypatch, capsys
+):
+    """The image may be valid, but the error does not disappear by itself."""
+    bad = damage(write_dataset(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     closed = PermissionError(errno.EACCES, "Permission denied")
-    at("train/cat/3.png", closed, monkeypatch)
+    fail_reading("train/cat/3.png", closed, monkeypatch)
     assert (
         run_command("check-data", ["data", "--write-exclude-list", "bad.txt"], "deit check-data")
         == 3
     )
-    said = capsys.readouterr()
-    assert re.search(r"data/train/cat/3\.png: .*Permission denied", said.out)
-    assert re.search(r"data: 4 .* 1 .*--data\.exclude_list bad\.txt", said.err)
+    output = capsys.readouterr()
+    assert re.search(r"data/train/cat/3\.png: .*Permission denied", output.out)
+    assert re.search(r"data: 4 .* 1 .*--data\.exclude_list bad\.txt", output.err)
     listed = (tmp_path / "bad.txt").read_text().splitlines()
     assert [line for line in listed if not line.startswith("#")] == list(bad)
 
 
-class Torn:
-    """A data set of one row, which cannot be read."""
+class UnreadableRow:
+    """A dataset of one row that cannot be read."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -188,24 +193,24 @@ class Torn:
         raise self.error
 
 
-@pytest.mark.parametrize("number", TRANSIENT)
+@pytest.mark.parametrize("error_number", TRANSIENT)
 @pytest.mark.parametrize("kind", ["folder", "shards", "reader"])
-def test_no_store_takes_a_fault_of_the_machine_for_one_of_the_image(kind, number, monkeypatch):
+def test_store_read_with_system_fault_does_not_blame_the_image(kind, error_number, monkeypatch):
     def failing(error: Exception) -> ImageStore:
-        def instead(*arguments: object, **options: object) -> None:
+        def fail(*arguments: object, **options: object) -> None:
             raise error
 
-        monkeypatch.setattr(Path, "read_bytes", instead)
-        monkeypatch.setattr(stores, "open", instead, raising=False)
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        monkeypatch.setattr(stores, "open", fail, raising=False)
         return {
             "folder": FolderStore(Path("data"), ["a.png"]),
             "shards": ShardStore(Path("data"), ["0.tar"], ["a.png"], [(0, 0, 9)]),
-            "reader": ReaderStore("torch/own", {"train": Torn(error)}),
+            "reader": ReaderStore("torch/own", {"train": UnreadableRow(error)}),
         }[kind]
 
     image = "torch/own: train/0" if kind == "reader" else "a.png"
     with raises(SystemFault, image, "said by the system"):
-        failing(OSError(number, "said by the system")).read(0)
+        failing(OSError(error_number, "said by the system")).read(0)
     with pytest.raises(MemoryError):
         failing(MemoryError()).read(0)
     with raises(NotAllowedError, image, "Operation not permitted"):
@@ -216,7 +221,7 @@ def test_no_store_takes_a_fault_of_the_machine_for_one_of_the_image(kind, number
 
 
 @pytest.mark.parametrize("name", ["missing.png", "folder.png", "x" * 300 + ".png", "loop.png"])
-def test_what_is_wrong_with_a_file_is_wrong_with_the_data(name, tmp_path):
+def test_store_read_of_invalid_file_raises_data_error(name, tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to("loop.png")
     store = FolderStore(tmp_path, [name])
@@ -226,9 +231,9 @@ def test_what_is_wrong_with_a_file_is_wrong_with_the_data(name, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["folder", "shards"])
-def test_nor_is_it_a_problem_of_the_layout(source, tmp_path, monkeypatch):
-    """A shard that cannot be opened now is not cut short."""
-    sound(tmp_path / "data")
+def test_scan_with_system_fault_does_not_report_a_layout_problem(source, tmp_path, monkeypatch):
+    """For example, a shard that cannot be opened now is not reported as truncated."""
+    write_dataset(tmp_path / "data")
     for split in ("train", "val"):
         (tmp_path / "data" / split / "0.tar").touch()
 
@@ -243,42 +248,42 @@ def test_nor_is_it_a_problem_of_the_layout(source, tmp_path, monkeypatch):
         dataset_scan.scan(DataConfig(source=source, root=str(tmp_path / "data")))
 
 
-def test_bad_class_folders_are_listed_together(tmp_path, monkeypatch, capsys):
+def test_check_data_lists_all_bad_class_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    root = sound(tmp_path / "data")
+    root = write_dataset(tmp_path / "data")
     (root / "train" / "empty").mkdir()
     (root / "val" / "zebra").mkdir()
-    picture(70).save(root / "val" / "zebra" / "0.png")
+    random_image(70).save(root / "val" / "zebra" / "0.png")
     assert run_command("check-data", ["data"], "deit check-data") == 3
-    said = capsys.readouterr()
-    places = re.findall(r" (data/\S+): (.+)", said.out)
-    assert [place for place, _ in places] == ["data/train/empty", "data/val", "data/val/zebra"]
-    assert "'empty'" in places[1][1]  # the class whose folder is missing there
-    assert re.search(r"data: 3\b", said.err)
+    output = capsys.readouterr()
+    problems = re.findall(r" (data/\S+): (.+)", output.out)
+    assert [path for path, _ in problems] == ["data/train/empty", "data/val", "data/val/zebra"]
+    assert "'empty'" in problems[1][1]  # the class without a folder in val
+    assert re.search(r"data: 3\b", output.err)
 
 
 @pytest.mark.fault("C23")
-def test_duplicates_are_warned_of_by_where_they_lie(tmp_path):
-    root = sound(tmp_path / "data")
+def test_check_data_with_duplicates_warns_by_split_and_class(tmp_path):
+    root = write_dataset(tmp_path / "data")
     ant = root / "train" / "ant"
     with Image.open(ant / "0.png") as image:
-        image.save(ant / "again.png", compress_level=1)  # other bytes, the same picture
+        image.save(ant / "again.png", compress_level=1)  # other bytes, equal pixels
         image.save(root / "val" / "ant" / "leak.png")
         image.save(root / "val" / "cat" / "mislabelled.png")
     done = run_in(tmp_path, "deit", "check-data", "data", "--json", "found.json")
     assert done.returncode == 0
-    found = json.loads((tmp_path / "found.json").read_text())
-    copies = [found[where] for where in ("within_split", "across_splits", "across_classes")]
-    assert [one["count"] for one in copies] == [2, 2, 1]
+    report = json.loads((tmp_path / "found.json").read_text())
+    copies = [report[kind] for kind in ("within_split", "across_splits", "across_classes")]
+    assert [duplicates["count"] for duplicates in copies] == [2, 2, 1]
     assert re.findall(r" (\d+) .*\((.+)\)\n", done.stderr) == [
-        (number, "train/ant/0.png = train/ant/again.png = val/ant/leak.png") for number in "221"
+        (count, "train/ant/0.png = train/ant/again.png = val/ant/leak.png") for count in "221"
     ]
 
 
-def test_shards_and_readers_are_scanned_too(tmp_path, monkeypatch, capsys):
+def test_check_data_scans_shards_and_readers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    root = sound(tmp_path / "data")
-    bad = spoil(root)
+    root = write_dataset(tmp_path / "data")
+    bad = damage(root)
     shards = tmp_path / "shards"
     for split in ("train", "val"):
         (shards / split).mkdir(parents=True)
@@ -310,7 +315,7 @@ def test_shards_and_readers_are_scanned_too(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "named"),
+    ("options", "code", "names"),
     [
         (("nowhere",), 3, ["data.root nowhere"]),
         ((), 2, ["DATA"]),
@@ -326,10 +331,12 @@ def test_shards_and_readers_are_scanned_too(tmp_path, monkeypatch, capsys):
         (("data", "--exclude-list", "missing.txt"), 3, ["data.exclude_list missing.txt"]),
     ],
 )
-def test_mistakes_have_their_exit_codes(options, code, named, tmp_path, monkeypatch, capsys):
-    sound(tmp_path / "data")
+def test_check_data_with_invalid_options_names_them(
+    options, code, names, tmp_path, monkeypatch, capsys
+):
+    write_dataset(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert run_command("check-data", list(options), "deit check-data") == code
-    said = capsys.readouterr().err
-    assert [one for one in named if one not in said] == []
-    assert len(said.strip().splitlines()) == 1
+    error_output = capsys.readouterr().err
+    assert [name for name in names if name not in error_output] == []
+    assert len(error_output.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Eigenvalues, trace and density of a network's Hessian, beside the dense matrix."""
+"""Eigenvalues, trace and spectral density of a network's Hessian against the dense matrix."""
 
 import pytest
 import torch
@@ -9,8 +9,6 @@ from torch.nn.functional import cross_entropy
 from deit.analysis.curvature import extreme_eigenvalues, spectral_density, trace
 from deit.analysis.loss_surface import LossSurface
 from tests.helpers.loss_surfaces import student, surface
-
-# The Hessian of a network
 
 
 class Small(nn.Module):
@@ -29,8 +27,8 @@ class Small(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def small():
-    """A surface of 200 weights and its dense Hessian, by torch's own way."""
+def small_surface():
+    """A surface of 200 weights and its dense Hessian, computed by torch."""
     torch.manual_seed(4)
     network = Small()
     inputs, labels = torch.randn(40, 5).double(), torch.randint(8, (40,))
@@ -43,27 +41,27 @@ def small():
     def of_point(point):
         pieces = point.split([parameter.numel() for parameter in network.parameters()])
         named = zip(network.named_parameters(), pieces)
-        tensors = {name: piece.view_as(own) for (name, own), piece in named}
+        tensors = {name: piece.view_as(parameter) for (name, parameter), piece in named}
         return cross_entropy(functional_call(network, tensors, (inputs,)), labels)
 
     return land, torch.autograd.functional.hessian(of_point, land.point)
 
 
-def test_products_with_unit_vectors_are_the_dense_hessian(small):
-    land, hessian = small
+def test_hvp_with_unit_vectors_matches_dense_hessian(small_surface):
+    land, hessian = small_surface
     assert land.size == 200
     rows = [land.hvp(unit) for unit in torch.eye(200, dtype=torch.float64)]
     torch.testing.assert_close(torch.stack(rows), hessian, atol=1e-12, rtol=1e-9)
 
 
-def test_eigenvalues_trace_and_moments_of_a_hessian(small):
-    land, hessian = small
+def test_curvature_of_hessian_matches_dense_eigenvalues(small_surface):
+    land, hessian = small_surface
     exact = torch.linalg.eigvalsh(hessian)
     assert exact[0] < -1e-3 < 1e-1 < exact[-1]
-    found = extreme_eigenvalues(land.hvp, land.point, largest=5, smallest=3, tolerance=1e-6)
-    assert found.converged
-    assert found.largest == pytest.approx(exact.flip(0)[:5].tolist(), rel=1e-5)
-    assert found.smallest == pytest.approx(exact[:3].tolist(), rel=1e-4)
+    eigenvalues = extreme_eigenvalues(land.hvp, land.point, largest=5, smallest=3, tolerance=1e-6)
+    assert eigenvalues.converged
+    assert eigenvalues.largest == pytest.approx(exact.flip(0)[:5].tolist(), rel=1e-5)
+    assert eigenvalues.smallest == pytest.approx(exact[:3].tolist(), rel=1e-4)
     estimate = trace(land.hvp, land.point, probes=1000)
     assert estimate.standard_error < 0.1 * hessian.trace().item()
     assert abs(estimate.value - hessian.trace().item()) < 3 * estimate.standard_error
@@ -76,17 +74,17 @@ def test_eigenvalues_trace_and_moments_of_a_hessian(small):
         assert each.std().item() < 2 * expected
 
 
-def test_a_vision_transformer_in_single_precision():
-    """In float32 as in float64: largest and smallest eigenvalue."""
-    found = []
+def test_extreme_eigenvalues_of_vit_in_float32_match_float64():
+    """The two largest eigenvalues and the smallest one."""
+    results = []
     for dtype in (torch.float32, torch.float64):
         land = surface(student(dtype=dtype), (5, 7))
-        found.append(
+        results.append(
             extreme_eigenvalues(
                 land.hvp, land.point, largest=2, smallest=1, tolerance=1e-4, steps=200
             )
         )
-    narrow, wide = found
+    narrow, wide = results
     assert narrow.converged
     assert wide.converged
     assert narrow.largest == pytest.approx(wide.largest, rel=1e-3)

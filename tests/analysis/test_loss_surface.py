@@ -1,4 +1,4 @@
-"""Loss surfaces: derivatives against differences, masks, batches, and networks left alone."""
+"""Loss surfaces: derivatives against finite differences, masks, batches, unchanged networks."""
 
 import copy
 
@@ -11,13 +11,13 @@ from deit.core.errors import ConfigError
 from tests.helpers.errors import raises
 from tests.helpers.loss_surfaces import (
     NETWORKS,
-    NUMBER,
+    NUM_IMAGES,
     Tied,
-    assert_as_before,
+    assert_unchanged,
     half_masks,
     images_and_labels,
     loss,
-    remembered,
+    snapshot,
     student,
     surface,
     vectors,
@@ -25,29 +25,31 @@ from tests.helpers.loss_surfaces import (
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_the_gradient_is_that_of_differences_of_the_value(kind):
+def test_gradient_matches_central_differences_of_the_value(kind):
     land = surface(NETWORKS[kind]())
     gradient, step = land.gradient(land.point), 1e-6
     for direction in vectors(3, land.point):
-        rise = land.value(land.point + step * direction) - land.value(land.point - step * direction)
-        assert rise / (2 * step) == pytest.approx((gradient @ direction).item(), rel=1e-5)
+        difference = land.value(land.point + step * direction) - land.value(
+            land.point - step * direction
+        )
+        assert difference / (2 * step) == pytest.approx((gradient @ direction).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_second_derivatives_are_those_of_differences_of_the_gradient(kind):
-    """Parameter by parameter, so that none, of a LayerNorm for instance, hides in the others."""
+def test_hvp_matches_central_differences_of_the_gradient(kind):
+    """For each parameter separately, so that errors of a LayerNorm are not hidden by others."""
     land = surface(NETWORKS[kind](), (5, 7))
     direction, step = vectors(1, land.point)[0], 1e-6
-    ahead, behind = (land.gradient(land.point + way * step * direction) for way in (1, -1))
-    expected, found = (ahead - behind) / (2 * step), land.hvp(direction)
+    ahead, behind = (land.gradient(land.point + sign * step * direction) for sign in (1, -1))
+    expected, product = (ahead - behind) / (2 * step), land.hvp(direction)
     assert expected.norm() > 1e-2
-    for name, stretch in land.weights.slices.items():
-        error = (found[stretch] - expected[stretch]).norm()
-        assert error <= 1e-4 * expected[stretch].norm() + 1e-9, name
+    for name, part in land.weights.slices.items():
+        error = (product[part] - expected[part]).norm()
+        assert error <= 1e-4 * expected[part].norm() + 1e-9, name
 
 
-def test_attention_is_fused_where_second_derivatives_are_asked_for():
-    """Else the test above would not meet the kernel that has none."""
+def test_attention_of_the_test_network_uses_the_fused_kernel():
+    """So the test of hvp covers the kernel that has no second derivative."""
     network = student()
     assert all(block.attn.fused_attn for block in network.network.blocks)
     slopes = torch.autograd.grad(
@@ -58,37 +60,37 @@ def test_attention_is_fused_where_second_derivatives_are_asked_for():
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_the_hessian_is_symmetric(kind):
+def test_hvp_is_symmetric(kind):
     land = surface(NETWORKS[kind]())
     first, second = vectors(2, land.point)
-    there, back = first @ land.hvp(second), second @ land.hvp(first)
-    assert abs(there) > 1e-5
-    assert there.item() == pytest.approx(back.item(), rel=1e-8)
+    forward, backward = first @ land.hvp(second), second @ land.hvp(first)
+    assert abs(forward) > 1e-5
+    assert forward.item() == pytest.approx(backward.item(), rel=1e-8)
 
 
-def test_the_hessian_is_linear_and_that_of_the_point():
+def test_hvp_is_linear_and_evaluated_at_the_point():
     land = surface(student())
     first, second = vectors(2, land.point)
     both = land.hvp(2 * first - second)
-    apart = 2 * land.hvp(first) - land.hvp(second)
-    torch.testing.assert_close(both, apart)
-    land.value(land.point + 1)  # the surface was elsewhere in between
+    separate = 2 * land.hvp(first) - land.hvp(second)
+    torch.testing.assert_close(both, separate)
+    land.value(land.point + 1)  # evaluate at another point in between
     torch.testing.assert_close(land.hvp(2 * first - second), both, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-@pytest.mark.parametrize("sizes", [(5, 7), (1,) * NUMBER, (11, 1)])
-def test_how_images_are_cut_into_batches_does_not_matter(kind, sizes):
+@pytest.mark.parametrize("sizes", [(5, 7), (1,) * NUM_IMAGES, (11, 1)])
+def test_surface_does_not_depend_on_batches(kind, sizes):
     network = NETWORKS[kind]()
-    whole, cut = surface(network), surface(network, sizes)
+    whole, batched = surface(network), surface(network, sizes)
     direction = vectors(1, whole.point)[0]
-    assert cut.images == whole.images == NUMBER
-    assert cut.value(cut.point) == pytest.approx(whole.value(whole.point), rel=1e-12)
-    torch.testing.assert_close(cut.gradient(cut.point), whole.gradient(whole.point))
-    torch.testing.assert_close(cut.hvp(direction), whole.hvp(direction))
+    assert batched.images == whole.images == NUM_IMAGES
+    assert batched.value(batched.point) == pytest.approx(whole.value(whole.point), rel=1e-12)
+    torch.testing.assert_close(batched.gradient(batched.point), whole.gradient(whole.point))
+    torch.testing.assert_close(batched.hvp(direction), whole.hvp(direction))
 
 
-def test_the_value_is_that_of_the_network_in_evaluation_mode():
+def test_value_is_computed_in_evaluation_mode():
     network = student("convnet", torch.float32)
     land = surface(network)
     with torch.no_grad():
@@ -98,24 +100,24 @@ def test_the_value_is_that_of_the_network_in_evaluation_mode():
     assert abs(training - expected) > 1e-3
 
 
-def test_means_have_names():
+def test_evaluate_returns_named_means():
     def measure(network, batch):
-        answers = network(batch[0]).class_logits
+        logits = network(batch[0]).class_logits
         return {
             "loss": loss(network, batch),
-            "error": (answers.argmax(1) != batch[1]).double().mean(),
+            "error": (logits.argmax(1) != batch[1]).double().mean(),
         }
 
     network = student().eval()
     land = surface(network, (5, 7))
     images, labels = images_and_labels()
     with torch.no_grad():
-        wrong = (network(images).class_logits.argmax(1) != labels).double().mean().item()
-    found = land.evaluate(land.point, measure)
-    assert found == pytest.approx({"loss": land.value(land.point), "error": wrong})
+        error = (network(images).class_logits.argmax(1) != labels).double().mean().item()
+    means = land.evaluate(land.point, measure)
+    assert means == pytest.approx({"loss": land.value(land.point), "error": error})
 
 
-def everything(land):
+def use_surface(land):
     direction = vectors(1, land.point)[0]
     land.value(land.point + direction)
     land.gradient(land.point + direction)
@@ -123,16 +125,16 @@ def everything(land):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_the_network_stays_as_it_was(kind):
+def test_surface_leaves_the_network_unchanged(kind):
     network = NETWORKS[kind]()
     parameters = list(network.parameters())
     parameters[0].requires_grad_(False)
     parameters[1].grad = torch.ones_like(parameters[1])
     next(iter(network.children())).eval()
-    before = remembered(network)
+    before = snapshot(network)
     land = surface(network)
-    everything(land)
-    assert_as_before(network, before)
+    use_surface(land)
+    assert_unchanged(network, before)
 
     class Broken(Exception):
         pass
@@ -145,32 +147,32 @@ def test_the_network_stays_as_it_was(kind):
     for call in (land.gradient, land.hvp):
         with pytest.raises(Broken):
             call(land.point)
-    assert_as_before(network, before)
+    assert_unchanged(network, before)
 
 
-def test_a_loss_that_fails_once_leaves_the_surface_usable():
-    failing = [False]
+def test_surface_works_after_a_loss_raised():
+    fails = [False]
 
     class Broken(Exception):
         pass
 
-    def sometimes(network, batch):
-        if failing[0]:
+    def failing_loss(network, batch):
+        if fails[0]:
             raise Broken
         return loss(network, batch)
 
-    land = surface(student(), loss=sometimes)
+    land = surface(student(), loss=failing_loss)
     expected = land.value(land.point), land.hvp(land.point)
-    failing[0] = True
+    fails[0] = True
     for call in (land.value, land.gradient, land.hvp):
         with pytest.raises(Broken):
             call(land.point + 1)
-    failing[0] = False
+    fails[0] = False
     assert land.value(land.point) == expected[0]
     assert torch.equal(land.hvp(land.point), expected[1])
 
 
-def test_a_surface_is_of_the_network_at_that_moment():
+def test_surface_ignores_later_changes_of_the_network():
     network = student()
     land = surface(network)
     before = land.value(land.point)
@@ -180,19 +182,19 @@ def test_a_surface_is_of_the_network_at_that_moment():
     assert land.value(land.point) == before
 
 
-def test_coordinates_are_parameters_by_identity():
+def test_parameter_vector_counts_shared_parameters_once():
     network = Tied()
     land = surface(network)
     assert list(land.weights.slices) == ["idle", "first.weight", "first.bias", "other.bias"]
     assert land.size == len(land.point) == 2 + 9 + 3 + 3
     expected = [network.idle, network.first.weight, network.first.bias, network.other.bias]
     assert torch.equal(land.point, torch.cat([value.detach().flatten() for value in expected]))
-    assert land.gradient(land.point)[:2].count_nonzero() == 0  # what nothing depends on
+    assert land.gradient(land.point)[:2].count_nonzero() == 0  # the loss does not depend on it
 
 
 @pytest.mark.parametrize("kind", ["distilled", "convnet"])
-def test_a_mask_projects_the_derivatives(kind):
-    """P g and P H P of the surface without masks."""
+def test_masks_project_gradient_and_hvp(kind):
+    """P g and P H P, with the derivatives of the surface without masks."""
     network = student(kind)
     masks = half_masks(network)
     whole, masked = surface(network), surface(network, masks=masks)
@@ -203,20 +205,20 @@ def test_a_mask_projects_the_derivatives(kind):
     assert embedded.norm().item() == pytest.approx(direction.norm().item())
     point = whole.weights.flatten(masked.weights.unflatten(masked.point + direction))
     assert masked.value(masked.point + direction) == pytest.approx(whole.value(point), rel=1e-12)
-    for found, full in (
+    for projected_value, full_value in (
         (masked.gradient(masked.point + direction), whole.gradient(point)),
         (masked.hvp(direction), whole.hvp(embedded)),
     ):
-        projected = masked.weights.flatten(whole.weights.unflatten(full))
-        torch.testing.assert_close(found, projected)
+        projected = masked.weights.flatten(whole.weights.unflatten(full_value))
+        torch.testing.assert_close(projected_value, projected)
 
 
-def test_vectors_and_tensors_are_the_same():
+def test_parameter_vector_flatten_inverts_unflatten():
     network = student()
     masks = half_masks(network)
     weights = ParameterVector(network, masks)
     vector = vectors(1, torch.zeros(weights.size, dtype=torch.float64))[0]
-    for name in masks:  # what is there, masked or not, is not looked at
+    for name in masks:  # the weights of the network do not matter
         nn.init.ones_(network.get_parameter(name))
     tensors = weights.unflatten(vector)
     assert torch.equal(weights.flatten(tensors), vector)
@@ -227,7 +229,7 @@ def test_vectors_and_tensors_are_the_same():
         weights.unflatten(vector[:3])
 
 
-def test_the_point_of_another_network():
+def test_vector_of_another_network_has_its_weights():
     network, other = student(), student()
     land = surface(network)
     with torch.no_grad():
@@ -236,12 +238,12 @@ def test_the_point_of_another_network():
     expected = surface(other)
     assert torch.equal(land.weights.vector_of(other), expected.point)
     assert land.value(land.weights.vector_of(other)) == expected.value(expected.point)
-    narrow = land.weights.vector_of(copy.deepcopy(other).float())
-    assert narrow.dtype == torch.float64
-    torch.testing.assert_close(narrow, expected.point, rtol=1e-6, atol=1e-6)
+    from_float32 = land.weights.vector_of(copy.deepcopy(other).float())
+    assert from_float32.dtype == torch.float64
+    torch.testing.assert_close(from_float32, expected.point, rtol=1e-6, atol=1e-6)
 
 
-def changed(kind="distilled", **changes):
+def with_buffers(kind="distilled", **changes):
     network = student(kind)
     with torch.no_grad():
         for name, value in changes.items():
@@ -256,19 +258,19 @@ def changed(kind="distilled", **changes):
         ("two tokens", student, "network.head_dist.0.bias"),
         (
             "convnet",
-            lambda: changed("convnet", network__stem__1__running_var=2),
+            lambda: with_buffers("convnet", network__stem__1__running_var=2),
             "network.stem.1.running_var",
         ),
-        ("distilled", lambda: changed(mean=0.4), "mean"),
+        ("distilled", lambda: with_buffers(mean=0.4), "mean"),
     ],
 )
-def test_a_network_of_another_make_is_no_point(kind, other, name):
+def test_vector_of_different_architecture_or_buffers_is_refused(kind, other, name):
     with pytest.raises(ConfigError) as raised:
         surface(student(kind)).weights.vector_of(other())
     assert raised.value.problems[0].field == name
 
 
-def test_a_counter_of_batches_does_not_matter():
+def test_vector_of_network_with_other_batch_count_is_accepted():
     land = surface(student("convnet"))
-    other = changed("convnet", network__stem__1__num_batches_tracked=5)
+    other = with_buffers("convnet", network__stem__1__num_batches_tracked=5)
     assert torch.equal(land.weights.vector_of(other), land.point)

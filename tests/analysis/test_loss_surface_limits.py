@@ -1,4 +1,4 @@
-"""What a loss surface refuses: masks, sizes, layers without second derivatives, other precision."""
+"""Limits of loss surfaces: masks, sizes, layers without second derivative, precision."""
 
 import functools
 
@@ -29,12 +29,12 @@ HEAD = "network.head.weight"
         ({HEAD: torch.zeros(3, 12).bool()}, (HEAD, 36)),
     ],
 )
-def test_wrong_masks_are_refused(masks, names):
+def test_surface_with_invalid_masks_names_them(masks, names):
     with raises(ConfigError, *names):
         surface(student(), masks=masks)
 
 
-def test_impossible_surfaces_are_refused():
+def test_surface_with_invalid_batches_dtypes_or_masks_is_refused():
     network = student()
     for batches, sizes in (([], []), ([1], [1, 2]), ([1], [0])):
         with raises(ConfigError, "sizes", sizes):
@@ -45,15 +45,15 @@ def test_impossible_surfaces_are_refused():
     mixed.network.head.float()
     with raises(ConfigError, torch.float32, torch.float64):
         surface(mixed)
-    lone = nn.Linear(2, 1, bias=False)
-    nn.init.zeros_(lone.weight)
+    single_layer = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(single_layer.weight)
     with pytest.raises(ConfigError) as raised:
-        surface(lone, masks={"weight": torch.zeros(1, 2).bool()})
+        surface(single_layer, masks={"weight": torch.zeros(1, 2).bool()})
     assert raised.value.problems[0].field == "masks"
 
 
 @pytest.mark.skipif(not onednn_linear.available(), reason="no oneDNN in this PyTorch")
-def test_layers_of_one_derivative_are_refused_a_second_and_given_a_first():
+def test_onednn_layers_have_a_gradient_but_no_hvp():
     network = student(dtype=torch.float32)
     plain = surface(network)
     onednn_linear.use_onednn(network)
@@ -71,17 +71,17 @@ def slope_of_cube(ctx, gradient):
 
 
 def opaque(function):
-    """A decorator that hides what it decorates."""
+    """A decorator without a reference to the function that it wraps."""
     return lambda *arguments: function(*arguments)
 
 
 def decorated(function):
-    """As torch.amp.custom_bwd does it."""
+    """A decorator that keeps a reference, as torch.amp.custom_bwd does."""
     return functools.wraps(function)(opaque(function))
 
 
 class SlopeOfCube(torch.autograd.Function):
-    """3 x ** 2 times a gradient, with its derivatives by hand."""
+    """3 x ** 2 times a gradient, with manual derivatives."""
 
     @staticmethod
     def forward(ctx, values, gradient):
@@ -103,14 +103,16 @@ CUBES = {
     "twice": slope_of_cube,
     "twice, by hand": lambda ctx, gradient: SlopeOfCube.apply(ctx.saved_tensors[0], gradient),
 }
-"""Gradients of x ** 3, as one would write them in a layer of one's own."""
+"""Gradients of x ** 3, as a user might write them in a custom layer."""
 
 
 @pytest.mark.parametrize("kind", CUBES)
 @pytest.mark.parametrize("power", [1, 2])
-def test_functions_of_ones_own_are_right_or_refused(kind, power):
-    """autograd.grad alone would leave the term of a function of one derivative out, and answer;
-    with the power 1 the gradient that comes in is constant, and torch has not even a warning."""
+def test_hvp_of_custom_function_is_correct_or_refused(kind, power):
+    """autograd.grad alone would silently drop the term of a function without second derivative.
+
+    With power 1 the incoming gradient is constant, and torch does not even warn.
+    """
 
     class Cube(torch.autograd.Function):
         backward = staticmethod(CUBES[kind])
@@ -120,26 +122,26 @@ def test_functions_of_ones_own_are_right_or_refused(kind, power):
             ctx.save_for_backward(values)
             return values**3
 
-    def ours(network, batch):
+    def custom_loss(network, batch):
         cubes = Cube.apply(network(batch[0]).class_logits)
-        # cubes**1 would have a gradient that depends on them, for torch.
+        # For torch, the gradient of cubes**1 would depend on cubes.
         return loss(network, batch) + (cubes if power == 1 else cubes**power).mean()
 
-    def theirs(network, batch):
+    def builtin_loss(network, batch):
         return loss(network, batch) + (network(batch[0]).class_logits ** (3 * power)).mean()
 
-    land, plain = surface(student(), loss=ours), surface(student(), loss=theirs)
+    land, plain = surface(student(), loss=custom_loss), surface(student(), loss=builtin_loss)
     direction = vectors(1, land.point)[0]
     torch.testing.assert_close(land.gradient(land.point), plain.gradient(plain.point))
     if "once" not in kind:
-        found, expected = land.hvp(direction), plain.hvp(direction)
-        torch.testing.assert_close(found, expected)
-    elif not (kind == "once, hidden" and power == 1):  # nothing is left to see this one by
+        product, expected = land.hvp(direction), plain.hvp(direction)
+        torch.testing.assert_close(product, expected)
+    elif not (kind == "once, hidden" and power == 1):  # nothing identifies this one
         with raises(ConfigError, "oneDNN"):
             land.hvp(direction)
 
 
-def test_a_loss_without_curvature_has_none():
+def test_hvp_of_linear_loss_is_zero():
     def flat(network, batch):
         return sum((2 * parameter).sum() for parameter in network.parameters())
 
@@ -148,11 +150,11 @@ def test_a_loss_without_curvature_has_none():
     assert land.hvp(land.point).count_nonzero() == 0
 
 
-def test_precision_is_that_of_the_weights_whatever_is_allowed_elsewhere():
-    seen = []
+def test_surface_ignores_global_precision_settings():
+    settings = []
 
-    def spied(network, batch):
-        seen.append(
+    def recording_loss(network, batch):
+        settings.append(
             (
                 torch.get_float32_matmul_precision(),
                 torch.backends.cudnn.conv.fp32_precision,
@@ -161,7 +163,7 @@ def test_precision_is_that_of_the_weights_whatever_is_allowed_elsewhere():
         )
         return loss(network, batch)
 
-    land = surface(student(dtype=torch.float32), loss=spied)
+    land = surface(student(dtype=torch.float32), loss=recording_loss)
     expected = land.value(land.point), land.gradient(land.point), land.hvp(land.point)
     torch.set_float32_matmul_precision("medium")
     before = torch.backends.cudnn.conv.fp32_precision
@@ -175,4 +177,4 @@ def test_precision_is_that_of_the_weights_whatever_is_allowed_elsewhere():
         assert torch.backends.cudnn.allow_tf32  # can still be read
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert set(seen) == {("highest", "ieee", torch.float32)}
+    assert set(settings) == {("highest", "ieee", torch.float32)}

@@ -1,4 +1,4 @@
-"""A small student, its loss surface, and how its state is compared."""
+"""A small student, its loss surface, and a check that a network is unchanged."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from deit.core.types import StudentOutput
 from deit.models.networks import create_network
 from deit.models.student import Student
 
-NUMBER, CLASSES = 12, 3
+NUM_IMAGES, CLASSES = 12, 3
 SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 
 
@@ -24,7 +24,7 @@ SECTIONS = {
 
 
 def student(kind="distilled", dtype=torch.float64):
-    """In training mode, with weights of a size at which nothing is linear."""
+    """Return a student in training mode with weights large enough to be nonlinear everywhere."""
     torch.manual_seed(1)
     network = create_network(StudentConfig(**SECTIONS[kind]), CLASSES)
     for parameter in network.parameters():
@@ -36,7 +36,7 @@ def student(kind="distilled", dtype=torch.float64):
 
 
 class Tied(nn.Module):
-    """One layer under two names, one weight in two layers, one that no loss depends on."""
+    """One layer under two names, a weight that two layers share, and an unused parameter."""
 
     def __init__(self):
         super().__init__()
@@ -66,18 +66,18 @@ def loss(network, batch):
 
 def images_and_labels(dtype=torch.float64):
     generator = torch.Generator().manual_seed(5)
-    images = torch.rand(NUMBER, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
-    return images, torch.randint(CLASSES, (NUMBER,), generator=generator)
+    images = torch.rand(NUM_IMAGES, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(CLASSES, (NUM_IMAGES,), generator=generator)
 
 
-def surface(network, sizes=(NUMBER,), *, masks=None, loss=loss):
+def surface(network, sizes=(NUM_IMAGES,), *, masks=None, loss=loss):
     images, labels = images_and_labels(next(network.parameters()).dtype)
     batches = list(zip(images.split(list(sizes)), labels.split(list(sizes))))
     return LossSurface(network, batches, loss, sizes=sizes, masks=masks)
 
 
-def remembered(network):
-    """All that a surface might have changed."""
+def snapshot(network):
+    """Return everything that a surface could have changed."""
     return (
         {name: value.clone() for name, value in network.state_dict().items()},
         [module.training for module in network.modules()],
@@ -86,17 +86,17 @@ def remembered(network):
     )
 
 
-def assert_as_before(network, before):
-    state, *rest = remembered(network)
-    assert rest[:2] == list(before[1:3])
+def assert_unchanged(network, before):
+    state, *flags = snapshot(network)
+    assert flags[:2] == list(before[1:3])
     for name, value in state.items():
         assert torch.equal(value, before[0][name]), name
-    for one, other in zip(rest[2], before[3], strict=True):
-        assert (one is None and other is None) or torch.equal(one, other)
+    for grad, grad_before in zip(flags[2], before[3], strict=True):
+        assert (grad is None and grad_before is None) or torch.equal(grad, grad_before)
 
 
 def half_masks(network):
-    """Masks over some tensors, one of them wholly False; and the network multiplied by them."""
+    """Return masks over some tensors, one of them all False; mask the network with them."""
     generator = torch.Generator().manual_seed(3)
     masks, names = {}, [name for name, value in network.named_parameters() if value.ndim > 1]
     for name, parameter in network.named_parameters():
@@ -110,8 +110,8 @@ def half_masks(network):
     return masks
 
 
-def vectors(number, like, seed=7):
-    """Of length 1."""
+def vectors(num_vectors, like, seed=7):
+    """Return random vectors of length 1."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(number, len(like), generator=generator, dtype=torch.float64)
-    return (drawn / drawn.norm(dim=1, keepdim=True)).to(like)
+    samples = torch.randn(num_vectors, len(like), generator=generator, dtype=torch.float64)
+    return (samples / samples.norm(dim=1, keepdim=True)).to(like)
