@@ -1,4 +1,4 @@
-"""A lottery that the tests of loss landscapes share."""
+"""A lottery search that the tests of loss landscapes share."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.helpers.small_runs import WITH_AVERAGE
 
 @pytest.fixture(scope="package")
 def lottery_folder(tmp_path_factory, command_server):
-    """A search of two levels with a random control."""
+    """A lottery search of two levels with a random control."""
     lottery_folder = tmp_path_factory.mktemp("landscape")
     arguments = (
         "--rounds",

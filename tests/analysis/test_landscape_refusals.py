@@ -1,4 +1,4 @@
-"""deit loss-landscape refuses bad requests and damaged search results."""
+"""deit loss-landscape with invalid options and damaged search results."""
 
 import json
 import shutil
@@ -6,9 +6,7 @@ import shutil
 import pytest
 
 from deit.analysis.landscape_options import KINDS, PARTS, LandscapeOptions
-from deit.analysis.landscape_runs import (
-    landscape_points,
-)
+from deit.analysis.landscape_runs import landscape_points
 from deit.core.errors import CheckpointError
 from deit.experiments.sweep_tables import MANIFEST
 from tests.helpers.errors import raises
@@ -17,9 +15,6 @@ from tests.helpers.json_edits import edits, error_of
 pytest.importorskip("sklearn")
 
 LEVEL = "search/seed-0/level-1"
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(
@@ -43,7 +38,9 @@ LEVEL = "search/seed-0/level-1"
         (("search", "--out", "search"), 2, ("--out search", "landscape.request.json")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(lottery_folder, command_server, arguments, code, names):
+def test_landscape_with_invalid_options_writes_nothing(
+    lottery_folder, command_server, arguments, code, names
+):
     out = () if "--out" in arguments else ("--out", "new")
     done = command_server.run("loss-landscape", *arguments, *out, cwd=lottery_folder)
     assert done.code == code, done.err
@@ -52,9 +49,7 @@ def test_a_mistake_is_told_before_the_work(lottery_folder, command_server, argum
     assert not (lottery_folder / "new").exists()
 
 
-def test_runs_of_other_images_do_not_stand_beside_each_other(
-    lottery_folder, command_server, tmp_path
-):
+def test_landscape_of_runs_with_different_data_is_refused(lottery_folder, command_server, tmp_path):
     config = json.loads((lottery_folder / "search/seed-0/level-0/config.json").read_text())
     shutil.copytree(lottery_folder / "search/seed-0/level-0", tmp_path / "fewer")
     config["data"]["train_fraction"] = 0.5
@@ -66,28 +61,28 @@ def test_runs_of_other_images_do_not_stand_beside_each_other(
         assert name in done.err
 
 
-def test_results_that_name_no_levels_are_refused(lottery_folder, tmp_path):
-    told = json.loads((lottery_folder / "search/results.json").read_text())
-    for row in told["rows"].values():
+def test_landscape_points_of_search_without_levels_is_refused(lottery_folder, tmp_path):
+    results = json.loads((lottery_folder / "search/results.json").read_text())
+    for row in results["rows"].values():
         row.pop("level", None)
-    (tmp_path / "results.json").write_text(json.dumps(told))
+    (tmp_path / "results.json").write_text(json.dumps(results))
     shutil.copy(lottery_folder / "search" / MANIFEST, tmp_path)
     with raises(CheckpointError, tmp_path / "results.json", "deit lottery"):
         landscape_points([tmp_path], LandscapeOptions(levels=(1,)))
 
 
-def test_results_that_no_search_writes_are_named(lottery_folder, tmp_path):
-    good = json.loads((lottery_folder / "search/results.json").read_text())
+def test_landscape_points_of_damaged_results_names_the_file(lottery_folder, tmp_path):
+    results = json.loads((lottery_folder / "search/results.json").read_text())
     shutil.copy(lottery_folder / "search" / MANIFEST, tmp_path)
     errors = {}
-    wrong = ({"seeds": []}, {"seeds": [7.5]}, {"seeds": ["0"]}, {"seeds": [True]})
-    for one in wrong:
-        (tmp_path / "results.json").write_text(json.dumps(good | one))
+    damages = ({"seeds": []}, {"seeds": [7.5]}, {"seeds": ["0"]}, {"seeds": [True]})
+    for damage in damages:
+        (tmp_path / "results.json").write_text(json.dumps(results | damage))
         with raises(CheckpointError, "results.json"):
             landscape_points([tmp_path], LandscapeOptions(run_seed=0))
-    for what, content in edits(good, depth=4):
+    for edit, content in edits(results, depth=4):
         (tmp_path / "results.json").write_text(json.dumps(content))
-        errors[what] = error_of(landscape_points, [tmp_path], LandscapeOptions())
+        errors[edit] = error_of(landscape_points, [tmp_path], LandscapeOptions())
     assert all(str(tmp_path) in str(error) for error in errors.values() if error is not None)
     damaged = [error for error in errors.values() if isinstance(error, CheckpointError)]
     assert sum("results.json" in str(error) for error in damaged) > 10

@@ -1,4 +1,4 @@
-"""deit report: the page and its files, opened in a real browser, and what is refused."""
+"""deit report: the page and its files, opened in a real browser, and invalid requests."""
 
 import csv
 import html
@@ -31,47 +31,47 @@ SMALL = ("--student.embed_dim", "16", "--student.depth", "2", "--student.num_hea
 QUICK = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--run.eval_every_epochs", "1")
 CHARTS = ("accuracy", "loss", "schedules", "speed", "classes", "calibration", "tokens")
 GRID = "loss-temperature-loss-distillation_weight"
-# What goes wrong while the page loads, and whatever it asks of the outside.
-LISTEN = """<script>window.wrong = [];
-addEventListener("error", (e) => wrong.push(e.message || "not loaded: " + e.target.src), true);
-addEventListener("securitypolicyviolation", (e) => wrong.push("asks for " + e.blockedURI));
+# Record errors while the page loads, and all requests to the network.
+RECORD_ERRORS = """<script>window.problems = [];
+addEventListener("error", (e) => problems.push(e.message || "not loaded: " + e.target.src), true);
+addEventListener("securitypolicyviolation", (e) => problems.push("requests " + e.blockedURI));
 </script>"""
-TRY = """<script>addEventListener("load", () => {
-  const told = {wrong, pictures: document.images.length};
-  told.drawings = document.querySelectorAll("svg").length;
-  told.empty = [...document.images].filter((one) => !one.complete || !one.naturalWidth).length;
-  // A caption that is no block with its table stands beside it.
-  const beside = [...document.querySelectorAll(".pair > *")];
-  told.blocks = beside.length && beside.every((one) => one.matches("figure, .table"));
-  told.wide = document.documentElement.scrollWidth - innerWidth;
-  const colour = () => getComputedStyle(document.body).backgroundColor;
-  const before = colour();
+TRY_PAGE = """<script>addEventListener("load", () => {
+  const outcome = {problems, images: document.images.length};
+  outcome.svgs = document.querySelectorAll("svg").length;
+  outcome.empty = [...document.images].filter((image) => !image.complete || !image.naturalWidth).length;
+  // A caption outside the block of its table would be next to it.
+  const blocks = [...document.querySelectorAll(".pair > *")];
+  outcome.blocks = blocks.length && blocks.every((block) => block.matches("figure, .table"));
+  outcome.overflow = document.documentElement.scrollWidth - innerWidth;
+  const background = () => getComputedStyle(document.body).backgroundColor;
+  const before = background();
   document.getElementById("theme").click();
-  told.colours = [before, colour()];
-  told.sorted = [...document.querySelectorAll("table.sortable")].every((table) =>
-    [...table.tHead.rows[0].cells].every((head, column) => [1, -1].every((way) => {
-      head.click();
+  outcome.backgrounds = [before, background()];
+  outcome.sorted = [...document.querySelectorAll("table.sortable")].every((table) =>
+    [...table.tHead.rows[0].cells].every((header, column) => [1, -1].every((sign) => {
+      header.click();
       const rows = [...table.tBodies[0].rows];
       const cells = rows.map((row) => parseFloat(row.cells[column].textContent));
-      const known = cells.filter((one) => !Number.isNaN(one));
-      return known.every((one, at) => !at || way * (known[at - 1] - one) >= 0)
+      const known = cells.filter((value) => !Number.isNaN(value));
+      return known.every((value, i) => !i || sign * (known[i - 1] - value) >= 0)
         && cells.slice(known.length).every(Number.isNaN);
     })));
-  told.tables = document.querySelectorAll("table.sortable").length;
+  outcome.tables = document.querySelectorAll("table.sortable").length;
   const result = document.createElement("pre");
-  result.id = "told";
-  result.textContent = JSON.stringify(told);
+  result.id = "outcome";
+  result.textContent = JSON.stringify(outcome);
   document.body.append(result);
 });</script>"""
 
 
-def opened(path, *, width=1280):
-    """What a browser finds when it opens the page, sorts every table and changes the theme."""
+def open_in_browser(path, *, width=1280):
+    """Open the page in a browser, sort every table, change the theme; return what happened."""
     text = path.read_text()
     assert len(text.encode()) < 2 * 2**20
     copy = path.with_name("opened.html")
-    watched = text.replace("<head>", f"<head>{LISTEN}", 1)
-    copy.write_text(watched.replace("</body>", f"{TRY}</body>"))
+    instrumented = text.replace("<head>", f"<head>{RECORD_ERRORS}", 1)
+    copy.write_text(instrumented.replace("</body>", f"{TRY_PAGE}</body>"))
     profile = path.parent / "profile"
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
     flags += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -92,22 +92,24 @@ def opened(path, *, width=1280):
     )
     copy.unlink()
     shutil.rmtree(profile, ignore_errors=True)
-    found = re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[-2000:]
-    return json.loads(found.group(1).replace("&amp;", "&").replace("&lt;", "<"))
+    match = re.search(r'<pre id="outcome">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stdout[-2000:]
+    return json.loads(match.group(1).replace("&amp;", "&").replace("&lt;", "<"))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, command_server):
-    """A teacher, a student taught by it, and a sweep of four runs; a report of all of them."""
-    place = tmp_path_factory.mktemp("report")
+def report_folder(tmp_path_factory, command_server):
+    """A teacher, a distilled student and a sweep of four runs, with reports."""
+    report_folder = tmp_path_factory.mktemp("report")
     fewer = ("--data.train_fraction", "0.3")
     commands = [
         ("train", "digits-teacher", *QUICK, *fewer, "--out", "teacher"),
         ("train", "digits", *QUICK, *SMALL, *fewer, "--teacher.source", "teacher", "--out", "run"),
     ]
     grid = {"loss.temperature": [1, 5], "loss.distillation_weight": [0.5, 1]}
-    (place / "heat.json").write_text(json.dumps({"recipe": "digits-held-out", "grid": grid}))
+    (report_folder / "heat.json").write_text(
+        json.dumps({"recipe": "digits-held-out", "grid": grid})
+    )
     arguments = (
         "heat.json",
         *QUICK,
@@ -124,41 +126,41 @@ def place(tmp_path_factory, command_server):
         ("report", "run", "teacher", "heat", "--out", "all"),
     ]
     for command in commands:
-        done = command_server.run(*command, cwd=place)
+        done = command_server.run(*command, cwd=report_folder)
         assert done.code == 0, done.out + done.err
-    return place
+    return report_folder
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-# What is on the page of one run is on that of all as well, which is the one that is narrow too.
+# The page of all contains everything of the page of one run, so only that one is tested narrow.
 @pytest.mark.parametrize(
     ("name", "tables", "width"), [("one", 2, 1280), ("all", 6, 1280), ("all", 6, 480)]
 )
-def test_a_browser_opens_the_page(place, name, tables, width):
-    told = opened(place / name / "index.html", width=width)
-    assert told["wrong"] == []
-    assert (told["pictures"] > 3, told["empty"]) == (True, 0)
-    assert told["drawings"] >= 6
-    assert told["tables"] >= tables
-    assert told["sorted"]
-    assert told["colours"][0] != told["colours"][1]
-    assert told["blocks"] is True
-    assert told["wide"] <= 0  # what is wider scrolls for itself
+def test_report_page_works_in_a_browser(report_folder, name, tables, width):
+    outcome = open_in_browser(report_folder / name / "index.html", width=width)
+    assert outcome["problems"] == []
+    assert (outcome["images"] > 3, outcome["empty"]) == (True, 0)
+    assert outcome["svgs"] >= 6
+    assert outcome["tables"] >= tables
+    assert outcome["sorted"]
+    assert outcome["backgrounds"][0] != outcome["backgrounds"][1]
+    assert outcome["blocks"] is True
+    assert outcome["overflow"] <= 0  # wide content scrolls within its block
 
 
-def test_the_page_has_everything_and_names_the_outside_nowhere(place):
-    text = (place / "all" / "index.html").read_text()
-    runs = ("run", "teacher", "heat-best")  # the last folded, within its sweep
-    drawn = {f"{run}-{chart}" for run in runs for chart in CHARTS} - {"teacher-tokens"}
-    drawn |= {"runs", "throughput", "heat-time"}
-    assert set(re.findall(r'id="([^"]*)-figure_1"', text)) == drawn
-    # Attention maps of the students, and of each run its views and its hardest images.
+def test_report_page_is_complete_and_has_no_external_links(report_folder):
+    text = (report_folder / "all" / "index.html").read_text()
+    runs = ("run", "teacher", "heat-best")  # the last one is collapsed within its sweep
+    charts = {f"{run}-{chart}" for run in runs for chart in CHARTS} - {"teacher-tokens"}
+    charts |= {"runs", "throughput", "heat-time"}
+    assert set(re.findall(r'id="([^"]*)-figure_1"', text)) == charts
+    # Attention maps of the students; views and hardest images of each run.
     assert text.count("<img") == 2 + len(runs) * (1 + 12)
     sections = ["run", "teacher", "heat"]
     assert re.findall(r'<section id="([^"]*)"', text) == sections
-    assert text.count("<h2>") == len(sections) + 1  # and of all side by side
+    assert text.count("<h2>") == len(sections) + 1  # and the comparison of the runs
     assert text.count("<details") == 1
-    assert text.count("<h3>") == 9 + 8 + 9 + 2  # a teacher has no tokens; of the sweep itself
+    assert text.count("<h3>") == 9 + 8 + 9 + 2  # the teacher has no tokens; 2 of the sweep itself
     without_names = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
     assert not re.search(r"https?://", without_names)
     identifiers = re.findall(r'\bid="([^"]*)"', text)
@@ -167,57 +169,66 @@ def test_the_page_has_everything_and_names_the_outside_nowhere(place):
         assert target in identifiers
 
 
-def test_charts_and_tables_lie_beside_the_page(place):
-    names = {path.name for path in (place / "one").iterdir()}
+def test_report_writes_charts_and_tables_as_files(report_folder):
+    names = {path.name for path in (report_folder / "one").iterdir()}
     for chart in (*CHARTS, "attention"):
         assert f"run-{chart}.png" in names
-    rows = list(csv.DictReader((place / "one" / "run-curves.csv").read_text().splitlines()))
-    metrics = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = list(csv.DictReader((report_folder / "one" / "run-curves.csv").read_text().splitlines()))
+    metrics = (report_folder / "run" / "metrics.jsonl").read_text().splitlines()
     for row, line in zip(rows, map(json.loads, metrics), strict=True):
         assert float(row["validation_fused_top1"]) == line["validation"]["fused_top1"]
         assert float(row["train_loss"]) == line["train"]["loss"]
-    classes = list(csv.DictReader((place / "one" / "run-classes.csv").read_text().splitlines()))
+    classes = list(
+        csv.DictReader((report_folder / "one" / "run-classes.csv").read_text().splitlines())
+    )
     for table in ("heads", "confusions", "confusion", "minus-teacher", "disagreement"):
         assert f"run-{table}.csv" in names
-    heads = list(csv.DictReader((place / "one" / "run-heads.csv").read_text().splitlines()))
-    found = json.loads((place / "one" / "run.evaluation.json").read_text())["value"]["metrics"][
-        "heads"
-    ]
+    heads = list(csv.DictReader((report_folder / "one" / "run-heads.csv").read_text().splitlines()))
+    metrics_by_head = json.loads((report_folder / "one" / "run.evaluation.json").read_text())[
+        "value"
+    ]["metrics"]["heads"]
     assert {row["head"]: row["top-1 %"] for row in heads if row["head"] != "teacher"} == {
-        name.replace("_", " "): f"{100 * one['top1']:.1f}" for name, one in found.items() if one
+        name.replace("_", " "): f"{100 * head_metrics['top1']:.1f}"
+        for name, head_metrics in metrics_by_head.items()
+        if head_metrics
     }
-    whole = {path.name for path in (place / "all").iterdir()}
+    all_names = {path.name for path in (report_folder / "all").iterdir()}
     for field in (GRID, "results", "classes"):
-        assert f"heat-{field}.csv" in whole
-    assert f"heat-{GRID}.png" in whole
+        assert f"heat-{field}.csv" in all_names
+    assert f"heat-{GRID}.png" in all_names
     assert [row["class"] for row in classes] == list("0123456789")
     assert sum(int(row["num_samples"]) for row in classes) == 359
 
 
-def test_the_numbers_are_those_of_the_evaluation(place, command_server):
-    done = command_server.run("evaluate", "run", "--json", "found.json", "--force", cwd=place)
+def test_report_page_has_the_numbers_of_evaluate(report_folder, command_server):
+    done = command_server.run(
+        "evaluate", "run", "--json", "found.json", "--force", cwd=report_folder
+    )
     assert done.code == 0, done.err
-    found = json.loads((place / "found.json").read_text())
-    text = (place / "one" / "index.html").read_text()
-    for name, one in found["heads"].items():
-        if one:
-            cells = (name.replace("_", " "), *(f"{100 * one[key]:.1f}" for key in ("top1", "top5")))
+    evaluation = json.loads((report_folder / "found.json").read_text())
+    text = (report_folder / "one" / "index.html").read_text()
+    for name, metrics in evaluation["heads"].items():
+        if metrics:
+            cells = (
+                name.replace("_", " "),
+                *(f"{100 * metrics[key]:.1f}" for key in ("top1", "top5")),
+            )
             assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 
-def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(
-    place, command_server
-):
-    (place / "one" / "index.html").rename(place / "kept.html")
-    done = command_server.run("report", "run", "--out", "one", cwd=place)
+def test_report_replaces_an_unfinished_page_but_no_other_folder(report_folder, command_server):
+    (report_folder / "one" / "index.html").rename(report_folder / "first.html")
+    done = command_server.run("report", "run", "--out", "one", cwd=report_folder)
     assert done.code == 0, done.err
-    # The same run, the same page.
-    assert (place / "one" / "index.html").read_bytes() == (place / "kept.html").read_bytes()
-    (place / "kept.html").unlink()
-    site = place / "site"
+    # The same run gives an identical page.
+    assert (report_folder / "one" / "index.html").read_bytes() == (
+        report_folder / "first.html"
+    ).read_bytes()
+    (report_folder / "first.html").unlink()
+    site = report_folder / "site"
     site.mkdir()
     (site / "index.html").write_text("my own")
-    done = command_server.run("report", "run", "--out", "site", "--force", cwd=place)
+    done = command_server.run("report", "run", "--out", "site", "--force", cwd=report_folder)
     assert done.code == 2, done.err
     for name in ("--out site", "report.json"):
         assert name in done.err
@@ -225,54 +236,54 @@ def test_a_page_that_was_not_finished_is_gone_on_with_and_a_foreign_one_is_not(
     shutil.rmtree(site)
 
 
-def test_runs_of_a_sweep_have_their_cost_too(place):
-    """Evaluated before, without it."""
-    (kept,) = (place / "all").glob("heat-best.evaluation.json")
-    cost = json.loads(kept.read_text())["value"]["metrics"]["cost"]
+def test_report_measures_cost_of_sweep_runs(report_folder):
+    """Their stored evaluations do not contain it."""
+    (evaluation_file,) = (report_folder / "all").glob("heat-best.evaluation.json")
+    cost = json.loads(evaluation_file.read_text())["value"]["metrics"]["cost"]
     assert cost["parameters"] > 0
-    text = (place / "all" / "index.html").read_text()
+    text = (report_folder / "all" / "index.html").read_text()
     assert html.escape(cost["measured_on"]) in text
     assert 'id="throughput-figure_1"' in text
-    (first,) = place.glob("heat/runs/temperature-1-*-weight-0-5-*.evaluation.json")
+    (first,) = report_folder.glob("heat/runs/temperature-1-*-weight-0-5-*.evaluation.json")
     assert "cost" not in json.loads(first.read_text())["value"]["metrics"]
 
 
-def test_a_kept_evaluation_that_was_edited_is_made_again(place, tmp_path):
-    kept = tmp_path / "kept.json"
-    made = EvaluationCache().get(place / "run", cache_path=kept)
-    content = json.loads(kept.read_text())
+def test_evaluation_cache_with_edited_file_evaluates_again(report_folder, tmp_path):
+    cache_file = tmp_path / "kept.json"
+    original = EvaluationCache().get(report_folder / "run", cache_path=cache_file)
+    content = json.loads(cache_file.read_text())
     for change in ({"labels": content["value"]["labels"][1:]}, {"metrics": {}}, {"provenance": {}}):
-        kept.write_text(json.dumps(content | {"value": content["value"] | change}))
-        again = EvaluationCache().get(place / "run", cache_path=kept)
-        assert (again.provenance, again.predictions, again.labels) == (
-            made.provenance,
-            made.predictions,
-            made.labels,
+        cache_file.write_text(json.dumps(content | {"value": content["value"] | change}))
+        repeated = EvaluationCache().get(report_folder / "run", cache_path=cache_file)
+        assert (repeated.provenance, repeated.predictions, repeated.labels) == (
+            original.provenance,
+            original.predictions,
+            original.labels,
         )
-        assert again.metrics["heads"] == made.metrics["heads"]
+        assert repeated.metrics["heads"] == original.metrics["heads"]
 
 
-def test_metrics_that_no_run_writes_are_named(place, tmp_path, monkeypatch):
-    """They make a page where it needs nothing of what was changed; else the file is named."""
+def test_report_with_damaged_metrics_names_the_file(report_folder, tmp_path, monkeypatch):
+    """An edit that the report does not use makes a page; any other error names the file."""
     axes = MagicMock()
     axes.get_legend_handles_labels.return_value = ([], [])
     monkeypatch.setattr(charts, "chart", lambda draw, *_, **__: (draw(axes) and "") or "")
     monkeypatch.setattr(report, "draw_run", lambda *_, **__: RunImages(None, None, []))
-    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copytree(report_folder / "run", tmp_path / "run")
     EvaluationCache().get(tmp_path / "run", cost=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     first, *_, last = map(json.loads, metrics.read_text().splitlines())
     errors = {}
-    for what, rows in [("nothing", [first, last]), *edits([first, last], depth=4)]:
+    for edit, rows in [("nothing", [first, last]), *edits([first, last], depth=4)]:
         metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        errors[what] = error_of(report.report, [tmp_path / "run"], tmp_path / "page")
+        errors[edit] = error_of(report.report, [tmp_path / "run"], tmp_path / "page")
         shutil.rmtree(tmp_path / "page", ignore_errors=True)
     assert errors["nothing"] is None
-    named = {what: error for what, error in errors.items() if error is not None}
+    named = {edit: error for edit, error in errors.items() if error is not None}
     assert 50 < len(named) < len(errors) - 50
-    for what, error in named.items():
-        assert isinstance(error, CheckpointError), (what, error)
-        assert f"{metrics}: " in str(error), what
+    for edit, error in named.items():
+        assert isinstance(error, CheckpointError), (edit, error)
+        assert f"{metrics}: " in str(error), edit
 
 
 @pytest.mark.parametrize(
@@ -280,21 +291,21 @@ def test_metrics_that_no_run_writes_are_named(place, tmp_path, monkeypatch):
     [{"best": None}, {"best": {}}, {"best": {"epoch": "x"}}, {"skipped": "x"}, {"seconds": []}],
     ids=str,
 )
-def test_a_result_that_was_edited_is_named(wrong, place, tmp_path):
-    shutil.copytree(place / "run", tmp_path / "run")
+def test_report_with_damaged_result_names_the_file(damage, report_folder, tmp_path):
+    shutil.copytree(report_folder / "run", tmp_path / "run")
     path = tmp_path / "run" / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with raises(CheckpointError, "result.json"):
         report.report([tmp_path / "run"], tmp_path / "out")
 
 
-def test_what_is_written_is_replaced_only_when_asked(place, command_server):
-    before = (place / "one" / "index.html").read_bytes()
-    done = command_server.run("report", "run", "--out", "one", cwd=place)
+def test_report_without_force_keeps_the_existing_page(report_folder, command_server):
+    before = (report_folder / "one" / "index.html").read_bytes()
+    done = command_server.run("report", "run", "--out", "one", cwd=report_folder)
     assert done.code == 5, done.err
     for name in ("--out one", "--force"):
         assert name in done.err
-    assert (place / "one" / "index.html").read_bytes() == before
+    assert (report_folder / "one" / "index.html").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -308,36 +319,40 @@ def test_what_is_written_is_replaced_only_when_asked(place, command_server):
         (("run", "--out", "found.txt"), 5, ("--out found.txt",)),
     ],
 )
-def test_a_mistake_is_told_before_the_work(place, command_server, arguments, code, names):
-    (place / "found.txt").touch()
-    before = sorted(place.rglob("*"))
-    done = command_server.run("report", *arguments, cwd=place)
+def test_report_with_invalid_options_writes_nothing(
+    report_folder, command_server, arguments, code, names
+):
+    (report_folder / "found.txt").touch()
+    before = sorted(report_folder.rglob("*"))
+    done = command_server.run("report", *arguments, cwd=report_folder)
     assert done.code == code, done.err
     for name in names:
         assert name in done.err
-    assert sorted(place.rglob("*")) == before
+    assert sorted(report_folder.rglob("*")) == before
 
 
-def test_an_unfinished_run_says_how_it_goes_on(place, command_server):
-    shutil.copytree(place / "run", place / "half", dirs_exist_ok=True)
-    (place / "half" / "result.json").unlink()
-    done = command_server.run("report", "half", "--out", "of-half", cwd=place)
-    shutil.rmtree(place / "half")
+def test_report_of_unfinished_run_names_the_resume_option(report_folder, command_server):
+    shutil.copytree(report_folder / "run", report_folder / "half", dirs_exist_ok=True)
+    (report_folder / "half" / "result.json").unlink()
+    done = command_server.run("report", "half", "--out", "of-half", cwd=report_folder)
+    shutil.rmtree(report_folder / "half")
     assert done.code == 4, done.err
     for name in ("half", "--resume"):
         assert name in done.err
-    assert not (place / "of-half").exists()
+    assert not (report_folder / "of-half").exists()
 
 
-def test_without_its_images_or_its_epochs_the_rest_is_told(place, command_server, tmp_path):
-    """Images in a folder that moves away: what was evaluated is kept, the pictures are left out."""
+def test_report_without_images_or_metrics_has_the_other_sections(
+    report_folder, command_server, tmp_path
+):
+    """The images are in a folder that moves: the evaluation is reused, the images are left out."""
     for split in ("train", "test"):
         for label in "ab":
             (tmp_path / "images" / split / label).mkdir(parents=True)
-            for number in range(6):
+            for index in range(6):
                 pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
-                picture = Image.fromarray(pixels)
-                picture.save(tmp_path / "images" / split / label / f"{number}.png")
+                image = Image.fromarray(pixels)
+                image.save(tmp_path / "images" / split / label / f"{index}.png")
     arguments = ("--data.source", "folder", "--data.root", "images", "--loss", "none")
     arguments += ("--teacher.source", "none", "--optim.batch_size", "4", "--optim.epochs", "2")
     arguments += ("--optim.warmup_epochs", "1", "--optim.ema_epochs", "1", "--data.image_size", "8")
@@ -352,13 +367,13 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, command_server
     text = (tmp_path / "page" / "index.html").read_text()
     assert "<img" in text
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    view = RunReport(
+    run_report = RunReport(
         "run", "run", load_config(tmp_path / "run" / "config.json"), {}, list(rows), {}, None
     )
-    applied = schedules_of(view)
-    assert len(applied) == 2  # of the learning rate and of the weights' average
-    for curve in (*(f">{name}<" for name in applied), 'id="run-accuracy-figure_1"'):
-        assert curve in text
+    schedules = schedules_of(run_report)
+    assert len(schedules) == 2  # learning rate and EMA decay
+    for content in (*(f">{name}<" for name in schedules), 'id="run-accuracy-figure_1"'):
+        assert content in text
     (tmp_path / "run" / "metrics.jsonl").unlink()
     done = command_server.run("report", "run", "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -366,24 +381,28 @@ def test_without_its_images_or_its_epochs_the_rest_is_told(place, command_server
     assert "data.root images" in done.err
     text = (tmp_path / "page" / "index.html").read_text()
     assert "<img" not in text
-    assert "data.root images" in text  # why there are no pictures
+    assert "data.root images" in text  # the reason for the missing images
     assert 'id="run-accuracy-figure_1"' not in text
-    assert "metrics.jsonl" in text  # whose numbers are not there
-    # Other images in that place: what was kept is of others.
-    kept = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"][
+    assert "metrics.jsonl" in text  # the reason for the missing curves
+    # With other images in that folder, the stored evaluation is not reused.
+    provenance = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"][
         "provenance"
     ]
     next((tmp_path / "moved" / "test" / "a").iterdir()).unlink()
     done = command_server.run(*moved, "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
-    now = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["provenance"]
-    assert [name for name in now if now[name] != kept[name]] == ["images"]
+    new_provenance = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"][
+        "provenance"
+    ]
+    assert [name for name in new_provenance if new_provenance[name] != provenance[name]] == [
+        "images"
+    ]
 
 
-def test_without_matplotlib_it_is_said_before_the_work(
-    place, command_server, monkeypatch, tmp_path
+def test_report_without_matplotlib_writes_nothing(
+    report_folder, command_server, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     with raises(SystemFault, "'deit[plot]'"):
-        report.report([place / "run"], tmp_path / "page")
+        report.report([report_folder / "run"], tmp_path / "page")
     assert not (tmp_path / "page").exists()

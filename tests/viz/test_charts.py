@@ -1,4 +1,4 @@
-"""Charts as SVG in a page and as PNG files."""
+"""Charts as SVG for a page and as PNG files."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 
-def test_the_name_of_a_chart_is_no_html_either(tmp_path):
+def test_chart_with_html_in_its_name_escapes_it(tmp_path):
     svg = charts.chart(CHARTS["curves"], tmp_path / 'x"><img src=q onerror=alert(1)>.png')
     assert "<img" not in svg
     assert 'id="x---img' in svg
@@ -29,14 +29,14 @@ CHARTS = {
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_a_chart_has_the_colours_of_the_page_and_is_a_file_too(name, tmp_path):
+def test_chart_uses_css_variables_and_writes_a_png(name, tmp_path):
     svg = charts.chart(CHARTS[name], tmp_path / f"{name}.png")
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert svg.startswith("<svg")
     assert "<metadata>" not in svg
     assert "var(--c1)" in svg
     assert "var(--faint)" in svg
-    assert not any(colour in svg for colour in (charts.INK, charts.FAINT, *charts.SERIES))
+    assert not any(hex_code in svg for hex_code in (charts.INK, charts.FAINT, *charts.SERIES))
     assert charts.chart(CHARTS[name], tmp_path / f"{name}.png") == svg
     style = (Path(page_html.__file__).with_name("page.css")).read_text()
     for variable in set(re.findall(r"var\(--([\w-]+)\)", svg)):

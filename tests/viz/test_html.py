@@ -1,4 +1,4 @@
-"""Pages of plain HTML: escaped text, shaded cells, colored gains."""
+"""HTML pages: escaped text, shaded cells, colored gains."""
 
 import re
 
@@ -10,24 +10,24 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 
-def test_nothing_in_a_page_is_taken_for_html():
-    nasty = '<script>alert("1")</script>'
-    drawn = [
-        page_html.paragraph(nasty),
-        page_html.key_values({nasty: nasty}),
-        page_html.stat_tiles({nasty: nasty}),
-        page_html.table([nasty], [[nasty]], caption=nasty),
-        page_html.heat_table([nasty], [nasty], [[1.0]], caption=nasty, corner=nasty),
-        page_html.figure("", nasty),
-        page_html.section(nasty, [], anchor=nasty),
-        page_html.details(nasty, [], opened=True),
-        page_html.links({nasty: nasty}),
+def test_page_with_html_in_its_texts_escapes_them():
+    script = '<script>alert("1")</script>'
+    body = [
+        page_html.paragraph(script),
+        page_html.key_values({script: script}),
+        page_html.stat_tiles({script: script}),
+        page_html.table([script], [[script]], caption=script),
+        page_html.heat_table([script], [script], [[1.0]], caption=script, corner=script),
+        page_html.figure("", script),
+        page_html.section(script, [], anchor=script),
+        page_html.details(script, [], opened=True),
+        page_html.links({script: script}),
     ]
-    whole = page_html.page(nasty, nasty, drawn, foot=nasty)
-    assert whole.count("<script>") == 1  # our own
+    page = page_html.page(script, script, body, foot=script)
+    assert page.count("<script>") == 1  # that of page.js
 
 
-def test_cells_are_the_deeper_the_larger_and_signed_ones_have_two_colours():
+def test_heat_table_shades_cells_by_value_and_sign():
     table = page_html.heat_table(["a"], ["x", "y", "z"], [[1.0, None, 3.0]])
     assert re.findall(r"--v:([\d.]+)", table) == ["0.000", "1.000"]
     assert "<td></td>" in table
@@ -40,7 +40,7 @@ def test_cells_are_the_deeper_the_larger_and_signed_ones_have_two_colours():
     ]
 
 
-def test_gains_and_losses_are_coloured():
+def test_table_colors_gains_and_losses():
     table = page_html.table(
         ["", "gain"], [["+1", "+1.0"], ["b", "-0.5"], ["c", "+0.0"], ["d", "-"]]
     )
