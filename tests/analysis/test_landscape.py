@@ -129,11 +129,11 @@ def test_landscape_lines_have_the_losses_of_their_ends(lottery_folder, landscape
     ]
     folder = lottery_folder / "search" / "seed-0"
     for level in (1, 2):
-        straight, pruning = list(lines.values())[2 * level - 2 : 2 * level]
+        direct, pruning = list(lines.values())[2 * level - 2 : 2 * level]
         before, after = folder / f"level-{level - 1}", folder / f"level-{level}"
         masks = read_masks(folder / "masks" / f"level-{level}.safetensors")
         for line, end in (
-            (straight, loss_and_error_at(after)),
+            (direct, loss_and_error_at(after)),
             (pruning, loss_and_error_at(before, masks)),
         ):
             losses, errors = line["values"]["loss"], line["values"]["error"]

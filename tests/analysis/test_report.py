@@ -39,7 +39,8 @@ addEventListener("securitypolicyviolation", (e) => problems.push("requests " + e
 TRY_PAGE = """<script>addEventListener("load", () => {
   const outcome = {problems, images: document.images.length};
   outcome.svgs = document.querySelectorAll("svg").length;
-  outcome.empty = [...document.images].filter((image) => !image.complete || !image.naturalWidth).length;
+  const isEmpty = (image) => !image.complete || !image.naturalWidth;
+  outcome.empty = [...document.images].filter(isEmpty).length;
   // A caption outside the block of its table would be next to it.
   const blocks = [...document.querySelectorAll(".pair > *")];
   outcome.blocks = blocks.length && blocks.every((block) => block.matches("figure, .table"));
