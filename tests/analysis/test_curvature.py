@@ -180,7 +180,7 @@ def test_curvature_with_nonfinite_products_is_refused(function):
 
 
 @pytest.mark.parametrize(
-    ("function", "options", "ticks"),
+    ("function", "options", "num_steps"),
     [
         (extreme_eigenvalues, {"largest": 1, "smallest": 1, "steps": 20}, 20),
         (trace, {"probes": 5}, 5),

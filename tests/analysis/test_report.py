@@ -288,7 +288,7 @@ def test_report_with_damaged_metrics_names_the_file(report_folder, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "damage",
     [{"best": None}, {"best": {}}, {"best": {"epoch": "x"}}, {"skipped": "x"}, {"seconds": []}],
     ids=str,
 )
