@@ -1,4 +1,4 @@
-"""What the tokens of a ViT look at: attention over depth, and how alike the tokens become."""
+"""Attention rollout of a ViT, and the similarity of its class and distillation tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,12 @@ from deit.core.errors import ConfigError
 
 
 class AttentionMaps(NamedTuple):
-    """Attention rolled out from the last block to the image.
+    """Attention rollout from the last block to the image.
 
-    maps: float32 [batch, tokens, side, side]: how much each prefix token (the class token, then the
-    distillation tokens) takes from each patch; a token's map and what it takes from the prefix sum
-    to 1. names: of the tokens.
+    maps: float32 [batch, tokens, side, side] on the CPU, in [0, 1]: the weight of each patch for
+    each prefix token (class token, then distillation tokens). The weights of a token sum to 1
+    together with those of the prefix tokens, which are not included.
+    names: of the tokens.
     """
 
     maps: Tensor
@@ -27,11 +28,11 @@ class AttentionMaps(NamedTuple):
 
 @torch.no_grad()
 def rollout(network: nn.Module, images: Tensor) -> AttentionMaps:
-    """Attention rollout (Abnar and Zuidema 2020, section 3): the product over the blocks of half
-    the attention, mean over its heads, and half the identity for the residual path.
+    """Return the attention rollout (Abnar and Zuidema 2020, section 3).
 
-    images: normalised, [batch, 3, height, width]. Raises ConfigError for a network without timm's
-    attention.
+    It is the product over the blocks of 0.5 * attention, averaged over the heads, + 0.5 * identity
+    for the residual path. images: normalized, float [batch, 3, height, width]. Raises ConfigError
+    for a network without timm's attention.
     """
     check_attention(network)
     with _attention_of(network) as matrices:
@@ -49,45 +50,45 @@ def rollout(network: nn.Module, images: Tensor) -> AttentionMaps:
 
 
 def _token_names(network: nn.Module) -> tuple[str, ...]:
-    """What the prefix tokens are called, in their order."""
+    """Return the names of the prefix tokens, in order."""
     names = ["class"] if network.cls_token is not None else []
-    taught = network.dist_token.shape[1] if hasattr(network, "dist_token") else 0
-    names += ["distillation"] if taught == 1 else [f"distillation {n + 1}" for n in range(taught)]
-    others = network.num_prefix_tokens - len(names)
-    return (*names, *(f"register {n + 1}" for n in range(others)))
+    count = network.dist_token.shape[1] if hasattr(network, "dist_token") else 0
+    names += ["distillation"] if count == 1 else [f"distillation {n + 1}" for n in range(count)]
+    num_registers = network.num_prefix_tokens - len(names)
+    return (*names, *(f"register {n + 1}" for n in range(num_registers)))
 
 
 def check_attention(network: nn.Module) -> None:
-    """Raises ConfigError where there is no attention to look at."""
+    """Raise ConfigError if the network has no attention of prefix tokens to visualize."""
     if (
         not isinstance(network, VisionTransformer)
         or not network.num_prefix_tokens
         or not all(isinstance(block.attn, Attention) for block in network.blocks)
     ):
         raise ConfigError(
-            f"{type(network).__name__} has no tokens whose attention could be shown; it takes a "
-            "deit_* or vit_*, whose heads are not mixed (student.shared_block_size 1)"
+            f"{type(network).__name__}: cannot show the attention of its tokens; use a deit_* or "
+            "vit_* without mixed heads (student.shared_block_size 1)"
         )
 
 
 @contextmanager
 def _attention_of(network: VisionTransformer) -> Iterator[list[Tensor]]:
-    """Collects the attention [batch, heads, tokens, tokens] of each block, in their order.
+    """Collect the attention [batch, heads, tokens, tokens] of each block, in order.
 
-    Worked out beside the network's own: the fused kernel that it runs never holds this matrix.
+    It is computed a second time, because the network's fused kernel does not return it.
     """
-    found: list[Tensor] = []
+    matrices: list[Tensor] = []
 
-    def listen(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
+    def record(attention: Attention, inputs: tuple[Tensor, ...]) -> None:
         qkv = rearrange(
             attention.qkv(inputs[0]), "b n (s h d) -> s b h n d", s=3, h=attention.num_heads
         )
         queries, keys = attention.q_norm(qkv[0]), attention.k_norm(qkv[1])
-        found.append((queries @ keys.transpose(-2, -1) * attention.scale).softmax(dim=-1))
+        matrices.append((queries @ keys.transpose(-2, -1) * attention.scale).softmax(dim=-1))
 
-    handles = [block.attn.register_forward_pre_hook(listen) for block in network.blocks]
+    handles = [block.attn.register_forward_pre_hook(record) for block in network.blocks]
     try:
-        yield found
+        yield matrices
     finally:
         for handle in handles:
             handle.remove()
@@ -95,16 +96,16 @@ def _attention_of(network: VisionTransformer) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def token_cosines(network: nn.Module, images: Tensor) -> Tensor:
-    """Cosine of the class token and the (first) distillation token, float32 [batch, depth + 1]:
-    before the first block, with their positions, and after each block; the last is after the norm.
+    """Return the cosine of class token and first distillation token, float32 [batch, depth + 1].
 
-    The paper (section 5.2) has 0.06 at the input and 0.93 at the output of a DeiT-B.
-    images: normalised. Raises ConfigError for a network without both tokens.
+    It is measured at the input of each block, first with the position embedding, and after the
+    final norm. The paper (section 5.2) reports 0.06 at the input and 0.93 at the output of a
+    DeiT-B. images: normalized, float [batch, 3, height, width]. Raises ConfigError for a network
+    without both tokens.
     """
     if not isinstance(network, VisionTransformer) or network.num_prefix_tokens < 2:
         raise ConfigError(
-            f"{type(network).__name__} has no class and distillation token to compare; it takes a "
-            "deit_*"
+            f"{type(network).__name__} has no class and distillation token to compare; use a deit_*"
         )
     states: list[Tensor] = []
     handles = [

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, arithmetic of an image, memory of a batch, images a second."""
+"""The cost of a network: parameters, multiply-accumulates, peak memory, images per second."""
 
 import statistics
 import time
@@ -20,22 +20,27 @@ _ROUND_S = 0.4
 
 
 class Cost(NamedTuple):
-    """parameters: their number. gmacs: multiply-accumulates of one image's forward pass [10**9],
-    as `macs_of_image` counts them; the paper's "FLOPs". memory_mb: the most that
-    weights and a batch's activations take at once [10**6 bytes]. images_per_s: of the network
-    alone, on images that are there already: the median of several rounds; their spread: the
-    slowest and the fastest."""
+    """The cost of a network in evaluation mode."""
 
     parameters: int
+    """Number of parameters."""
     gmacs: float
+    """Multiply-accumulates of one image's forward pass [10**9], by `macs_of_image`; the paper's
+    "FLOPs"."""
     memory_mb: float
+    """Peak memory of weights and a batch's activations [10**6 bytes]."""
     images_per_s: float
+    """Throughput without data loading, the median of several rounds."""
     spread: tuple[float, float]
+    """Images per second of the slowest and of the fastest round."""
 
 
 @torch.inference_mode()
 def cost_of(network: nn.Module, *, side: int, batch: int = 64) -> Cost:
-    """Measure a network in evaluation mode where it lies. side: of its images [px]."""
+    """Measure a network in evaluation mode, on its device.
+
+    side: of its images [px]. batch: images per forward pass.
+    """
     network = network.eval()
     device = next(network.parameters()).device
     images = torch.rand(batch, 3, side, side, device=device)
@@ -52,44 +57,43 @@ def cost_of(network: nn.Module, *, side: int, batch: int = 64) -> Cost:
 
 @torch.inference_mode()
 def macs_of_image(network: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates of a forward pass: of matrix products, convolutions, attention,
-    recurrent layers and involutions.
+    """Return the multiply-accumulates of a forward pass of one image.
 
-    They are those that the network's definition asks for. Counted before a kernel is chosen, they
-    do not depend on the device, the processor or the version of PyTorch. Warns of an operation that
-    may multiply matrices and is not among those that are counted. image: a batch of one, or what
-    the network takes of one.
+    Counts matrix products, convolutions, attention, recurrent layers and involutions as the
+    network's code calls them, before a kernel is chosen. So the count does not depend on the
+    device or the version of PyTorch. Logs a warning for other operations that may multiply
+    matrices. image: a batch of one, float [1, 3, height, width], or another input of the network.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # else a whole encoder layer is one operation
+    torch.backends.mha.set_fastpath_enabled(False)  # it runs an encoder layer as one operation
     try:
-        with _Products() as counted:
+        with _MacCounter() as counter:
             network(image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    if counted.unknown:
+    if counter.unknown:
         warn(
-            f"GMACs of {type(network).__name__}: without those of {', '.join(counted.unknown)}, "
+            f"GMACs of {type(network).__name__}: do not include {', '.join(counter.unknown)}, "
             "which cannot be counted"
         )
-    return counted.macs
+    return counter.macs
 
 
-def _of_matrices(left: Tensor, right: Tensor, *rest: Any) -> int:
-    """[..., rows, inner] times [..., inner, columns]; of a vector as of a matrix of one column."""
+def _matmul_macs(left: Tensor, right: Tensor, *rest: Any) -> int:
+    """[..., rows, inner] times [..., inner, columns]; a vector is a matrix of one column."""
     return left.numel() * (right.shape[-1] if right.ndim > 1 else 1)
 
 
-def _of_added(added: Tensor, left: Tensor, right: Tensor, *rest: Any) -> int:
-    return _of_matrices(left, right)
+def _addmm_macs(added: Tensor, left: Tensor, right: Tensor, *rest: Any) -> int:
+    return _matmul_macs(left, right)
 
 
-def _of_linear(inputs: Tensor, weight: Tensor, *rest: Any) -> int:
+def _linear_macs(inputs: Tensor, weight: Tensor, *rest: Any) -> int:
     """inputs: [..., in]; weight: [out, in]."""
     return inputs.numel() * (weight.shape[0] if weight.ndim > 1 else 1)
 
 
-def _of_convolution(
+def _convolution_macs(
     inputs: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -98,50 +102,57 @@ def _of_convolution(
     dilation: Any,
     transposed: bool,
     *rest: Any,
-    made: Tensor,
+    output: Tensor,
 ) -> int:
-    """weight: [out, in / groups, *kernel], transposed [in, out / groups, *kernel]: each value of
-    the output, or of the input, meets all but the first axis."""
-    return (inputs if transposed else made).numel() * prod(weight.shape[1:])
+    """weight: [out, in / groups, *kernel], or transposed [in, out / groups, *kernel]. Each value of
+    the output, or of the input if transposed, is a sum over all axes but the first."""
+    return (inputs if transposed else output).numel() * prod(weight.shape[1:])
 
 
-def _of_attention(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> int:
-    """[..., queries, channels] with [..., keys, channels] and [..., keys, channels of a value]: of
-    both products. A mask saves none of them."""
+def _attention_macs(queries: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> int:
+    """Both products of [..., queries, channels], [..., keys, channels] and [..., keys, value
+    channels]; a mask does not reduce them."""
     channels = queries.shape[-1]
     return queries.numel() // channels * keys.shape[-2] * (channels + values.shape[-1])
 
 
-def _of_recurrent(inputs: Tensor, state: Any, weights: list[Tensor], *rest: Any) -> int:
-    """inputs: [batch and steps in any order, in]: each step meets every matrix."""
-    return inputs.shape[:-1].numel() * sum(one.numel() for one in weights if one.ndim > 1)
+def _recurrent_macs(inputs: Tensor, state: Any, weights: list[Tensor], *rest: Any) -> int:
+    """inputs: [batch and steps in any order, in]; each step is multiplied by every matrix."""
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    return inputs.shape[:-1].numel() * sum(matrix.numel() for matrix in matrices)
 
 
 _MACS: dict[str, Callable[..., int]] = {
-    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot"), _of_matrices),
-    **dict.fromkeys(("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv"), _of_added),
-    **dict.fromkeys(("aten::addmm_", "aten::baddbmm_", "aten::addbmm_", "aten::addmv_"), _of_added),
-    **dict.fromkeys(("aten::linear", "mkldnn::_linear_pointwise"), _of_linear),
-    "aten::convolution": _of_convolution,
-    "aten::scaled_dot_product_attention": _of_attention,
-    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _of_recurrent),
-    # An involution's sum over places.
+    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot"), _matmul_macs),
+    **dict.fromkeys(("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv"), _addmm_macs),
+    **dict.fromkeys(
+        ("aten::addmm_", "aten::baddbmm_", "aten::addbmm_", "aten::addmv_"), _addmm_macs
+    ),
+    **dict.fromkeys(("aten::linear", "mkldnn::_linear_pointwise"), _linear_macs),
+    "aten::convolution": _convolution_macs,
+    "aten::scaled_dot_product_attention": _attention_macs,
+    **dict.fromkeys(
+        ("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent_macs
+    ),
+    # The sum of an involution over the kernel's positions.
     **dict.fromkeys(("aten::addcmul", "aten::addcmul_"), lambda added, *rest: added.numel()),
 }
-"""How the arithmetic of an operation is counted: (its arguments) -> multiply-accumulates. Those
-that attention, recurrent and linear layers ask for are whole, as the network wrote them."""
+"""Counts the multiply-accumulates of an operation from its arguments."""
 _MOVES = {
     *("aten::cat", "aten::stack", "aten::copy_", "aten::index_put", "aten::index_put_"),
     *("aten::scatter", "aten::scatter_", "aten::scatter_add", "aten::scatter_add_"),
     *("aten::scatter_reduce", "aten::scatter_reduce_", "aten::index_add", "aten::index_add_"),
     *("aten::index_copy", "aten::index_copy_", "aten::masked_scatter", "aten::masked_scatter_"),
 }
-"""Operations of several matrices without products, which do not say so by a tag."""
+"""Operations on several matrices that multiply nothing, but have no tag of PyTorch for that."""
 
 
-class _Products(TorchDispatchMode):
-    """Counts what is multiplied within it. In inference mode it sees operations as the network
-    wrote them; what it does not know is taken apart as far as PyTorch says of what it is made."""
+class _MacCounter(TorchDispatchMode):
+    """Count multiply-accumulates within a context.
+
+    In inference mode it gets the operations as the network's code calls them. Operations that are
+    not in _MACS are decomposed if PyTorch can do so.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,21 +167,21 @@ class _Products(TorchDispatchMode):
         count = _MACS.get(name)
         if count is None:
             with self:
-                made = function.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
-        made = function(*args, **kwargs)
-        if count is _of_convolution:
-            self.macs += count(*args, **kwargs, made=made)
+                output = function.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = function(*args, **kwargs)
+        if count is _convolution_macs:
+            self.macs += count(*args, **kwargs, output=output)
         elif count is not None:
             self.macs += count(*args, **kwargs)
         elif name not in _MOVES and _may_multiply(function, args, kwargs):
             self.unknown[name] = None
-        return made
+        return output
 
 
 def _may_multiply(function: Any, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation takes two matrices or more, and not value by value."""
+    """Return whether an operation takes two or more matrices and is not pointwise."""
     matrices = [
         value
         for value in tree_leaves((args, kwargs))
@@ -180,7 +191,7 @@ def _may_multiply(function: Any, args: tuple, kwargs: dict) -> bool:
 
 
 def _activations(network: nn.Module, images: Tensor) -> int:
-    """The most bytes that a forward pass holds at once beside weights and images."""
+    """Return the peak memory of a forward pass [bytes], without weights and images."""
     if images.device.type == "cuda":
         network(images)
         torch.cuda.synchronize()
@@ -189,39 +200,39 @@ def _activations(network: nn.Module, images: Tensor) -> int:
         network(images)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _Held() as held:
+    with _PeakMemoryCounter() as counter:
         network(images)
-    return held.most
+    return counter.peak
 
 
-class _Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and not yet let go."""
+class _PeakMemoryCounter(TorchDispatchMode):
+    """Count the bytes of the tensors that are created within a context and not yet released."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.current = self.peak = 0
         self.alive: set[int] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for value in tree_leaves(made):
+        output = function(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
             storage = value.untyped_storage() if isinstance(value, Tensor) else None
             if storage is not None and storage._cdata not in self.alive:
                 self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
-        return made
+                self.current += storage.nbytes()
+                self.peak = max(self.peak, self.current)
+                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        return output
 
-    def _let_go(self, storage: int, nbytes: int) -> None:
+    def _release(self, storage: int, nbytes: int) -> None:
         self.alive.discard(storage)
-        self.now -= nbytes
+        self.current -= nbytes
 
 
 def _rates(network: nn.Module, images: Tensor) -> list[float]:
-    """Images a second, in each of several rounds."""
+    """Return the images per second of several rounds."""
     wait = torch.cuda.synchronize if images.device.type == "cuda" else lambda: None
     network(images)
     rates = []

@@ -1,4 +1,4 @@
-"""What a student starts from: weights of any origin, found, understood, and fitted to it."""
+"""Load initial weights from any source: our runs, timm, transformers, weight files."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from deit.core.errors import CheckpointError, did_you_mean, first_line, raise_tr
 from deit.core.file_reading import missing_file_reason, read_text
 from deit.core.json_io import load_json_as
 from deit.core.user_code import HUB_PREFIXES, address_hint
-from deit.models.adapt_weights import LoadedWeights, Weights, adapt_weights, tokens_of
+from deit.models.adapt_weights import LoadedWeights, Weights, adapt_weights, num_distillation_tokens
 from deit.models.metadata import FACTS, WEIGHTS, ModelInfo, find_base, find_saved_model, read_base
 from deit.models.networks import create_network
 from deit.models.parameters import trainable_parameters
@@ -26,34 +26,34 @@ from deit.models.surgery.pruning_masks import MASKS, read_masks
 from deit.models.transformers_format import from_transformers
 from deit.models.weight_files import read_weights
 
-_FOREIGN = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
-"""What reading a file of unknown make may stumble over."""
+_PARSE_ERRORS = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""Errors that an unexpected file content can cause."""
 
 
 def load_weights_from(source: str) -> LoadedWeights:
-    """The weights a init.weights names: a run folder of ours, a timm or transformers folder, a
-    weight file, a timm name with its published weights.
+    """Load the weights that init.weights names.
 
-    Raises CheckpointError where there is nothing, it cannot be read without running code, or its
-    numbers are not finite.
+    source: a run folder, a timm or transformers folder, a weight file, or a timm name, whose
+    published weights are downloaded. Raises CheckpointError if the source is missing, cannot be
+    read without running code, or contains values that are not finite.
     """
     try:
-        found = _found(source)
-    except _FOREIGN as error:
+        loaded = _load(source)
+    except _PARSE_ERRORS as error:
         raise_transient(error, f"init.weights {source}")
         raise CheckpointError(
-            f"init.weights {source}: not what its names say ({type(error).__name__}: "
+            f"init.weights {source}: its content does not match its names ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from None
-    for name, value in found.weights.items():
+    for name, value in loaded.weights.items():
         if value.is_floating_point() and value.numel() and not value.isfinite().all():
             raise CheckpointError(
-                f"init.weights {source}: {name} holds numbers that are not finite"
+                f"init.weights {source}: {name} contains values that are not finite"
             )
-    return found
+    return loaded
 
 
-def _found(source: str) -> LoadedWeights:
+def _load(source: str) -> LoadedWeights:
     path = Path(source).expanduser()
     if path.is_dir():
         saved = find_saved_model(path)
@@ -62,11 +62,11 @@ def _found(source: str) -> LoadedWeights:
         if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
             return _from_folder(path, source)
         raise CheckpointError(
-            f"init.weights {source}: holds no trained network (no best/model.safetensors of ours, "
+            f"init.weights {source}: holds no trained network (no best/model.safetensors of a run, "
             "no config.json of timm or transformers); let the run finish first"
         )
     if path.is_file() and path.name == WEIGHTS and (path.parent / FACTS).is_file():
-        return _from_run(path.parent, source)  # what it is stands beside it
+        return _from_run(path.parent, source)
     if path.is_file():
         weights = read_weights(path)
         return LoadedWeights(
@@ -78,82 +78,86 @@ def _found(source: str) -> LoadedWeights:
         raise CheckpointError(f"init.weights {source}: {missing_file_reason(path)}")
     if (advice := address_hint(source)) is not None:
         raise CheckpointError(f"init.weights {source}: {advice}")
-    known = "" if "/" in source or path.suffix else did_you_mean(source, timm.list_models())
-    raise CheckpointError(f"init.weights {source}: no such file, folder or timm model{known}")
+    hint = "" if "/" in source or path.suffix else did_you_mean(source, timm.list_models())
+    raise CheckpointError(f"init.weights {source}: no such file, folder or timm model{hint}")
 
 
 def _from_run(folder: Path, source: str) -> LoadedWeights:
     facts = load_json_as(folder / FACTS, ModelInfo)
     names, mean, std = facts.class_names, facts.mean, facts.std
-    told = f"{facts.student.name} from {source}"
+    description = f"{facts.student.name} from {source}"
     masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
     weights, base = read_weights(folder / WEIGHTS), read_base(folder)
     if base is not None:
-        below = find_base(folder, base, load_weights_from)
-        weights, masks = _on_base(weights, below, base.kernel, facts), below.masks
-    return LoadedWeights(weights, told, facts.student, names, mean, std, masks=masks)
+        base_weights = find_base(folder, base, load_weights_from)
+        weights, masks = _on_base(weights, base_weights, base.kernel, facts), base_weights.masks
+    return LoadedWeights(weights, description, facts.student, names, mean, std, masks=masks)
 
 
 def saved_weights(folder: Path, facts: ModelInfo) -> Weights:
-    """All weights of a saved student; where adapters and heads alone were saved, the others are
-    those of its base, fitted as they were then. Raises CheckpointError."""
+    """Read all weights of a saved student, including those that only its base stores.
+
+    Raises CheckpointError.
+    """
     return reader_of(folder, facts)(WEIGHTS)
 
 
 def reader_of(folder: Path, facts: ModelInfo) -> Callable[[str], Weights]:
-    """What reads all weights of a saved student from model.safetensors, or from another file beside
-    it that holds the same tensors: their base is looked for, and its digest taken, once for all.
-    Both raise CheckpointError."""
+    """Return a function that reads all weights of a saved student, given a file name in `folder`.
+
+    The file is model.safetensors or another one with the same tensors. A base is loaded and
+    verified once, for all files. Both functions raise CheckpointError.
+    """
     base = read_base(folder)
     if base is None:
         return lambda file: read_weights(folder / file)
-    below = find_base(folder, base, load_weights_from)
-    return lambda file: _on_base(read_weights(folder / file), below, base.kernel, facts)
+    base_weights = find_base(folder, base, load_weights_from)
+    return lambda file: _on_base(read_weights(folder / file), base_weights, base.kernel, facts)
 
 
 def _on_base(
-    saved: Weights, below: LoadedWeights, kernel: PosEmbedKernel, facts: ModelInfo
+    saved: Weights, base_weights: LoadedWeights, kernel: PosEmbedKernel, facts: ModelInfo
 ) -> Weights:
-    """Saved adapters and heads, and all other weights of the student from its base."""
+    """Combine saved adapters and heads with the other weights, taken from the base."""
     with torch.device("meta"):
         network = create_network(facts.student, len(facts.class_names))
-    fitted = adapt_weights(
-        below, network, facts.class_names, InitConfig(head="new", pos_embed_resize=kernel)
+    adapted = adapt_weights(
+        base_weights, network, facts.class_names, InitConfig(head="new", pos_embed_resize=kernel)
     )
-    own = trainable_parameters(network, "adapters")  # no numbers yet, or the base's
-    return {name: value for name, value in fitted.weights.items() if name not in own} | saved
+    trained = trainable_parameters(network, "adapters")  # `saved` has their values
+    return {name: value for name, value in adapted.weights.items() if name not in trained} | saved
 
 
 def _from_folder(folder: Path, source: str) -> LoadedWeights:
-    """A folder as timm or transformers writes it."""
+    """Load a folder written by timm or transformers."""
     try:
-        about = json.loads(read_text(folder / "config.json"))
-        if about.get("model_type") in ("deit", "vit"):
-            return _from_transformers(folder, about, source)
-        architecture = about["architecture"]
-        known = about.get("pretrained_cfg", {})
+        config = json.loads(read_text(folder / "config.json"))
+        if config.get("model_type") in ("deit", "vit"):
+            return _from_transformers(folder, config, source)
+        architecture = config["architecture"]
+        pretrained_cfg = config.get("pretrained_cfg", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"init.weights {folder / 'config.json'}: neither timm's nor transformers' of a DeiT or "
-            f"ViT ({type(error).__name__}: {error})"
+            f"init.weights {folder / 'config.json'}: neither a timm configuration nor that of a "
+            f"DeiT or ViT of transformers ({type(error).__name__}: {error})"
         ) from None
     weights = read_weights(_weights_in(folder, source))
-    settings = about.get("model_args") or {}
+    settings = config.get("model_args") or {}
     heads = _attention_heads(architecture, settings)
     student = infer_student_config(weights, heads=heads)
-    strange = sorted(set(settings) - _SETTINGS)
-    if student is not None and strange:
+    unsupported = sorted(set(settings) - _SETTINGS)
+    if student is not None and unsupported:
         raise CheckpointError(
-            f"init.weights {source}: its model_args set {', '.join(strange)}, which a deit_* or "
-            "vit_* does not have"
+            f"init.weights {source}: its model_args set {', '.join(unsupported)}, which deit_* and "
+            "vit_* do not support"
         )
     return LoadedWeights(
         weights,
         f"{architecture} from {source}",
         student,
-        _names(about.get("label_names") or known.get("label_names")),
-        _colour(known.get("mean")),
-        _colour(known.get("std")),
+        _class_names(config.get("label_names") or pretrained_cfg.get("label_names")),
+        _channel_values(pretrained_cfg.get("mean")),
+        _channel_values(pretrained_cfg.get("std")),
         heads_known=heads is not None,
     )
 
@@ -163,17 +167,17 @@ _SETTINGS = {
     *("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate"),
     "dynamic_img_size",
 }
-"""Arguments of timm's that a deit_* or vit_* has as well, or that change nothing in evaluation."""
+"""timm's arguments that deit_* and vit_* support, or that have no effect in evaluation."""
 
 
-def _names(labels: Any) -> tuple[str, ...] | None:
-    """Class names, None for none. Raises ValueError where they are no list of different ones."""
+def _class_names(labels: Any) -> tuple[str, ...] | None:
+    """Return class names; None for none. Raises ValueError if they are no list of unique text."""
     if labels is None:
         return None
-    if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
         raise ValueError(f"class names {str(labels)[:40]!r}")
     if len(set(labels)) != len(labels):
-        raise ValueError("two classes of one name")
+        raise ValueError("duplicate class names")
     return tuple(labels)
 
 
@@ -181,45 +185,47 @@ def _weights_in(folder: Path, source: str) -> Path:
     files = [folder / WEIGHTS, *sorted(folder.glob("*.safetensors")), folder / "pytorch_model.bin"]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise CheckpointError(f"init.weights {source}: no {WEIGHTS} in it")
+        raise CheckpointError(f"init.weights {source}: it contains no {WEIGHTS}")
     if "-of-" in file.name:
-        raise CheckpointError(f"init.weights {source}: its weights lie in several files; join them")
+        raise CheckpointError(
+            f"init.weights {source}: its weights are split over several files; save them as one"
+        )
     return file
 
 
-def _from_transformers(folder: Path, about: dict[str, Any], source: str) -> LoadedWeights:
-    """A DeiT or ViT as transformers writes it, with its preprocessing where that is beside it."""
+def _from_transformers(folder: Path, config: dict[str, Any], source: str) -> LoadedWeights:
+    """Load a DeiT or ViT saved by transformers, with its preprocessing if that was saved too."""
     file = _weights_in(folder, source)
-    if about.get("hidden_act", "gelu") != "gelu":
+    if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(
-            f"init.weights {source}: its activation is {about['hidden_act']}, that of a deit_* or "
-            "vit_* gelu"
+            f"init.weights {source}: its activation is {config['hidden_act']}; deit_* and vit_* "
+            "use gelu"
         )
-    if not 0 < about.get("layer_norm_eps", 1e-12) <= 1e-5:
+    if not 0 < config.get("layer_norm_eps", 1e-12) <= 1e-5:
         raise CheckpointError(
-            f"init.weights {source}: its layer_norm_eps is {about['layer_norm_eps']}, that of a "
-            "deit_* or vit_* 1e-6"
+            f"init.weights {source}: its layer_norm_eps is {config['layer_norm_eps']}; deit_* and "
+            "vit_* use 1e-6"
         )
     try:
         weights = from_transformers(read_weights(file))
     except CheckpointError as error:
         raise CheckpointError(f"init.weights {file}: {error}") from None
-    names = about.get("id2label") or {}
-    labels = tuple(names[key] for key in sorted(names, key=int))
-    prepared = folder / "preprocessor_config.json"
-    colours = json.loads(read_text(prepared)) if prepared.is_file() else {}
+    id2label = config.get("id2label") or {}
+    labels = tuple(id2label[key] for key in sorted(id2label, key=int))
+    preprocessor = folder / "preprocessor_config.json"
+    normalization = json.loads(read_text(preprocessor)) if preprocessor.is_file() else {}
     return LoadedWeights(
         weights,
-        f"transformers' {about['model_type']} from {source}",
-        infer_student_config(weights, heads=about.get("num_attention_heads")),
-        None if not labels or labels[0] == "LABEL_0" else _names(list(labels)),
-        _colour(colours.get("image_mean")),
-        _colour(colours.get("image_std")),
+        f"transformers' {config['model_type']} from {source}",
+        infer_student_config(weights, heads=config.get("num_attention_heads")),
+        None if not labels or labels[0] == "LABEL_0" else _class_names(list(labels)),
+        _channel_values(normalization.get("image_mean")),
+        _channel_values(normalization.get("image_std")),
     )
 
 
 def _from_timm(name: str) -> LoadedWeights:
-    info(f"start     fetching timm's {name}")
+    info(f"init      loading the published weights of timm's {name}")
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
@@ -230,25 +236,27 @@ def _from_timm(name: str) -> LoadedWeights:
         raise CheckpointError(
             f"init.weights {name}: its weights could not be loaded ({first_line(error)}); {advice}"
         ) from None
-    weights, known = network.state_dict(), network.pretrained_cfg
-    names = known.get("label_names")
+    weights, pretrained_cfg = network.state_dict(), network.pretrained_cfg
+    names = pretrained_cfg.get("label_names")
     return LoadedWeights(
         weights,
         f"timm {name}",
         infer_student_config(weights, heads=_heads_within(network)),
         None if names is None else tuple(names),
-        _colour(known.get("mean")),
-        _colour(known.get("std")),
+        _channel_values(pretrained_cfg.get("mean")),
+        _channel_values(pretrained_cfg.get("std")),
     )
 
 
-def _colour(values: Any) -> tuple[float, ...] | None:
+def _channel_values(values: Any) -> tuple[float, ...] | None:
     return tuple(map(float, values)) if values is not None and len(values) == 3 else None
 
 
 def _attention_heads(architecture: str, settings: dict[str, Any]) -> int | None:
-    """How many attention heads a network of timm has; None where it has none, or timm does not
-    know it. Of the folder's own settings only that number is believed: others could name files."""
+    """Return the number of attention heads of a timm network; None if it has none or is unknown.
+
+    Of a folder's own settings only num_heads is used: others could name files to open.
+    """
     if isinstance(settings.get("num_heads"), int):
         if settings["num_heads"] < 1:
             raise ValueError(f"num_heads {settings['num_heads']}")
@@ -273,10 +281,10 @@ _PLAIN_VIT = re.compile(
 
 
 def infer_student_config(weights: Weights, heads: int | None = None) -> StudentConfig | None:
-    """The deit_* or vit_* that has weights of these names and shapes; None if it is no plain ViT.
+    """Return the deit_* or vit_* with weights of these names and shapes; None if not a plain ViT.
 
-    heads: attention heads, which leave no trace in the shapes. None: those of the named size of
-    this width, else one for every 64 channels, as in all of DeiT's.
+    heads: number of attention heads, which shapes do not show. Default: that of the named size
+    with this width, or one per 64 channels, as in DeiT. Raises ValueError if blocks are missing.
     """
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if any(name not in weights for name in needed):
@@ -286,15 +294,15 @@ def infer_student_config(weights: Weights, heads: int | None = None) -> StudentC
     width = weights["cls_token"].shape[-1]
     if weights["blocks.0.mlp.fc1.weight"].shape[0] != 4 * width:
         return None
-    tokens = tokens_of(weights)
+    tokens = num_distillation_tokens(weights)
     patch = weights["patch_embed.proj.weight"].shape[-1]
     side = grid_side(weights["pos_embed"].shape[1], 1 + tokens)
     blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
     depth = len(blocks)
     if max(blocks) >= depth:
-        raise ValueError(f"block {max(blocks)} is there, and {depth} blocks in all")
+        raise ValueError(f"there is a block {max(blocks)}, but only {depth} blocks in total")
     named = {shape["embed_dim"]: size for size, shape in SIZES.items()}
-    nearest_width = min(named, key=lambda known: (abs(known - width), known))
+    nearest_width = min(named, key=lambda named_width: (abs(named_width - width), named_width))
     size = named[nearest_width]
     usual = SIZES[size]["num_heads"] if width in named else max(width // 64, 1)
     shape = {"embed_dim": width, "depth": depth, "num_heads": heads or usual}

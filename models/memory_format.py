@@ -1,4 +1,4 @@
-"""How images lie in memory for a network's convolutions."""
+"""The memory format of a network's convolutions and its images: contiguous or channels_last."""
 
 from typing import Literal
 
@@ -13,22 +13,22 @@ MEMORY_FORMATS: dict[MemoryFormat, torch.memory_format] = {
 
 
 def set_memory_format(network: nn.Module, memory_format: MemoryFormat) -> None:
-    """Store the weights of a network's convolutions so; its images should lie likewise."""
+    """Convert a network's convolution weights; convert its images with `to_memory_format`."""
     network.to(memory_format=MEMORY_FORMATS[memory_format])
 
 
 def to_memory_format(images: Tensor, memory_format: MemoryFormat) -> Tensor:
-    """Return images [batch, channels, height, width] in this format; the same values."""
+    """Return images [batch, channels, height, width] in this memory format."""
     return images.contiguous(memory_format=MEMORY_FORMATS[memory_format])
 
 
 def default_memory_format(
     network: nn.Module, device_type: str, *, mixed_precision: bool
 ) -> MemoryFormat:
-    """Return the format in which a network is usually faster.
+    """Return the memory format in which a network is usually faster.
 
-    channels_last for a ConvNet, on a CPU or in mixed precision; contiguous for others: the patches
-    of a ViT do not overlap, and are cut once. docs/log.md has the times.
+    channels_last for a ConvNet, on a CPU or in mixed precision; otherwise contiguous, also for a
+    ViT, whose only convolution is the patch embedding (measurements: docs/log.md).
 
     >>> default_memory_format(nn.Conv2d(3, 8, 3), "cpu", mixed_precision=False)
     'channels_last'
@@ -36,6 +36,6 @@ def default_memory_format(
     'contiguous'
     """
     convolutions = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    overlap = any(layer.kernel_size > layer.stride for layer in convolutions)
-    usually = device_type == "cpu" or mixed_precision
-    return "channels_last" if overlap and usually else "contiguous"
+    overlapping = any(layer.kernel_size > layer.stride for layer in convolutions)
+    faster = overlapping and (device_type == "cpu" or mixed_precision)
+    return "channels_last" if faster else "contiguous"

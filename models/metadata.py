@@ -1,4 +1,4 @@
-"""What a saved network's folder says beside its weights, and where such a folder is."""
+"""The metadata files of a saved network: model.json, base.json; and where such a folder is."""
 
 import json
 import os
@@ -22,10 +22,13 @@ FACTS = "model.json"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a network needs beside its weights.
+    """What rebuilds a network and feeds it images, without its weights (model.json).
 
-    mean, std: its normalisation, per channel in [0, 1].
-    evaluation_crop: evaluation resizes to image_size / this and cuts the centre.
+    student: its network and input size.
+    class_names: in the order of its logits.
+    mean, std: normalization per channel, for images in [0, 1].
+    evaluation_crop: in (0, 1]: evaluation resizes the shorter side to image_size / evaluation_crop
+    and crops the center (timm's crop_pct).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -36,8 +39,9 @@ class ModelInfo:
     evaluation_crop: float
 
 
-def find_saved_model(folder: Path) -> Path | None:
-    """The folder itself where it holds a saved student, or the best of a run; None if neither."""
+def find_saved_model(folder: str | Path) -> Path | None:
+    """Return `folder` if it holds a saved student, or `folder/best` if that does, or None."""
+    folder = Path(folder)
     for candidate in (folder, folder / "best"):
         if (candidate / FACTS).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
@@ -47,20 +51,22 @@ def find_saved_model(folder: Path) -> Path | None:
 BASE = "base.json"
 
 
-class _Weights(Protocol):
+class _HasWeights(Protocol):
     weights: dict[str, Tensor]
 
 
-Found = TypeVar("Found", bound=_Weights)
+T = TypeVar("T", bound=_HasWeights)
 
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """What a student with adapters started from.
+    """The initial weights of a student whose checkpoints store adapters and heads only (base.json).
 
-    source: as init.weights, a path in full. beside: the same path from the run's folder; None for a
-    name of timm's. weights: SHA-256 of the tensors (deit.models.weight_files.digest_of). kernel:
-    how their position embedding is resized."""
+    source: init.weights; a path is absolute.
+    relative_path: the same path, relative to the run folder; None for a timm name.
+    weights: SHA-256 of the tensors (deit.models.weight_files.digest_of).
+    kernel: resizes their position embedding.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     source: str
@@ -70,52 +76,54 @@ class AdapterBase:
 
 
 def base_of(source: str, weights: str, kernel: PosEmbedKernel, *, out: Path) -> AdapterBase:
-    """The base of a run in the folder `out`."""
+    """Return the record of initial weights for a run in the folder `out`.
+
+    source: a path or a timm name. weights: their SHA-256.
+    """
     path = Path(source).expanduser()
     if not path.exists():
         return AdapterBase(source, None, weights, kernel)
-    beside = os.path.relpath(path.resolve(), out.resolve())
-    return AdapterBase(str(path.absolute()), beside, weights, kernel)
+    relative_path = os.path.relpath(path.resolve(), out.resolve())
+    return AdapterBase(str(path.absolute()), relative_path, weights, kernel)
 
 
 def save_base(folder: Path, base: AdapterBase) -> None:
-    """Write what saved adapters belong to, into the folder of their weights."""
+    """Write base.json into a folder with saved adapters."""
     (folder / BASE).write_text(json.dumps(asdict(base), indent=1) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> AdapterBase | None:
-    """What the saved adapters in a folder belong to; None where the weights are whole.
+    """Return the base of the adapters saved in `folder`; None if all weights are stored there.
 
-    Raises CheckpointError.
+    Raises CheckpointError if base.json cannot be read.
     """
     return load_json_as(folder / BASE, AdapterBase) if (folder / BASE).is_file() else None
 
 
-def find_base(folder: Path, base: AdapterBase, find: Callable[[str], Found]) -> Found:
-    """The weights of a base: beside the run as when it was trained, else where they were.
+def find_base(folder: Path, base: AdapterBase, read: Callable[[str], T]) -> T:
+    """Return the weights of a base: at its path relative to the run, or at its original path.
 
-    folder: of a checkpoint. find: reads a source. Raises CheckpointError where they are gone,
-    or others lie there now.
+    folder: of a checkpoint. read: reads a source. Raises CheckpointError if neither path exists or
+    the weights have changed since the training.
     """
-    trouble = f"{base.source} is not there any more, nor beside the run"
-    for place in _places(folder, base):
+    problem = f"{base.source} was not found, neither at its original path nor next to the run"
+    for source in _candidate_sources(folder, base):
         try:
-            found = find(place)
+            loaded = read(source)
         except CheckpointError as error:
-            trouble = str(error)
+            problem = str(error)
             continue
-        digest = digest_of(found.weights)
+        digest = digest_of(loaded.weights)
         if digest == base.weights:
-            return found
-        trouble = f"{place} holds other weights now (SHA-256 {digest[:12]})"
+            return loaded
+        problem = f"{source} has changed: it now holds other weights (SHA-256 {digest[:12]})"
     raise CheckpointError(
-        f"{folder}: holds adapters and heads alone, and what they belong to (SHA-256 "
-        f"{base.weights[:12]}) is missing: {trouble}"
+        f"{folder}: stores adapters and heads only, and the weights they were trained on (SHA-256 "
+        f"{base.weights[:12]}) are missing: {problem}"
     )
 
 
-def _places(folder: Path, base: AdapterBase) -> list[str]:
-    """Where a base may lie."""
+def _candidate_sources(folder: Path, base: AdapterBase) -> list[str]:
     if base.relative_path is None:
         return [base.source]
     run = folder.resolve().parent

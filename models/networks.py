@@ -1,4 +1,4 @@
-"""The networks that can be trained, by name; `timm:NAME` reaches every other timm model."""
+"""Build the networks that can be trained, by name; `timm:NAME` is any other timm model."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,10 @@ from deit.models.surgery.weight_sharing import share_weights
 
 
 def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
-    """timm's ViT, with the distillation token for deit_*, at any image and patch size.
+    """Build timm's ViT, with a distillation token for deit_*, at any image and patch size.
 
-    Parameter names are timm's own, so its weights load in both directions.
+    Parameters have timm's names, so weights can be exchanged with timm in both directions. Raises
+    ConfigError if num_heads does not divide embed_dim.
     """
     distilled = student.has_distillation_token
     shape = dict(SIZES[student.name.split("_")[1]])
@@ -29,7 +30,7 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
     if shape["embed_dim"] % shape["num_heads"]:
         raise ConfigError(
             f"student.num_heads = {shape['num_heads']}: should divide "
-            f"student.embed_dim ({shape['embed_dim']})"
+            f"student.embed_dim = {shape['embed_dim']}"
         )
     network = timm.create_model(
         "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224",
@@ -63,57 +64,58 @@ def create_vit(student: StudentConfig, num_classes: int) -> nn.Module:
 
 
 def _resize_blocks(network: nn.Module, student: StudentConfig) -> None:
-    """Give each block its own number of heads, as wide as before, and of hidden units."""
+    """Give each block its own number of heads, of unchanged width, and of hidden units."""
     width = network.embed_dim
-    wide = width // student.heads
+    head_width = width // student.heads
     shapes = zip(network.blocks, student.block_heads, student.block_hidden, strict=True)
     for block, heads, hidden in shapes:
         drop = {"proj_drop": student.dropout}
-        block.attn = Attention(width, heads, attn_head_dim=wide, qkv_bias=True, **drop)
+        block.attn = Attention(width, heads, attn_head_dim=head_width, qkv_bias=True, **drop)
         block.mlp = Mlp(width, hidden, drop=student.dropout)
     network.init_weights()
 
 
-def check_blocks_alike(student: StudentConfig) -> None:
-    """Refuse a student whose blocks other libraries cannot build. Raises ConfigError."""
+def check_plain_blocks(student: StudentConfig) -> None:
+    """Raise ConfigError if timm and transformers cannot build the student's blocks."""
     if student.heads_per_block or student.mlp_hidden_per_block:
         raise ConfigError(
             "student.heads_per_block, student.mlp_hidden_per_block: timm and transformers build "
-            "all blocks "
-            "alike and whole; --format onnx or pt2 takes a pruned network"
+            "blocks of one shape only; export a pruned network with --format onnx or pt2"
         )
     if student.shared_block_size > 1:
         raise ConfigError(
-            f"student.shared_block_size = {student.shared_block_size}: timm and transformers know "
-            "no blocks that share "
-            "their weights; --format onnx or pt2 takes them"
+            f"student.shared_block_size = {student.shared_block_size}: timm and transformers have "
+            "no blocks that share weights; export the network with --format onnx or pt2"
         )
     if student.adapters != "none":
         raise ConfigError(
-            f"student.adapters = {student.adapters!r}: timm and transformers have none, and what "
-            "is not linear cannot be merged into other layers; --format onnx or pt2 takes them"
+            f"student.adapters = {student.adapters!r}: timm and transformers have no adapters, and "
+            "nonlinear ones cannot be merged into other layers; export the network with --format "
+            "onnx or pt2"
         )
 
 
-def _add_tokens(network: VisionTransformerDistilled, number: int) -> None:
-    """Give timm's network so many distillation tokens, each with its own position and head, one a
-    teacher (Co-advise, Ren et al. 2022; tokens here start at random, not from stems of their own).
+def _add_tokens(network: VisionTransformerDistilled, num_tokens: int) -> None:
+    """Give timm's network several distillation tokens, each with its own position and head.
+
+    One token per teacher, as in Co-advise (Ren et al. 2022); unlike there, the tokens are
+    initialized at random and not by convolutional stems.
     """
     width, classes = network.embed_dim, network.num_classes
-    network.num_prefix_tokens = 1 + number
-    network.dist_token = nn.Parameter(torch.empty(1, number, width))
+    network.num_prefix_tokens = 1 + num_tokens
+    network.dist_token = nn.Parameter(torch.empty(1, num_tokens, width))
     positions = network.patch_embed.num_patches + network.num_prefix_tokens
     network.pos_embed = nn.Parameter(torch.empty(1, positions, width))
-    network.head_dist = nn.ModuleList(nn.Linear(width, classes) for _ in range(number))
+    network.head_dist = nn.ModuleList(nn.Linear(width, classes) for _ in range(num_tokens))
     network.init_weights()
 
 
 def _scale_initial_weights(network: nn.Module) -> None:
-    """Initial weights for narrow transformers (docs/log.md has the measurements).
+    """Initialize a narrow transformer (measurements: docs/log.md). Heads are not changed.
 
-    A standard deviation of 0.02 suits a width of 768. At 64 it is a sixth of what keeps the
-    variance (LeCun et al. 1998), and the position embedding drowns in patch embeddings of about
-    0.6: for many epochs no token knows where it lies. The heads stay as they are.
+    A standard deviation of 0.02 suits a width of 768. At a width of 64 it is a sixth of the value
+    that preserves the variance (LeCun et al. 1998). The position embedding, also of 0.02, is small
+    compared with patch embeddings of about 0.6, so tokens lack their positions for many epochs.
     """
     for block in network.blocks:
         for layer in block.modules():
@@ -124,19 +126,22 @@ def _scale_initial_weights(network: nn.Module) -> None:
 
 
 def create_small(student: StudentConfig, num_classes: int) -> nn.Module:
-    """The ConvNet and the dense network for handwritten digits; they have no drop path."""
-    if student.drop_path:
-        raise ConfigError(f"student.drop_path = {student.drop_path}: {student.name} has none")
+    """Build the small ConvNet or the dense network for handwritten digits.
+
+    Raises ConfigError if drop_path is set, which they do not support.
+    """
+    _check_no_drop_path(student)
     if student.name == "dense":
         return Dense(student.image_size, num_classes)
     return SmallConvNet(num_classes)
 
 
 def create_rednet(student: StudentConfig, num_classes: int) -> nn.Module:
-    """The involution networks; they have no drop path. micro is for handwritten digits, tiny for
-    32 px without a GPU."""
-    if student.drop_path:
-        raise ConfigError(f"student.drop_path = {student.drop_path}: {student.name} has none")
+    """Build a RedNet: micro for handwritten digits, tiny for 32 px without a GPU, or as published.
+
+    Raises ConfigError if drop_path is set, which it does not support.
+    """
+    _check_no_drop_path(student)
     size, small_stem = student.name.split("_")[1], student.name.endswith("_small_stem")
     if size == "micro":
         return RedNet(num_classes, depths=(1, 1), width=32, side=5, stem_stride=1)
@@ -145,8 +150,15 @@ def create_rednet(student: StudentConfig, num_classes: int) -> nn.Module:
     return RedNet(num_classes, depths=DEPTHS[size], stem_stride=1 if small_stem else 4)
 
 
+def _check_no_drop_path(student: StudentConfig) -> None:
+    if student.drop_path:
+        raise ConfigError(
+            f"student.drop_path = {student.drop_path}: {student.name} has no drop path; use 0"
+        )
+
+
 def create_regnety_small_stem(student: StudentConfig, num_classes: int) -> nn.Module:
-    """timm's RegNetY with a stem of stride 1: for 32 px images, where stride 2 loses too much."""
+    """Build timm's RegNetY with a stem of stride 1, for images of 32 px."""
     name = student.name.removesuffix("_small_stem")
     network = timm.create_model(name, num_classes=num_classes, drop_path_rate=student.drop_path)
     network.stem.conv.stride = (1, 1)
@@ -154,7 +166,10 @@ def create_regnety_small_stem(student: StudentConfig, num_classes: int) -> nn.Mo
 
 
 def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:
-    """Any timm model with random weights: student.name is `timm:NAME`. Raises ConfigError."""
+    """Build any timm model with random weights; student.name is `timm:NAME`.
+
+    Raises ConfigError if timm has no model of this name.
+    """
     name = student.name.removeprefix("timm:")
     if not timm.is_model(name):
         raise ConfigError(
@@ -162,7 +177,7 @@ def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:
             + did_you_mean(name, timm.list_models())
         )
     settings = {"drop_path_rate": student.drop_path} if student.drop_path else {}
-    # Models with a position embedding are built for one size; the others refuse the argument.
+    # Models with a position embedding are built for one size; the others reject the argument.
     if timm.get_pretrained_cfg(name).fixed_input_size:
         settings["img_size"] = student.image_size
     return timm.create_model(name, num_classes=num_classes, **settings)
@@ -183,8 +198,13 @@ NETWORKS: dict[str, Callable[[StudentConfig, int], nn.Module]] = {
 
 
 def create_network(student: StudentConfig, num_classes: int) -> nn.Module:
-    """The network of a student section, with random weights from torch's generator.
+    """Build the network of a student section, with random weights from torch's generator.
 
-    Raises ConfigError on an unknown name or an impossible shape.
+    The network takes normalized images, float [batch, 3, image_size, image_size]. Raises
+    ConfigError for an unknown name or an impossible shape.
+
+    >>> network = create_network(StudentConfig("deit_micro", image_size=8, depth=1), 10)
+    >>> tuple(network.pos_embed.shape)  # class token, distillation token, 2 x 2 patches
+    (1, 6, 96)
     """
     return NETWORKS.get(student.name, create_timm)(student, num_classes)

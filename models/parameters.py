@@ -1,4 +1,4 @@
-"""Parts of a network by the names of its parameters: its heads, its depth, what is held still."""
+"""Group a network's parameters by name: classifier heads, layer depth, trainable parts."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ from deit.models.surgery.convpass import adapters_of
 
 
 def classifier_names(network: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that answer with classes, the class head first: linear ones, or as
-    in BiT's networks a convolution of one pixel.
+    """Return the names of the classifier layers, the class head first.
 
-    timm's models name theirs; ours call it `head`.
+    They are linear layers or, as in BiT's networks, 1x1 convolutions. timm's models list them in
+    pretrained_cfg; our networks call theirs `head`.
     """
     known = getattr(network, "pretrained_cfg", None) or {}
     roots = known.get("classifier") or "head"
@@ -28,61 +28,67 @@ def classifier_names(network: nn.Module) -> tuple[str, ...]:
     )
 
 
-def trainable_parameters(network: nn.Module, trained: TrainableSet) -> set[str]:
-    """The names of the parameters that are trained.
+def trainable_parameters(network: nn.Module, part: TrainableSet) -> set[str]:
+    """Return the names of the parameters to train (optim.trainable).
 
-    heads: the class layers. attention: these and every attention (Touvron et al. 2022, "Three
-    things everyone should know about vision transformers", section 4). adapters: these and every
-    adapter. Raises ConfigError where a network has no such part.
+    part: all; heads: the classifier layers; attention: heads and all attention layers (Touvron et
+    al. 2022, arXiv 2203.09795, section 4); adapters: heads and all adapters. Raises ConfigError if
+    the network has no such part.
     """
     names = [name for name, _ in network.named_parameters()]
-    if trained == "all":
+    if part == "all":
         return set(names)
     heads = _prefixes(classifier_names(network))
     if not heads:
         raise ConfigError(
-            f"optim.trainable = {trained!r}: this network's head is not known by name"
+            f"optim.trainable = {part!r}: the classifier layer of this network is not known; use "
+            "all"
         )
-    found = set()
-    if trained == "attention":
-        found = {name for name in names if ".attn." in name}
-    elif trained == "adapters":
-        found = {name for name in names if name.startswith(_prefixes(adapters_of(network)))}
-    if trained != "heads" and not found:
-        raise ConfigError(f"optim.trainable = {trained!r}: this network has none; use all or heads")
-    return found | {name for name in names if name.startswith(heads)}
+    names_of_part = set()
+    if part == "attention":
+        names_of_part = {name for name in names if ".attn." in name}
+    elif part == "adapters":
+        names_of_part = {name for name in names if name.startswith(_prefixes(adapters_of(network)))}
+    if part != "heads" and not names_of_part:
+        raise ConfigError(
+            f"optim.trainable = {part!r}: this network has no such layers; use all or heads"
+        )
+    return names_of_part | {name for name in names if name.startswith(heads)}
 
 
 def _prefixes(modules: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{name}." for name in modules)
 
 
-def freeze_except(network: nn.Module, trained: TrainableSet) -> None:
-    """Train a part of the network only, as `trainable_parameters` says; the other parameters take
-    no gradient. Raises ConfigError where a network has no such part."""
-    if trained == "all":
-        return  # and what a network itself holds still stays so
-    names = trainable_parameters(network, trained)
+def freeze_except(network: nn.Module, part: TrainableSet) -> None:
+    """Set requires_grad of the parameters in `trainable_parameters`, and clear it of all others.
+
+    For part all, nothing is changed. Raises ConfigError if the network has no such part.
+    """
+    if part == "all":
+        return  # parameters that the network itself freezes stay frozen
+    names = trainable_parameters(network, part)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in names)
 
 
 def layer_depths(network: nn.Module) -> dict[str, int]:
-    """For each parameter the number of its layer, 0 the nearest to the image: tokens, patch and
-    position embedding first, then block by block, the last norm with the last block, and heads.
+    """Return the layer index of each parameter, counted from the input.
 
-    The layers are timm's. Raises ConfigError for a network that does not say what they are.
+    0: tokens, patch embedding and position embedding; then one index per block, the last norm
+    with the last block, then the heads (timm's group_matcher). Raises ConfigError if the network
+    does not define its layers.
     """
     matcher = getattr(network, "group_matcher", None)
     if matcher is None:
         raise ConfigError(
-            f"optim.layer_decay: {type(network).__name__} does not tell its layers apart; use 1"
+            f"optim.layer_decay: {type(network).__name__} does not define its layers; use 1"
         )
     return dict(group_parameters(network, matcher(coarse=False), reverse=True))
 
 
 def count_parameters(network: nn.Module, *, trainable: bool = False) -> int:
-    """Return how many parameters a network has. trainable: only those that require a gradient."""
+    """Return the number of parameters. trainable: count those that require a gradient only."""
     return sum(
         parameter.numel()
         for parameter in network.parameters()

@@ -1,4 +1,4 @@
-"""A position embedding resized to an image of another size, its prefix rows left as they are."""
+"""Resize the position embedding of a ViT to another grid of patches."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,12 @@ from deit.core.errors import CheckpointError
 
 
 class Resized(NamedTuple):
-    """A position embedding and what became of it.
+    """A resized position embedding.
 
-    positions: [1, prefix + side**2, width]. sides: patches along an edge, before and after.
-    norms: mean Euclidean norm of the patches' rows, before and after: an interpolation that lowers
-    it takes from the positions' say (Touvron et al. 2021, section 4: bilinear does).
+    positions: [1, prefix + side**2, width].
+    sides: patches along an edge, before and after.
+    norms: mean Euclidean norm of the patch rows, before and after. Bilinear interpolation lowers
+    it, which costs accuracy without fine-tuning (Touvron et al. 2021, section 4).
     """
 
     positions: Tensor
@@ -27,12 +28,20 @@ class Resized(NamedTuple):
 def resize_positions(
     positions: Tensor, *, prefix: int, side: int, kernel: PosEmbedKernel
 ) -> Resized:
-    """The rows of the patches resampled on a grid of `side` x `side`; of the same side as they are.
+    """Resample the patch rows of a position embedding to a grid of `side` x `side`.
 
-    positions: [1, prefix + n**2, width], those of the class and distillation tokens first.
-    kernel: bicubic either way. deit: the kernel of DeiT's code, four pixels wide; timm: with
-    antialiasing, whose kernel has other coefficients even where it enlarges.
-    Raises CheckpointError where the rows after the prefix are no square.
+    The first `prefix` rows (class and distillation tokens) are not changed. If the grid already
+    has this size, the embedding is returned unchanged.
+
+    positions: float [1, prefix + n**2, width].
+    kernel: bicubic in both cases. deit: as in DeiT's code. timm: with antialiasing, which uses
+    other bicubic coefficients, also for upsampling.
+    Raises CheckpointError if the number of patch rows is not a square.
+
+    >>> positions = torch.rand(1, 1 + 4 * 4, 8)
+    >>> resized = resize_positions(positions, prefix=1, side=6, kernel="deit")
+    >>> tuple(resized.positions.shape), resized.sides
+    ((1, 37, 8), (4, 6))
     """
     tokens, patches = positions[:, :prefix], positions[:, prefix:]
     before = grid_side(positions.shape[1], prefix)
@@ -49,10 +58,13 @@ def resize_positions(
 
 
 def grid_side(rows: int, prefix: int) -> int:
-    """Patches along an edge of an embedding with so many rows. Raises CheckpointError."""
+    """Return the patches along an edge, for an embedding with `rows` rows, `prefix` of them tokens.
+
+    Raises CheckpointError if the number of patches is not a square.
+    """
     side = round(max(rows - prefix, 0) ** 0.5)
     if side < 1 or side**2 != rows - prefix:
         raise CheckpointError(
-            f"pos_embed: {rows} rows are not {prefix} token(s) and a square of patches"
+            f"pos_embed: its {rows} rows are not {prefix} token(s) and a square number of patches"
         )
     return side

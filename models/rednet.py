@@ -1,7 +1,7 @@
-"""RedNet: a residual network of involutions, whose kernels differ by place and not by channel.
+"""RedNet: a residual network of involutions, whose kernels differ by position and not by channel.
 
 Li et al., "Involution: Inverting the Inherence of Convolution for Visual Recognition", CVPR 2021
-(arXiv 2103.06255). A teacher with another inductive bias than a ConvNet's.
+(arXiv 2103.06255). As a teacher it has another inductive bias than a ConvNet.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 _GROUP_CHANNELS = 16  # channels that share a kernel
-_REDUCTION = 4  # of the channels, where a kernel is made
-_EXPANSION = 4  # of the channels, out of a block
+_REDUCTION = 4  # of the channels from which a kernel is generated
+_EXPANSION = 4  # of the output channels of a block
 
 
 def involve(features: Tensor, kernels: Tensor, *, stride: int = 1) -> Tensor:
-    """Multiply each pixel's neighbourhood with the pixel's own kernel and sum it (equation 4).
+    """Multiply each pixel's neighborhood with the pixel's own kernel and sum it (equation 4).
 
-    features: [batch, channels, height, width]. kernels: [batch, groups, side**2, ceil(height /
-    stride), ceil(width / stride)] with an odd side; channels are divided among the groups in order.
-    Returns the type of `features`; sums are in float32, also under autocast.
+    features: float [batch, channels, height, width]. kernels: float [batch, groups, side**2,
+    ceil(height / stride), ceil(width / stride)] with an odd side; channels are divided among the
+    groups in order. Return [batch, channels, ceil(height / stride), ceil(width / stride)] in the
+    dtype of `features`; sums are computed in float32, also under autocast.
 
-    A sum over shifted images: unfolding would hold side**2 copies of the features.
+    Computed as a sum of shifted images, because unfolding needs side**2 copies of the features.
     """
-    groups, places = kernels.shape[1:3]
-    border = round(places**0.5) // 2
+    groups, kernel_size = kernels.shape[1:3]
+    border = round(kernel_size**0.5) // 2
     wide = features if features.dtype == torch.float64 else features.float()
     padded = pad(wide, (border, border, border, border))
     padded = rearrange(padded, "b (g c) h w -> b g c h w", g=groups)
@@ -37,7 +38,7 @@ def involve(features: Tensor, kernels: Tensor, *, stride: int = 1) -> Tensor:
 
 
 class _ShiftedSum(torch.autograd.Function):
-    """The sum, with its gradient by hand: autograd would make side**2 padded images of zeros."""
+    """The sum with its own backward pass; autograd would allocate side**2 padded images."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, kernels: Tensor, stride: int) -> Tensor:
@@ -52,18 +53,18 @@ class _ShiftedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         padded, kernels = ctx.saved_tensors
-        of_padded, of_kernels = torch.zeros_like(padded), torch.empty_like(kernels)
+        grad_padded, grad_kernels = torch.zeros_like(padded), torch.empty_like(kernels)
         windows = _windows(padded, kernels, ctx.stride)
-        for place, (window, target) in enumerate(
-            zip(windows, _windows(of_padded, kernels, ctx.stride))
+        for index, (window, target) in enumerate(
+            zip(windows, _windows(grad_padded, kernels, ctx.stride))
         ):
-            target.addcmul_(gradient, kernels[:, :, place, None])
-            torch.sum(gradient * window, dim=2, out=of_kernels[:, :, place])
-        return of_padded, of_kernels, None
+            target.addcmul_(gradient, kernels[:, :, index, None])
+            torch.sum(gradient * window, dim=2, out=grad_kernels[:, :, index])
+        return grad_padded, grad_kernels, None
 
 
 def _windows(padded: Tensor, kernels: Tensor, stride: int) -> Iterator[Tensor]:
-    """For each place of a kernel the pixels that lie under it, a part of `padded`."""
+    """Yield a view of `padded` for each position of a kernel: the pixels at that position."""
     side = round(kernels.shape[2] ** 0.5)
     height, width = kernels.shape[-2:]
     for top in range(side):
@@ -72,18 +73,19 @@ def _windows(padded: Tensor, kernels: Tensor, stride: int) -> Iterator[Tensor]:
 
 
 class Involution(nn.Module):
-    """An involution whose kernels are made from the pixel's own features.
+    """An involution whose kernels are generated from each pixel's features.
 
-    Any even or odd size; with a stride the side becomes ceil(side / stride).
+    Input: float [batch, channels, height, width] of any size; output: [batch, channels,
+    ceil(height / stride), ceil(width / stride)].
     """
 
     def __init__(self, channels: int, side: int, stride: int = 1) -> None:
-        """side: of the kernel, odd."""
+        """side: of the kernel [px], odd."""
         super().__init__()
         self.stride = stride
         hidden = max(channels // _REDUCTION, 1)
         groups = max(channels // _GROUP_CHANNELS, 1)
-        # ceil_mode: of an odd side, the last row and column have kernels of their own as well.
+        # ceil_mode: for an odd size, the last row and column need kernels as well.
         self.pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.reduce = _convolution(channels, hidden)
         self.span = nn.Conv2d(hidden, groups * side**2, 1)
@@ -105,7 +107,7 @@ def _convolution(channels_in: int, channels_out: int, side: int = 1, stride: int
 
 
 class _Block(nn.Module):
-    """A bottleneck of a residual network with an involution in the place of its 3x3 convolution."""
+    """A residual bottleneck block with an involution instead of its 3x3 convolution."""
 
     def __init__(self, channels_in: int, channels: int, side: int, stride: int) -> None:
         super().__init__()
@@ -131,9 +133,9 @@ class _Block(nn.Module):
 
 
 class RedNet(nn.Module):
-    """A stem, stages of blocks that halve the side and double the channels, pooling, a head.
+    """A stem, stages that each halve the side and double the channels, pooling, and a head.
 
-    Input [batch, 3, side, side]; output [batch, num_classes].
+    Input: normalized images, float [batch, 3, side, side]; output: [batch, num_classes].
     """
 
     def __init__(
@@ -145,9 +147,9 @@ class RedNet(nn.Module):
         side: int = 7,
         stem_stride: int = 4,
     ) -> None:
-        """depths: blocks in each stage. width: channels of the stem, and within the first stage's
-        blocks. side: of the kernels, odd. stem_stride: 4 as published, for 32 px 2 or 1; what the
-        stem divides the image's side by."""
+        """depths: blocks per stage. width: channels of the stem and within the blocks of the first
+        stage. side: of the kernels [px], odd. stem_stride: total stride of the stem: 4 as
+        published, or 2 or 1 for images of 32 px."""
         super().__init__()
         half = width // 2
         self.num_classes = num_classes
@@ -175,4 +177,4 @@ class RedNet(nn.Module):
 
 
 DEPTHS: dict[str, tuple[int, ...]] = {"26": (1, 2, 4, 1), "38": (2, 3, 5, 2), "50": (3, 4, 6, 3)}
-"""Blocks in each stage by the paper's names."""
+"""Blocks per stage, by the paper's names."""

@@ -1,4 +1,4 @@
-"""A saved network: a folder with its weights and the facts that rebuild and feed it."""
+"""Save and load a student: a folder with its weights and a ModelInfo that rebuilds it."""
 
 import json
 from dataclasses import asdict
@@ -17,33 +17,60 @@ from deit.models.weight_files import load_weights
 
 
 def build_student(facts: ModelInfo) -> Student:
-    """The student of these facts, with random weights from torch's generator."""
+    """Return a new student with random weights from torch's generator.
+
+    Raises ConfigError as `create_network`.
+
+    >>> from deit.config.student_section import StudentConfig
+    >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
+    >>> facts = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    >>> build_student(facts).network.head.weight.shape
+    torch.Size([2, 96])
+    """
     network = create_network(facts.student, len(facts.class_names))
     return Student(network, mean=facts.mean, std=facts.std)
 
 
-def save_student(folder: Path, weights: dict[str, Tensor], facts: ModelInfo) -> None:
-    """Write the weights (named as in `student.network`) and facts into an existing folder."""
+def save_student(folder: str | Path, weights: dict[str, Tensor], facts: ModelInfo) -> None:
+    """Write model.safetensors and model.json into an existing folder.
+
+    weights: by their names in `student.network`.
+    """
+    folder = Path(folder)
     save_weights(folder / WEIGHTS, weights)
     (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
 
 
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write tensors by name as safetensors that other libraries read."""
-    # Not save_file: its files are nobody else's to read, whatever the umask says.
-    path.write_bytes(to_safetensors_bytes(weights))
+def save_weights(path: str | Path, weights: dict[str, Tensor]) -> None:
+    """Write named tensors as a safetensors file with the metadata that transformers expects."""
+    # Not safetensors' save_file, which ignores the umask: only the owner could read its files.
+    Path(path).write_bytes(to_safetensors_bytes(weights))
 
 
 def to_safetensors_bytes(weights: dict[str, Tensor]) -> bytes:
-    """Tensors by name as the content of a safetensors file."""
+    """Return named tensors as the content of a safetensors file."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     return save(tensors, metadata={"format": "pt"})
 
 
-def load_student(folder: Path) -> tuple[Student, ModelInfo]:
-    """Rebuild a saved student; where adapters and heads alone were saved, on the weights they
-    belong to. Raises CheckpointError, also where the folder has a manifest and is not as it was
-    written."""
+def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
+    """Load a saved student and its ModelInfo, in training mode on the CPU.
+
+    If the folder stores adapters and heads only, the other weights are read from the base they
+    were trained on. Raises CheckpointError if a file is missing, damaged or made for another
+    network, or differs from the folder's manifest if it has one.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from deit.config.student_section import StudentConfig
+    >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
+    >>> facts = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    >>> with TemporaryDirectory() as folder:
+    ...     save_student(folder, build_student(facts).network.state_dict(), facts)
+    ...     student, loaded = load_student(folder)
+    >>> loaded == facts, student.network.num_classes
+    (True, 2)
+    """
+    folder = Path(folder)
     if (folder / manifest.MANIFEST).is_file():
         manifest.verify_dir(folder)
     facts = load_json_as(folder / FACTS, ModelInfo)

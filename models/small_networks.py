@@ -1,4 +1,4 @@
-"""A small residual ConvNet for images of 8 to 64 px: the teacher for the handwritten digits."""
+"""A small residual ConvNet and a dense network, for handwritten digits."""
 
 from itertools import pairwise
 
@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 
 class SmallConvNet(nn.Module):
-    """Three stages of 3x3 convolutions (32, 64, 128 channels), halving the side between them.
+    """A residual ConvNet: three stages of 3x3 convolutions with 32, 64 and 128 channels.
 
-    0.3 M parameters at 10 classes. Input [batch, 3, side, side]; output [batch, num_classes].
+    The side is halved between the stages. 0.3 M parameters for 10 classes. Input: normalized
+    images, float [batch, 3, side, side], side from 8 to 64 px; output: [batch, num_classes].
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -45,11 +46,11 @@ class _Residual(nn.Module):
 
 
 class Dense(nn.Module):
-    """side^2 grey levels -> side^2 / 4 units with ReLU -> classes: 784, 196 and 10 for MNIST, the
-    student of AditMeh/Distillation.
+    """A network with one hidden layer: side^2 inputs, side^2 / 4 hidden units with ReLU, classes.
 
-    Input [batch, 3, side, side], of which it takes the mean over the channels; output
-    [batch, num_classes].
+    For MNIST 784, 196 and 10 units, as the student of github.com/AditMeh/Distillation. Input:
+    normalized images, float [batch, 3, side, side], averaged over the channels; output: [batch,
+    num_classes].
     """
 
     def __init__(self, side: int, num_classes: int) -> None:

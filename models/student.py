@@ -1,4 +1,4 @@
-"""The student: a network that takes images in [0, 1] and answers with every head it has."""
+"""The student: a network that takes images in [0, 1] and returns the logits of all its heads."""
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -8,14 +8,17 @@ from deit.core.types import StudentOutput
 from deit.models.surgery.convpass import adapters_of
 from deit.models.surgery.fake_quant import fake_quant_layers
 
-_OF_RANGES = ("range", "observed")
+_RANGE_BUFFERS = ("range", "observed")
 
 
 class Student(nn.Module):
-    """Wraps a network: normalises for it, and always returns Outputs.
+    """Wrap a network: normalize its input and return the logits of all heads.
 
-    The type of the answer never depends on training or evaluation, unlike timm's forward. The
-    wrapped network's own parameter names are what checkpoints hold (`student.network`).
+    In training and in evaluation it returns a StudentOutput; timm's forward of a distilled ViT
+    returns a mean of both heads in evaluation. Checkpoints store the parameters of
+    `student.network`, by that network's names.
+
+    mean, std: normalization per channel, for images in [0, 1].
     """
 
     def __init__(
@@ -26,15 +29,18 @@ class Student(nn.Module):
         self.frozen_backbone = False
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
-        # Else several processes send them around before every forward pass. Ranges are alike, and
-        # what each process sees is its own.
-        ranges = [f"network.{n}.{kind}" for n in fake_quant_layers(network) for kind in _OF_RANGES]
+        # DistributedDataParallel would broadcast these buffers before every forward pass. The
+        # ranges are equal in all processes, and observed ranges differ by intention.
+        layers = fake_quant_layers(network)
+        ranges = [f"network.{name}.{buffer}" for name in layers for buffer in _RANGE_BUFFERS]
         self._ddp_params_and_buffers_to_ignore = ["mean", "std", *ranges]
 
     def train(self, mode: bool = True) -> "Student":
-        """As any module; with `still` the network stays in evaluation mode, all but adapters that
-        are trained: where these or heads alone are, statistics and drop path of the rest are part
-        of what is fixed."""
+        """Set training mode; a frozen backbone stays in evaluation mode.
+
+        With `frozen_backbone`, only trainable adapters enter training mode: the batch statistics
+        and the drop path of the frozen layers must not change.
+        """
         super().train(mode)
         if self.frozen_backbone:
             self.network.eval()
@@ -43,20 +49,33 @@ class Student(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> StudentOutput:
-        """images: float [batch, 3, height, width] in [0, 1]."""
-        normalised = (images - self.mean) / self.std
+        """Return the logits of images, float [batch, 3, height, width] in [0, 1].
+
+        The class logits have the shape [batch, classes], the distillation logits [batch,
+        distillation tokens, classes]; these are None for a network without distillation tokens.
+
+        >>> from deit.config.student_section import StudentConfig
+        >>> from deit.models.networks import create_network
+        >>> network = create_network(StudentConfig("deit_micro", image_size=8, depth=1), 10)
+        >>> student = Student(network, mean=(0.5,) * 3, std=(0.25,) * 3)
+        >>> output = student(torch.rand(4, 3, 8, 8))
+        >>> tuple(output.class_logits.shape), tuple(output.distillation_logits.shape)
+        ((4, 10), (4, 1, 10))
+        """
+        normalized = (images - self.mean) / self.std
         network = self.network
         if not isinstance(network, VisionTransformerDistilled):
-            return StudentOutput(network(normalised))
-        tokens = network.forward_features(normalised)  # class, distillation token(s), patches
-        several = isinstance(network.head_dist, nn.ModuleList)
-        heads = network.head_dist if several else [network.head_dist]
-        taught = [
-            head(network.head_drop(tokens[:, place])) for place, head in enumerate(heads, start=1)
+            return StudentOutput(network(normalized))
+        tokens = network.forward_features(normalized)  # class, distillation token(s), patches
+        is_multi = isinstance(network.head_dist, nn.ModuleList)
+        heads = network.head_dist if is_multi else [network.head_dist]
+        distillation_logits = [
+            head(network.head_drop(tokens[:, index])) for index, head in enumerate(heads, start=1)
         ]
-        # Stacked even if it is one: torch warns where a divided network returns a view.
-        taught = torch.stack(taught, dim=1)
-        return StudentOutput(network.head(network.head_drop(tokens[:, 0])), taught)
+        # Stacked even for one head: torch warns if a sharded network returns a view.
+        distillation_logits = torch.stack(distillation_logits, dim=1)
+        class_logits = network.head(network.head_drop(tokens[:, 0]))
+        return StudentOutput(class_logits, distillation_logits)
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:
@@ -64,5 +83,5 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
 
 
 def has_distillation_head(network: nn.Module) -> bool:
-    """Whether the network answers with a distillation head beside the class head."""
+    """Return whether the network has a distillation head in addition to its class head."""
     return isinstance(network, VisionTransformerDistilled)

@@ -1,4 +1,4 @@
-"""Find a teacher (a run, timm, a checkpoint file or Python code) and match its classes."""
+"""Load a teacher (a run, timm, a checkpoint file or Python code) and match its classes."""
 
 import re
 from collections import Counter
@@ -34,39 +34,50 @@ from deit.models.teachers import ASSUMED, BY_NAME, LoadedNetwork, Teacher
 from deit.models.weight_files import as_named, load_weights, read_weights
 
 
-def load_teacher(config: TeacherSpec, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
-    """A teacher of a configuration, checked against the classes of the data.
+def load_teacher(spec: TeacherSpec, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
+    """Load a teacher and match its logits to the classes of the data.
 
-    image_size: side [px] of the images it will be given if it does not say its own.
+    image_size: side [px] of its input, if neither `spec` nor the source states one.
 
-    Raises DataError where it is missing, has no real weights, or its classes differ;
-    CheckpointError where its file is unreadable or made for another network.
+    Raises NotFoundError if the source is missing, DataError if it has no trained weights, its code
+    fails or its classes differ, ConfigError if its architecture is missing or unknown, and
+    CheckpointError if its file is unreadable or made for another network.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> code = "import torch\\nnet = lambda: torch.nn.Sequential(" + (
+    ...     "torch.nn.Flatten(), torch.nn.Linear(192, 2))")
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "net.py").write_text(code)
+    ...     spec = TeacherSpec(f"{folder}/net.py:net", None, None, None, None, 1.0, "auto")
+    ...     teacher = load_teacher(spec, ("cat", "dog"), image_size=8)
+    >>> tuple(teacher(torch.rand(4, 3, 8, 8)).shape), teacher.training
+    ((4, 2), False)
     """
-    origin = _find(config, class_names)
-    trained = origin.image_size
-    if config.image_size is not None:
-        origin = origin._replace(image_size=config.image_size)
-    if config.mean is not None and config.std is not None:
-        origin = origin._replace(mean=config.mean, std=config.std)
-    count = _count_outputs(origin, image_size)
-    order = BY_NAME
-    if config.classes is not None:
-        origin = origin._replace(class_names=_given_names(config.classes, class_names))
-        more = ",..." if len(config.classes) > 4 else ""
-        order = f"teacher.classes {','.join(config.classes[:4])}{more}"
-    elif origin.class_names is None:
-        origin = origin._replace(class_names=_known_names(count, class_names))
-        order = ASSUMED if origin.class_names is None else f"{count} synsets of ImageNet"
-    teacher = Teacher(origin, _match_classes(origin, class_names, count), trained, order)
-    if config.memory_format == "channels_last":
+    loaded = _load_network(spec, class_names)
+    trained_size = loaded.image_size
+    if spec.image_size is not None:
+        loaded = loaded._replace(image_size=spec.image_size)
+    if spec.mean is not None and spec.std is not None:
+        loaded = loaded._replace(mean=spec.mean, std=spec.std)
+    count = _count_outputs(loaded, image_size)
+    class_order = BY_NAME
+    if spec.classes is not None:
+        loaded = loaded._replace(class_names=_given_names(spec.classes, class_names))
+        more = ",..." if len(spec.classes) > 4 else ""
+        class_order = f"teacher.classes {','.join(spec.classes[:4])}{more}"
+    elif loaded.class_names is None:
+        loaded = loaded._replace(class_names=_known_names(count, class_names))
+        class_order = ASSUMED if loaded.class_names is None else f"{count} synsets of ImageNet"
+    teacher = Teacher(loaded, _match_classes(loaded, class_names, count), trained_size, class_order)
+    if spec.memory_format == "channels_last":
         teacher.set_memory_format("channels_last")
     return teacher
 
 
 def resolve_source(source: str) -> str:
-    """What a teacher.source is: callable, run, timm or file; cheap, before any data is read.
+    """Return the kind of a teacher.source: callable, run, timm or file.
 
-    Raises NotFoundError where there is nothing.
+    Reads no file. Raises NotFoundError if the source does not exist.
     """
     path = Path(source).expanduser()
     if ".py:" in source:
@@ -80,8 +91,8 @@ def resolve_source(source: str) -> str:
         if (path / "config.json").is_file() and not (path / "metrics.jsonl").exists():
             return "timm"
         raise NotFoundError(
-            f"teacher.source {source}: holds no trained network (no best/model.safetensors of "
-            "ours, no config.json of timm); let the run finish, or train it with train_deit.py"
+            f"teacher.source {source}: holds no trained network (no best/model.safetensors of a "
+            "run, no config.json of timm); let the run finish, or train it with train_deit.py"
         )
     if path.is_file():
         return "file"
@@ -93,11 +104,11 @@ def resolve_source(source: str) -> str:
         raise NotFoundError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
         recipe = path.name if path.name.endswith("-teacher") else "RECIPE"
-        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        folder = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise NotFoundError(
-            f"teacher.source {source}: no such file or folder{place}; train a teacher first "
-            f"(python train_deit.py {recipe} --out {source}, with the same --data options), or say "
-            "where it is now (--teacher.source DIR)"
+            f"teacher.source {source}: no such file or folder{folder}; train a teacher first "
+            f"(python train_deit.py {recipe} --out {source}, with the same --data options), or set "
+            "its location (--teacher.source DIR)"
         )
     raise NotFoundError(
         f"teacher.source {source}: no such file, folder or timm model"
@@ -105,8 +116,8 @@ def resolve_source(source: str) -> str:
     )
 
 
-def _find(config: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
-    source = config.source or ""
+def _load_network(spec: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
+    source = spec.source or ""
     path = Path(source).expanduser()
     kind = resolve_source(source)
     if kind == "callable":
@@ -114,12 +125,12 @@ def _find(config: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
     if kind == "run":
         return _from_run(find_saved_model(path), source)
     if kind == "file":
-        return _from_file(path, config, class_names)
+        return _from_file(path, spec, class_names)
     return _from_timm(f"local-dir:{path}" if path.is_dir() else source, source)
 
 
 class _FusedLogits(nn.Module):
-    """A student of ours as a plain network: images normalised by it, one answer, fused."""
+    """A student as a network with a single output: the fused logits of its heads, if it has two."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
@@ -133,7 +144,7 @@ class _FusedLogits(nn.Module):
 def _from_run(folder: Path, source: str) -> LoadedNetwork:
     student, facts = load_student(folder)
     mean, std = facts.mean, facts.std
-    # The Teacher normalises; the student inside must not do it again.
+    # The Teacher normalizes; the student within it must not do so again.
     student.mean.zero_()
     student.std.fill_(1)
     return LoadedNetwork(
@@ -152,41 +163,41 @@ def _from_timm(name: str, source: str) -> LoadedNetwork:
     except Exception as error:  # hub, network, parsing and shape errors of many types
         raise_transient(error, f"teacher.source {source}")
         reason = str(error).strip().split("\n")[0]
-        # A folder that is there is broken; a name is one of the hub's, which is not reached.
+        # An existing folder is damaged; a name belongs to the hub, which could not be reached.
         kind = DataError if name.startswith("local-dir:") else NotFoundError
         raise kind(
             f"teacher.source {source}: its weights could not be loaded ({reason}); "
-            + _instead(source)
+            f"{_advice(source)}"
         ) from None
-    known = network.pretrained_cfg
-    if not any(known.get(place) for place in ("file", "url", "hf_hub_id", "state_dict")):
+    pretrained_cfg = network.pretrained_cfg
+    if not any(pretrained_cfg.get(key) for key in ("file", "url", "hf_hub_id", "state_dict")):
         raise DataError(f"teacher.source {source}: timm has no trained weights for this model")
-    names = known.get("label_names")
+    names = pretrained_cfg.get("label_names")
     subset = infer_imagenet_subset(network)
     if names is None and subset is not None and not name.startswith("local-dir:"):
-        names = ImageNetInfo(subset).label_names()  # what timm publishes is of ImageNet
+        names = ImageNetInfo(subset).label_names()  # timm's published weights are for ImageNet
     return LoadedNetwork(
         network,
         f"timm {name}",
-        known["input_size"][-1],
-        tuple(known["mean"]),
-        tuple(known["std"]),
+        pretrained_cfg["input_size"][-1],
+        tuple(pretrained_cfg["mean"]),
+        tuple(pretrained_cfg["std"]),
         None if names is None else tuple(names),
     )
 
 
-def _instead(source: str) -> str:
-    """What to do where the hub is not reached."""
+def _advice(source: str) -> str:
+    """Return the remedy for a source that could not be downloaded."""
     if source.startswith(HUB_PREFIXES):
         return f"it {address_hint(source)}"
     return "give a local folder or checkpoint file instead"
 
 
-def _from_file(path: Path, config: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
-    name = config.architecture
+def _from_file(path: Path, spec: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetwork:
+    name = spec.architecture
     if name is None:
         raise ConfigError(
-            f"teacher.architecture = None: the checkpoint file {path} needs its architecture, "
+            f"teacher.architecture = None: set the architecture of the checkpoint file {path}: "
             f"timm:NAME or one of {', '.join(STUDENTS)}"
         )
     if name not in STUDENTS and not name.startswith("timm:"):
@@ -195,37 +206,38 @@ def _from_file(path: Path, config: TeacherSpec, class_names: tuple[str, ...]) ->
             f"{', '.join(STUDENTS)}{did_you_mean(name, STUDENTS)}"
         )
     weights = read_weights(path)
-    known: dict = {}
+    pretrained_cfg: dict = {}
     if name.startswith("timm:") and timm.is_model(name.removeprefix("timm:")):
-        known = timm.get_pretrained_cfg(name.removeprefix("timm:")).to_dict()
-    size = config.image_size or known.get("input_size", (3, None, None))[-1]
-    mean, std = config.mean or known.get("mean"), config.std or known.get("std")
+        pretrained_cfg = timm.get_pretrained_cfg(name.removeprefix("timm:")).to_dict()
+    size = spec.image_size or pretrained_cfg.get("input_size", (3, None, None))[-1]
+    mean, std = spec.mean or pretrained_cfg.get("mean"), spec.std or pretrained_cfg.get("std")
     if size is None or mean is None:
         raise ConfigError(
             f"teacher.image_size, teacher.mean and teacher.std: the checkpoint file {path} does "
-            "not say what it was trained with; give all three"
+            "not state the values it was trained with; set all three"
         )
     student = StudentConfig(name=name, image_size=size)
-    network = create_network(student, _classes_in(weights, student, len(class_names)))
+    network = create_network(student, _num_classes_of(weights, student, len(class_names)))
     load_weights(network, weights, origin=f"teacher.source {path}")
     return LoadedNetwork(network, f"{name} from {path}", size, tuple(mean), tuple(std), None)
 
 
-def _classes_in(weights: dict[str, Tensor], student: StudentConfig, otherwise: int) -> int:
-    """The classes of a network, by the rows of its head among the weights; `otherwise` where that
-    is not in them under its name, which loading then reports."""
+def _num_classes_of(weights: dict[str, Tensor], student: StudentConfig, default: int) -> int:
+    """Return the number of rows of the head among the weights, or `default` if it is missing.
+
+    A missing head is reported when the weights are loaded.
+    """
     with torch.device("meta"):
-        network = create_network(student, otherwise)
+        network = create_network(student, default)
     named = as_named(weights, network.state_dict())
     for head in classifier_names(network):
-        if (found := named.get(f"{head}.weight")) is not None and found.ndim:
-            return len(found)
-    return otherwise
+        if (weight := named.get(f"{head}.weight")) is not None and weight.ndim:
+            return len(weight)
+    return default
 
 
 def _known_names(count: int, class_names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The names of so many outputs: the synsets of the part of ImageNet that has as many classes,
-    where those of the data are among them; else None."""
+    """Return the synsets of the ImageNet subset with `count` classes; None if the data's differ."""
     subset = infer_imagenet_subset({"num_classes": count})
     if subset is None:
         return None
@@ -233,11 +245,11 @@ def _known_names(count: int, class_names: tuple[str, ...]) -> tuple[str, ...] | 
     return synsets if set(class_names) <= set(synsets) else None
 
 
-def arranged(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The data's class names in one of `config.CLASS_ORDERS`."""
+def ordered_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the data's class names in one of `deit.config.schema.CLASS_ORDERS`."""
 
     def natural(name: str) -> list[int | str]:
-        # Text and numbers take turns, so equal places always compare.
+        # Text and numbers alternate, so that elements at the same index have the same type.
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
     if order == "data":
@@ -250,15 +262,17 @@ def arranged(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(class_names, key=keys.get(order), reverse=order == "reversed"))
 
 
-def _given_names(words: tuple[str, ...], class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that teacher.classes says. Raises DataError where a file of them is unreadable, or
-    one is there twice."""
-    if len(words) == 1 and words[0] in CLASS_ORDERS:
-        return arranged(words[0], class_names)
-    names = read_names("teacher.classes", words)
-    twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice:
-        raise DataError(f"teacher.classes: names {twice[0]!r} twice")
+def _given_names(classes: tuple[str, ...], class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class names of teacher.classes: an order of the data's, names, or a file of them.
+
+    Raises DataError if the file is unreadable or a name occurs twice.
+    """
+    if len(classes) == 1 and classes[0] in CLASS_ORDERS:
+        return ordered_classes(classes[0], class_names)
+    names = read_names("teacher.classes", classes)
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise DataError(f"teacher.classes: contains {duplicates[0]!r} twice")
     return names
 
 
@@ -287,54 +301,54 @@ def _from_callable(source: str) -> LoadedNetwork:
 
 
 def _match_classes(
-    origin: LoadedNetwork, class_names: tuple[str, ...], count: int
+    loaded: LoadedNetwork, class_names: tuple[str, ...], count: int
 ) -> tuple[int, ...] | None:
-    """Columns of the teacher's logits for the data's classes; None if they agree as they are.
+    """Return the indices of the data's classes among the teacher's; None if they are equal.
 
-    count: of its outputs.
+    count: the number of the teacher's logits.
     """
-    if origin.class_names is not None and count != len(origin.class_names):
+    if loaded.class_names is not None and count != len(loaded.class_names):
         raise DataError(
-            f"teacher {origin.description}: answers with {count} classes and names "
-            f"{len(origin.class_names)}; --teacher.classes @FILE gives a name to each"
+            f"teacher {loaded.description}: has {count} outputs, but {len(loaded.class_names)} "
+            "class names; name each output with --teacher.classes @FILE"
         )
-    if origin.class_names is None:
+    if loaded.class_names is None:
         if count != len(class_names):
             raise DataError(
-                f"teacher {origin.description}: answers with {count} classes, the data has "
-                f"{len(class_names)}, and it carries no class names to match them by; "
-                "--teacher.classes @FILE gives them, one a line in the order of its answers"
+                f"teacher {loaded.description}: has {count} outputs, the data {len(class_names)} "
+                "classes, and no class names to match them by; give them with --teacher.classes "
+                "@FILE, one per line in the order of its outputs"
             )
         return None
-    if origin.class_names == class_names:
+    if loaded.class_names == class_names:
         return None
-    column = {name: index for index, name in enumerate(origin.class_names)}
-    missing = [name for name in class_names if name not in column]
+    indices = {name: index for index, name in enumerate(loaded.class_names)}
+    missing = [name for name in class_names if name not in indices]
     if missing:
-        shown = ", ".join(repr(name) for name in missing[:5])
+        examples = ", ".join(repr(name) for name in missing[:5])
         raise DataError(
-            f"teacher {origin.description}: knows {len(column)} classes, but of the data's "
-            f"{len(class_names)} it lacks {len(missing)}: {shown}"
-            f"{did_you_mean(missing[0], column)}"
+            f"teacher {loaded.description}: has {len(indices)} classes, but lacks {len(missing)} "
+            f"of the data's {len(class_names)}: {examples}{did_you_mean(missing[0], indices)}"
         )
-    return tuple(column[name] for name in class_names)
+    return tuple(indices[name] for name in class_names)
 
 
-def _count_outputs(origin: LoadedNetwork, image_size: int) -> int:
-    side = origin.image_size or image_size
-    origin.network.eval()
+def _count_outputs(loaded: LoadedNetwork, image_size: int) -> int:
+    side = loaded.image_size or image_size
+    loaded.network.eval()
     try:
         with torch.no_grad():
-            answer = origin.network(torch.zeros(2, 3, side, side))
+            logits = loaded.network(torch.zeros(2, 3, side, side))
     except (Exception, SystemExit) as error:  # a network of any origin may raise anything
-        raise_transient(error, f"teacher {origin.description}")
+        raise_transient(error, f"teacher {loaded.description}")
         raise DataError(
-            f"teacher {origin.description}: cannot answer images of {side} px "
-            f"({type(error).__name__}: {first_line(error)}); teacher.image_size sets it"
+            f"teacher {loaded.description}: fails on images of {side} px "
+            f"({type(error).__name__}: {first_line(error)}); set its input size with "
+            "--teacher.image_size"
         ) from error
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 2:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         raise DataError(
-            f"teacher {origin.description}: should answer with logits [batch, classes], answered "
-            f"with {tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__}"
+            f"teacher {loaded.description}: should return logits [batch, classes], returned "
+            f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
         )
-    return answer.shape[1]
+    return logits.shape[1]

@@ -1,4 +1,4 @@
-"""Teachers: frozen networks of any origin behind one call, images in [0, 1] to logits."""
+"""Teachers: frozen networks from any source that map images in [0, 1] to logits."""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -8,73 +8,81 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from deit.core.errors import (
-    DataError,
-)
+from deit.core.errors import DataError
 from deit.core.tensors import device_constant
 from deit.models.memory_format import MemoryFormat, set_memory_format, to_memory_format
 from deit.models.weight_files import digest_of
 
 
 class LoadedNetwork(NamedTuple):
-    """A network as it was found, with what is known of its training.
-
-    class_names is None where the origin does not say.
-    """
+    """A network and what its source states about its training."""
 
     network: nn.Module
+    """Normalized images, float [batch, 3, height, width], to logits [batch, classes]."""
     description: str
+    """For logs: name and source."""
     image_size: int | None
+    """Side [px] of its input; None: any size."""
     mean: tuple[float, ...]
+    """Normalization per channel, for images in [0, 1]."""
     std: tuple[float, ...]
     class_names: tuple[str, ...] | None
+    """In the order of its logits; None if the source does not state them."""
 
 
 BY_NAME = "its own class names"
 ASSUMED = "assumed: the order of the data's classes"
-"""How a teacher's answers are matched to classes, where teacher.classes does not say it."""
+"""How the order of a teacher's logits was determined, if teacher.classes is not set."""
 
 
 class Teacher(nn.Module):
-    """A frozen network with its own input size and normalisation; never in training mode.
+    """A frozen network with its own input size and normalization, always in evaluation mode.
 
-    It is not part of the student, is not handed to `accelerator.prepare`, and is in no checkpoint.
+    It is no part of the student, is not passed to `accelerator.prepare`, and is not saved in
+    checkpoints.
     """
 
     def __init__(
         self,
-        origin: LoadedNetwork,
-        columns: tuple[int, ...] | None = None,
+        loaded: LoadedNetwork,
+        class_indices: tuple[int, ...] | None = None,
         trained_size: int | None = None,
         class_order: str = BY_NAME,
     ) -> None:
-        """columns: which of its classes are the data's, in the data's order; None: all.
-        trained_size: side [px] of the images it learned from, where that is another than its
-        input's. class_order: how its answers were matched to the data's classes."""
+        """Freeze a loaded network.
+
+        class_indices: the index of each of the data's classes among its logits. Default: all of
+        its classes, in its order.
+        trained_size: side [px] of the images it was trained on. Default: that of its input.
+        class_order: how its logits were matched to the data's classes, for logs.
+        """
         super().__init__()
         self.class_order = class_order
-        self.trained_size = origin.image_size if trained_size is None else trained_size
-        self.network = origin.network
-        self.description = origin.description
-        self.image_size = origin.image_size
-        self.class_indices = None if columns is None else list(columns)
-        self.normalisation = (origin.mean, origin.std)
-        for name, values in (("mean", origin.mean), ("std", origin.std)):
+        self.trained_size = loaded.image_size if trained_size is None else trained_size
+        self.network = loaded.network
+        self.description = loaded.description
+        self.image_size = loaded.image_size
+        self.class_indices = None if class_indices is None else list(class_indices)
+        self.normalization = (loaded.mean, loaded.std)
+        for name, values in (("mean", loaded.mean), ("std", loaded.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
         self.memory_format: MemoryFormat = "contiguous"
 
-    def set_memory_format(self, layout: MemoryFormat) -> None:
-        """Have its convolutions compute in this layout: the same answers but for the last bits."""
-        self.memory_format = layout
-        set_memory_format(self.network, layout)
+    def set_memory_format(self, memory_format: MemoryFormat) -> None:
+        """Use this memory format for convolutions; logits differ by float rounding only."""
+        self.memory_format = memory_format
+        set_memory_format(self.network, memory_format)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What its answers depend on, as plain values: SHA-256 of the weights by name and of the
-        layers (strides and the like have no weights), input size, normalisation, and which of its
-        classes are the data's. What a network of one's own computes besides is not in it."""
-        mean, std = self.normalisation
+        """Return what its logits depend on, as plain values.
+
+        SHA-256 of the named weights and of the layers' settings (such as strides), input size,
+        normalization and selected classes. Code of a custom network outside its layers is not
+        included.
+        """
+        mean, std = self.normalization
         return {
             "weights": digest_of(self.network.state_dict()),
             "layers": _digest_of_layers(self.network),
@@ -85,25 +93,30 @@ class Teacher(nn.Module):
         }
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in evaluation mode whatever a container asks for: its statistics are fixed."""
+        """Stay in evaluation mode: batch statistics and dropout of a teacher are fixed."""
         return super().train(False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """As `forward`. Raises DataError where the network's own code asks Python to exit, which
-        would look like the end of what asks it."""
+        """Call `forward`. Raises DataError if the network's code exits (SystemExit).
+
+        Otherwise the whole program would end as if it had finished.
+        """
         try:
             return super().__call__(images)
         except SystemExit as error:
-            raise DataError(f"teacher {self.description}: leaves with {error!r}") from error
+            raise DataError(f"teacher {self.description}: its code exits with {error!r}") from error
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [batch, 3, height, width] in [0, 1]. Logits, float32 [batch, classes]."""
+        """Return float32 logits [batch, classes] of images, float [batch, 3, side, side] in [0, 1].
+
+        Images of another size than the network's input are resized (bicubic, antialiased).
+        """
         if self.image_size is not None and images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        answer = self.network(to_memory_format((images - self.mean) / self.std, self.memory_format))
-        logits = answer.float()
+        normalized = to_memory_format((images - self.mean) / self.std, self.memory_format)
+        logits = self.network(normalized).float()
         if self.class_indices is None:
             return logits
         return logits[:, device_constant(tuple(self.class_indices), logits.device)]
@@ -113,18 +126,25 @@ _SETTINGS = (
     *("kernel_size", "stride", "padding", "padding_mode", "dilation", "groups", "ceil_mode"),
     *("output_size", "num_groups", "num_heads", "eps", "negative_slope", "approximate"),
 )
-_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath)
+_NO_EFFECT = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    DropPath,
+)
 
 
 def _digest_of_layers(network: nn.Module) -> str:
-    """SHA-256 of the layers by name and kind, and of what they compute by beside their weights.
+    """Return the SHA-256 of the layers' names, types and settings.
 
-    Not of what `repr` prints: that depends on the versions of PyTorch and timm, as do layers that
-    do nothing in evaluation.
+    `repr` and layers without effect in evaluation are not included: they depend on the versions of
+    PyTorch and timm.
     """
     digest = hashlib.sha256()
     for name, module in network.named_modules():
-        leaf = next(module.children(), None) is None and not isinstance(module, _IDLE)
+        leaf = next(module.children(), None) is None and not isinstance(module, _NO_EFFECT)
         settings = {key: vars(module)[key] for key in _SETTINGS if key in vars(module)}
         if leaf or settings:
             kind = type(module).__name__ if leaf else ""

@@ -1,4 +1,4 @@
-"""A ViT as transformers' own DeiT or ViT: names of its weights there and back, its config.json."""
+"""Convert a ViT to transformers' DeiT or ViT and back: names of weights, config.json."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deit.config.student_section import SIZES
 from deit.core.errors import CheckpointError, ConfigError
 from deit.models.metadata import ModelInfo
-from deit.models.networks import check_blocks_alike
+from deit.models.networks import check_plain_blocks
 
 Weights = dict[str, Tensor]
 
@@ -28,7 +28,7 @@ _LAYER = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-_PARTS = ("query", "key", "value")  # of timm's qkv, one below the other
+_PARTS = ("query", "key", "value")  # the rows of timm's qkv, in this order
 _HEADS = {
     "deit": {"head": "cls_classifier", "head_dist": "distillation_classifier"},
     "vit": {"head": "classifier"},
@@ -36,21 +36,21 @@ _HEADS = {
 
 
 def to_transformers(weights: Weights) -> Weights:
-    """Weights of a deit_* or vit_* (timm's names) by the names transformers writes to disk.
+    """Rename the weights of a deit_* or vit_* from timm's names to those of transformers' files.
 
-    These are the names of its version 4; version 5 renamed its modules and reads both.
+    These are the names of transformers 4; version 5 renamed its modules and reads both.
     """
     kind = "deit" if "dist_token" in weights else "vit"
-    found: Weights = {}
+    converted: Weights = {}
     for name, value in weights.items():
         if (qkv := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)) is not None:
             layer, leaf = qkv.groups()
             for part, rows in zip(_PARTS, value.chunk(3)):
-                place = f"{kind}.encoder.layer.{layer}.attention.attention"
-                found[f"{place}.{part}.{leaf}"] = rows.contiguous()
+                prefix = f"{kind}.encoder.layer.{layer}.attention.attention"
+                converted[f"{prefix}.{part}.{leaf}"] = rows.contiguous()
         else:
-            found[_renamed(name, kind)] = value
-    return found
+            converted[_renamed(name, kind)] = value
+    return converted
 
 
 def _renamed(name: str, kind: str) -> str:
@@ -66,58 +66,57 @@ def _renamed(name: str, kind: str) -> str:
 
 
 def from_transformers(weights: Weights) -> Weights:
-    """The same the other way round; transformers' names of version 4 and those it saves in 5.
+    """Rename weights from the names in transformers' files, version 4 or 5, to timm's names.
 
-    Raises CheckpointError where a name is of another network.
+    Raises CheckpointError for a name that a DeiT or ViT does not have.
     """
     kinds = {name.split(".")[0] for name in weights} & set(_HEADS)
     if len(kinds) != 1:
-        raise CheckpointError("its weights are neither a DeiT's nor a ViT's of transformers")
+        raise CheckpointError("its weights are not those of transformers' DeiT or ViT")
     (kind,) = kinds
     back = {new: old for old, new in _EMBEDDINGS.items()}
     layers = {new: old for old, new in _LAYER.items()}
     heads = {new: old for old, new in _HEADS[kind].items()} | {"classifier": "head"}
-    found: Weights = {}
+    converted: Weights = {}
     parts: dict[tuple[str, str], Weights] = {}
     for name, value in weights.items():
         inner = name.removeprefix(f"{kind}.")
         stem, _, leaf = inner.rpartition(".")
         layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem)
         if inner in back or stem in back:
-            found[back[inner] if inner in back else f"{back[stem]}.{leaf}"] = value
+            converted[back[inner] if inner in back else f"{back[stem]}.{leaf}"] = value
         elif stem in heads:
-            found[f"{heads[stem]}.{leaf}"] = value
+            converted[f"{heads[stem]}.{leaf}"] = value
         elif layer is not None and layer[2] in layers:
-            found[f"blocks.{layer[1]}.{layers[layer[2]]}.{leaf}"] = value
+            converted[f"blocks.{layer[1]}.{layers[layer[2]]}.{leaf}"] = value
         elif layer is not None and layer[2].removeprefix("attention.attention.") in _PARTS:
             parts.setdefault((layer[1], leaf), {})[layer[2].rpartition(".")[2]] = value
         else:
-            raise CheckpointError(f"its weight {name} has no place in a DeiT or ViT of ours")
-    for (layer, leaf), three in parts.items():
-        if set(three) != set(_PARTS):
+            raise CheckpointError(f"its weight {name} does not exist in a deit_* or vit_*")
+    for (layer, leaf), qkv in parts.items():
+        if set(qkv) != set(_PARTS):
             raise CheckpointError(f"its layer {layer} lacks query, key or value")
-        found[f"blocks.{layer}.attn.qkv.{leaf}"] = torch.cat([three[part] for part in _PARTS])
-    return found
+        converted[f"blocks.{layer}.attn.qkv.{leaf}"] = torch.cat([qkv[part] for part in _PARTS])
+    return converted
 
 
 def transformers_config(facts: ModelInfo) -> dict[str, Any]:
-    """The config.json of DeiTForImageClassificationWithTeacher, or of ViTForImageClassification.
+    """Return the config.json of DeiTForImageClassificationWithTeacher or ViTForImageClassification.
 
-    Raises ConfigError where transformers has no such network.
+    Raises ConfigError if transformers has no such network.
     """
     student = facts.student
     if not student.is_transformer:
         raise ConfigError(
             f"student.name = {student.name!r}: transformers has no such network of its own; "
-            "--format timm goes through its TimmWrapper where timm has it, onnx and pt2 take any"
+            "use --format timm (for its TimmWrapper) if timm has the network, or onnx or pt2"
         )
     if student.num_distillation_tokens > 1:
         raise ConfigError(
             f"student.num_distillation_tokens = {student.num_distillation_tokens}: transformers "
-            "knows one "
-            "such token; --format onnx or pt2 takes any number"
+            "supports one such token only; use --format onnx or pt2"
         )
-    check_blocks_alike(student)
+    check_plain_blocks(student)
     usual = SIZES[student.name.split("_")[1]]
     shape = {name: getattr(student, name) or value for name, value in usual.items()}
     distilled = student.has_distillation_token
@@ -130,7 +129,7 @@ def transformers_config(facts: ModelInfo) -> dict[str, Any]:
         "num_attention_heads": shape["num_heads"],
         "intermediate_size": 4 * shape["embed_dim"],
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,  # timm's; the default there is 1e-12
+        "layer_norm_eps": 1e-6,  # as in timm; transformers' default is 1e-12
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "image_size": student.image_size,
@@ -144,10 +143,10 @@ def transformers_config(facts: ModelInfo) -> dict[str, Any]:
 
 
 def preprocessor_config(facts: ModelInfo) -> dict[str, Any]:
-    """The preprocessor_config.json: the shorter side resized, the centre cut, values normalised.
+    """Return the preprocessor_config.json: resize the shorter side, crop the center, normalize.
 
-    CLIP's processor: DeiT's takes a shorter side from transformers 5 on only, and with the height
-    and width of its own checkpoints it would squash pictures that are no squares.
+    It uses CLIP's processor. DeiT's supports a shorter side from transformers 5 on only; with a
+    fixed height and width it would distort images that are not square.
     """
     side = facts.student.image_size
     return {
@@ -166,9 +165,11 @@ def preprocessor_config(facts: ModelInfo) -> dict[str, Any]:
     }
 
 
-def load_from_transformers(folder: Path) -> nn.Module:
-    """The network of a folder, as transformers loads it, without our code; it reads those of timm
-    as well."""
+def load_from_transformers(folder: str | Path) -> nn.Module:
+    """Load an exported folder with transformers, without our code, in evaluation mode.
+
+    Folders in timm's format are supported too.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

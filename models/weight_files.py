@@ -1,4 +1,4 @@
-"""Weight files of any origin, read without running code from them, loaded without silent gaps."""
+"""Read weight files from any source without running code from them; load them strictly."""
 
 import hashlib
 import re
@@ -24,47 +24,48 @@ _CONTAINERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
     *("weights", "params", "teacher", "student", "backbone", "shadow"),
 )
-"""What trainers call the weights within their files, an average before the raw weights."""
+"""Keys under which trainers store weights; averaged weights are preferred to raw ones."""
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|rng|loss|criterion", re.IGNORECASE)
 _PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
-"""What wrappers of PyTorch put before names, wherever they stand."""
+"""Prefixes that PyTorch's wrappers add, removed wherever they occur."""
 _MEMBERS = (
     *("model.", "_model.", "net.", "network.", "backbone.", "encoder."),
     *("student.", "teacher.", "ema_model.", "ema."),
 )
-"""What a Lightning module or a trainer calls its network: left out where all names begin so."""
+"""Attributes of Lightning modules and trainers: removed if all names begin with one of them."""
 _PLAIN_ROOTS = {
     *("argparse", "types", "pathlib", "datetime", "enum", "numpy", "collections", "omegaconf"),
     *("yacs", "easydict", "ml_collections", "addict", "lightning_fabric", "lightning_utilities"),
 }
 _PLAIN_CLASSES = {"AttributeDict", "AttrDict", "HParams"}
-"""Where values come from that say nothing of the weights: modules, and classes by name."""
+"""Modules and classes of values that do not affect the weights, such as arguments and paths."""
 
 
 class _StandIn(dict):
-    """What a file holds beside its weights (arguments, paths, NumPy's numbers): known to be there
-    and nothing more. The class that the file names is neither imported nor called."""
+    """Replaces an object of a file, such as arguments, whose class is not imported or called."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Take no state."""
+        """Ignore the state."""
 
     def __hash__(self) -> int:
         return id(self)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name: safetensors, or a .pth / .pt / .bin / .ckpt of tensors.
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a weight file by name, on the CPU.
 
-    Unwraps the usual containers (an EMA before the raw weights) and the prefixes that wrappers
-    leave. Plain values beside the weights are passed over. Raises CheckpointError that says what
-    the file is where it holds no weights; a file that wants to run code is refused.
+    path: a safetensors file, or a .pth, .pt, .bin or .ckpt file of torch.save. The usual containers
+    are unwrapped (averaged weights are preferred to raw ones) and prefixes of wrappers removed.
+    Other plain values are ignored. No code of the file is run. Raises CheckpointError if the file
+    is missing or damaged, contains no weights, or could be loaded only by running code.
     """
+    path = Path(path)
     try:
         head = _head_of(path)
-        _refuse_other_kinds(path, head)
+        _check_kind(path, head)
         if path.suffix == ".safetensors" or _is_safetensors(head):
             content: Any = load_file(path)
         else:
@@ -78,44 +79,44 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise NotReadableError(f"{path}: {error.strerror}") from None
         reason = str(error) or "it is empty"
         raise CheckpointError(f"{path}: not a readable weight file ({reason})") from None
-    return _bare(path, _named_tensors(path, content))
+    return _remove_prefixes(path, _named_tensors(path, content))
 
 
 def _load(path: Path) -> Any:
-    """What a file of torch.save holds. Raises CheckpointError where that needs code to run."""
+    """Load a file of torch.save. Raises CheckpointError if that would run code."""
     stand_ins: dict[str, type] = {}
     while True:
-        known = [(kind, name) for name, kind in stand_ins.items()]
+        allowed = [(kind, name) for name, kind in stand_ins.items()]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of old pickles; ours is the message
-                with torch.serialization.safe_globals(known):
+                warnings.simplefilter("ignore")  # torch warns of old pickles
+                with torch.serialization.safe_globals(allowed):
                     return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
         except (OSError, EOFError):
             raise
         except Exception as error:  # torch raises RuntimeError, KeyError, UnpicklingError and more
             raise_transient(error, path)
-            # torch names the global or class it refused; every other reason is a damaged file.
-            said = str(error)
-            name = _refused_name(said)
+            # torch names the global or class it rejects; any other error is a damaged file.
+            message = str(error)
+            name = _rejected_name(message)
             if name is not None and name not in stand_ins and _is_plain(name):
                 stand_ins[name] = type("_StandIn", (_StandIn,), {})
                 continue
-            if name is not None or "GLOBAL" in said or "Unsupported class" in said:
+            if name is not None or "GLOBAL" in message or "Unsupported class" in message:
                 raise CheckpointError(_needs_code(path, name)) from None
             raise CheckpointError(
-                f"{path}: not a readable weight file (cut off or damaged?)"
+                f"{path}: not a readable weight file (truncated or damaged?)"
             ) from None
 
 
-def _refused_name(said: str) -> str | None:
-    """The global that torch.load would not import, by its whole name."""
-    found = re.search(r"GLOBAL ([\w.]+)", said)
-    return None if found is None else found[1]
+def _rejected_name(message: str) -> str | None:
+    """Return the full name of the global that torch.load refused to import."""
+    match = re.search(r"GLOBAL ([\w.]+)", message)
+    return None if match is None else match[1]
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a global stands for a plain value: what is put in its place changes no weight."""
+    """Return whether a global is a plain value, so that a stand-in for it changes no weight."""
     root = name.partition(".")[0]
     return root in _PLAIN_ROOTS or name.rpartition(".")[2] in _PLAIN_CLASSES
 
@@ -123,12 +124,12 @@ def _is_plain(name: str) -> bool:
 def _needs_code(path: Path, name: str | None) -> str:
     root = (name or "").partition(".")[0]
     if root in ("torch", "torchvision", "timm", "transformers", "__main__", "models", "model"):
-        what = f"holds a whole network ({name}) and more than tensors"
+        content = f"contains a whole network ({name}), not only tensors,"
     else:
-        what = "holds more than tensors" + (f" ({name})" if name else "")
+        content = "contains more than tensors" + (f" ({name})" if name else "")
     return (
-        f"{path}: {what} and would have to run code to load; where you trust it, save its "
-        "state_dict alone (torch.save(network.state_dict(), FILE); safetensors is best) and give "
+        f"{path}: {content} and could be loaded only by running its code; if you trust it, save "
+        "its state_dict (torch.save(network.state_dict(), FILE), or better as safetensors) and use "
         "that file"
     )
 
@@ -143,63 +144,64 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and 0 < size < 2**27
 
 
-def _refuse_other_kinds(path: Path, head: bytes) -> None:
-    """Name what is certainly no weights. Raises CheckpointError."""
+def _check_kind(path: Path, head: bytes) -> None:
+    """Raise CheckpointError for files that are certainly no weights, with their kind."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    said = None
+    kind = None
     if not head:
-        said = "it is empty: copy or download it again"
+        kind = "it is empty: copy or download it again"
     elif text.startswith(b"version https://git-lfs"):
-        said = "a Git LFS pointer to the weights: run `git lfs pull` in its repository"
+        kind = "a Git LFS pointer to the weights: run `git lfs pull` in its repository"
     elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<script")):
-        said = "a web page (HTML), saved in the place of the weights: download the file itself"
+        kind = "a web page (HTML) instead of the weights: download the file itself"
     elif head.startswith(b"\x89HDF\r\n\x1a\n"):
-        said = f"an HDF5 file, as Keras writes it: {_CONVERT}"
+        kind = f"an HDF5 file, as Keras writes it: {_CONVERT}"
     elif path.suffix == ".onnx":
-        said = f"an ONNX file: {_CONVERT}, or give a function (FILE.py:FUNCTION) that runs it"
+        kind = f"an ONNX file: {_CONVERT}, or use a function (FILE.py:FUNCTION) that runs it"
     elif head.startswith(b"\x93NUMPY"):
-        said = f"an array of NumPy: {_CONVERT}"
+        kind = f"a NumPy array: {_CONVERT}"
     elif head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
-        said = "a compressed archive: unpack it and give the weight file in it"
+        kind = "a compressed archive: unpack it and use the weight file in it"
     elif head[257:262] == b"ustar":
-        said = f"a tar archive{_held_in_tar(path)}: unpack it and give the weight file in it"
+        kind = f"a tar archive{_first_in_tar(path)}: unpack it and use the weight file in it"
     elif head.startswith(b"PK\x03\x04"):
-        said = _of_zip(path)
+        kind = _zip_kind(path)
     elif text.startswith((b"{", b"[")) and not _is_safetensors(head) and text.isascii():
-        said = "a JSON or text file: give the file with the weights"
-    if said is not None:
-        raise CheckpointError(f"{path}: not a readable weight file ({said})")
+        kind = "a JSON or text file: use the file with the weights"
+    if kind is not None:
+        raise CheckpointError(f"{path}: not a readable weight file ({kind})")
 
 
 _CONVERT = "convert it to PyTorch and save its state_dict"
 
 
-def _of_zip(path: Path) -> str | None:
-    """What a zip archive is, where it is not one of torch.save."""
+def _zip_kind(path: Path) -> str | None:
+    """Return the kind of a zip archive; None for one of torch.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError):
-        return None  # cut off: torch.load says so
+        return None  # truncated: torch.load reports it
     inner = {name.partition("/")[2] for name in names}
     if "data.pkl" in inner:
         if "constants.pkl" not in inner:
             return None
         return (
             "a TorchScript program, which would run its code: "
-            "save torch.jit.load(FILE).state_dict() and give that file"
+            "save torch.jit.load(FILE).state_dict() and use that file"
         )
     if names and all(name.endswith(".npy") for name in names):
-        return f"NumPy's .npz with {len(names)} arrays: {_CONVERT}"
+        return f"a NumPy .npz file with {len(names)} arrays: {_CONVERT}"
     if any(name.endswith(".weights.h5") for name in names):
         return f"a Keras file: {_CONVERT}"
-    shown = ", ".join(map(in_line, names[:3])) + (
-        f" and {len(names) - 3} more" if names[3:] else ""
+    examples = ", ".join(map(in_line, names[:3]))
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return (
+        f"a zip archive of {examples or 'nothing'}{more}: unpack it and use the weight file in it"
     )
-    return f"a zip archive of {shown or 'nothing'}: unpack it and give the weight file in it"
 
 
-def _held_in_tar(path: Path) -> str:
+def _first_in_tar(path: Path) -> str:
     try:
         with tarfile.open(path) as archive:
             first = archive.next()
@@ -209,79 +211,80 @@ def _held_in_tar(path: Path) -> str:
 
 
 def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """The tensors by name in the container that most likely holds the weights. Raises
-    CheckpointError naming what is there instead."""
-    found = _within(content)
-    if not found:
-        raise CheckpointError(f"{path}: holds no named tensors; {_described(content)}")
-    for name, value in found.items():
-        if (trouble := _trouble(value)) is not None:
-            raise CheckpointError(f"{path}: {in_line(name)} {trouble}")
-    return found
+    """Return a file's named tensors. Raises CheckpointError if there are none or one is invalid."""
+    weights = _find_weights(content)
+    if not weights:
+        raise CheckpointError(f"{path}: contains no named tensors; {_describe(content)}")
+    for name, value in weights.items():
+        if (problem := _problem(value)) is not None:
+            raise CheckpointError(f"{path}: {in_line(name)} {problem}")
+    return weights
 
 
-_KINDS = {
+_DTYPES = {
     *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
-_MOST_DIMENSIONS = 64
-"""Types and dimensions with which PyTorch computes; files may hold others."""
+_MAX_DIMENSIONS = 64
+"""Supported dtypes and number of dimensions; files may contain others."""
 
 
-def _trouble(value: Tensor) -> str | None:
-    """Why nothing can be computed with a tensor of a file; None where it can."""
+def _problem(value: Tensor) -> str | None:
+    """Return why a tensor of a file cannot be used; None if it can."""
     if value.layout != torch.strided or value.is_meta or value.is_nested or value.is_quantized:
-        return "is no plain tensor with its numbers in the file"
-    if value.dtype not in _KINDS:
-        return f"is of {value.dtype}, with which a CPU does not compute: save it as float32"
-    if value.ndim > _MOST_DIMENSIONS:
-        return f"has {value.ndim} dimensions"
+        return "is not a plain (dense, unquantized) tensor with its values in the file"
+    if value.dtype not in _DTYPES:
+        return f"has dtype {value.dtype}, which the CPU does not support: save it as float32"
+    if value.ndim > _MAX_DIMENSIONS:
+        return f"has {value.ndim} dimensions; at most {_MAX_DIMENSIONS} are supported"
     return None
 
 
-def _within(content: Any, depth: int = 0) -> dict[str, Tensor]:
-    """The named tensors of a value: those of the container in it with a usual name, else its own,
-    else those of its only container that has any."""
+def _find_weights(content: Any, depth: int = 0) -> dict[str, Tensor]:
+    """Return the named tensors of a mapping.
+
+    Those of a nested container with a usual name, or its own, or those of its only container.
+    """
     if not isinstance(content, Mapping) or depth > 4:
         return {}
     for name in _CONTAINERS:
-        if inner := _within(content.get(name), depth + 1):
+        if inner := _find_weights(content.get(name), depth + 1):
             return inner
-    own = {
+    tensors = {
         name: value
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
-    others = [
+    containers = [
         inner
         for name, value in content.items()
         if isinstance(name, str)
         and not _NOT_WEIGHTS.search(name)
-        and (inner := _within(value, depth + 1))
+        and (inner := _find_weights(value, depth + 1))
     ]
-    # Beside a container, a tensor of its own is a number that was noted, such as the best top-1.
-    if len(others) == 1 and all(value.ndim == 0 for value in own.values()):
-        return others[0]
-    return own
+    # Scalar tensors next to a single container are records such as the best top-1.
+    if len(containers) == 1 and all(value.ndim == 0 for value in tensors.values()):
+        return containers[0]
+    return tensors
 
 
-def _described(content: Any) -> str:
-    """What a file holds in the place of weights."""
+def _describe(content: Any) -> str:
+    """Describe the content of a file without weights, with the remedy."""
     if not isinstance(content, Mapping):
         kind = type(content).__name__
-        of = f" of {tuple(content.shape)}" if isinstance(content, Tensor) else ""
+        size = f" of shape {tuple(content.shape)}" if isinstance(content, Tensor) else ""
         if isinstance(content, list | tuple):
-            of = f" of {len(content)} values"
-        return f"it is one {kind}{of}: save network.state_dict()"
+            size = f" of {len(content)} values"
+        return f"it is a single {kind}{size}: save network.state_dict()"
     if not content:
         return "it is an empty dict"
     tensors = sum(1 for _ in _tensors_in(content))
     keys = ", ".join(map(repr, list(content)[:8]))
     more = f" and {len(content) - 8} more" if len(content) > 8 else ""
     return (
-        f"its keys are {keys}{more}, with {tensors} tensors in all: save network.state_dict() and "
-        "give that file"
+        f"its keys are {keys}{more}, with {tensors} tensors in total: save network.state_dict() "
+        "and use that file"
     )
 
 
@@ -294,22 +297,21 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def _bare(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes of wrappers. Raises CheckpointError where two become one."""
+def _remove_prefixes(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes of wrappers. Raises CheckpointError if two names become equal."""
     bare = {_unwrapped(name): value for name, value in weights.items()}
     if len(bare) < len(weights):
-        twice = next(name for name in weights if name not in bare)
+        duplicate = next(name for name in weights if name not in bare)
         raise CheckpointError(
-            f"{path}: holds {_unwrapped(twice)} twice, also as {twice}; which of them counts is "
-            "not said"
+            f"{path}: contains {_unwrapped(duplicate)} twice, also as {duplicate}; keep one of them"
         )
-    while (member := next((one for one in _MEMBERS if _all_begin(bare, one)), None)) is not None:
+    while (member := next((m for m in _MEMBERS if _all_begin(bare, m)), None)) is not None:
         bare = {_unwrapped(name.removeprefix(member)): value for name, value in bare.items()}
     return bare
 
 
 def _all_begin(names: Collection[str], prefix: str) -> bool:
-    """Whether all names begin with a prefix, and are more than one layer's."""
+    """Return whether all names begin with a prefix and belong to more than one layer."""
     rest = {name.removeprefix(prefix) for name in names}
     return all(name.startswith(prefix) for name in names) and any("." in name for name in rest)
 
@@ -321,11 +323,10 @@ def _unwrapped(name: str) -> str:
 
 
 def as_named(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The weights under the names of a network, where they are these behind one prefix that all of
-    them have; else as they are."""
+    """Remove a prefix that all weights share, if their names are then exactly `names`."""
     first = next(iter(weights), "")
-    for place in [at + 1 for at, letter in enumerate(first) if letter == "."]:
-        prefix = first[:place]
+    for end in [index + 1 for index, letter in enumerate(first) if letter == "."]:
+        prefix = first[:end]
         if not all(name.startswith(prefix) for name in weights):
             break
         bare = {name.removeprefix(prefix): value for name, value in weights.items()}
@@ -335,7 +336,7 @@ def as_named(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors by name, type and shape."""
+    """Return the SHA-256 of tensors, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -344,10 +345,10 @@ def digest_of(weights: dict[str, Tensor]) -> str:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str) -> None:
-    """Copy weights into the network: every name and shape must agree, but for a prefix that all
-    names have.
+    """Copy weights into a network. All names and shapes must match, except for a common prefix.
 
-    Raises CheckpointError listing the first ten differences, before anything is copied.
+    origin: of the weights, for the message. Raises CheckpointError with the first ten differences,
+    before anything is copied.
     """
     expected = network.state_dict()
     weights = as_named(weights, expected)
@@ -359,39 +360,39 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str)
         if name in expected and value.shape != expected[name].shape
     ]
     if differences:
-        shown = "".join(f"\n  {line}" for line in differences[:10])
+        lines = "".join(f"\n  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
-        hint = _on_gray(weights, expected) or _on_names(weights, expected)
-        raise CheckpointError(f"{origin}: made for another network:{shown}{more}{hint}")
+        hint = _gray_hint(weights, expected) or _names_hint(weights, expected)
+        raise CheckpointError(f"{origin}: made for another network:{lines}{more}{hint}")
     network.load_state_dict(
         {name: shard_like(value, expected[name]) for name, value in weights.items()}
     )
 
 
-def _on_gray(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """What to do with weights for images of one channel, where that is what differs."""
+def _gray_hint(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Return how to convert the weights if they are made for images of one channel."""
     for name, value in weights.items():
-        own = expected.get(name)
-        if own is None or value.ndim != 4 or own.ndim != 4 or value.shape == own.shape:
+        target = expected.get(name)
+        if target is None or value.ndim != 4 or target.ndim != 4 or value.shape == target.shape:
             continue
-        if value.shape[1] == 1 and own.shape[1] == 3 and value.shape[2:] == own.shape[2:]:
+        if value.shape[1] == 1 and target.shape[1] == 3 and value.shape[2:] == target.shape[2:]:
             return (
-                f"\n  {name} takes gray images (1 channel), here all images have 3: save it as "
-                f"weight.repeat(1, 3, 1, 1) / 3, which answers a gray image as before"
+                f"\n  {name} takes gray images (1 channel), but all images have 3 channels here: "
+                "save it as weight.repeat(1, 3, 1, 1) / 3, which gives the same outputs"
             )
     return ""
 
 
-def _on_names(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """By which first words the names differ, where none of the network's is in the file."""
+def _names_hint(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Return how the names begin in the file and in the network, if none of them match."""
     if not weights or any(name in weights for name in expected):
         return ""
 
-    def begin(names: Collection[str]) -> str:
-        counted = Counter(name.partition(".")[0] for name in names).most_common(4)
-        return ", ".join(f"{name}. ({number})" for name, number in counted)
+    def prefixes(names: Collection[str]) -> str:
+        counts = Counter(name.partition(".")[0] for name in names).most_common(4)
+        return ", ".join(f"{name}. ({count})" for name, count in counts)
 
     return (
-        f"\n  the {len(weights)} names in the file begin with {begin(weights)}; those of the "
-        f"network with {begin(expected)}"
+        f"\n  the {len(weights)} names in the file begin with {prefixes(weights)}; those of the "
+        f"network with {prefixes(expected)}"
     )

@@ -20,8 +20,8 @@ from deit.models.surgery.structured_pruning import (
     TaylorScorer,
     macs_of,
     magnitudes,
-    numbers_for_macs,
     select_top,
+    units_for_macs,
 )
 from deit.training.build import build_run
 from deit.training.state import TrainingRun
@@ -55,7 +55,7 @@ def units_to_keep(config: Config, options: PruneOptions) -> tuple[int, int]:
     student = config.student
     if options.macs is not None:
         try:
-            return numbers_for_macs(student, options.macs)
+            return units_for_macs(student, options.macs)
         except ValueError:
             raise ConfigError(
                 f"--macs {options.macs:g}: is below the MACs of one head and one hidden unit per "

@@ -22,7 +22,7 @@ from deit.datasets.splits import Splits
 from deit.distill.inference import predict_split
 from deit.distill.teacher_ensemble import combine_teachers, error_overlap
 from deit.models.parameters import count_parameters
-from deit.models.teacher_sources import arranged
+from deit.models.teacher_sources import ordered_classes
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher
 
 _NUM_TRAINING_IMAGES = 512  # to judge a class order if the validation images are too few
@@ -148,7 +148,7 @@ def _undecided(teacher: Teacher, predictions: Tensor, splits: Splits) -> Tensor:
     better = better_order(predictions, splits.validation.labels, names)
     if better is None or better.luck <= _MAX_LUCK:
         return none
-    moved = torch.tensor([a != b for a, b in zip(names, arranged(better.order, names))])
+    moved = torch.tensor([a != b for a, b in zip(names, ordered_classes(better.order, names))])
     rows = moved[splits.train.labels].nonzero().flatten()
     return rows[:: max(len(rows) // _NUM_TRAINING_IMAGES, 1)]
 
@@ -192,7 +192,7 @@ def better_order(
     """
     orders: dict[tuple[str, ...], str] = {}
     for name in CLASS_ORDERS:
-        orders.setdefault(arranged(name, class_names), name)
+        orders.setdefault(ordered_classes(name, class_names), name)
     orders.pop(class_names)
     candidates = []
     for names, order in orders.items():
@@ -237,7 +237,7 @@ def check_class_order(
     better = better_order(predictions, labels, class_names)
     if better is None or better.luck > _MIN_EVIDENCE:
         return
-    names = arranged(better.order, class_names)
+    names = ordered_classes(better.order, class_names)
     first = next(index for index, name in enumerate(names) if name != class_names[index])
     message = (
         f"teacher {teacher.description}: its classes seem to be in the order {better.order!r} "

@@ -33,7 +33,7 @@ from deit.models.cost import cost_of
 from deit.models.metadata import ModelInfo
 from deit.models.onednn_linear import use_onednn
 from deit.models.student import Student, has_distillation_head
-from deit.models.surgery.token_merging import token_numbers, with_merging
+from deit.models.surgery.token_merging import num_tokens_per_block, with_merging
 
 HEADS = ("class", "distillation", "fused", "fused_softmax")
 
@@ -118,7 +118,7 @@ def evaluate_run(
         "environment": environment_info(accelerator),
     }
     if merge_tokens is not None:
-        metrics |= {"merge": merge_tokens, "tokens": token_numbers(student.network)}
+        metrics |= {"merge": merge_tokens, "tokens": num_tokens_per_block(student.network)}
     if cost:
         metrics["cost"] = _cost(student, config)
     return _result(config, model_info, eval_set, outputs, metrics)

@@ -1,15 +1,15 @@
-"""Rounding in training: a ViT that computes as its int8 file will, with gradients that go through.
+"""Fake quantization: a ViT that computes as its int8 export will, for quantization-aware training.
 
-The arithmetic is that of `deit quantize --method static`: weights int8 and symmetric with a scale
-for each output channel, the inputs of these layers uint8 with one scale and zero point a tensor,
-biases of heads and of the patches int32 by both scales. Products within attention, normalisations,
-softmax, GELU and the other biases stay float. What is rounded is multiplied back, so that a sum of
-products is the integer one but for the last bits of a float.
+The arithmetic is that of `deit quantize --method static`. Weights are int8, symmetric, with one
+scale per output channel. The inputs of these layers are uint8, with one scale and zero point per
+tensor. Biases of the heads and of the patch embedding are int32, with the product of both scales.
+Products within attention, norms, softmax, GELU and the other biases stay in float. Quantized values
+are dequantized before use, so results equal those in integers up to float rounding.
 
-Roundings pass the gradient on as if they were not there, to what lies inside the range, and 0 to
-what was cut off (Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic
+Rounding uses the straight-through estimator: the gradient is passed on within the range, and is 0
+for clipped values (Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic
 Neurons"; Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", section 3). Weights are never cut off.
+Integer-Arithmetic-Only Inference", section 3). Weights are never clipped.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-RATE = 0.01
-"""Share of an update's range in the moving average of ranges: a horizon of 100 updates."""
-_INPUT = 255
-_WEIGHT = 127
-_BIAS = 2**31 - 1
+MOMENTUM = 0.01
+"""Weight of a step's range in the moving average of ranges; its horizon is 100 steps."""
+_INPUT_MAX = 255
+_WEIGHT_MAX = 127
+_BIAS_MAX = 2**31 - 1
 _TINY = torch.finfo(torch.float32).tiny
 
 
 class FakeQuantLinear(nn.Linear):
-    """A linear layer of rounded weights that hears its input rounded.
+    """A linear layer with fake-quantized weights and input.
 
-    range: float32 [2], the lowest and the highest value of an input, 0 between them; a buffer that
-    is saved. Equal: nothing was heard yet; then each input has a range of its own. seen: what the
-    update under way has heard so far, likewise, but the lowest negated. product: who multiplies.
+    range: float32 [2], the lowest and highest input value, with 0 between them; a saved buffer. If
+    both are equal, no input was observed yet, and each input uses its own range.
+    observed: float32 [2], the negated lowest and the highest input value of the current step.
+    product: computes input times transposed weight plus bias; torch's linear or that of oneDNN.
     """
 
     range: Tensor
@@ -39,81 +40,99 @@ class FakeQuantLinear(nn.Linear):
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: float [..., in_features]."""
+        """Return [..., out_features] for input, float [..., in_features]."""
         values, scale = _quantize_input(self, input)
         weight, scales = fake_quant_weight(self.weight)
-        # Of a matrix ONNX adds it to the products, of more dimensions to what they came to.
+        # For a matrix, ONNX adds the bias to the integer products, otherwise to the float result.
         bias = fake_quant_bias(self.bias, scale * scales) if input.ndim == 2 else self.bias
         return self.product(values, weight, bias)
 
 
 class FakeQuantConv2d(nn.Conv2d):
-    """A convolution of rounded weights that hears its input rounded, likewise."""
+    """A convolution with fake-quantized weights, bias and input; buffers as FakeQuantLinear."""
 
     range: Tensor
     observed: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: float [batch, in_channels, height, width]."""
+        """Return the convolution of input, float [batch, in_channels, height, width]."""
         values, scale = _quantize_input(self, input)
         weight, scales = fake_quant_weight(self.weight)
         return self._conv_forward(values, weight, fake_quant_bias(self.bias, scale * scales))
 
 
-Rounded = FakeQuantLinear | FakeQuantConv2d
+FakeQuantLayer = FakeQuantLinear | FakeQuantConv2d
 _KINDS = {nn.Linear: FakeQuantLinear, nn.Conv2d: FakeQuantConv2d}
 
 
 def fake_quant_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [out, ...] as int8 from -127 to 127, the largest of each output channel at an end,
-    multiplied back; and the scales [out]. A channel of zeros stays zeros."""
-    weight = weight.float()  # under autocast too: in bfloat16 most steps would be lost
-    scale = weight.detach().abs().flatten(1).amax(dim=1) / _WEIGHT
+    """Quantize a weight [out, ...] to int8 (-127 to 127) per output channel, and dequantize it.
+
+    Return the float32 weight and the scales, float32 [out]. The largest absolute value of a channel
+    is mapped to 127; a channel of zeros has scale 1.
+
+    >>> weight, scale = fake_quant_weight(torch.tensor([[1.27, 0.004], [0.0, 0.0]]))
+    >>> [[round(value, 4) for value in row] for row in weight.tolist()]
+    [[1.27, 0.0], [0.0, 0.0]]
+    >>> [round(value, 4) for value in scale.tolist()]
+    [0.01, 1.0]
+    """
+    weight = weight.float()  # under autocast too: bfloat16 has too few digits for 255 levels
+    scale = weight.detach().abs().flatten(1).amax(dim=1) / _WEIGHT_MAX
     scale = torch.where(scale < _TINY, 1.0, scale)
-    return _by_channel(weight, scale, _WEIGHT), scale
+    return _fake_quantize(weight, scale, _WEIGHT_MAX), scale
 
 
 def fake_quant_bias(bias: Tensor | None, scale: Tensor) -> Tensor | None:
-    """A bias [out] as int32 with these scales [out], multiplied back; None stays None."""
-    return None if bias is None else _by_channel(bias.float(), scale, _BIAS)
+    """Quantize a bias [out] to int32 with scales [out], and dequantize it; None stays None."""
+    return None if bias is None else _fake_quantize(bias.float(), scale, _BIAS_MAX)
 
 
-def _by_channel(values: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """Values [out, ...] as whole multiples of scales [out], at most so many."""
-    zero = torch.zeros_like(scale)  # of integers torch asks the device whether they are inside
+def _fake_quantize(values: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """Round values [out, ...] to multiples of scales [out], from -largest to largest."""
+    zero = torch.zeros_like(scale)  # float: torch would wait for the device to check integers
     return torch.fake_quantize_per_channel_affine(values, scale, zero, 0, -largest, largest)
 
 
-def scale_of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale (float32) and zero point (int32, 0 to 255) of inputs from low to high, which hold 0
-    between them, as ONNX Runtime computes them."""
-    scale = (high.double() - low.double()) / _INPUT
+def activation_scale(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale (float32) and zero point (int32, 0 to 255) of inputs from low to high.
+
+    low <= 0 <= high. Computed as by ONNX Runtime.
+    """
+    scale = (high.double() - low.double()) / _INPUT_MAX
     flat = scale < _TINY
     scale = torch.where(flat, 1.0, scale)
     return scale.float(), torch.where(flat, 0.0, (-low / scale).round()).int()
 
 
-def _quantize_input(layer: Rounded, values: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's input, rounded, and its scale; in training what it spans is noted."""
+def _quantize_input(layer: FakeQuantLayer, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's fake-quantized input and its scale; in training, record its range."""
     values = values.float()
     with torch.no_grad():
         low, high = values.aminmax()
         spans = torch.stack([-low, high]).clamp(min=0)
         if layer.training:
-            # The larger one, so that it may be computed again, in any number of parts or uses.
+            # A maximum, so that recomputed, split or repeated inputs do not change the result.
             layer.observed.copy_(torch.maximum(layer.observed, spans))
         unknown = layer.range[0] == layer.range[1]
         low = torch.where(unknown, -spans[0], layer.range[0])
         high = torch.where(unknown, spans[1], layer.range[1])
-        scale, zero = scale_of(low, high)
-        # An integer is always finite: what is not must not become one unnoticed.
+        scale, zero = activation_scale(low, high)
+        # Quantization would turn non-finite inputs into finite values: make the scale NaN instead.
         scale = scale + 0 * spans.sum()
-    return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, _INPUT), scale
+    return torch.fake_quantize_per_tensor_affine(values, scale, zero, 0, _INPUT_MAX), scale
 
 
 def enable_fake_quant(network: nn.Module) -> None:
-    """Let all linear layers and convolutions of a network round, in place; names and weights stay
-    as they are. Ranges begin as unknown: the first update sets them."""
+    """Fake-quantize all linear layers and convolutions of a network, in place.
+
+    Names and weights do not change. Activation ranges are unknown until the first step sets them.
+
+    >>> network = nn.Sequential(nn.Linear(4, 2))
+    >>> enable_fake_quant(network)
+    >>> list(fake_quant_layers(network)), network[0].range.tolist()
+    (['0'], [0.0, 0.0])
+    """
     for layer in network.modules():
         kind = _KINDS.get(type(layer))
         if kind is None:
@@ -133,49 +152,48 @@ def disable_fake_quant(network: nn.Module) -> None:
     for layer in fake_quant_layers(network).values():
         del layer.range, layer.observed
         vars(layer).pop("product", None)
-        layer.__class__ = next(kind for kind, ours in _KINDS.items() if type(layer) is ours)
+        layer.__class__ = next(kind for kind, quant in _KINDS.items() if type(layer) is quant)
 
 
-def fake_quant_layers(network: nn.Module) -> dict[str, Rounded]:
-    """The layers of a network that round, by name."""
-    return {name: one for name, one in network.named_modules() if isinstance(one, Rounded)}
+def fake_quant_layers(network: nn.Module) -> dict[str, FakeQuantLayer]:
+    """Return the fake-quantized layers of a network by name."""
+    modules = network.named_modules()
+    return {name: module for name, module in modules if isinstance(module, FakeQuantLayer)}
 
 
-def ranges_in(weights: dict[str, Tensor]) -> set[str]:
-    """The names of the ranges among a network's weights."""
+def range_names(weights: dict[str, Tensor]) -> set[str]:
+    """Return the names of the activation ranges among a network's weights."""
     return {name for name in weights if name.endswith(".range")}
 
 
 class ActivationRanges:
-    """The ranges of a network's layers while it is trained, moved once an update."""
+    """Moving averages of the activation ranges of a network's layers, updated once per step."""
 
     def __init__(self, network: nn.Module) -> None:
-        """network: with layers that round, or without any."""
+        """Bind to a network and reset its observed ranges; it may have no quantized layers."""
         layers = fake_quant_layers(network).values()
-        self._ranges, self._seen = (
-            [getattr(one, key) for one in layers] for key in ("range", "observed")
-        )
-        self._forget()
+        self._ranges = [layer.range for layer in layers]
+        self._observed = [layer.observed for layer in layers]
+        self._reset()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move all ranges towards what was heard since the last time, in all processes together.
+        """Move all ranges toward those observed since the last call; the first are taken unchanged.
 
-        That is the range of the whole batch, however it was divided among processes and parts; the
-        first one is taken as it is.
+        The observed range is that of the whole batch, over all processes and micro-batches.
         """
         if not self._ranges:
             return
-        seen = torch.stack(self._seen)
+        observed = torch.stack(self._observed)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        now = torch.stack([-seen[:, 0], seen[:, 1]], dim=1)
+            torch.distributed.all_reduce(observed, op=torch.distributed.ReduceOp.MAX)
+        current = torch.stack([-observed[:, 0], observed[:, 1]], dim=1)
         before = torch.stack(self._ranges)
         unknown = before[:, :1] == before[:, 1:]
-        after = torch.where(unknown, now, before.lerp(now, RATE))
+        after = torch.where(unknown, current, before.lerp(current, MOMENTUM))
         torch._foreach_copy_(self._ranges, list(after.unbind()))
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        for one in self._seen:
-            one.fill_(-torch.inf)
+    def _reset(self) -> None:
+        for observed in self._observed:
+            observed.fill_(-torch.inf)

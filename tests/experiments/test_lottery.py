@@ -30,7 +30,7 @@ from deit.experiments.shared_targets import teacher_query_key
 from deit.experiments.sweep_execute import SweepFailures
 from deit.experiments.sweep_plan import SweepPlan
 from deit.models.saved import build_student, load_student, save_weights
-from deit.models.surgery.pruning_masks import MASKS, is_masked, num_kept, read_masks
+from deit.models.surgery.pruning_masks import MASKS, is_masked, num_remaining, read_masks
 from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
 from tests.helpers.processes import Completed
@@ -147,7 +147,7 @@ def test_masks_are_nested_exact_and_of_the_end_before(searched):
     for seed in (0, 1):
         folder = place / "out" / f"seed-{seed}"
         masks = {path.stem: read_masks(path) for path in (folder / "masks").iterdir()}
-        kept = {name: num_kept(one) for name, one in masks.items()}
+        kept = {name: num_remaining(one) for name, one in masks.items()}
         assert kept == {"level-1": 1536, "level-2": 768, "random-2": 768, "one-shot-2": 768}
         # By hand: the largest of all, and the largest of what level 1 kept.
         ends = final_weights(folder / "level-0")
@@ -276,7 +276,7 @@ def test_more_levels_and_seeds_go_on_from_what_there_is(searched, command_server
     assert {path.parent.name for path in after.keys() - before.keys()} == {"level-3"}
     assert before.items() <= after.items()
     masks = [read_masks(tmp_path / f"out/seed-0/masks/level-{at}.safetensors") for at in (2, 3)]
-    assert [num_kept(one) for one in masks] == [768, 384]
+    assert [num_remaining(one) for one in masks] == [768, 384]
 
 
 def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_path):

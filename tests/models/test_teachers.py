@@ -106,7 +106,7 @@ def test_a_timm_folder_brings_its_size_normalisation_and_names(tmp_path):
     network = timm_folder(tmp_path / "timm", label_names=list(NAMES))
     teacher = load_teacher(TeacherConfig(source=str(tmp_path / "timm")), NAMES)
     assert teacher.image_size == 48
-    assert teacher.normalisation == (MEAN, STD)
+    assert teacher.normalization == (MEAN, STD)
     images = torch.rand(2, 3, 48, 48)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():

@@ -12,9 +12,9 @@ from deit.models.surgery.fake_quant import (
     ActivationRanges,
     FakeQuantConv2d,
     FakeQuantLinear,
+    activation_scale,
     enable_fake_quant,
     fake_quant_weight,
-    scale_of,
 )
 from tests.helpers.images import random_batch
 
@@ -59,7 +59,7 @@ def test_scales_are_those_of_the_file(low, high):
 
     ends = numpy.float32(low), numpy.float32(high)
     zero, scale = compute_scale_zp(*ends, numpy.array(0, "uint8"), numpy.array(255, "uint8"))
-    found = scale_of(*map(torch.tensor, ends))
+    found = activation_scale(*map(torch.tensor, ends))
     assert (found[0].item(), found[1].item()) == (scale.item(), zero.item())
 
 
@@ -110,7 +110,7 @@ def test_a_convolution_likewise():
     assert type(layer) is FakeQuantConv2d
     low, high = given.min(), given.max()
     torch.testing.assert_close(layer.range, torch.stack([low, high]))
-    steps, zero = scale_of(low, high)
+    steps, zero = activation_scale(low, high)
     heard = (((given / steps).round() + zero).clamp(0, 255) - zero) * steps
     scales = layer.weight.abs().amax(dim=(1, 2, 3)) / 127
     weights = (layer.weight / scales.view(-1, 1, 1, 1)).round() * scales.view(-1, 1, 1, 1)

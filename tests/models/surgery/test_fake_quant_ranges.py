@@ -24,12 +24,12 @@ from deit.models.saved import ModelInfo, build_student
 from deit.models.student import Student
 from deit.models.surgery import fake_quant
 from deit.models.surgery.fake_quant import (
-    RATE,
+    MOMENTUM,
     ActivationRanges,
     disable_fake_quant,
     enable_fake_quant,
     fake_quant_layers,
-    ranges_in,
+    range_names,
 )
 from deit.models.surgery.structured_pruning import (
     KeptUnits,
@@ -98,7 +98,7 @@ def test_the_first_update_sets_ranges_and_later_ones_move_them():
     assert layer.range.tolist() == [-1, 3]
     holder(torch.tensor([[2.0, 5.0]]))  # 0 is always inside
     ranges.update()
-    torch.testing.assert_close(layer.range, torch.tensor([-1 + RATE, 3 + 2 * RATE]))
+    torch.testing.assert_close(layer.range, torch.tensor([-1 + MOMENTUM, 3 + 2 * MOMENTUM]))
     before = layer.range.clone()
     holder.eval()(torch.tensor([[-9.0, 9.0]]))
     assert torch.equal(layer.range, before)
@@ -145,7 +145,7 @@ def test_names_weights_and_decay_stay(name):
     layers = [key for key, one in plain.named_modules() if isinstance(one, kinds)]
     assert list(fake_quant_layers(rounded)) == layers
     ours, theirs = rounded.state_dict(), plain.state_dict()
-    assert ranges_in(ours) == {f"{key}.range" for key in layers} == set(ours) - set(theirs)
+    assert range_names(ours) == {f"{key}.range" for key in layers} == set(ours) - set(theirs)
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
     groups = [
         [len(group["params"]) for group in parameter_groups(one, 0.1)] for one in (rounded, plain)

@@ -31,7 +31,7 @@ from deit.models.saved import load_student, save_student, save_weights
 from deit.models.surgery.fake_quant import (
     fake_quant_layers,
     fake_quant_weight,
-    ranges_in,
+    range_names,
 )
 from deit.models.surgery.pruning_masks import MASKS
 from deit.models.teacher_sources import load_teacher
@@ -76,7 +76,7 @@ def config_of(folder: Path, **more: dict) -> Config:
 
 def ranges_of(file: Path) -> torch.Tensor:
     weights = load_file(file)
-    return torch.stack([weights[name] for name in sorted(ranges_in(weights))])
+    return torch.stack([weights[name] for name in sorted(range_names(weights))])
 
 
 def test_ranges_lie_in_every_file_and_hold_zero(place):
@@ -147,12 +147,12 @@ def test_ranges_go_on_or_are_left_out(place, tmp_path):
     on = build_run(config)
     assert on.init_report["notes"] == []
     own = load_file(place / "int8" / "best" / "model.safetensors")
-    for name in ranges_in(own):
+    for name in range_names(own):
         assert torch.equal(on.student.network.state_dict()[name], own[name])
     config = config.replace(student={"qat": "none"})
     off = build_run(config)
     assert [re.findall(r"\d+", note) for note in off.init_report["notes"]] == [["11"]]
-    assert not ranges_in(off.student.network.state_dict())
+    assert not range_names(off.student.network.state_dict())
     wider = config_of(place, init={"weights": start, "head": "new"}).replace(
         student={"num_distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
         data={"image_size": 16, "classes": ("1", "3", "7")},
@@ -220,7 +220,7 @@ def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
     student, facts = load_student(best)
     weights = student.network.state_dict()
     save_student(
-        best, {n: 0 * w if n in ranges_in(weights) else w for n, w in weights.items()}, facts
+        best, {n: 0 * w if n in range_names(weights) else w for n, w in weights.items()}, facts
     )
     (best / "manifest.json").unlink()
     with (

@@ -17,7 +17,7 @@ from deit.models.surgery.pruning_masks import (
     is_masked,
     keep_largest,
     mask_summary,
-    num_kept,
+    num_remaining,
     prunable,
     prune_in,
     random_like,
@@ -95,25 +95,25 @@ def test_a_zero_that_is_kept_ranks_before_what_is_gone():
 def test_levels_are_nested_and_exact(scope):
     found = weights()
     masks = all_ones(found)
-    total = num_kept(masks)
+    total = num_remaining(masks)
     for density in densities_of(scope, levels=11, rate=0.2):
         scores = {name: torch.randn_like(one).abs() for name, one in found.items()}
         after = prune_in(scope)(scores, masks, density)
         assert all((~masks[name] & after[name]).sum() == 0 for name in masks)
         if scope == "global":
-            assert num_kept(after) == round(total * density)
+            assert num_remaining(after) == round(total * density)
         else:
             for mask in after.values():
                 assert mask.sum() == round(mask.numel() * density)
         masks = after
     gone = prune_in("global")(found, masks, 0.0)
-    assert num_kept(gone) == 0
+    assert num_remaining(gone) == 0
 
 
 def test_nothing_is_pruned_where_everything_is_kept():
     masks = all_ones(weights())
     for scope in SCOPES:
-        assert num_kept(prune_in(scope)(weights(), masks, 1.0)) == num_kept(masks)
+        assert num_remaining(prune_in(scope)(weights(), masks, 1.0)) == num_remaining(masks)
 
 
 def test_each_group_keeps_its_largest():

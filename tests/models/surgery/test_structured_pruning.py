@@ -17,10 +17,10 @@ from deit.models.surgery.structured_pruning import (
     TaylorScorer,
     macs_of,
     magnitudes,
-    numbers_for_macs,
     pruned_config,
     select_top,
     slice_weights,
+    units_for_macs,
 )
 from deit.models.weight_files import load_weights
 from tests.helpers.errors import raises
@@ -242,7 +242,7 @@ def test_arithmetic_is_what_a_counter_counts(name, kept):
 def test_so_many_as_the_arithmetic_allows(share):
     student = StudentConfig(name="deit_tiny", image_size=224, patch_size=16)
     whole = macs_of(student, 36, 12 * 768)
-    heads, hidden = numbers_for_macs(student, share)
+    heads, hidden = units_for_macs(student, share)
     assert macs_of(student, heads, hidden) <= share * whole
     assert macs_of(student, heads, hidden) > (share - 0.03) * whole
     assert heads == max(round(36 * hidden / (12 * 768)), 12)
@@ -250,4 +250,4 @@ def test_so_many_as_the_arithmetic_allows(share):
 
 def test_less_arithmetic_than_one_of_each_takes():
     with pytest.raises(ValueError, match=r"0\.01"):
-        numbers_for_macs(SMALL, 0.01)
+        units_for_macs(SMALL, 0.01)

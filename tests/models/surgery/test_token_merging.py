@@ -6,7 +6,7 @@ import torch
 from deit.models.student import Student
 from deit.models.surgery.token_merging import (
     merge,
-    token_numbers,
+    num_tokens_per_block,
     with_merging,
 )
 from tests.helpers.merging import OURS, TIMM, images, network
@@ -107,7 +107,7 @@ def test_merging_is_what_loops_say(alike, patches, prefix):
     if alike:
         keys = torch.eye(3)[torch.randint(3, (4, prefix + patches))][:, None].expand_as(keys)
     for number in range(1, patches // 2 + 1):
-        found, weights = merge(tokens, sizes, keys, number=number, prefix=prefix)
+        found, weights = merge(tokens, sizes, keys, count=number, prefix=prefix)
         assert found.shape == (4, prefix + patches - number, 5)
         for one in range(4):
             left, expected = merged_by_loops(
@@ -119,14 +119,14 @@ def test_merging_is_what_loops_say(alike, patches, prefix):
             )
             torch.testing.assert_close(found[one], torch.stack(left))
             assert weights[one].tolist() == expected
-        without_sizes = merge(tokens, None, keys, number=number, prefix=prefix)
-        ones = merge(tokens, torch.ones_like(sizes), keys, number=number, prefix=prefix)
+        without_sizes = merge(tokens, None, keys, count=number, prefix=prefix)
+        ones = merge(tokens, torch.ones_like(sizes), keys, count=number, prefix=prefix)
         assert all(map(torch.equal, without_sizes, ones))
 
 
 def test_of_equally_similar_pairs_the_first_merge_each_time():
     tokens = torch.arange(8.0).view(1, 8, 1)
-    found, sizes = merge(tokens, None, torch.ones(1, 1, 8, 2), number=3, prefix=0)
+    found, sizes = merge(tokens, None, torch.ones(1, 1, 8, 2), count=3, prefix=0)
     # 0, 2 and 4 go to 1, the first of those that are alike; 6 stays, before the odd ones.
     assert found.flatten().tolist() == [6, (0 + 2 + 4 + 1) / 4, 3, 5, 7]
     assert sizes.flatten().tolist() == [1, 4, 1, 1, 1]
@@ -140,7 +140,7 @@ def test_a_cosine_not_a_product_and_of_all_heads_tells_who_is_similar():
     keys[0, :, 3] = torch.tensor([[0.1, 0.1], [0.1, 0.1]])
     keys[0, :, 2] = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]])
     tokens = torch.tensor([1.0, 2.0, 3.0, 7.0]).view(1, 4, 1)
-    found, _ = merge(tokens, None, keys, number=1, prefix=0)
+    found, _ = merge(tokens, None, keys, count=1, prefix=0)
     assert found.flatten().tolist() == [3, 2, 4]
 
 
@@ -199,8 +199,8 @@ def test_tokens_are_counted(kind, numbers, expected):
     for block in merging.blocks:
         block.mlp.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[1]))
     answers(merging, images())
-    assert token_numbers(merging) == seen == expected
-    assert token_numbers(network(kind)) == [16 + merging.num_prefix_tokens] * 3
+    assert num_tokens_per_block(merging) == seen == expected
+    assert num_tokens_per_block(network(kind)) == [16 + merging.num_prefix_tokens] * 3
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3, 5])
@@ -208,7 +208,7 @@ def test_tokens_of_the_prefix_never_merge_however_alike(prefix):
     tokens = torch.randn(2, prefix + 8, 4)
     keys = torch.ones(2, 2, prefix + 8, 3)
     keys[:, :, prefix:] = torch.randn(2, 2, 8, 3)  # the prefix is alike, patches are not
-    found, sizes = merge(tokens, None, keys, number=4, prefix=prefix)
+    found, sizes = merge(tokens, None, keys, count=4, prefix=prefix)
     assert torch.equal(found[:, :prefix], tokens[:, :prefix])
     assert (sizes[:, :prefix] == 1).all()
     assert found.shape[1] == prefix + 4

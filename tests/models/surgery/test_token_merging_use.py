@@ -83,7 +83,7 @@ def test_half_the_precision_keeps_sizes_whole_and_the_tokens_their_type():
     tokens = torch.randn(1, 9, 4).bfloat16()
     sizes = torch.tensor([[1.0, 300.0, 301.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
     keys = torch.ones(1, 1, 9, 2).bfloat16()
-    found, sums = merge(tokens, sizes, keys, number=1, prefix=1)
+    found, sums = merge(tokens, sizes, keys, count=1, prefix=1)
     assert found.dtype == torch.bfloat16
     assert 601 in sums.tolist()[0]
     built = network()
@@ -99,7 +99,7 @@ def test_in_autocast_pairs_are_ranked_in_full_precision():
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [0.0, 1.0]]).view(1, 1, 4, 2)
     tokens = torch.arange(4.0).view(1, 4, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = merge(tokens, None, keys, number=1, prefix=0)
+        found, _ = merge(tokens, None, keys, count=1, prefix=0)
     assert found.flatten().tolist() == [0, 1, 2.5]
 
 
