@@ -1,4 +1,4 @@
-"""Encoded images read, decoded and cropped by worker processes, each view by its own key."""
+"""Read, decode and crop encoded images in worker processes."""
 
 import functools
 import multiprocessing
@@ -33,37 +33,40 @@ from deit.datasets.decoders import Decoder, ReadRequest
 from deit.datasets.decoding import open_image
 from deit.datasets.images import EncodedImages
 
-_AHEAD = 2  # batches of each worker
-_KILLED_S = 1.0  # how long to wait for the end of a killed process: a dead disk may hold it
-_SHARED = Path("/dev/shm")  # where the batches of worker processes lie, on Linux
+_AHEAD = 2  # batches read ahead per worker
+_KILLED_S = 1.0  # to wait for the end of a killed process, which a stalled disk can delay
+_SHARED_MEMORY = Path("/dev/shm")  # holds the batches of worker processes on Linux
 LOST_WORKER = (
-    "data.num_workers: the system ended a worker process: the memory is used up, or /dev/shm is "
-    "full "
-    "(in a container: --shm-size 2g); fewer data.num_workers or a smaller optim.batch_size need "
-    "less, "
-    "and data.num_workers 0 no such process"
+    "data.num_workers: the system killed a worker process, because memory or /dev/shm is full (in "
+    "a container, raise it with --shm-size 2g); use fewer data.num_workers or a smaller "
+    "optim.batch_size, or data.num_workers 0 for no worker processes"
 )
 
 
-def fits_shared(needed: int) -> bool:
-    """Whether so many bytes of batches have room in the shared memory of the machine, beside those
-    of a second reader and of its other processes. A container has 64 MiB of it unless it asks for
-    more, and the system ends a process that writes beyond."""
+def fits_shared_memory(needed: int) -> bool:
+    """Return whether batches of `needed` bytes fit into the shared memory of this machine.
+
+    Twice as much is required, for a second reader, in each training process of the machine. A
+    container has 64 MiB by default, and the system kills a process that writes beyond the limit.
+    """
     try:
-        return 2 * needed * processes_on_host() <= shutil.disk_usage(_SHARED).free
+        return 2 * needed * processes_on_host() <= shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
-        return True  # no Linux: shared memory has no size of its own
+        return True  # not Linux: shared memory has no limit of its own
 
 
 @functools.cache
-def has_sockets(folder: str) -> bool:
-    """Whether a worker could hand over what it shares, by a socket in this folder for temporary
-    files: the path of one has a limit (107 bytes on Linux), and not every disk has sockets. Tried
-    with a name as long as those of multiprocessing, whose folder it is."""
+def supports_sockets(folder: str) -> bool:
+    """Return whether sockets can be created in this folder of multiprocessing.
+
+    Shared memory is handed over by a socket. The length of its path is limited (107 bytes on
+    Linux), and not all file systems support sockets. The test uses a name of multiprocessing's
+    length.
+    """
     path = tempfile.mktemp(prefix="listener-", dir=folder)
     try:
-        with socket.socket(socket.AF_UNIX) as tried:
-            tried.bind(path)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(path)
         os.unlink(path)
     except OSError:
         return False
@@ -72,17 +75,20 @@ def has_sockets(folder: str) -> bool:
 
 @functools.cache
 def _warn_of_files(sockets: bool) -> None:
-    """Say once why batches do not come in shared memory. sockets: whether it is for its size."""
+    """Warn once that batches are passed in files instead of shared memory, and why.
+
+    sockets: whether sockets are supported, so that the reason is the size of the shared memory.
+    """
     if sockets:
-        free = shutil.disk_usage(_SHARED).free
-        why = f"{_SHARED} has {free / 2**20:.0f} MiB free, too little for the batches"
-        advice = "in a container --shm-size 2g gives more"
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        reason = f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB free, too little for the batches"
+        advice = "in a container, raise it with --shm-size 2g"
     else:
-        why = "the temporary folder takes no socket, by which shared memory is handed over"
-        advice = "a TMPDIR on this machine with a shorter name may take one"
+        reason = "the temporary folder supports no sockets, which shared memory requires"
+        advice = "set TMPDIR to a local folder with a shorter name"
     warn(
-        f"{why}: those of data.num_workers come in files in {tempfile.gettempdir()}, which takes a "
-        f"little longer; {advice}"
+        f"{reason}: worker processes (data.num_workers) pass batches in files in "
+        f"{tempfile.gettempdir()}, which is a little slower; {advice}"
     )
 
 
@@ -97,19 +103,19 @@ def worker_count(num_workers: int | None) -> int:
 
 
 class ReadResult(NamedTuple):
-    """What a worker sends back.
+    """A decoded batch.
 
-    pixels: uint8 [batch, 3, size, size], one for each cutter. seconds: how long one worker took.
+    pixels: uint8 [batch, 3, size, size] for each decoder, RGB. seconds: the worker's time.
     """
 
     pixels: tuple[Tensor, ...]
     seconds: float
 
 
-class _Sent(NamedTuple):
-    """A Read on its way in a file.
+class _ReadFile(NamedTuple):
+    """A ReadResult whose pixels are stored in a file.
 
-    sizes: of each square [px], in the order of their bytes.
+    sizes: side [px] of each tensor, in the order of their bytes.
     """
 
     file: str
@@ -117,68 +123,77 @@ class _Sent(NamedTuple):
     seconds: float
 
 
-class _Work:
-    """What a worker does. An image that cannot be read is its answer and not raised there: a
-    traceback of the worker would stand before the message."""
+class _DecodeTask:
+    """Decodes batches in a worker.
 
-    def __init__(self, images: EncodedImages, cutters: tuple[Decoder, ...]) -> None:
+    An unreadable image is returned as an error and not raised, so that no traceback of the worker
+    is printed before the message.
+    """
+
+    def __init__(self, images: EncodedImages, decoders: tuple[Decoder, ...]) -> None:
         self.images = images
-        self.cutters = cutters
+        self.decoders = decoders
 
     def __call__(
         self, epoch: int, samples: np.ndarray, repeats: np.ndarray
     ) -> ReadResult | DeitError:
         started = time.perf_counter()
         try:
-            pictures = [
+            images = [
                 open_image(self.images.read(index), self.images.name(index))
                 for index in samples.tolist()
             ]
         except DeitError as error:
             return error
-        views = ReadRequest(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
-        pixels = tuple(cutter.cut(pictures, views) for cutter in self.cutters)
+        request = ReadRequest(epoch, torch.from_numpy(samples), torch.from_numpy(repeats))
+        pixels = tuple(decoder.decode(images, request) for decoder in self.decoders)
         return ReadResult(pixels, time.perf_counter() - started)
 
 
-_work: _Work  # in a worker process
+_task: _DecodeTask  # of a worker process
 
 
-def _begin_worker(work: _Work, parent: int) -> None:
-    """In a new worker: signals to a whole group of processes are for the training process, which
-    ends its workers when it is done with them."""
-    global _work
-    _work = work
+def _init_worker(task: _DecodeTask, parent: int) -> None:
+    """Set up a new worker process.
+
+    It ignores signals to the whole process group, because the training process ends its workers.
+    """
+    global _task
+    _task = task
     torch.set_num_threads(1)
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     kill_with_parent(parent)
 
 
-def _in_worker(
+def _decode_in_worker(
     epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str, shared: bool
-) -> ReadResult | _Sent | DeitError:
-    """The batch: in shared memory, or in a file of this folder where it should not be shared, or
-    cannot be: other processes fill the same memory, and take the same files.
+) -> ReadResult | _ReadFile | DeitError:
+    """Return a batch in shared memory, or in a file of `folder`.
 
-    Not through the pool's pipe: who reads half a batch of a worker that was killed waits for ever.
+    A file is used if `shared` is false, or if shared memory or open files are exhausted, because
+    other processes use them too. The pool's pipe is not used for pixels: after a worker is killed
+    in the middle of a batch, its reader would wait forever.
     """
-    read = _work(epoch, samples, repeats)
-    if isinstance(read, DeitError) or (shared and _share(read)):
-        return read
+    result = _task(epoch, samples, repeats)
+    if isinstance(result, DeitError) or (shared and _share(result)):
+        return result
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        for pixels in read.pixels:
+        for pixels in result.pixels:
             file.write(pixels.numpy().data)
-    return _Sent(file.name, tuple(pixels.shape[-1] for pixels in read.pixels), read.seconds)
+    sizes = tuple(pixels.shape[-1] for pixels in result.pixels)
+    return _ReadFile(file.name, sizes, result.seconds)
 
 
-def _share(read: ReadResult) -> bool:
-    """Move a batch into shared memory; whether there was room. Pickling would do it as well, but
-    there its error ends the run."""
+def _share(result: ReadResult) -> bool:
+    """Move a batch into shared memory; return whether it fit.
+
+    Pickling would move it as well, but an error there would end the run.
+    """
     try:
-        for pixels in read.pixels:
+        for pixels in result.pixels:
             pixels.share_memory_()
     except (RuntimeError, OSError):
         return False
@@ -186,136 +201,142 @@ def _share(read: ReadResult) -> bool:
 
 
 class _Workers:
-    """Processes that read batches. They have nothing to save, so they are killed in the end."""
+    """Worker processes that read batches. They have nothing to save, so `close` kills them."""
 
-    def __init__(self, work: _Work, number: int, *, pin: bool) -> None:
+    def __init__(self, task: _DecodeTask, count: int, *, pin: bool) -> None:
         self._pool = ProcessPoolExecutor(
-            number, initializer=_begin_worker, initargs=(work, os.getpid())
+            count, initializer=_init_worker, initargs=(task, os.getpid())
         )
         self._pins = ThreadPoolExecutor(1) if pin else None
-        # Made here, it is this process's, and removed with it; each killed worker would leave one.
+        # Created and removed by this process; killed workers could not remove theirs.
         self._folder = tempfile.mkdtemp(dir=get_temp_dir())
         self.processes: list[BaseProcess] = []
 
     def submit(
-        self, wanted: ReadRequest, *, shared: bool
-    ) -> "Future[ReadResult | _Sent | DeitError]":
-        """Have a batch read. shared: whether it comes in shared memory, without a copy, where that
-        has room; else in a file. Raises WorkerLost where a worker is gone.
+        self, request: ReadRequest, *, shared: bool
+    ) -> "Future[ReadResult | _ReadFile | DeitError]":
+        """Queue a batch. Raises WorkerLost if a worker was killed.
 
-        It is asked for in arrays: a tensor would travel as shared memory, whose file stays open
-        while it lives.
+        shared: pass the batch in shared memory, without a copy, if it fits; otherwise in a file.
         """
-        words = (wanted.epoch, wanted.samples.numpy(), wanted.repeats.numpy())
+        # Arrays: a tensor would be passed as shared memory, whose file stays open with it.
+        arguments = (request.epoch, request.samples.numpy(), request.repeats.numpy())
         try:
-            # The first call starts the processes: no signal may come between one and its list.
-            with nullcontext() if self.processes else _signals_later():
+            # The first call starts the processes. A signal must not interrupt their registration.
+            with nullcontext() if self.processes else _signals_deferred():
                 before = set(multiprocessing.active_children())
-                future = self._pool.submit(_in_worker, *words, self._folder, shared)
+                future = self._pool.submit(_decode_in_worker, *arguments, self._folder, shared)
                 for process in set(multiprocessing.active_children()) - before:
-                    # Where one is lost the pool ends the others by SIGTERM, which they ignore, and
-                    # waits for them; from Python 3.12 on it takes no calls meanwhile.
+                    # After a worker is lost, the pool ends the others by SIGTERM, which they
+                    # ignore, and waits for them; from Python 3.12 on it accepts no calls meanwhile.
                     process.terminate = process.kill
                     self.processes.append(process)
-            return future if self._pins is None else self._pins.submit(_pinned, future)
+            return future if self._pins is None else self._pins.submit(_pin, future)
         except BrokenProcessPool:
             raise WorkerLost(LOST_WORKER) from None
 
     def close(self) -> None:
-        """End the processes, also in the middle of a batch."""
+        """Kill the processes, even in the middle of a batch."""
         for process in self.processes:
             process.kill()
-        # Nothing is canceled: where a pool breaks that holds canceled batches, Python 3.11 prints
-        # an error.
+        # Batches are not canceled: Python 3.11 prints an error if a pool with canceled batches
+        # breaks.
         self._pool.shutdown(wait=False)
         if self._pins is not None:
             self._pins.shutdown(wait=False)
-        left, end = {process.sentinel for process in self.processes}, time.monotonic() + _KILLED_S
-        while left and (rest := end - time.monotonic()) > 0:
-            left.difference_update(multiprocessing.connection.wait(left, rest))
+        running = {process.sentinel for process in self.processes}
+        end = time.monotonic() + _KILLED_S
+        while running and (remaining := end - time.monotonic()) > 0:
+            running.difference_update(multiprocessing.connection.wait(running, remaining))
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextmanager
-def _signals_later() -> Iterator[None]:
-    """Signals that ask to stop or to save arrive when it is left; processes that start within it
-    begin without them."""
-    came: list[int] = []
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the processes that start
-    # Another thread may still take a signal; its handler would run in the main thread.
+def _signals_deferred() -> Iterator[None]:
+    """Deliver signals to stop or to save only after this context; new processes start blocked."""
+    received: list[int] = []
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by new processes
+    # Another thread can still receive a signal; its handler would run in the main thread.
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
-    before = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append(number))
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS} if main else {}
+    handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
+    for signum in handlers:
+        signal.signal(signum, lambda signum, frame: received.append(signum))
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for number in came:
-            os.kill(os.getpid(), number)
+        for signum in received:
+            os.kill(os.getpid(), signum)
 
 
-def _pinned(future: "Future[ReadResult | _Sent | DeitError]") -> ReadResult | DeitError:
-    """The batch in memory that a GPU can copy from while it computes."""
-    read = _received(future.result())
-    if isinstance(read, DeitError):
-        return read
-    return read._replace(pixels=tuple(pixels.pin_memory() for pixels in read.pixels))
+def _pin(future: "Future[ReadResult | _ReadFile | DeitError]") -> ReadResult | DeitError:
+    """Return the batch in pinned memory, from which a GPU can copy while it computes."""
+    result = _receive(future.result())
+    if isinstance(result, DeitError):
+        return result
+    return result._replace(pixels=tuple(pixels.pin_memory() for pixels in result.pixels))
 
 
-def _received(answer: "ReadResult | _Sent | DeitError") -> ReadResult | DeitError:
-    if not isinstance(answer, _Sent):
-        return answer
-    content = torch.from_numpy(np.fromfile(answer.file, np.uint8))
-    os.unlink(answer.file)
-    number = len(content) // sum(3 * size**2 for size in answer.sizes)
-    parts = content.split([number * 3 * size**2 for size in answer.sizes])
+def _receive(sent: "ReadResult | _ReadFile | DeitError") -> ReadResult | DeitError:
+    if not isinstance(sent, _ReadFile):
+        return sent
+    content = torch.from_numpy(np.fromfile(sent.file, np.uint8))
+    os.unlink(sent.file)
+    batch = len(content) // sum(3 * size**2 for size in sent.sizes)
+    parts = content.split([batch * 3 * size**2 for size in sent.sizes])
     pixels = tuple(
-        part.view(number, 3, size, size) for part, size in zip(parts, answer.sizes, strict=True)
+        part.view(batch, 3, size, size) for part, size in zip(parts, sent.sizes, strict=True)
     )
-    return ReadResult(pixels, answer.seconds)
+    return ReadResult(pixels, sent.seconds)
 
 
 class Reader:
-    """Reads batches ahead, in order, with a number of worker processes (0: in this one).
+    """Read batches ahead, in order, with worker processes.
 
-    The processes start with the first batch and stay until `close`, or the end of its `with`.
-    pin: whether batches are read into memory that a GPU can copy from while it computes.
+    The processes start with the first batch and run until `close` or the end of a `with` block.
+
+    decoders: each returns one tensor per batch. workers: the number of processes; 0: read in this
+    process. pin: return batches in pinned memory.
     """
 
     def __init__(
-        self, images: EncodedImages, cutters: tuple[Decoder, ...], *, workers: int, pin: bool
+        self, images: EncodedImages, decoders: tuple[Decoder, ...], *, workers: int, pin: bool
     ) -> None:
-        self._work = _Work(images, cutters)
-        self._number, self._pin = workers, pin
+        self._task = _DecodeTask(images, decoders)
+        self._num_workers, self._pin = workers, pin
         self._workers: _Workers | None = None
-        self._largest, self._shared = 0, True  # batch so far [images], and how it comes
+        self._largest, self._shared = 0, True  # largest batch [images], and if it fits shared
 
     def read(self, batches: Iterable[ReadRequest]) -> Iterator[ReadResult]:
-        """The batches, in their order. Raises DataError at an unreadable image, SystemFault
-        where one cannot be read now, WorkerLost where a worker was killed."""
-        for answer in self._answers(iter(batches)):
-            if isinstance(answer, DeitError):
-                raise type(answer)(str(answer))  # of this process, without a worker's traceback
-            yield answer
+        """Yield the batches in order.
+
+        Raises DataError for an unreadable image, SystemFault if an image cannot be read at the
+        moment, WorkerLost if a worker was killed.
+        """
+        for result in self._results(iter(batches)):
+            if isinstance(result, DeitError):
+                raise type(result)(str(result))  # without the worker's traceback
+            yield result
 
     def close(self) -> None:
-        """End the worker processes; what is read next starts others."""
+        """End the worker processes; the next `read` starts new ones."""
         workers, self._workers = self._workers, None
         if workers is not None:
             workers.close()
 
-    def _has_room(self, number: int) -> bool:
-        """Whether batches of so many images, as many as are read ahead and the one in use, have
-        room in shared memory, and a way out of it."""
-        if number > self._largest:
-            each = number * 3 * sum(cutter.size**2 for cutter in self._work.cutters)
-            needed = (_AHEAD * self._number + 1) * each
-            sockets = has_sockets(get_temp_dir())
-            self._largest, self._shared = number, sockets and fits_shared(needed)
+    def _can_share(self, batch: int) -> bool:
+        """Return whether shared memory can pass batches of `batch` images.
+
+        It must hold all batches that are read ahead and the current one.
+        """
+        if batch > self._largest:
+            batch_bytes = batch * 3 * sum(decoder.size**2 for decoder in self._task.decoders)
+            needed = (_AHEAD * self._num_workers + 1) * batch_bytes
+            sockets = supports_sockets(get_temp_dir())
+            self._largest, self._shared = batch, sockets and fits_shared_memory(needed)
             if not self._shared:
                 _warn_of_files(sockets)
         return self._shared
@@ -326,30 +347,30 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _answers(self, batches: Iterator[ReadRequest]) -> Iterator[ReadResult | DeitError]:
-        if self._number == 0:
+    def _results(self, batches: Iterator[ReadRequest]) -> Iterator[ReadResult | DeitError]:
+        if self._num_workers == 0:
             for epoch, samples, repeats in batches:
-                yield self._work(epoch, samples.numpy(), repeats.numpy())
+                yield self._task(epoch, samples.numpy(), repeats.numpy())
             return
         if self._workers is None:
-            self._workers = _Workers(self._work, self._number, pin=self._pin)
-        waiting: deque[Future[ReadResult | _Sent | DeitError]] = deque()
+            self._workers = _Workers(self._task, self._num_workers, pin=self._pin)
+        pending: deque[Future[ReadResult | _ReadFile | DeitError]] = deque()
         while True:
-            for wanted in islice(batches, _AHEAD * self._number - len(waiting)):
-                shared = self._has_room(len(wanted.samples))
-                waiting.append(self._workers.submit(wanted, shared=shared))
-            if not waiting:
+            for request in islice(batches, _AHEAD * self._num_workers - len(pending)):
+                shared = self._can_share(len(request.samples))
+                pending.append(self._workers.submit(request, shared=shared))
+            if not pending:
                 return
-            yield _answer(waiting.popleft())
+            yield _result(pending.popleft())
 
 
-def _answer(future: "Future[ReadResult | _Sent | DeitError]") -> ReadResult | DeitError:
+def _result(future: "Future[ReadResult | _ReadFile | DeitError]") -> ReadResult | DeitError:
     try:
-        return _received(future.result())
+        return _receive(future.result())
     except BrokenProcessPool:
         raise WorkerLost(LOST_WORKER) from None
     except RuntimeError as error:
-        # A batch in shared memory that could not be handed over.
-        if any(word in str(error) for word in ("shared memory", "unable to mmap")):
+        # A batch in shared memory could not be received.
+        if any(text in str(error) for text in ("shared memory", "unable to mmap")):
             raise WorkerLost(LOST_WORKER) from None
         raise

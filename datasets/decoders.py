@@ -1,4 +1,4 @@
-"""What is decoded of an image for a view: a center square, the whole image, or random crops."""
+"""The part of an image that is decoded for a view: center square, whole image, random crop."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,16 @@ from torchvision.transforms import functional as transforms
 from deit.config.data_section import ViewsConfig
 from deit.config.fields import Interpolation
 from deit.core.rng import Keys
-from deit.datasets.decoding import square_of
+from deit.datasets.decoding import center_square
 from deit.datasets.views import sample_boxes
 
 
 class ReadRequest(NamedTuple):
-    """The images of one batch: int64 [batch] each, and the epoch."""
+    """The images of one batch.
+
+    samples: int64 [batch], the index of each image in its split. repeats: int64 [batch], which of
+    the views of the image (see deit.core.rng.Keys).
+    """
 
     epoch: int
     samples: Tensor
@@ -23,50 +27,50 @@ class ReadRequest(NamedTuple):
 
 
 class CenterSquare(NamedTuple):
-    """Cuts whole images: shorter side to `size`, the centre cut square."""
+    """Resize the shorter side to `size` [px] and crop the center."""
 
     size: int
 
-    def cut(self, pictures: list[Image.Image], wanted: ReadRequest) -> Tensor:
-        """uint8 [batch, 3, size, size]."""
-        return torch.stack([square_of(picture, self.size) for picture in pictures])
+    def decode(self, images: list[Image.Image], request: ReadRequest) -> Tensor:
+        """Return uint8 [batch, 3, size, size] of RGB images."""
+        return torch.stack([center_square(image, self.size) for image in images])
 
 
 class WholeImage(NamedTuple):
-    """Cuts nothing: all of the image, squeezed into a square."""
+    """Resize the whole image to a square of `size` [px], without keeping its aspect ratio."""
 
     size: int
     interpolation: Interpolation
 
-    def cut(self, pictures: list[Image.Image], wanted: ReadRequest) -> Tensor:
-        """uint8 [batch, 3, size, size]."""
-        boxes = [(0, 0, picture.height, picture.width) for picture in pictures]
-        return _resized(pictures, boxes, self.size, self.interpolation)
+    def decode(self, images: list[Image.Image], request: ReadRequest) -> Tensor:
+        """Return uint8 [batch, 3, size, size] of RGB images."""
+        boxes = [(0, 0, image.height, image.width) for image in images]
+        return _resize(images, boxes, self.size, self.interpolation)
 
 
 class RandomCrop(NamedTuple):
-    """Cuts the random crop of each view from the image as it is on disk."""
+    """Crop the random box of each view from the full-resolution image, resized to `size` [px]."""
 
     views: ViewsConfig
     size: int
     seed: int
 
-    def cut(self, pictures: list[Image.Image], wanted: ReadRequest) -> Tensor:
-        """uint8 [batch, 3, size, size]."""
-        width, height = torch.tensor([image.size for image in pictures], dtype=torch.float64).T
-        keys = Keys(self.seed, wanted.epoch, wanted.samples, wanted.repeats)
+    def decode(self, images: list[Image.Image], request: ReadRequest) -> Tensor:
+        """Return uint8 [batch, 3, size, size] of RGB images."""
+        width, height = torch.tensor([image.size for image in images], dtype=torch.float64).T
+        keys = Keys(self.seed, request.epoch, request.samples, request.repeats)
         boxes = sample_boxes(keys, self.views, height=height, width=width)
-        return _resized(pictures, boxes.tolist(), self.size, self.views.interpolation)
+        return _resize(images, boxes.tolist(), self.size, self.views.interpolation)
 
 
-def _resized(
-    pictures: list[Image.Image], boxes: list[Any], size: int, interpolation: Interpolation
+def _resize(
+    images: list[Image.Image], boxes: list[Any], size: int, interpolation: Interpolation
 ) -> Tensor:
-    how = transforms.InterpolationMode(interpolation)
+    mode = transforms.InterpolationMode(interpolation)
     return torch.stack(
         [
-            transforms.pil_to_tensor(transforms.resized_crop(picture, *box, [size, size], how))
-            for picture, box in zip(pictures, boxes)
+            transforms.pil_to_tensor(transforms.resized_crop(image, *box, [size, size], mode))
+            for image, box in zip(images, boxes)
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Encoded bytes to upright RGB pictures, by one rule for every format; doubtful ones refused."""
+"""Decode images of any format to upright RGB by fixed rules; ambiguous images raise an error."""
 
 import re
 import threading
@@ -37,7 +37,7 @@ except ImportError:  # before Pillow 11.3
     AvifImagePlugin = None
 
 _PLUGINS = (
-    JpegImagePlugin.JpegImageFile,  # and MPO, which it recognises
+    JpegImagePlugin.JpegImageFile,  # also detects MPO
     MpoImagePlugin.MpoImageFile,
     PngImagePlugin.PngImageFile,
     BmpImagePlugin.BmpImageFile,
@@ -49,26 +49,27 @@ _PLUGINS = (
 )
 
 _KNOWN = {plugin.format for plugin in _PLUGINS} & set(Image.EXTENSION.values())
-"""Without the formats whose library this Pillow was built without."""
+"""Formats whose libraries this build of Pillow includes."""
 
 FORMATS = tuple(plugin.format for plugin in _PLUGINS if plugin.format in _KNOWN & Image.OPEN.keys())
-"""Pillow's names of the formats that are read; no other decoder ever sees the bytes."""
+"""Pillow's names of the supported formats; no other decoder of Pillow is used."""
 
 EXTENSIONS = frozenset(ending for ending, name in Image.EXTENSION.items() if name in _KNOWN)
-"""How names of image files end, in lower case: what Pillow registers for these formats. What a file
-holds, its content tells."""
+"""Suffixes of image files, in lower case: those that Pillow registers for these formats. The format
+of a file is detected from its content."""
 
 MAX_PIXELS = 1024**3 // 4 // 3
-"""Larger pictures are taken for decompression bombs (the number is Pillow's)."""
+"""Larger images are rejected as decompression bombs (Pillow's limit)."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Picture(NamedTuple):
-    """A decoded image: upright, RGB; and what it was in its file.
+class DecodedImage(NamedTuple):
+    """A decoded, upright RGB image, with the format and mode of its file.
 
-    mode: Pillow's word for the stored pixels: RGB, L (grey), P (palette), CMYK, I;16, ...
+    format: Pillow's name, such as JPEG. mode: Pillow's mode of the stored pixels: RGB, L (gray), P
+    (palette), CMYK, I;16, ...
     """
 
     image: Image.Image
@@ -77,57 +78,61 @@ class Picture(NamedTuple):
 
 
 def open_image(encoded: bytes, name: str) -> Image.Image:
-    """An encoded image as an upright RGB picture. Raises DataError as `read_picture` does."""
-    return read_picture(encoded, name).image
+    """Decode an image to upright RGB. Raises DataError as `decode_image` does."""
+    return decode_image(encoded, name).image
 
 
-def read_picture(encoded: bytes, name: str) -> Picture:
-    """Decode an image by rule; any number of threads may.
+def decode_image(encoded: bytes, name: str) -> DecodedImage:
+    """Decode an image by fixed rules. Thread-safe.
 
-    The first picture of a camera's MPO is taken; other files with several pictures are refused.
-    Transparent parts become black, whatever colour lies under them. CMYK is read as JPEG files
-    store it (Adobe's inverted way). 16-bit grey PNG is rescaled to 8 bits; 16-bit colour PNG keeps
-    the high byte; other pictures of more than 8 bits are refused. EXIF orientation is applied; a
-    picture whose EXIF is broken is shown as it lies.
-    name: what messages call the image. Raises DataError with that name.
+    - Of an MPO file of a camera, the first image is used. Other files with several images
+      (animations, pages) are rejected.
+    - Transparent pixels become black, whatever their color.
+    - CMYK is read as in Adobe's JPEG files (inverted).
+    - 16-bit gray PNG is rescaled to 8 bits; 16-bit color PNG keeps the high byte. Other images
+      with more than 8 bits per channel are rejected.
+    - The EXIF orientation is applied; damaged EXIF data is ignored.
+
+    name: of the image, for messages. Raises DataError, with the name, for an image that is
+    damaged, not in one of FORMATS, too large (MAX_PIXELS), or rejected by these rules.
     """
     try:
-        with _quietly(), Image.open(BytesIO(encoded), formats=FORMATS) as image:
+        with _without_warnings(), Image.open(BytesIO(encoded), formats=FORMATS) as image:
             _check(image, name)
             image.load()
-            picture = Picture(_upright(_rgb(image), image), image.format, image.mode)
+            decoded = DecodedImage(_upright(_rgb(image), image), image.format, image.mode)
     except (DataError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        known = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
-        found = f"{len(encoded)} bytes that are no {known}" if encoded else "the file is empty"
-        raise DataError(f"{name}: not a readable image ({found})") from None
-    except Exception as error:  # of damaged bytes, decoders raise whatever they stumble over
+        formats = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
+        reason = f"{len(encoded)} bytes that are no {formats}" if encoded else "the file is empty"
+        raise DataError(f"{name}: not a readable image ({reason})") from None
+    except Exception as error:  # decoders raise errors of any type for damaged bytes
         reason = re.sub(r"[\s.]*(\n.*)?$", "", str(error), flags=re.S) or type(error).__name__
         raise DataError(f"{name}: not a readable image ({reason})") from None
-    return picture
+    return decoded
 
 
 def _check(image: ImageFile.ImageFile, name: str) -> None:
-    """Refuse what has no one right reading, before any pixel is decoded."""
+    """Raise DataError for an ambiguous or too large image, before its pixels are decoded."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{name}: {width} x {height} = {width * height} pixels are more than {MAX_PIXELS}: "
-            "refused as a decompression bomb; make the picture smaller"
+            f"{name}: {width} x {height} = {width * height} pixels are more than {MAX_PIXELS}, "
+            "as in a decompression bomb; make the image smaller"
         )
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise DataError(
-            f"{name}: {image.format} with {image.n_frames} pictures (animated, or pages); save the "
-            "one that counts as a file of its own"
+            f"{name}: {image.format} with {image.n_frames} images (an animation or pages); save "
+            "the one to use as a separate file"
         )
     deep = image.mode.startswith(("I", "F")) and (image.format, image.mode) != ("PNG", "I;16")
     if image.format == "TIFF":
         deep |= max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
     if deep:
         raise DataError(
-            f"{name}: {image.format} with more than 8 bits a channel (mode {image.mode}); nothing "
-            "says which value is white: convert it first"
+            f"{name}: {image.format} with more than 8 bits per channel (mode {image.mode}), whose "
+            "white level is unknown; convert it to 8 bits first"
         )
 
 
@@ -141,13 +146,12 @@ def _rgb(image: Image.Image) -> Image.Image:
             values[values == hidden] = 0
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
-        return Image.alpha_composite(black, coloured).convert("RGB")
+        return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-_TURNS = {
+_ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -158,76 +162,77 @@ _TURNS = {
 }
 
 
-def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
+def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Return `rgb`, turned by the EXIF orientation of `image`."""
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
-        raise  # it says nothing of the EXIF
-    except Exception:  # broken EXIF: nobody knows better than the pixels
+        raise  # not caused by the EXIF data
+    except Exception:  # damaged EXIF data
         turn = None
-    return picture if turn is None else picture.transpose(turn)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
-class _Silence:
-    """Pillow's warnings are off while any thread is inside; `warnings` itself is for one thread."""
+class _WarningFilter:
+    """Count the threads within `_without_warnings`; `warnings` itself is not thread-safe."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.inside = 0
+        self.num_threads = 0
 
 
-_SILENCE = _Silence()
+_FILTER = _WarningFilter()
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Ignore what Pillow warns of: it is refused here, or does not touch the pixels."""
-    with _SILENCE.lock:
-        if _SILENCE.inside == 0:
-            _SILENCE.filters = warnings.catch_warnings()
-            _SILENCE.filters.__enter__()
+def _without_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings: `_check` handles their causes, or they do not affect pixels."""
+    with _FILTER.lock:
+        if _FILTER.num_threads == 0:
+            _FILTER.filters = warnings.catch_warnings()
+            _FILTER.filters.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.")
-        _SILENCE.inside += 1
+        _FILTER.num_threads += 1
     try:
         yield
     finally:
-        with _SILENCE.lock:
-            _SILENCE.inside -= 1
-            if _SILENCE.inside == 0:
-                _SILENCE.filters.__exit__(None, None, None)
+        with _FILTER.lock:
+            _FILTER.num_threads -= 1
+            if _FILTER.num_threads == 0:
+                _FILTER.filters.__exit__(None, None, None)
 
 
 def decode_square(encoded: bytes, name: str, size: int) -> Tensor:
-    """An image as uint8 [3, size, size]: shorter side to size, bicubic, the centre cut square.
+    """Decode an image to uint8 [3, size, size]: shorter side resized (bicubic), center cropped.
 
-    Raises DataError as `read_picture` does.
+    Raises DataError as `decode_image` does.
     """
-    return square_of(open_image(encoded, name), size)
+    return center_square(open_image(encoded, name), size)
 
 
-def square_of(picture: Image.Image, size: int) -> Tensor:
-    """An RGB picture as uint8 [3, size, size]: shorter side to size, the centre cut square."""
-    shorter = min(picture.size)
-    if max(picture.size) > 8 * shorter:  # of a long strip, only what reaches the square is resized
-        picture = transforms.center_crop(
-            picture, [min(side, 4 * shorter) for side in (picture.height, picture.width)]
+def center_square(image: Image.Image, size: int) -> Tensor:
+    """Convert RGB to uint8 [3, size, size]: shorter side resized (bicubic), center cropped."""
+    shorter = min(image.size)
+    if max(image.size) > 8 * shorter:  # crop a long strip before resizing it
+        image = transforms.center_crop(
+            image, [min(side, 4 * shorter) for side in (image.height, image.width)]
         )
-    square = transforms.resize(picture, size, transforms.InterpolationMode.BICUBIC)
+    square = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC)
     square = transforms.center_crop(square, [size, size])
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def decode_all(images: EncodedImages, size: int, title: str) -> InMemoryImages:
-    """Decode a whole split into memory, in threads. Raises DataError at an unreadable image.
+    """Decode a whole split into memory, in threads: uint8 [images, 3, size, size].
 
-    title: what the progress bar says.
+    title: of the progress bar. Raises DataError for an unreadable image.
     """
     pixels = torch.empty((len(images.labels), 3, size, size), dtype=torch.uint8)
 
     def decode(index: int) -> None:
         pixels[index] = decode_square(images.read(index), images.name(index), size)
 
-    for _ in in_threads(decode, range(len(pixels)), title):
+    for _ in map_threads(decode, range(len(pixels)), title):
         pass
     return InMemoryImages(pixels, images.labels)
 
@@ -235,14 +240,14 @@ def decode_all(images: EncodedImages, size: int, title: str) -> InMemoryImages:
 _WINDOW = 1024
 
 
-def in_threads(
+def map_threads(
     work: Callable[[Item], Result], items: Sequence[Item], title: str
 ) -> Iterator[Result]:
-    """The results of the work in the order of the items, with progress; raises what it raises."""
+    """Yield work(item) for each item, in order, computed in threads, with a progress bar."""
     with thread_pool() as pool:
 
         def results() -> Iterator[Result]:
-            for first in range(0, len(items), _WINDOW):  # a million waiting futures are gigabytes
+            for first in range(0, len(items), _WINDOW):  # a million pending futures use gigabytes
                 yield from pool.map(work, items[first : first + _WINDOW])
 
         yield from progress(results(), total=len(items), title=title)

@@ -1,4 +1,4 @@
-"""Lists images in class folders."""
+"""List images in class folders."""
 
 import os
 from pathlib import Path
@@ -9,86 +9,95 @@ from deit.datasets.listing import (
     Folder,
     Listing,
     OnProblem,
-    PassedOver,
+    SkippedFiles,
     SplitListing,
+    build_listing,
     check_root,
-    ending_of,
     find_images,
-    instead,
     is_image,
-    listed,
-    look_into,
-    refuse,
+    raise_problem,
     resolve_classes,
+    scan_folder,
+    skipped_note,
     split_folders,
+    suffix_of,
 )
 from deit.datasets.stores import FolderStore
 
 
-def list_folder(config: DataConfig, keep: tuple[str, ...], complain: OnProblem = refuse) -> Listing:
-    """Images in class folders: ROOT/train/CLASS/*, or ROOT/CLASS/* without splits.
+def list_folder(
+    config: DataConfig, classes: tuple[str, ...], on_problem: OnProblem = raise_problem
+) -> Listing:
+    """List images in class folders: ROOT/train/CLASS/*, or ROOT/CLASS/* without splits.
 
-    A validation and a test split are optional. A labelled validation split without a test is the
-    final test, as is the custom with ImageNet; selection then uses a part of `train`.
-    Classes are sorted by name in code point order. Hidden files and folders are ignored, links are
-    followed, other files are counted. Complains of classes that differ between the splits and of an
-    empty class; raises DataError on a missing or empty root.
+    Validation and test splits are optional. Without a test split, the validation split is the test
+    split, as is usual for ImageNet, and model selection uses a part of `train`. Classes are sorted
+    by name in code point order. Hidden files and folders are ignored, links are followed, other
+    files are counted.
+
+    classes: names to use; empty for all. Calls `on_problem` for an empty class and for classes
+    that differ between the splits. Raises NotFoundError if the root is missing, DataError if it
+    has no class folders or a class is unknown.
     """
     root = Path(config.root)
     check_root(root)
-    passed = PassedOver()
-    splits = {
-        split: (folder.path, _class_folders(folder, passed, complain))
-        for split, folder in split_folders(root, passed, complain).items()
+    skipped = SkippedFiles()
+    folders = {
+        split: (folder.path, _class_folders(folder, skipped, on_problem))
+        for split, folder in split_folders(root, skipped, on_problem).items()
     }
-    classes = tuple(splits["train"][1])
-    wanted = tuple(name for name in classes if not keep or name in resolve_classes(keep, classes))
-    found = {}
-    for split, (folder, here) in splits.items():
-        for name in wanted:
-            if name not in here:
-                complain(f"{folder}: no folder for class {name!r}, which the others have")
-        for name in here:
-            if name not in classes and not keep:
-                complain(f"{folder / name}: this class has no training images")
+    names = tuple(folders["train"][1])
+    selected = set(names) if not classes else resolve_classes(classes, names)
+    class_names = tuple(name for name in names if name in selected)
+    splits = {}
+    for split, (folder, class_folders) in folders.items():
+        for name in class_names:
+            if name not in class_folders:
+                on_problem(f"{folder}: no folder for class {name!r}, which other splits have")
+        for name in class_folders:
+            if name not in names and not classes:
+                on_problem(f"{folder / name}: this class has no training images")
         images: list[str] = []
-        for name, inside in here.items():
-            others = PassedOver(places=passed.places)
-            members = find_images(inside, others, complain)
-            if not members and name in wanted:
-                complain(f"{inside.path}: no images in this class folder{instead(others)}")
+        for name, class_folder in class_folders.items():
+            others = SkippedFiles(paths=skipped.paths)
+            members = find_images(class_folder, others, on_problem)
+            if not members and name in class_names:
+                note = skipped_note(others)
+                on_problem(f"{class_folder.path}: no images in this class folder{note}")
             images += [f"{name}/{path}" for path in members]
-            passed.files.update(others.files)
-        found[split] = SplitListing(folder, [path.split("/")[0] for path in images], images)
+            skipped.files.update(others.files)
+        splits[split] = SplitListing(folder, [path.split("/")[0] for path in images], images)
     paths = [
         os.path.relpath(folder / path, root)
-        for (folder, _), split in zip(splits.values(), found.values())
+        for (folder, _), split in zip(folders.values(), splits.values())
         for path in split.names
     ]
-    return listed(FolderStore(root, paths), found, wanted, passed)
+    return build_listing(FolderStore(root, paths), splits, class_names, skipped)
 
 
-def _class_folders(folder: Folder, passed: PassedOver, complain: OnProblem) -> dict[str, Folder]:
-    """The folders of the classes by name. Raises DataError where there is none."""
-    classes, files = look_into(folder, passed, complain)
+def _class_folders(
+    folder: Folder, skipped: SkippedFiles, on_problem: OnProblem
+) -> dict[str, Folder]:
+    """Return the folders of the classes by name. Raises DataError if there are none."""
+    classes, files = scan_folder(folder, skipped, on_problem)
     if not classes:
         advice = ""
-        if any(ending_of(name) == ".tar" for name in files):
-            advice = "; tar shards are read by --data.source shards"
+        if any(suffix_of(name) == ".tar" for name in files):
+            advice = "; for tar shards use --data.source shards"
         elif any(map(is_image, files)):
             advice = (
-                "; images without classes are for `deit predict` and belong elsewhere; if "
+                "; use unlabeled images with `deit predict`; if "
                 f"{folder.path.name!r} is a class, move all classes into a folder `train`"
             )
         raise DataError(
             f"{folder.path}: no class folders; expected {folder.path}/CLASS/IMAGE{advice}"
         )
-    loose = [name for name in files if is_image(name)]
-    if loose:
-        passed.places.append(
-            f"{len(loose)} images outside the class folders ({folder.path / loose[0]})"
+    outside = [name for name in files if is_image(name)]
+    if outside:
+        skipped.paths.append(
+            f"{len(outside)} images outside the class folders ({folder.path / outside[0]})"
         )
     for name in files:
         if not is_image(name):
-            passed.add(name)
+            skipped.add(name)
     return classes

@@ -1,9 +1,10 @@
-"""ImageNet's other test sets (ReaL, V2, A, R, Sketch) from folders, by timm's lists of classes."""
+"""Load ImageNet's other test sets (ReaL, V2, A, R, Sketch) from folders of synsets."""
 
 import os
 import pkgutil
 import re
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from deit.core.errors import DataError
 from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages
 
-_IMAGES = 50_000  # of the validation set, which ReaL labels anew
+_NUM_IMAGES = 50_000  # of the validation set, which ReaL relabels
 VARIANTS = {
     "real": "imagenet_synsets.txt",
     "v2": "imagenet_synsets.txt",
@@ -23,70 +24,74 @@ VARIANTS = {
     "r": "imagenet_r_synsets.txt",
     "sketch": "imagenet_synsets.txt",
 }
-"""The list of timm's that holds the classes of each: ReaL (Beyer et al. 2020, new labels of the
+"""timm's file with the classes of each test set: ReaL (Beyer et al. 2020, new labels of the
 validation images), V2 (Recht et al. 2019), A (Hendrycks et al. 2021b), R (Hendrycks et al. 2021a),
 Sketch (Wang et al. 2019)."""
 
 
 class Variant(NamedTuple):
-    """A test set, cut to the classes that a network knows.
+    """A test set, restricted to the classes of a network.
 
-    columns: which of the network's classes take part; its answer is the likeliest of these.
-    accepted: bool [images, columns], the right answers of each image; one of them, but in ReaL.
-    note: what was left out, in words.
+    class_indices: the network's classes that the test set has; its prediction is the most likely
+    of these.
+    accepted: bool [images, classes], the correct classes of each image: one, or several in ReaL.
+    note: which part of the test set is used, as text.
     """
 
     images: EncodedImages
-    columns: tuple[int, ...]
+    class_indices: tuple[int, ...]
     accepted: Tensor
     note: str
 
 
-def check_known(name: str, class_names: tuple[str, ...]) -> None:
-    """Refuse a network that knows none of a variant's classes. Raises DataError."""
+def check_has_classes(name: str, class_names: tuple[str, ...]) -> None:
+    """Raise DataError if the network has none of the test set's classes."""
     if set(class_names).isdisjoint(_synsets(VARIANTS[name])):
         raise DataError(
-            f"the network knows none of the classes of variant {name}; its own are named "
+            f"the network has none of the classes of test set {name}; its classes are named "
             f"{', '.join(map(repr, class_names[:3]))}, not by synset"
         )
 
 
-def load_variant(name: str, root: str, class_names: tuple[str, ...]) -> Variant:
-    """A variant from ROOT/CLASS/*, its classes named by synset (V2: or by their number).
+def load_variant(name: str, root: str | Path, class_names: tuple[str, ...]) -> Variant:
+    """Load a test set from ROOT/CLASS/*, with classes named by synset (V2: or by index).
 
-    class_names: of the network, synsets. Raises DataError where the folder is not that variant, or
-    the network knows none of its classes.
+    name: one of VARIANTS. class_names: synsets of the network. Raises DataError if the folder is
+    not that test set, or the network has none of its classes.
     """
-    listing = list_folder(DataConfig(source="folder", root=root), ())
-    check_known(name, class_names)
+    listing = list_folder(DataConfig(source="folder", root=str(root)), ())
+    check_has_classes(name, class_names)
     rows = torch.cat(list(listing.splits.values()))
     images = EncodedImages(listing.labels[rows], listing.store, rows)
-    expected, everyone = _synsets(VARIANTS[name]), ImageNetInfo().label_names()
-    found = listing.class_names
-    if name == "v2" and all(one.isdecimal() for one in found):
-        if max(map(int, found)) >= len(everyone):
-            raise DataError(f"--data.root {root}: a class {max(found, key=int)} is none of 1000")
-        found = tuple(everyone[int(one)] for one in found)
-    strange = sorted(set(found) - set(expected))
-    if strange or len(found) != len(expected):
-        told = f", among them {strange[0]!r}, which is none of them" if strange else ""
+    expected, imagenet = _synsets(VARIANTS[name]), ImageNetInfo().label_names()
+    synsets = listing.class_names
+    if name == "v2" and all(synset.isdecimal() for synset in synsets):
+        if max(map(int, synsets)) >= len(imagenet):
+            raise DataError(
+                f"--data.root {root}: class {max(synsets, key=int)} is not one of the 1000 classes"
+            )
+        synsets = tuple(imagenet[int(index)] for index in synsets)
+    unknown = sorted(set(synsets) - set(expected))
+    if unknown or len(synsets) != len(expected):
+        example = f", including the unknown {unknown[0]!r}" if unknown else ""
         raise DataError(
-            f"--data.root {root}: ImageNet's variant {name} has {len(expected)} classes in folders "
-            f"named by synset, here are {len(found)}{told}"
+            f"--data.root {root}: ImageNet's test set {name} has {len(expected)} classes in "
+            f"folders named by synset, but the folder has {len(synsets)}{example}"
         )
-    there = set(found)
-    columns = tuple(column for column, one in enumerate(class_names) if one in there)
-    if not columns:
-        raise DataError(f"--data.root {root}: holds none of the classes that the network knows")
-    place = {class_names[column]: index for index, column in enumerate(columns)}
+    present = set(synsets)
+    class_indices = tuple(i for i, synset in enumerate(class_names) if synset in present)
+    if not class_indices:
+        raise DataError(f"--data.root {root}: contains none of the network's classes")
+    columns = {class_names[index]: column for column, index in enumerate(class_indices)}
     if name == "real":
-        accepted = _anew(images, [place.get(one, -1) for one in everyone], len(columns))
+        column_of = [columns.get(synset, -1) for synset in imagenet]
+        accepted = _real_labels(images, column_of, len(columns))
     else:
-        ours = torch.tensor([place.get(one, -1) for one in found])[images.labels]
-        accepted = ours[:, None] == torch.arange(len(columns))
-    known = accepted.any(dim=1)
-    note = f"{int(known.sum())} of {len(known)} images, of {len(columns)} of {len(found)} classes"
-    return Variant(images.select(known), columns, accepted[known], note)
+        labels = torch.tensor([columns.get(synset, -1) for synset in synsets])[images.labels]
+        accepted = labels[:, None] == torch.arange(len(columns))
+    used = accepted.any(dim=1)
+    note = f"{int(used.sum())} of {len(used)} images, {len(columns)} of {len(synsets)} classes"
+    return Variant(images.select(used), class_indices, accepted[used], note)
 
 
 @cache
@@ -94,21 +99,23 @@ def _synsets(file: str) -> tuple[str, ...]:
     return tuple(pkgutil.get_data("timm.data", f"_info/{file}").decode().split())
 
 
-def _anew(images: EncodedImages, place: list[int], columns: int) -> Tensor:
-    """ReaL's labels of the validation images, by their file names, bool [images, columns].
+def _real_labels(images: EncodedImages, column_of: list[int], num_columns: int) -> Tensor:
+    """Return ReaL's labels of the validation images, bool [images, columns], by file name.
 
-    place: the column of each of the 1000 classes, -1 for none. Raises DataError at another name.
+    column_of: the column of each of the 1000 classes, -1 for none. Raises DataError for a file
+    name that is not ImageNet's.
     """
-    names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(_IMAGES)]
+    names = [f"ILSVRC2012_val_{index + 1:08d}.JPEG" for index in range(_NUM_IMAGES)]
     labels = RealLabelsImagenet(names).real_labels
-    accepted = torch.zeros(len(images.labels), columns, dtype=torch.bool)
+    accepted = torch.zeros(len(images.labels), num_columns, dtype=torch.bool)
     for row in range(len(images.labels)):
         file = os.path.basename(images.name(row))
         if not re.fullmatch(r"ILSVRC2012_val_\d{8}\.JPEG", file):
             raise DataError(
-                f"{images.name(row)}: ReaL knows images as ILSVRC2012_val_00000001.JPEG"
+                f"{images.name(row)}: ReaL's labels need file names such as "
+                "ILSVRC2012_val_00000001.JPEG"
             )
         for label in labels[file]:
-            if place[label] >= 0:
-                accepted[row, place[label]] = True
+            if column_of[label] >= 0:
+                accepted[row, column_of[label]] = True
     return accepted

@@ -1,4 +1,4 @@
-"""The images of a split: decoded in memory, or encoded until they are needed."""
+"""The images of a split: decoded in memory, or encoded until they are used."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,62 +6,67 @@ from torch import Tensor
 
 
 class InMemoryImages(NamedTuple):
-    """Labelled images in memory.
+    """Labeled images in memory.
 
-    pixels: uint8 [number, 3, size, size].
-    labels: int64 [number], an index into the class names.
+    pixels: uint8 [images, 3, size, size], RGB.
+    labels: int64 [images], an index into the class names.
     """
 
     pixels: Tensor
     labels: Tensor
 
     def name(self, index: int) -> str:
-        """What a person finds an image of this split by."""
+        """Return the name of an image of this split, for messages."""
         return f"image {index}"
 
-    def select(self, which: Tensor) -> "InMemoryImages":
-        """Some of the images: bool [number], or int64 positions in any order."""
-        return InMemoryImages(self.pixels[which], self.labels[which])
+    def select(self, rows: Tensor) -> "InMemoryImages":
+        """Return a part of the images. rows: a bool mask [images], or int64 indices."""
+        return InMemoryImages(self.pixels[rows], self.labels[rows])
 
 
 class ImageStore(Protocol):
-    """Where encoded images lie, by position. Holds no open file, so that it may be sent to other
-    processes, forked or spawned, and be read by many threads."""
+    """Reads encoded images by position.
+
+    It keeps no file open, so it can be sent to other processes and used by several threads.
+    """
 
     def __len__(self) -> int: ...
 
     def read(self, position: int) -> bytes:
-        """The encoded image. Raises DataError naming it."""
+        """Return the encoded image. Raises DataError with its name if it cannot be read."""
 
     def name(self, position: int) -> str:
-        """What a person finds the image by, for messages."""
+        """Return the path or name of the image, for messages."""
 
     def key(self, position: int) -> str:
-        """The name below data.root: the same wherever the data lie. Quarantine lists hold it."""
+        """Return the name relative to data.root, as used in exclude lists."""
 
     def size(self, position: int) -> int:
-        """Bytes of the encoded image, 0 where it is not known without reading."""
+        """Return the size of the encoded image [bytes]; 0 if it is unknown without reading."""
 
 
 class EncodedImages(NamedTuple):
-    """Labelled images that stay encoded until they are needed.
+    """Labeled images that stay encoded until they are used.
 
-    labels: int64 [number], an index into the class names.
-    rows: int64 [number], the positions of the images in the store.
+    labels: int64 [images], an index into the class names.
+    positions: int64 [images], of the images in the store.
     """
 
     labels: Tensor
     store: ImageStore
     positions: Tensor
 
-    def select(self, which: Tensor) -> "EncodedImages":
-        """Some of the images: bool [number], or int64 positions in any order."""
-        return EncodedImages(self.labels[which], self.store, self.positions[which])
+    def select(self, rows: Tensor) -> "EncodedImages":
+        """Return a part of the images. rows: a bool mask [images], or int64 indices."""
+        return EncodedImages(self.labels[rows], self.store, self.positions[rows])
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of an image of this split. Raises DataError naming it."""
+        """Return the encoded bytes of an image of this split.
+
+        Raises DataError with its name if it cannot be read.
+        """
         return self.store.read(int(self.positions[index]))
 
     def name(self, index: int) -> str:
-        """What a person finds an image of this split by."""
+        """Return the path or name of an image of this split, for messages."""
         return self.store.name(int(self.positions[index]))

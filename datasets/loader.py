@@ -1,4 +1,4 @@
-"""Training batches: the same sequence of global batches on any number of processes."""
+"""Training batches: the same sequence of global batches for any number of processes."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +23,12 @@ from deit.datasets.stage_timer import StageTimer
 from deit.datasets.view_samplers import RandomView, ViewSampler, teacher_view_sampler
 from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
 
-_DRAWN_AT_ONCE = 4096  # views; they are small numbers, and drawing few costs as much as many
-_SHOWN_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together, likewise
+_SAMPLED_AT_ONCE = 4096  # views; sampling a few parameters takes as long as sampling many
+_BYTES_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together
 
 
 class Sizes(NamedTuple):
-    """Sides [px]: of the view that is drawn, and of what the networks get of it."""
+    """Sides [px] of a view, and of the resized views that student and teacher get."""
 
     view: int
     student: int
@@ -36,25 +36,28 @@ class Sizes(NamedTuple):
 
 
 def view_sizes(student: int, teacher: int | None, source: int | None) -> Sizes:
-    """One view for both networks, as large as the larger needs; each is sent a resize of it.
+    """Return the sides [px] of views: one view for both networks, as large as the larger input.
 
-    teacher: its input, None without a teacher or where it takes any size. source: side of the
-    images in memory, None for images on disk: a teacher larger than they are gains nothing from
-    larger views, and enlarges what it gets itself.
+    student: side of its input. teacher: side of its input; None without a teacher or if it accepts
+    any size. source: side of images in memory, None for encoded images. A teacher with a larger
+    input than the source gets views of the source's size and enlarges them itself.
+
+    >>> view_sizes(32, 224, source=64)
+    Sizes(view=64, student=32, teacher=64)
     """
-    wanted = student if teacher is None else teacher
+    side = student if teacher is None else teacher
     if source is not None:
-        wanted = min(wanted, max(source, student))
-    return Sizes(view=max(student, wanted), student=student, teacher=wanted)
+        side = min(side, max(source, student))
+    return Sizes(view=max(student, side), student=student, teacher=side)
 
 
 class TeacherInput(NamedTuple):
-    """What the teacher is shown.
+    """A batch of the teacher's input.
 
     images: float32 [batch, 3, height, width] in [0, 1], after mixing.
-    views: uint8 [batch, 3, height, width], the whole grey levels before mixing.
-    mix: how the pairs are mixed; None where nothing is.
-    samples, epoch, places: as in Batch.
+    views: uint8 [batch, 3, height, width], before mixing.
+    mix: the mixing of the pairs; None without mixing.
+    sample_ids, epoch, target_rows: as in Batch.
     """
 
     images: Tensor
@@ -66,7 +69,7 @@ class TeacherInput(NamedTuple):
 
 
 class _SampledViews(NamedTuple):
-    """What a stretch of rows will look like."""
+    """The view parameters of consecutive rows of an epoch."""
 
     samples: Tensor
     target_rows: Tensor
@@ -75,7 +78,7 @@ class _SampledViews(NamedTuple):
     mix: Mix | None
 
     def select(self, rows: slice) -> "_SampledViews":
-        """Some of the rows, from an even one on."""
+        """Return the parameters of some rows; the first must be even."""
         pairs = slice(rows.start // 2, rows.stop // 2)
         return _SampledViews(
             self.samples[rows],
@@ -86,22 +89,36 @@ class _SampledViews(NamedTuple):
         )
 
 
-def updates_of_epoch(images: int, batch_size: int) -> int:
-    """The updates of an epoch of so many images."""
+def num_steps_per_epoch(images: int, batch_size: int) -> int:
+    """Return the number of training steps of an epoch of `images` images, at least 1."""
     return max(images // batch_size, 1)
 
 
 class TrainLoader:
     """Micro-batches of training views for one process.
 
-    Images in memory stay on the device; encoded ones are decoded and cropped by worker processes.
+    Images in memory are kept on the device; encoded images are decoded and cropped by worker
+    processes.
 
-    Global batch b of an epoch is rows b * batch_size up to (b + 1) * batch_size, cut into
-    accumulate * processes equal blocks. With `views.aug_repeats` r, a batch holds ceil(batch_size /
-    r)
-    images: the row at place p in it is image p modulo that number, repeat p divided by it, so that
-    neighbours, which are mixed, are different images. The images left over at the end of an epoch
-    are skipped; another order leaves out others in the next.
+    Global batch b of an epoch consists of rows b * batch_size to (b + 1) * batch_size, divided into
+    grad_accum_steps * num_processes equal blocks. With `views.aug_repeats` r, a batch contains
+    ceil(batch_size / r) images: row p of the batch is image p modulo this number, repeat p divided
+    by this number, so that neighbors, which are mixed, are different images. Images that do not
+    fill a batch at the end of an epoch are skipped; the order changes with every epoch.
+
+    channel_stats: of the training images, for fill colors and erasing. seed: of order and views.
+    process: index of this process. workers: decoding processes, for encoded images. square: side
+    [px] to which encoded images are decoded (data.image_size), unless a random crop is taken from
+    the full-resolution image; default: that of the view. for_teacher: whether batches contain the
+    teacher's input.
+
+    >>> images = InMemoryImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20) % 2)
+    >>> loader = TrainLoader(
+    ...     images, num_classes=2, views=ViewsConfig(), optim=OptimConfig(batch_size=8),
+    ...     sizes=view_sizes(8, None, source=8), seed=0,
+    ...     channel_stats=ChannelStats((0.5,) * 3, (0.25,) * 3))
+    >>> [tuple(batch.images.shape) for batch in loader.epoch(0)]
+    [(8, 3, 8, 8), (8, 3, 8, 8)]
     """
 
     def __init__(
@@ -112,7 +129,7 @@ class TrainLoader:
         views: ViewsConfig,
         optim: OptimConfig,
         sizes: Sizes,
-        colours: ChannelStats,
+        channel_stats: ChannelStats,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
@@ -121,27 +138,23 @@ class TrainLoader:
         square: int | None = None,
         for_teacher: bool = True,
     ) -> None:
-        """square: side [px] to which encoded images are decoded where no crop is cut from them as
-        they are on disk (data.image_size); None: the view's. for_teacher: whether batches carry
-        what the teacher sees.
-
-        Raises ConfigError where the batch cannot be cut into equal (for mixing: even) blocks,
-        and DataError where it needs more images than there are."""
+        """Raises ConfigError if a batch cannot be divided into equal (with mixing: even) blocks,
+        and DataError if it needs more images than there are."""
         self.views = views
         self.num_processes = num_processes
         self.set_micro_batches(optim)
-        self.number = len(images.labels)
+        self.num_images = len(images.labels)
         self.images_per_batch = -(-optim.batch_size // views.aug_repeats)
-        if self.images_per_batch > self.number:
+        if self.images_per_batch > self.num_images:
             raise DataError(
-                f"optim.batch_size = {optim.batch_size}: takes {self.images_per_batch} images at "
-                f"once, there are {self.number} for training; give a smaller batch or more data"
+                f"optim.batch_size = {optim.batch_size}: needs {self.images_per_batch} images, but "
+                f"there are {self.num_images} for training; use a smaller batch or more data"
             )
         if views.uses_mixing and self.images_per_batch < 2:
             raise ConfigError(
                 f"views.aug_repeats = {views.aug_repeats}: a batch of {optim.batch_size} would "
-                "hold one "
-                "image and mix it with itself; fewer repeats, a larger batch, or no mixing"
+                "contain a single image and mix it with itself; use fewer repeats, a larger batch "
+                "or no mixing"
             )
         self.device = torch.device(device)
         self.stages = StageTimer(self.device)
@@ -149,211 +162,216 @@ class TrainLoader:
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
         self.sizes = sizes
-        self.square, self.channel_stats = square, colours
+        self.square, self.channel_stats = square, channel_stats
         self.seed = seed
         self.process = process
         self.workers = workers
-        # An epoch keeps its number of views: with repeats it holds so many images fewer.
-        self.steps_per_epoch = updates_of_epoch(self.number, optim.batch_size)
+        # An epoch keeps its number of views: with repeats it covers fewer images.
+        self.steps_per_epoch = num_steps_per_epoch(self.num_images, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
-        look = {"square": square, "colours": colours, "seed": seed}
-        self.student_look = RandomView(images, views, size=sizes.view, **look)
-        self.teacher_look = teacher_view_sampler(images, views, size=sizes.teacher, **look)
+        settings = {"square": square, "channel_stats": channel_stats, "seed": seed}
+        self.student_sampler = RandomView(images, views, size=sizes.view, **settings)
+        self.teacher_sampler = teacher_view_sampler(images, views, size=sizes.teacher, **settings)
+        """None if the teacher gets the student's views."""
         self.for_teacher = for_teacher
         self.on_teacher_input: Callable[[TeacherInput], None] | None = None
-        """Called with what is shown, where the teacher sees the student's views."""
+        """Called with the teacher's input of each batch, if it gets the student's views."""
         self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
         self._readers: dict[tuple[Decoder, ...], Reader] = {}
 
     def set_micro_batches(self, optim: OptimConfig) -> None:
-        """Cut the same batches into other micro-batches. Raises ConfigError where they would not be
-        equal (for mixing: even)."""
+        """Divide the same batches into other micro-batches.
+
+        Raises ConfigError if they would not be equal (with mixing: even).
+        """
         blocks = self.num_processes * optim.grad_accum_steps
         block = optim.batch_size // blocks
         if optim.batch_size % blocks or (self.views.uses_mixing and block % 2):
             kind = "equal, even" if self.views.uses_mixing else "equal"
             raise ConfigError(
-                f"optim.batch_size = {optim.batch_size}: cannot be cut into {kind} micro-batches "
-                f"for {self.num_processes} processes and optim.grad_accum_steps "
+                f"optim.batch_size = {optim.batch_size}: cannot be divided into {kind} "
+                f"micro-batches for {self.num_processes} processes and optim.grad_accum_steps "
                 f"{optim.grad_accum_steps}"
             )
         self.optim, self.block = optim, block
 
     @property
     def rows_per_epoch(self) -> int:
-        """Places in an epoch: how many answers of the teacher a store of it can hold.
+        """Rows of an epoch for which teacher outputs can be stored.
 
-        Without repeats they are all images (less one if that makes a pair), so that they do not
-        depend on the batch; where the teacher's view is fixed, always all images.
+        All images if the teacher's view is fixed. Otherwise, without repeats, all images (with
+        mixing, an even number), so that the rows do not depend on the batch size.
         """
         if self.views.has_fixed_teacher_view:
-            return self.number
+            return self.num_images
         if self.views.aug_repeats > 1:
             return self.steps_per_epoch * self.optim.batch_size
-        return self.number - self.number % 2 if self.views.uses_mixing else self.number
+        return self.num_images - self.num_images % 2 if self.views.uses_mixing else self.num_images
 
     def order(self, epoch: int) -> Tensor:
-        """The images of an epoch in the order they are taken, int64 [number], on the CPU."""
-        return permutation(self.seed, epoch, self.number)
+        """Return the order of the images in an epoch, int64 [images], on the CPU."""
+        return permutation(self.seed, epoch, self.num_images)
 
-    def epoch(self, epoch: int, *, done: int = 0) -> Iterator[Batch]:
-        """This process's micro-batches of an epoch, `optim.grad_accum_steps` to an update.
+    def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this process's micro-batches of an epoch, `optim.grad_accum_steps` per step.
 
-        done: updates of it that lie behind; their images are not even read.
+        epoch: from 0 on. start_step: skip the steps before it; their images are not read.
         """
         self.stages.reset()
         order = self.order(epoch)
-        rows = self._rows()[done * self.optim.grad_accum_steps :]
-        own = self.teacher_look if self.for_teacher else None
-        looks = [self.student_look] + ([] if own is None else [own])
-        wanted = (ReadRequest(epoch, *self._locate(order, block)) for block in rows)
-        read = self._read(looks, wanted)
-        together = 1
+        rows = self._rows()[start_step * self.optim.grad_accum_steps :]
+        teacher_sampler = self.teacher_sampler if self.for_teacher else None
+        samplers = [self.student_sampler] + ([] if teacher_sampler is None else [teacher_sampler])
+        requests = (ReadRequest(epoch, *self._locate(order, block)) for block in rows)
+        read = self._read_blocks(samplers, requests)
+        num_blocks = 1  # made together
         if read is None:
-            together = max(_SHOWN_AT_ONCE // (3 * self.sizes.view**2 * self.block), 1)
-        for stretch in rows.split(max(_DRAWN_AT_ONCE // self.block // together, 1) * together):
+            num_blocks = max(_BYTES_AT_ONCE // (3 * self.sizes.view**2 * self.block), 1)
+        num_sampled = max(_SAMPLED_AT_ONCE // self.block // num_blocks, 1) * num_blocks
+        for sampled_rows in rows.split(num_sampled):
             with self.stages.time("views", 0):
-                drawn = self._draw(epoch, order, stretch.flatten(), own)
-            for first in range(0, len(stretch), together):
-                shown = slice(first * self.block, min(first + together, len(stretch)) * self.block)
+                sampled = self._sample(epoch, order, sampled_rows.flatten(), teacher_sampler)
+            for first in range(0, len(sampled_rows), num_blocks):
+                last = min(first + num_blocks, len(sampled_rows))
+                part = sampled.select(slice(first * self.block, last * self.block))
                 pixels = None if read is None else next(read)
-                yield from self._show(epoch, drawn.select(shown), pixels, own)
+                yield from self._make_batches(epoch, part, pixels, teacher_sampler)
 
     def teacher_inputs(
-        self, epoch: int, places: Tensor, *, block: int, repeat: int = 0
+        self, epoch: int, rows: Tensor, *, block: int, repeat: int = 0
     ) -> Iterator[TeacherInput]:
-        """What the teacher is shown at some places of an epoch, in blocks of so many.
+        """Yield the teacher's input for some rows of an epoch, in batches of `block`.
 
-        places: int64 [number], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
-        block. repeat: which of the views of an image, where the teacher's view is fixed; the
-        further ones may be read while the first is.
+        rows: int64 [n], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even block.
+        repeat: which view of an image, if the teacher's view is fixed; can be called for several
+        repeats at the same time.
         """
-        look = self.teacher_look or self.student_look
+        sampler = self.teacher_sampler or self.student_sampler
         order = None if self.views.has_fixed_teacher_view else self.order(epoch)
-        located = self._locate(order, places, repeat)
+        located = self._locate(order, rows, repeat)
         blocks = zip(*(part.split(block) for part in located))
-        wanted = (ReadRequest(epoch, *part) for part in blocks)
-        read = self._read([look], wanted)
-        for stretch in torch.arange(len(places)).split(max(_DRAWN_AT_ONCE // block, 1) * block):
-            samples, repeats = (to_device_async(part[stretch], self.device) for part in located)
-            drawn, mix = (
-                look.sample(epoch, samples, repeats),
-                self._draw_mix(epoch, places[stretch]),
-            )
-            for first in range(0, len(stretch), block):
-                rows = slice(first, min(first + block, len(stretch)))
-                pixels = self.pixels[samples[rows]] if read is None else next(read)[0]
-                views = look.apply(pixels, None if drawn is None else drawn.select(rows))
-                pairs = None if mix is None else mix.select(slice(rows.start // 2, rows.stop // 2))
-                images = self._as_seen(views, self.sizes.teacher, pairs)
+        requests = (ReadRequest(epoch, *part) for part in blocks)
+        read = self._read_blocks([sampler], requests)
+        for part in torch.arange(len(rows)).split(max(_SAMPLED_AT_ONCE // block, 1) * block):
+            samples, repeats = (to_device_async(values[part], self.device) for values in located)
+            parameters = sampler.sample(epoch, samples, repeats)
+            mix = self._sample_mix(epoch, rows[part])
+            for first in range(0, len(part), block):
+                batch = slice(first, min(first + block, len(part)))
+                pixels = self.pixels[samples[batch]] if read is None else next(read)[0]
+                selected = None if parameters is None else parameters.select(batch)
+                views = sampler.apply(pixels, selected)
+                pairs = slice(batch.start // 2, batch.stop // 2)
+                pair_mix = None if mix is None else mix.select(pairs)
+                images = self._to_input(views, self.sizes.teacher, pair_mix)
                 yield TeacherInput(
-                    images, views, pairs, samples[rows], epoch, places[stretch][rows]
+                    images, views, pair_mix, samples[batch], epoch, rows[part][batch]
                 )
 
     def close(self) -> None:
-        """End the worker processes; what is read next starts others."""
+        """End the worker processes; the next epoch starts new ones."""
         for reader in self._readers.values():
             reader.close()
 
     def _rows(self) -> Tensor:
-        """The rows of an epoch that are this process's, int64 [micro-batches, block]."""
+        """Return this process's rows of an epoch, int64 [micro-batches, block]."""
         rows = torch.arange(self.steps_per_epoch * self.optim.batch_size)
         rows = rows.view(-1, self.num_processes, self.block)
         return rows[:, self.process]
 
     def _locate(self, order: Tensor | None, rows: Tensor, repeat: int = 0) -> tuple[Tensor, Tensor]:
-        """The image of each row, and which of its views it is; without an order rows are images."""
+        """Return the image index and repeat of each row; without an order, rows are images."""
         if order is None:
             return rows, torch.full_like(rows, repeat)
         if self.views.aug_repeats == 1:
             return order[rows], torch.zeros_like(rows)
-        batch, place = rows // self.optim.batch_size, rows % self.optim.batch_size
-        image = batch * self.images_per_batch + place % self.images_per_batch
-        return order[image], place // self.images_per_batch
+        batch, index = rows // self.optim.batch_size, rows % self.optim.batch_size
+        image = batch * self.images_per_batch + index % self.images_per_batch
+        return order[image], index // self.images_per_batch
 
-    def _draw(
-        self, epoch: int, order: Tensor, rows: Tensor, own: ViewSampler | None
+    def _sample(
+        self, epoch: int, order: Tensor, rows: Tensor, teacher_sampler: ViewSampler | None
     ) -> _SampledViews:
-        found, repeats = self._locate(order, rows)
-        samples, repeats = (
-            to_device_async(found, self.device),
-            to_device_async(repeats, self.device),
-        )
+        images, repeats = self._locate(order, rows)
+        samples = to_device_async(images, self.device)
+        repeats = to_device_async(repeats, self.device)
         return _SampledViews(
             samples,
-            found if self.views.has_fixed_teacher_view else rows,
-            self.student_look.sample(epoch, samples, repeats),
-            None if own is None else own.sample(epoch, samples, repeats),
-            self._draw_mix(epoch, rows),
+            images if self.views.has_fixed_teacher_view else rows,
+            self.student_sampler.sample(epoch, samples, repeats),
+            None if teacher_sampler is None else teacher_sampler.sample(epoch, samples, repeats),
+            self._sample_mix(epoch, rows),
         )
 
-    def _draw_mix(self, epoch: int, rows: Tensor) -> Mix | None:
+    def _sample_mix(self, epoch: int, rows: Tensor) -> Mix | None:
         if not self.views.uses_mixing:
             return None
         pairs = Keys(self.seed, epoch, to_device_async(rows[::2] // 2, self.device))
         return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
-    def _read(
-        self, looks: list[ViewSampler], wanted: Iterable[ReadRequest]
+    def _read_blocks(
+        self, samplers: list[ViewSampler], requests: Iterable[ReadRequest]
     ) -> Iterator[tuple[Tensor, ...]] | None:
-        """Decoded blocks, for each look, on the device; None for images in memory. How long they
-        took and were waited for is measured."""
+        """Yield decoded blocks on the device, one tensor per sampler; None for images in memory.
+
+        The times of reading and of waiting are measured.
+        """
         if isinstance(self.images, InMemoryImages):
             return None
-        cutters = tuple(look.cutter for look in looks)
-        reader = self._readers.get(cutters)
+        decoders = tuple(sampler.decoder for sampler in samplers)
+        reader = self._readers.get(decoders)
         if reader is None:
             pin = self.device.type == "cuda"
-            reader = Reader(self.images, cutters, workers=self.workers, pin=pin)
-            self._readers[cutters] = reader
-        return self._measured(reader.read(wanted))
+            reader = Reader(self.images, decoders, workers=self.workers, pin=pin)
+            self._readers[decoders] = reader
+        return self._timed(reader.read(requests))
 
-    def _measured(self, batches: Iterator[ReadResult]) -> Iterator[tuple[Tensor, ...]]:
+    def _timed(self, batches: Iterator[ReadResult]) -> Iterator[tuple[Tensor, ...]]:
         while True:
             started = time.perf_counter()
-            read = next(batches, None)
-            if read is None:
+            batch = next(batches, None)
+            if batch is None:
                 return
-            number = len(read.pixels[0])
-            self.stages.add("waiting", number, time.perf_counter() - started)
-            self.stages.add("reading", number, float(read.seconds))
-            yield tuple(pixels.to(self.device, non_blocking=True) for pixels in read.pixels)
+            num_images = len(batch.pixels[0])
+            self.stages.add("waiting", num_images, time.perf_counter() - started)
+            self.stages.add("reading", num_images, float(batch.seconds))
+            yield tuple(pixels.to(self.device, non_blocking=True) for pixels in batch.pixels)
 
-    def _show(
+    def _make_batches(
         self,
         epoch: int,
-        drawn: _SampledViews,
+        sampled: _SampledViews,
         read: tuple[Tensor, ...] | None,
-        own: ViewSampler | None,
+        teacher_sampler: ViewSampler | None,
     ) -> Iterator[Batch]:
         """Make the views of one or more micro-batches."""
-        samples, mix = drawn.samples, drawn.mix
+        samples, mix = sampled.samples, sampled.mix
         with self.stages.time("views", len(samples)):
             pixels = self.pixels[samples] if read is None else read[0]
-            views = self.student_look.apply(pixels, drawn.student)
-            images = self._as_seen(views, self.sizes.student, mix)
+            views = self.student_sampler.apply(pixels, sampled.student)
+            images = self._to_input(views, self.sizes.student, mix)
             targets = one_hot(self.labels[samples], self.num_classes).float()
             if mix is not None:
                 targets = mix_targets(targets, mix)
             teacher_images = None
-            if self.for_teacher and own is not None:
+            if self.for_teacher and teacher_sampler is not None:
                 pixels = pixels if read is None else read[1]
-                teacher_images = to_unit_float(own.apply(pixels, drawn.teacher))
+                teacher_images = to_unit_float(teacher_sampler.apply(pixels, sampled.teacher))
             elif self.for_teacher and self.sizes.teacher == self.sizes.student:
                 teacher_images = images
             elif self.for_teacher:
-                teacher_images = self._as_seen(views, self.sizes.teacher, mix)
-            if self.on_teacher_input is not None and self.teacher_look is None:
+                teacher_images = self._to_input(views, self.sizes.teacher, mix)
+            if self.on_teacher_input is not None and self.teacher_sampler is None:
                 self.on_teacher_input(
-                    TeacherInput(images, views, mix, samples, epoch, drawn.target_rows)
+                    TeacherInput(images, views, mix, samples, epoch, sampled.target_rows)
                 )
-        parts = [part.split(self.block) for part in (images, targets, samples, drawn.target_rows)]
-        taught = None if teacher_images is None else teacher_images.split(self.block)
-        for index, (images, targets, samples, places) in enumerate(zip(*parts)):
-            seen = None if taught is None else taught[index]
-            yield Batch(images, seen, targets, samples, epoch, places)
+        parts = [part.split(self.block) for part in (images, targets, samples, sampled.target_rows)]
+        teacher_parts = None if teacher_images is None else teacher_images.split(self.block)
+        for index, (images, targets, samples, target_rows) in enumerate(zip(*parts)):
+            teacher_part = None if teacher_parts is None else teacher_parts[index]
+            yield Batch(images, teacher_part, targets, samples, epoch, target_rows)
 
-    def _as_seen(self, views: Tensor, size: int, mix: Mix | None) -> Tensor:
-        """Grey levels as a network gets them: resized, in [0, 1], mixed."""
+    def _to_input(self, views: Tensor, size: int, mix: Mix | None) -> Tensor:
+        """Convert views to a network's input: resized, in [0, 1], mixed."""
         images = to_unit_float(resize(views, size, size, "bicubic"))
         return images if mix is None else mix_images(images, mix)

@@ -1,7 +1,7 @@
-"""Mixup and cutmix on pairs of neighbours in a batch, image and label by the same weight.
+"""Mixup and cutmix of pairs of neighbors in a batch.
 
-Pairs replace the whole-batch mixing of the DeiT code so that a view depends on no batch size: rows
-2k and 2k + 1 of the epoch's order are partners whatever process or micro-batch holds them.
+Rows 2k and 2k + 1 of an epoch are mixed with each other, unlike in the DeiT code, which mixes a
+whole batch. So a view does not depend on the batch size, the process or the micro-batch.
 """
 
 from typing import NamedTuple
@@ -15,31 +15,30 @@ from deit.core.rng import Keys, beta, uniform
 
 
 class Mix(NamedTuple):
-    """How each pair is mixed; both partners share it.
+    """The mixing parameters of each pair, the same for both images.
 
-    own_weight: float64 [pairs], the share an image keeps of itself, 1 where nothing is mixed.
-    cut: bool [pairs], cutmix where true, mixup where false.
-    boxes: int64 [pairs, 4], top, left, bottom, right of the pasted region, in pixels of an image
-    of size x size (the student's); of another size it is the same region.
+    lam: float64 [pairs], the weight of an image itself, in [0, 1]; 1 if a pair is not mixed.
+    is_cutmix: bool [pairs]; mixup where false.
+    boxes: int64 [pairs, 4], top, left, bottom, right of the pasted box, in pixels of a size x size
+    image (the student's). For images of another size the box is scaled.
     """
 
-    own_weight: Tensor
-    cut: Tensor
+    lam: Tensor
+    is_cutmix: Tensor
     boxes: Tensor
     size: int
 
     def select(self, pairs: slice) -> "Mix":
-        """The mixing of some of the pairs."""
-        return Mix(self.own_weight[pairs], self.cut[pairs], self.boxes[pairs], self.size)
+        """Return the parameters of some of the pairs."""
+        return Mix(self.lam[pairs], self.is_cutmix[pairs], self.boxes[pairs], self.size)
 
 
 def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
-    """The mixing of each pair; `keys.samples` holds the number of the pair in the epoch.
+    """Sample the mixing of each pair. `keys.samples` holds the index of each pair in the epoch.
 
-    size: side [px] of the student's image.
-    mixup (Zhang et al. 2018): weight ~ Beta(alpha, alpha). cutmix (Yun et al. 2019): a box of
-    area 1 - weight with a uniform centre; cut off at the border, so that the weight is
-    corrected to the area that is really kept.
+    size: side [px] of the student's image. mixup (Zhang et al. 2018): lam ~ Beta(alpha, alpha).
+    cutmix (Yun et al. 2019): a box of area 1 - lam with a uniform center, clipped at the border;
+    lam is then corrected to the area that is not pasted over.
     """
     switch = uniform(keys, "mix/switch", 2)
     ones = torch.ones_like(switch[:, 0])
@@ -48,51 +47,53 @@ def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
     boxes = _boxes(uniform(keys, "mix/box", 2), cut_weight, size)
     top, left, bottom, right = boxes.unbind(dim=1)
     pasted = (bottom - top) * (right - left)
-    kept = (size**2 - pasted) / torch.full_like(switch[:, 0], size**2)
+    corrected = (size**2 - pasted) / torch.full_like(switch[:, 0], size**2)
     if views.mixup_alpha > 0 and views.cutmix_alpha > 0:
-        cut = switch[:, 1] < views.mixup_switch_prob
+        is_cutmix = switch[:, 1] < views.mixup_switch_prob
     else:
-        cut = torch.full_like(switch[:, 1], views.cutmix_alpha > 0, dtype=torch.bool)
+        is_cutmix = torch.full_like(switch[:, 1], views.cutmix_alpha > 0, dtype=torch.bool)
     mixed = switch[:, 0] < views.mixup_prob
-    own_weight = torch.where(mixed, torch.where(cut, kept, mixup_weight), ones)
-    return Mix(own_weight, cut, boxes, size)
+    lam = torch.where(mixed, torch.where(is_cutmix, corrected, mixup_weight), ones)
+    return Mix(lam, is_cutmix, boxes, size)
 
 
-def _boxes(centres: Tensor, weight: Tensor, size: int) -> Tensor:
+def _boxes(centers: Tensor, weight: Tensor, size: int) -> Tensor:
     half = ((1 - weight).sqrt() * size).long()[:, None] // 2
-    middle = (centres * size).long()
+    middle = (centers * size).long()
     first, last = (middle - half).clamp(0, size), (middle + half).clamp(0, size)
     return torch.cat([first, last], dim=1)
 
 
 def mix_images(images: Tensor, mix: Mix) -> Tensor:
-    """Mix each image, float [batch, 3, height, width], with its partner, rows 2k and 2k + 1.
+    """Mix each image with its partner: rows 2k and 2k + 1.
 
-    The input is left as it is.
+    images: float [batch, 3, height, width], not changed. Return the same shape.
     """
-    pairs = rearrange(images, "(pair own) c h w -> pair own c h w", own=2)
-    own = rearrange(_own_share(mix, *images.shape[-2:]).to(images.dtype), "p h w -> p 1 1 h w")
-    # Exact where an image keeps all or nothing: x * 1 + y * 0.
-    mixed = (pairs * own).add_(pairs.flip(1).mul_(1 - own))
-    return rearrange(mixed, "pair own c h w -> (pair own) c h w")
+    pairs = rearrange(images, "(pair two) c h w -> pair two c h w", two=2)
+    lam = rearrange(_own_weights(mix, *images.shape[-2:]).to(images.dtype), "p h w -> p 1 1 h w")
+    # Exact for weights of 0 and 1: x * 1 + y * 0.
+    mixed = (pairs * lam).add_(pairs.flip(1).mul_(1 - lam))
+    return rearrange(mixed, "pair two c h w -> (pair two) c h w")
 
 
 def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
-    """Mix each target, float [batch, classes], with its partner's by the corrected weight."""
-    own = repeat(mix.own_weight, "pair -> (pair 2) 1").to(targets.dtype)
+    """Mix each target, float [batch, classes], with that of its partner, by the corrected lam."""
+    lam = repeat(mix.lam, "pair -> (pair 2) 1").to(targets.dtype)
     partner = torch.arange(len(targets), device=targets.device) ^ 1
-    return own * targets + (1 - own) * targets[partner]
+    return lam * targets + (1 - lam) * targets[partner]
 
 
-def _own_share(mix: Mix, height: int, width: int) -> Tensor:
-    """What each pixel keeps of its own image [pairs, height, width]: the weight in mixup, all or
-    nothing in cutmix, nothing where its middle lies within the box."""
+def _own_weights(mix: Mix, height: int, width: int) -> Tensor:
+    """Return the weight of each pixel of the image itself, [pairs, height, width].
+
+    lam for mixup. For cutmix 0 if the center of the pixel is within the box, otherwise 1.
+    """
     top, left, bottom, right = rearrange(2 * mix.boxes, "pair edge -> edge pair 1")
-    # (place + 1/2) / extent against edge / size, in whole numbers.
+    # (index + 1/2) / extent compared with edge / size, in integers.
     rows = (2 * torch.arange(height, device=top.device) + 1) * mix.size
     columns = (2 * torch.arange(width, device=top.device) + 1) * mix.size
     rows = ((rows >= top * height) & (rows < bottom * height)).double()
     columns = ((columns >= left * width) & (columns < right * width)).double()
-    pasted = (mix.cut & (mix.own_weight < 1))[:, None, None] * rows[:, :, None] * columns[:, None]
-    blended = torch.where(mix.cut, 1.0, mix.own_weight)[:, None, None]
+    pasted = (mix.is_cutmix & (mix.lam < 1))[:, None, None] * rows[:, :, None] * columns[:, None]
+    blended = torch.where(mix.is_cutmix, 1.0, mix.lam)[:, None, None]
     return blended - pasted

@@ -1,7 +1,7 @@
-"""Augmentation policies: which operations each image undergoes, and how strongly.
+"""Augmentation policies: sample the operations applied to each image and their strengths.
 
-A policy is a function of keys that fills one or more layers: for each layer the number of an
-operation (see operations.CODES) and its argument, for each image.
+A policy is a function of keys that returns one or more layers: for each layer and image the code of
+an operation (deit.datasets.operations.CODES) and its argument.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ Layers = tuple[Tensor, Tensor]
 
 
 def sample_policy(keys: Keys, views: ViewsConfig) -> Layers:
-    """Every layer a view goes through, in order: rotation, policy, colour jitter."""
+    """Sample all layers of a view, in order: rotation, policy, color jitter."""
     layers = []
     if views.rotation > 0:
         layers.append(sample_rotation(keys, views.rotation))
@@ -29,36 +29,37 @@ def sample_policy(keys: Keys, views: ViewsConfig) -> Layers:
     if views.color_jitter > 0:
         layers.append(sample_color_jitter(keys, views.color_jitter))
     if not layers:
-        nothing = torch.zeros(len(keys.samples), 0, device=keys.samples.device)
-        return nothing.long(), nothing
+        empty = torch.zeros(len(keys.samples), 0, device=keys.samples.device)
+        return empty.long(), empty
     codes, arguments = zip(*layers)
     return torch.cat(codes, dim=1), torch.cat(arguments, dim=1)
 
 
 def sample_rotation(keys: Keys, degrees: float) -> Layers:
-    """One layer: turned by an angle uniform in +-degrees."""
+    """Sample one layer: a rotation by an angle uniform in +-degrees."""
     angles = ((2 * uniform(keys, "rotation", 1) - 1) * degrees).float()
     return torch.full_like(keys.samples, CODES["rotate"])[:, None], angles
 
 
 def sample_randaugment(keys: Keys, views: ViewsConfig) -> Layers:
-    """RandAugment (Cubuk et al. 2020) with timm's magnitudes, increasing set (`inc1`).
+    """Sample RandAugment (Cubuk et al. 2020) with timm's increasing magnitudes (`inc1`).
 
-    Each of `views.randaugment_num_ops` takes one of 15 operations with `views.randaugment_prob`, at
-    a magnitude drawn from a normal distribution and kept within 0 and 10. Source of the scales:
-    timm's `rand-m9-mstd0.5-inc1`, the setting of the DeiT paper (Table 9)."""
+    `views.randaugment_num_ops` layers; each applies one of 15 operations with probability
+    `views.randaugment_prob`, at a normally distributed magnitude clipped to 0 ... 10. The
+    magnitudes are those of timm's `rand-m9-mstd0.5-inc1`, the setting of the DeiT paper (Table 9).
+    """
     codes, arguments = [], []
     for layer in range(views.randaugment_num_ops):
         draws = uniform(keys, f"randaugment/{layer}", 3)
         noise = normal(keys, f"randaugment/{layer}/magnitude", 1).squeeze(1)
         level = (views.randaugment_magnitude + views.randaugment_magnitude_std * noise).clamp(0, 10)
-        level = level / torch.full_like(level, 10)  # by a tensor: see resizing
+        level = level / torch.full_like(level, 10)  # a tensor: see deit.datasets.resizing
         sign = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
         choice = (draws[:, 1] * len(RANDAUGMENT)).long()
-        taken = draws[:, 0] < views.randaugment_prob
-        chosen = _codes(RANDAUGMENT, choice.device)[choice]
+        applied = draws[:, 0] < views.randaugment_prob
+        selected = _codes(RANDAUGMENT, choice.device)[choice]
         scales = torch.stack([scale(level, sign) for scale in RANDAUGMENT.values()], dim=1)
-        codes.append(torch.where(taken, chosen, 0))
+        codes.append(torch.where(applied, selected, 0))
         arguments.append(scales.gather(1, choice[:, None]).squeeze(1).float())
     return torch.stack(codes, dim=1), torch.stack(arguments, dim=1)
 
@@ -67,8 +68,8 @@ def _no_argument(level: Tensor, sign: Tensor) -> Tensor:
     return torch.zeros_like(level)
 
 
-def _share(level: Tensor, sign: Tensor) -> Tensor:
-    """Of the image in a blend: away from 1 by up to 0.9 either way."""
+def _factor(level: Tensor, sign: Tensor) -> Tensor:
+    """Return the factor of the image in a blend: 1 +- 0.9 * level, at least 0.1."""
     return (1 + sign * 0.9 * level).clamp_min(0.1)
 
 
@@ -81,14 +82,14 @@ RANDAUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "equalize": _no_argument,
     "invert": _no_argument,
     "rotate": _up_to(30),
-    # 4 bits at level 0, 1 at level 1; timm's own formula arrives at 0 bits, a black image.
+    # 4 bits at level 0, 1 at level 1; timm's formula gives 0 bits, a black image.
     "posterize": lambda level, sign: (4 - torch.floor(4 * level)).clamp_min(1),
     "solarize": lambda level, sign: 256 - torch.floor(256 * level).clamp_max(256),
     "solarize_add": lambda level, sign: torch.floor(110 * level).clamp_max(128),
-    "color": _share,
-    "contrast": _share,
-    "brightness": _share,
-    "sharpness": _share,
+    "color": _factor,
+    "contrast": _factor,
+    "brightness": _factor,
+    "sharpness": _factor,
     "shear_x": _up_to(0.3),
     "shear_y": _up_to(0.3),
     "translate_x": _up_to(0.45),
@@ -109,7 +110,7 @@ _AUTO_SCALES: dict[str, Callable[[float], tuple[float, float]]] = {
     "sharpness": lambda level: (1 + 0.9 * level, 1 - 0.9 * level),
     "shear_x": lambda level: (0.3 * level, -0.3 * level),
 }
-"""AutoAugment's scales: level in [0, 1] -> the argument with either sign."""
+"""AutoAugment's scales: level in [0, 1] -> the argument for either direction."""
 
 AUTOAUGMENT: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
     (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
@@ -138,33 +139,39 @@ AUTOAUGMENT: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] =
     (("color", 0.6, 4), ("contrast", 1.0, 8)),
     (("equalize", 0.8, 8), ("equalize", 0.6, 3)),
 )
-"""AutoAugment's policy for ImageNet (Cubuk et al. 2019, Table 9): of each sub-policy two
-operations, their probabilities and their levels in 0 ... 9."""
+"""AutoAugment's policy for ImageNet (Cubuk et al. 2019, Table 9): sub-policies of two operations,
+each with its probability and its level in 0 ... 9."""
 
 
 def sample_autoaugment(keys: Keys, views: ViewsConfig) -> Layers:
-    """AutoAugment (Cubuk et al. 2019), the policy found on ImageNet: a sub-policy for each image,
-    two operations, each with its own probability and strength, turned either way."""
+    """Sample AutoAugment's ImageNet policy (Cubuk et al. 2019): one sub-policy for each image.
+
+    Each of its two operations is applied with its own probability and strength, in a random
+    direction.
+    """
     draws = uniform(keys, "autoaugment", 5)
     device = draws.device
-    which = (draws[:, 0] * len(AUTOAUGMENT)).long()
+    choice = (draws[:, 0] * len(AUTOAUGMENT)).long()
     codes = device_constant(
-        tuple(tuple(CODES[name] for name, _, _ in one) for one in AUTOAUGMENT), device
+        tuple(tuple(CODES[name] for name, _, _ in pair) for pair in AUTOAUGMENT), device
     )
-    chances = device_constant(
-        tuple(tuple(chance for _, chance, _ in one) for one in AUTOAUGMENT), device
+    probabilities = device_constant(
+        tuple(tuple(probability for _, probability, _ in pair) for pair in AUTOAUGMENT), device
     )
-    scaled = [[_AUTO_SCALES[name](level / 9) for name, _, level in one] for one in AUTOAUGMENT]
-    signed = device_constant(tuple(tuple(map(tuple, one)) for one in scaled), device)
-    taken = draws[:, 1:3] < chances[which]
+    scaled = [[_AUTO_SCALES[name](level / 9) for name, _, level in pair] for pair in AUTOAUGMENT]
+    signed = device_constant(tuple(tuple(map(tuple, pair)) for pair in scaled), device)
+    applied = draws[:, 1:3] < probabilities[choice]
     sign = (draws[:, 3:5] < 0.5).long()
-    arguments = signed[which].gather(2, sign[:, :, None]).squeeze(2)
-    return torch.where(taken, codes[which], 0), arguments.float()
+    arguments = signed[choice].gather(2, sign[:, :, None]).squeeze(2)
+    return torch.where(applied, codes[choice], 0), arguments.float()
 
 
 def sample_three_augment(keys: Keys, views: ViewsConfig) -> Layers:
-    """3-Augment (Touvron et al. 2022, "DeiT III"): grey, solarised at 128, or blurred by a Gaussian
-    of sigma 0.1 ... 2 px, each as often. Its colour jitter is `views.color_jitter` (0.3)."""
+    """Sample 3-Augment (Touvron et al. 2022, "DeiT III"): one of three operations per image.
+
+    Grayscale, solarize at 128, or Gaussian blur with a sigma of 0.1 ... 2 px, with equal
+    probability. Its color jitter is set by `views.color_jitter` (0.3).
+    """
     draws = uniform(keys, "three_augment", 2)
     choice = (draws[:, :1] * 3).long()
     names = ("grayscale", "solarize", "gaussian_blur")
@@ -174,13 +181,15 @@ def sample_three_augment(keys: Keys, views: ViewsConfig) -> Layers:
 
 
 def sample_color_jitter(keys: Keys, strength: float) -> Layers:
-    """Brightness, contrast and saturation, each blended by a share uniform in 1 +- strength, in an
-    order of each image's own (torchvision's ColorJitter)."""
+    """Sample brightness, contrast and saturation in random order (torchvision's ColorJitter).
+
+    Each is a blend with a factor uniform in 1 +- strength.
+    """
     draws = uniform(keys, "color_jitter", 4)
     order = device_constant(_ORDERS, draws.device)[(draws[:, 3] * len(_ORDERS)).long()]
-    shares = ((1 - strength) + 2 * strength * draws[:, :3]).clamp_min(0).float()
+    factors = ((1 - strength) + 2 * strength * draws[:, :3]).clamp_min(0).float()
     names = ("brightness", "contrast", "color")
-    return _codes(names, draws.device)[order], shares.gather(1, order)
+    return _codes(names, draws.device)[order], factors.gather(1, order)
 
 
 def _codes(names: Iterable[str], device: torch.device) -> Tensor:
@@ -194,4 +203,4 @@ POLICIES: dict[str, Callable[[Keys, ViewsConfig], Layers]] = {
     "three_augment": sample_three_augment,
     "autoaugment": sample_autoaugment,
 }
-"""Every policy by its name in views.auto_augment."""
+"""The policies by their names in views.auto_augment."""

@@ -1,4 +1,4 @@
-"""Lists images in tar shards, as WebDataset writes them, for reading in any order."""
+"""List images in tar shards in WebDataset's layout, for reading in any order."""
 
 import re
 import tarfile
@@ -16,16 +16,16 @@ from deit.datasets.listing import (
     Folder,
     Listing,
     OnProblem,
-    PassedOver,
+    SkippedFiles,
     SplitListing,
     assemble,
     check_root,
-    ending_of,
-    holds_images,
+    contains_images,
     is_hidden,
-    look_into,
-    refuse,
+    raise_problem,
+    scan_folder,
     split_folders,
+    suffix_of,
 )
 from deit.datasets.stores import ShardStore
 
@@ -37,7 +37,7 @@ _CLASSES = "classes.txt"
 
 
 class Sample(NamedTuple):
-    """An image in a shard: its member's name, where its bytes lie, and what its .cls says."""
+    """An image in a shard: name of its member, offset and size [bytes], and content of its .cls."""
 
     member: str
     offset: int
@@ -45,97 +45,103 @@ class Sample(NamedTuple):
     label: str
 
 
-def list_shards(config: DataConfig, keep: tuple[str, ...], complain: OnProblem = refuse) -> Listing:
-    """Tar shards of samples KEY.jpg (or another ending of images) and KEY.cls: ROOT/train/*.tar, or
-    ROOT/*.tar without splits; ROOT/val and ROOT/test as with class folders.
+def list_shards(
+    config: DataConfig, classes: tuple[str, ...], on_problem: OnProblem = raise_problem
+) -> Listing:
+    """List the samples of tar shards: ROOT/train/*.tar, or ROOT/*.tar without splits.
 
-    KEY.cls holds a number (a line of `classes.txt` beside the shards or in ROOT, from 0; without
-    that file the number is the name) or a class name. Other fields are counted. The shards are
-    indexed once, so that images are read in any order, without extracting anything.
-    Complains of damaged and compressed shards, of images without label and labels without image.
+    ROOT/val and ROOT/test are used as with class folders. A sample consists of KEY.jpg (or another
+    image suffix) and KEY.cls. KEY.cls contains a class name or an index, from 0, of a line in
+    `classes.txt`, next to the shards or in ROOT; without that file the index is the class name.
+    The shards are indexed once, so that images can be read in any order without extracting them.
+
+    Calls `on_problem` for damaged or compressed shards, images without label and labels without
+    image. Raises NotFoundError or DataError as `list_folder`.
     """
     root = Path(config.root)
     check_root(root, "*.tar")
-    passed = PassedOver()
-    folders = split_folders(root, passed, complain)
-    shards = {split: _shards(folder, root, complain, passed) for split, folder in folders.items()}
+    skipped = SkippedFiles()
+    folders = split_folders(root, skipped, on_problem)
+    shards = {
+        split: _shards(folder, root, on_problem, skipped) for split, folder in folders.items()
+    }
     paths = [path for split in shards.values() for path in split]
     indexed = {}
     for path in progress(paths, total=len(paths), title=f"indexing the shards of {root}"):
         try:
-            indexed[path] = list(read_index(path, complain, passed))
+            indexed[path] = list(read_index(path, on_problem, skipped))
         except (OSError, tarfile.TarError, ValueError) as error:
             raise_transient(error, path)
             indexed[path] = []
-            complain(
-                f"{path}: not a complete, uncompressed tar file ({first_line(error)}); fetch or "
-                "unpack it"
+            on_problem(
+                f"{path}: not a complete, uncompressed tar file ({first_line(error)}); download it "
+                "again or decompress it"
             )
     samples = [sample for path in paths for sample in indexed[path]]
     numbered = all(sample.label.isdecimal() for sample in samples)
-    # Names within a shard are usually unique over all of them, and then survive resharding.
+    # Names are usually unique over all shards; then images keep their splits after resharding.
     unique = all(
         len({sample.member for path in split for sample in indexed[path]})
         == sum(len(indexed[path]) for path in split)
         for split in shards.values()
     )
-    found = {}
+    splits = {}
     for split, folder in folders.items():
         names = _class_list(folder.path, root)
-        mine = [(path, sample) for path in shards[split] for sample in indexed[path]]
-        found[split] = SplitListing(
+        rows = [(path, sample) for path in shards[split] for sample in indexed[path]]
+        splits[split] = SplitListing(
             folder.path,
-            [_class_name(path, sample, names, numbered, complain) for path, sample in mine],
-            [sample.member if unique else f"{path.name}/{sample.member}" for path, sample in mine],
+            [_class_name(path, sample, names, numbered, on_problem) for path, sample in rows],
+            [sample.member if unique else f"{path.name}/{sample.member}" for path, sample in rows],
         )
     store = ShardStore(
         root,
         [path.relative_to(root).as_posix() for path in paths],
         [sample.member for sample in samples],
         [
-            (number, sample.offset, sample.size)
-            for number, path in enumerate(paths)
+            (index, sample.offset, sample.size)
+            for index, path in enumerate(paths)
             for sample in indexed[path]
         ],
     )
-    return assemble(store, found, keep, complain, passed)
+    return assemble(store, splits, classes, on_problem, skipped)
 
 
-def _shards(folder: Folder, root: Path, complain: OnProblem, passed: PassedOver) -> list[Path]:
-    folders, files = look_into(folder, passed, complain)
-    passed.places += [
-        f"{inner.path} (a folder beside the shards)"
+def _shards(folder: Folder, root: Path, on_problem: OnProblem, skipped: SkippedFiles) -> list[Path]:
+    folders, files = scan_folder(folder, skipped, on_problem)
+    skipped.paths += [
+        f"{inner.path} (a folder next to the shards)"
         for inner in folders.values()
-        if holds_images(inner)
+        if contains_images(inner)
     ]
     shards = []
     for name in files:
         if _COMPRESSED.search(name):
-            complain(
+            on_problem(
                 f"{folder.path / name}: compressed, so its images cannot be read in any order; "
-                "unpack it to a .tar (the images in it are compressed already)"
+                "decompress it to a .tar file (images are compressed already)"
             )
-        elif ending_of(name) == ".tar":
+        elif suffix_of(name) == ".tar":
             shards.append(folder.path / name)
         elif name != _CLASSES:
-            passed.add(name)
+            skipped.add(name)
     if not shards:
         raise DataError(f"{folder.path}: no shards; expected {folder.path}/*.tar")
     for path in shards:
-        words = set(re.split(r"[^a-z]+", path.stem.lower())) & set(SPLIT_NAMES)
-        if folder.path == root and words:
-            complain(
-                f"{path}: the name says {min(words)!r}; shards of different splits go to "
-                f"{root}/train, {root}/val and {root}/test"
+        split_names = set(re.split(r"[^a-z]+", path.stem.lower())) & set(SPLIT_NAMES)
+        if folder.path == root and split_names:
+            on_problem(
+                f"{path}: its name contains {min(split_names)!r}; move the shards of different "
+                f"splits to {root}/train, {root}/val and {root}/test"
             )
     return shards
 
 
-def read_index(path: Path, complain: OnProblem, passed: PassedOver) -> Iterator[Sample]:
-    """The samples of a shard in the order of their images. Only regular members count, and those
-    that are neither image nor class are counted in `passed`.
+def read_index(path: Path, on_problem: OnProblem, skipped: SkippedFiles) -> Iterator[Sample]:
+    """Yield the samples of a shard in the order of their images.
 
-    Raises OSError or tarfile.TarError where the file is damaged, cut short or compressed.
+    Members that are neither image nor class, or not regular files, are counted in `skipped`.
+    Raises OSError or tarfile.TarError if the file is damaged, truncated or compressed.
     """
     images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, str] = {}
@@ -147,34 +153,36 @@ def read_index(path: Path, complain: OnProblem, passed: PassedOver) -> Iterator[
             match = _SAMPLE.fullmatch(member.name)
             key, field = (match[1], match[2].lower()) if match else (member.name, "")
             if not member.isreg() or member.issparse():
-                passed.files["links, sparse files or devices"] += 1
+                skipped.files["links, sparse files or devices"] += 1
             elif field in IMAGE_FIELDS:
                 images.setdefault(key, []).append(member)
             elif field == "cls":
                 content = archive.extractfile(member).read(_LABEL_BYTES)
                 labels[key] = content.decode("utf-8-sig", errors="replace").strip()
             else:
-                passed.add(member.name)
+                skipped.add(member.name)
                 others[key] = member.name
         check_end(path, archive.offset)
     for key, members in images.items():
         if len(members) > 1:
             names = ", ".join(member.name for member in members)
-            complain(
+            on_problem(
                 f"{path}: {len(members)} images for the key {key!r} ({names}); one is expected"
             )
         elif not labels.get(key):
-            complain(f"{path}: {members[0].name} has no class; expected {key}.cls")
+            on_problem(f"{path}: {members[0].name} has no class; expected {key}.cls")
         else:
             yield Sample(members[0].name, members[0].offset_data, members[0].size, labels[key])
     for key in labels.keys() - images.keys():
-        instead = f"; {others[key]} is none that is read" if key in others else ""
-        complain(f"{path}: {key}.cls has no image beside it{instead}")
+        other = f"; {others[key]} is not a supported image" if key in others else ""
+        on_problem(f"{path}: {key}.cls has no image{other}")
 
 
 def check_end(path: Path, offset: int) -> None:
-    """Raise tarfile.ReadError where a tar file ends before its end mark: tarfile takes a damaged
-    header for the end, and only a block of zeros really is."""
+    """Raise tarfile.ReadError if a tar file has no end mark (a block of zeros) at `offset`.
+
+    tarfile itself treats a damaged header as the end of the file.
+    """
     with open(path, "rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -185,7 +193,7 @@ def check_end(path: Path, offset: int) -> None:
 
 
 def _class_list(folder: Path, root: Path) -> list[str] | None:
-    """The lines of classes.txt beside the shards or in the root."""
+    """Return the lines of classes.txt next to the shards or in the root; None without one."""
     for path in (folder / _CLASSES, root / _CLASSES):
         try:
             names = read_lines(path)
@@ -196,20 +204,22 @@ def _class_list(folder: Path, root: Path) -> list[str] | None:
         while names and not names[-1]:
             names.pop()
         if "" in names or len(set(names)) < len(names):
-            raise DataError(f"{path}: should hold one class name a line, none empty or twice")
+            raise DataError(
+                f"{path}: should contain one class name per line, without empty or repeated ones"
+            )
         return names
     return None
 
 
 def _class_name(
-    path: Path, sample: Sample, names: list[str] | None, numbered: bool, complain: OnProblem
+    path: Path, sample: Sample, names: list[str] | None, numbered: bool, on_problem: OnProblem
 ) -> str:
-    """The class of a sample by name; numbered: every label of the data is a number."""
+    """Return the class name of a sample. numbered: whether all labels are numbers."""
     label = str(int(sample.label)) if numbered else sample.label
     if names is not None and numbered and int(label) < len(names):
         return names[int(label)]
     if names is not None and (numbered or label not in names):
-        complain(f"{path}: {sample.member} is of class {label!r}, not in classes.txt")
+        on_problem(f"{path}: {sample.member} has class {label!r}, which is not in classes.txt")
     elif re.fullmatch(r"-\d+", label):
-        complain(f"{path}: {sample.member} has the class number {label}; they count from 0")
+        on_problem(f"{path}: {sample.member} has class index {label}; indices start at 0")
     return label

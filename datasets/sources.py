@@ -1,4 +1,4 @@
-"""The image sources: each finds labelled images and the splits they come with."""
+"""The image sources: each loads or lists labeled images and the splits they come with."""
 
 import json
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from deit.datasets.timm_readers import list_reader
 
 
 class Loaded(NamedTuple):
-    """What a source holds: None where it has no such split.
+    """The images of a source; a split that it does not have is None.
 
-    identities: int64 [number of training images] in [0, 2**32), a number for each training image
-    that does not depend on which others are there: what is set aside is chosen by it.
-    left_out: bool [positions of the store], the excluded images; None without a list.
-    passed: what is beside the images and is not read, in words.
+    identities: int64 [training images] in [0, 2**32), a number for each training image that does
+    not depend on the other images; validation and test images are selected by it.
+    excluded: bool [positions of the store], the excluded images; None without a list.
+    skipped: what is not read, as lines of text.
     """
 
     class_names: tuple[str, ...]
@@ -34,15 +34,15 @@ class Loaded(NamedTuple):
     train: InMemoryImages | EncodedImages
     validation: InMemoryImages | EncodedImages | None
     test: InMemoryImages | EncodedImages | None
-    left_out: Tensor | None = None
-    passed: tuple[str, ...] = ()
+    excluded: Tensor | None = None
+    skipped: tuple[str, ...] = ()
 
 
-def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 grey levels, without splits.
+def load_digits(config: DataConfig, classes: tuple[str, ...]) -> Loaded:
+    """Load scikit-learn's 1,797 handwritten digits, 8x8 pixels of 17 gray levels, without splits.
 
     Source: the test half of UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak,
-    1998). Raises SystemFault without scikit-learn.
+    1998). Raises SystemFault if scikit-learn is missing.
     """
     try:
         from sklearn.datasets import load_digits as read
@@ -52,21 +52,24 @@ def load_digits(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
             "pip install 'deit[digits]'"
         ) from None
     digits = read()
-    grey = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
-    pixels = grey.unsqueeze(1).repeat(1, 3, 1, 1)
+    gray = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
+    pixels = gray.unsqueeze(1).repeat(1, 3, 1, 1)
     names = tuple(str(name) for name in digits.target_names)
-    everything = InMemoryImages(pixels, torch.from_numpy(digits.target).long())
-    return _keep_classes(Loaded(names, torch.arange(len(pixels)), everything, None, None), keep)
+    images = InMemoryImages(pixels, torch.from_numpy(digits.target).long())
+    return _keep_classes(Loaded(names, torch.arange(len(pixels)), images, None, None), classes)
 
 
-def load_mnist(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """MNIST in torchvision's layout: 60,000 training and 10,000 test digits of 28x28, grey."""
+def load_mnist(config: DataConfig, classes: tuple[str, ...]) -> Loaded:
+    """Load MNIST in torchvision's layout: 60,000 training and 10,000 test digits of 28x28, gray.
+
+    Raises DataError if it is missing.
+    """
     raw = Path(config.root) / "MNIST" / "raw"
     train, test = _both_splits(
         MNIST,
         config,
         expected=f"{raw} (train-images-idx3-ubyte and three more)",
-        else_="the digits recipes need no data",
+        alternative="recipes named digits need no data",
     )
 
     def images(split: MNIST) -> InMemoryImages:
@@ -74,14 +77,16 @@ def load_mnist(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
 
     names = tuple(str(digit) for digit in range(10))
     identities = torch.arange(len(train.targets))
-    return _keep_classes(Loaded(names, identities, images(train), None, images(test)), keep)
+    return _keep_classes(Loaded(names, identities, images(train), None, images(test)), classes)
 
 
 def _both_splits(
-    dataset: type[VisionDataset], config: DataConfig, *, expected: str, else_: str
+    dataset: type[VisionDataset], config: DataConfig, *, expected: str, alternative: str
 ) -> tuple[VisionDataset, VisionDataset]:
-    """Training and test split of one of torchvision's sets. expected, else_: where it should lie,
-    and what could be had instead, for the message. Raises DataError."""
+    """Load training and test split of a torchvision dataset. Raises DataError if it is missing.
+
+    expected, alternative: its location, and what to use instead, for the message.
+    """
     root = Path(config.root)
     try:
         train, test = (
@@ -90,29 +95,35 @@ def _both_splits(
     except Exception as error:  # torchvision raises RuntimeError, urllib, tarfile, struct their own
         raise_transient(error, f"data.root {root}")
         raise DataError(
-            f"data.root {root}: no {dataset.__name__} here ({first_line(error)}); expected "
-            f"{expected}. Fetch it with --data.download, or point --data.root at it; {else_}"
+            f"data.root {root}: contains no {dataset.__name__} ({first_line(error)}); expected "
+            f"{expected}. Download it with --data.download, or set --data.root to its location; "
+            f"{alternative}"
         ) from None
     return train, test
 
 
-def load_cifar10(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """CIFAR-10 in torchvision's layout: 50,000 training and 10,000 test images of 32x32."""
-    return _load_cifar(CIFAR10, config, keep)
+def load_cifar10(config: DataConfig, classes: tuple[str, ...]) -> Loaded:
+    """Load CIFAR-10 in torchvision's layout: 50,000 training and 10,000 test images of 32x32.
+
+    Raises DataError if it is missing.
+    """
+    return _load_cifar(CIFAR10, config, classes)
 
 
-def load_cifar100(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """CIFAR-100 in torchvision's layout, fine labels."""
-    return _load_cifar(CIFAR100, config, keep)
+def load_cifar100(config: DataConfig, classes: tuple[str, ...]) -> Loaded:
+    """Load CIFAR-100 in torchvision's layout, with fine labels. Raises DataError if missing."""
+    return _load_cifar(CIFAR100, config, classes)
 
 
-def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[str, ...]) -> Loaded:
+def _load_cifar(
+    dataset: type[VisionDataset], config: DataConfig, classes: tuple[str, ...]
+) -> Loaded:
     folder = Path(config.root) / dataset.base_folder
     train, test = _both_splits(
         dataset,
         config,
         expected=f"{folder} (archive {dataset.filename}, md5 {dataset.tgz_md5})",
-        else_="images in class folders are read by --data.source folder",
+        alternative="for images in class folders use --data.source folder",
     )
 
     def images(split: VisionDataset) -> InMemoryImages:
@@ -120,64 +131,74 @@ def _load_cifar(dataset: type[VisionDataset], config: DataConfig, keep: tuple[st
         return InMemoryImages(pixels, torch.tensor(split.targets))
 
     identities = torch.arange(len(train.targets))
-    found = Loaded(tuple(train.classes), identities, images(train), None, images(test))
-    return _keep_classes(found, keep)
+    loaded = Loaded(tuple(train.classes), identities, images(train), None, images(test))
+    return _keep_classes(loaded, classes)
 
 
-def load_listed(config: DataConfig, keep: tuple[str, ...]) -> Loaded:
-    """Images that stay encoded, as the listing of their source finds them."""
-    listing = LISTINGS[config.source](config, keep)
+def load_listed(config: DataConfig, classes: tuple[str, ...]) -> Loaded:
+    """List images that stay encoded (folder, shards, reader), without those of the exclude list.
+
+    Raises DataError if the images or the list cannot be read.
+    """
+    listing = LISTINGS[config.source](config, classes)
     encoded = {
         split: EncodedImages(listing.labels[rows], listing.store, rows)
         for split, rows in listing.splits.items()
     }
-    left_out = None
+    excluded = None
     if config.exclude_list is not None:
-        left_out = is_excluded(Path(config.exclude_list), listing.store)
+        excluded = is_excluded(config.exclude_list, listing.store)
     return Loaded(
         listing.class_names,
         listing.identities[listing.splits["train"]],
         encoded["train"],
         encoded.get("validation"),
         encoded.get("test"),
-        left_out,
-        listing.passed.notes(),
+        excluded,
+        listing.skipped.notes(),
     )
 
 
-def is_excluded(path: Path, store: ImageStore) -> Tensor:
-    """Which positions of a store an exclude list names, bool [positions].
+def is_excluded(path: str | Path, store: ImageStore) -> Tensor:
+    """Return which positions of a store an exclude list contains, bool [positions].
 
-    The list: one name below data.root a line, as it is or, by `exclude_list_line`, as a text of
-    JSON; `#` begins a comment line. Raises DataError for a name that is not in the data, so that a
-    list for other data cannot pass unnoticed."""
+    The list has one name relative to data.root per line, plain or as a JSON string (see
+    `exclude_list_line`); `#` starts a comment line. Raises DataError if the list cannot be read or
+    contains a name that is not in the data, as a list for other data would.
+    """
+    path = Path(path)
     try:
         lines = read_lines(path, errors="surrogateescape")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.exclude_list {path}: not readable ({reason})") from None
-    names = {_name_in(line) for line in lines if line and not line.startswith("#")}
-    listed = torch.zeros(len(store), dtype=torch.bool)
+    names = {_parse_line(line) for line in lines if line and not line.startswith("#")}
+    excluded = torch.zeros(len(store), dtype=torch.bool)
     for position in range(len(store)) if names else ():
         if (name := store.key(position)) in names:
-            listed[position] = True
+            excluded[position] = True
             names.discard(name)
     if names:
         raise DataError(
             f"data.exclude_list {path}: {min(names)!r} is not in the data; names are relative to "
             "data.root, as `deit check-data --write-exclude-list` writes them"
         )
-    return listed
+    return excluded
 
 
 def exclude_list_line(name: str) -> str:
-    """A line of an exclude list for any file name: one that a line cannot hold as it is, or that
-    looks like something else, as a text of JSON."""
+    """Return a line of an exclude list: the name, or a JSON string for a name that needs one.
+
+    Such as names with line breaks, or that start like a comment.
+
+    >>> exclude_list_line("cat/1.jpg"), exclude_list_line("#1.jpg")
+    ('cat/1.jpg', '"#1.jpg"')
+    """
     plain = name.splitlines() == [name.strip()] and not name.startswith(("#", '"'))
     return name if plain else json.dumps(name)
 
 
-def _name_in(line: str) -> str:
+def _parse_line(line: str) -> str:
     if not line.startswith('"'):
         return line
     try:
@@ -186,14 +207,14 @@ def _name_in(line: str) -> str:
         return line
 
 
-def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:
-    """Only the wanted classes, in the order of the source; all of them if none are named."""
-    if not keep:
+def _keep_classes(loaded: Loaded, classes: tuple[str, ...]) -> Loaded:
+    """Keep only some classes, in the order of the source; empty for all."""
+    if not classes:
         return loaded
-    wanted = resolve_classes(keep, loaded.class_names)
-    old = [index for index, name in enumerate(loaded.class_names) if name in wanted]
+    selected = resolve_classes(classes, loaded.class_names)
+    old_labels = [index for index, name in enumerate(loaded.class_names) if name in selected]
     new_label = torch.full((len(loaded.class_names),), -1)
-    new_label[old] = torch.arange(len(old))
+    new_label[old_labels] = torch.arange(len(old_labels))
 
     def filtered(images: InMemoryImages | None) -> InMemoryImages | None:
         if images is None:
@@ -201,7 +222,7 @@ def _keep_classes(loaded: Loaded, keep: tuple[str, ...]) -> Loaded:
         labels = new_label[images.labels]
         return InMemoryImages(images.pixels, labels).select(labels >= 0)
 
-    names = tuple(loaded.class_names[index] for index in old)
+    names = tuple(loaded.class_names[index] for index in old_labels)
     identities = loaded.identities[new_label[loaded.train.labels] >= 0]
     train, validation, test = map(filtered, (loaded.train, loaded.validation, loaded.test))
     return Loaded(names, identities, train, validation, test)
@@ -212,7 +233,7 @@ LISTINGS: dict[str, Callable[..., Listing]] = {
     "shards": list_shards,
     "reader": list_reader,
 }
-"""The sources of encoded images: (config, class names to keep or none, complain) -> Listing."""
+"""The sources of encoded images: (config, class names or none for all, on_problem) -> Listing."""
 
 SOURCES: dict[str, Callable[[DataConfig, tuple[str, ...]], Loaded]] = {
     "digits": load_digits,
@@ -221,4 +242,4 @@ SOURCES: dict[str, Callable[[DataConfig, tuple[str, ...]], Loaded]] = {
     "cifar100": load_cifar100,
     **dict.fromkeys(LISTINGS, load_listed),
 }
-"""Every source by its name in data.source: (config, class names to keep or none) -> Loaded."""
+"""All sources by their names in data.source: (config, class names or none for all) -> Loaded."""

@@ -1,4 +1,4 @@
-"""Where encoded images lie: files in folders, stretches of tar files, a timm reader."""
+"""Stores of encoded images: files in folders, members of tar files, a timm reader."""
 
 import os
 from collections.abc import Iterable
@@ -13,12 +13,15 @@ from deit.core.errors import DataError, NotAllowedError, bytes_of, first_line, r
 
 
 class StringTable:
-    """Many short texts in two arrays: a million of them are copied to a worker as two blocks, and
-    a forked worker that looks one up does not touch (and so copy) the memory of the others."""
+    """Many short strings in two arrays.
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [bytes_of(text) for text in texts]
-        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+    They are sent to a worker as two blocks. In a forked worker, reading one string does not copy
+    the memory pages of the others, as Python's reference counts would.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [bytes_of(string) for string in strings]
+        self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         self.content = b"".join(encoded)
 
     def __len__(self) -> int:
@@ -40,23 +43,25 @@ class FolderStore:
         return len(self.paths)
 
     def read(self, position: int) -> bytes:
-        """The bytes of the file. Raises DataError if it cannot be read, SystemFault where that
-        may pass."""
+        """Return the bytes of the file.
+
+        Raises DataError if it cannot be read, SystemFault if the failure can be transient.
+        """
         try:
             return (self.root / self.paths[position]).read_bytes()
         except OSError as error:
             raise _unreadable(self.name(position), error) from None
 
     def name(self, position: int) -> str:
-        """The path of the file."""
+        """Return the path of the file."""
         return str(self.root / self.paths[position])
 
     def key(self, position: int) -> str:
-        """The path relative to the root."""
+        """Return the path relative to the root."""
         return self.paths[position]
 
     def size(self, position: int) -> int:
-        """Bytes of the file. Raises DataError if it is gone."""
+        """Return the size of the file [bytes]. Raises DataError if it does not exist."""
         try:
             return (self.root / self.paths[position]).stat().st_size
         except OSError as error:
@@ -66,8 +71,8 @@ class FolderStore:
 class ShardStore:
     """Members of uncompressed tar files, by shard, offset and size [bytes].
 
-    A shard is opened for each read: beside the decoding of an image that costs nothing, and
-    thousands of shards need no thousands of open files in every worker.
+    The shard is opened for each read: the cost is negligible compared with decoding, and workers do
+    not need thousands of open files.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class ShardStore:
         members: Iterable[str],
         ranges: Iterable[tuple[int, int, int]],
     ) -> None:
-        """shards: paths relative to the root (`.`: the root is the tar itself).
+        """shards: paths relative to the root (`.`: the root is the tar file itself).
         members: the name of each image in its shard. ranges: (shard index, offset, size)."""
         self.root = root
         self.shards = tuple(shards)
@@ -88,8 +93,10 @@ class ShardStore:
         return len(self.members)
 
     def read(self, position: int) -> bytes:
-        """The bytes of the member. Raises DataError if they cannot be read, SystemFault where
-        that may pass."""
+        """Return the bytes of the member.
+
+        Raises DataError if they cannot be read, SystemFault if the failure can be transient.
+        """
         shard, offset, size = self.ranges[position].tolist()
         try:
             with open(self.root / self.shards[shard], "rb", buffering=0) as file:
@@ -102,24 +109,24 @@ class ShardStore:
         return content
 
     def name(self, position: int) -> str:
-        """The path of the shard and the name in it: SHARD.tar/NAME."""
+        """Return the path of the shard and the name in it: SHARD.tar/NAME."""
         return str(self.root / self.key(position))
 
     def key(self, position: int) -> str:
-        """The path of the shard relative to the root, and the name in it."""
+        """Return the path of the shard relative to the root, and the name in it."""
         shard = self.shards[int(self.ranges[position, 0])]
         return self.members[position] if shard == "." else f"{shard}/{self.members[position]}"
 
     def size(self, position: int) -> int:
-        """Bytes of the member."""
+        """Return the size of the member [bytes]."""
         return int(self.ranges[position, 2])
 
 
 class ReaderStore:
-    """Rows of data sets that answer `dataset[row]` with an encoded file or a picture first.
+    """Rows of datasets whose `dataset[row][0]` is an open encoded file or a PIL image.
 
-    Positions count through the splits in their order. The data sets must open their files in each
-    call or be safe to share, as Hugging Face's (memory-mapped) and torchvision's are.
+    Positions number the rows of all splits, in order. The datasets must open their files in each
+    call or be safe to share, like those of Hugging Face (memory-mapped) and torchvision.
     """
 
     def __init__(self, title: str, splits: dict[str, Any]) -> None:
@@ -135,8 +142,10 @@ class ReaderStore:
         return tuple(self.splits)[split], int(position - self.starts[split])
 
     def read(self, position: int) -> bytes:
-        """The encoded image; a picture is encoded without loss. Raises DataError, SystemFault
-        where what keeps it from being read may pass."""
+        """Return the encoded image; a PIL image is encoded losslessly.
+
+        Raises DataError if it cannot be read, SystemFault if the failure can be transient.
+        """
         split, row = self._find(position)
         try:
             image = self.splits[split][row][0]
@@ -144,20 +153,20 @@ class ReaderStore:
                 return _encode(image)
             with image:
                 return image.read()
-        except (Exception, SystemExit) as error:  # a foreign reader raises what it likes
+        except (Exception, SystemExit) as error:  # third-party readers raise errors of any type
             raise _unreadable(self.name(position), error) from None
 
     def name(self, position: int) -> str:
-        """Which reader, split and row."""
+        """Return reader, split and row."""
         return f"{self.title}: {self.key(position)}"
 
     def key(self, position: int) -> str:
-        """Split and row, from 0."""
+        """Return split and row, from 0."""
         split, row = self._find(position)
         return f"{split}/{row}"
 
     def size(self, position: int) -> int:
-        """0: only reading would tell."""
+        """Return 0: the size is unknown without reading."""
         return 0
 
 
@@ -169,8 +178,10 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
-    """What is wrong with the image. Raises what is wrong with the machine: the image may be sound,
-    and who takes it for damaged leaves it out for ever."""
+    """Return the error for an unreadable image.
+
+    Raises SystemFault if the machine is the cause, so that an intact image is not excluded.
+    """
     raise_transient(error, name)
     reason = getattr(error, "strerror", None) or first_line(error)
     kind = NotAllowedError if isinstance(error, PermissionError) else DataError

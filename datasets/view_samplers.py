@@ -1,4 +1,4 @@
-"""How a network looks at an image: by a view drawn for it, or always in the same way."""
+"""View samplers: the views that a network gets of an image, random or fixed."""
 
 from dataclasses import replace
 
@@ -19,9 +19,9 @@ from deit.datasets.views import (
 
 
 class RandomView:
-    """A view drawn for each (epoch, sample, repeat), uint8 squares of `size`.
+    """A random view for each (epoch, sample, repeat): uint8 squares of `size` [px].
 
-    Of encoded images the workers cut the boxes, as `cutter` says; then no crop is left to draw.
+    Encoded images are cropped by the worker processes (`decoder`), so `views` then has no crop.
     """
 
     def __init__(
@@ -31,56 +31,61 @@ class RandomView:
         *,
         size: int,
         square: int | None,
-        colours: ChannelStats,
+        channel_stats: ChannelStats,
         seed: int,
     ) -> None:
-        """square: side [px] to which encoded images are decoded where no box is cut from them;
-        None: size."""
+        """square: side [px] to which encoded images are decoded without a random crop. Default:
+        size. channel_stats: of the training images."""
         self.size = size
         self.views = views
-        self.colours = colours
+        self.channel_stats = channel_stats
         self.seed = seed
-        self.cutter: Decoder | None = None
+        self.decoder: Decoder | None = None
         if isinstance(images, InMemoryImages):
             self.source_size = images.pixels.shape[-1]
         elif views.crop in ("random_resized", "random"):
-            self.cutter = RandomCrop(views, size, seed)
+            self.decoder = RandomCrop(views, size, seed)
             self.source_size = size
             self.views = replace(views, crop="none")
         else:
             self.source_size = square or size
-            self.cutter = CenterSquare(self.source_size)
+            self.decoder = CenterSquare(self.source_size)
 
     def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> ViewParameters:
-        """The views of a stretch of samples, int64 [batch]."""
+        """Sample the view parameters of images. samples, repeats: int64 [batch]."""
         keys = Keys(self.seed, epoch, samples, repeats)
         extent = self.source_size
         return sample_views(keys, self.views, height=extent, width=extent, size=self.size)
 
-    def apply(self, pixels: Tensor, drawn: ViewParameters) -> Tensor:
-        """uint8 [batch, 3, size, size] of uint8 pixels in memory, or as the cutter left them."""
-        return apply_views(pixels, drawn, self.views, size=self.size, colours=self.colours)
+    def apply(self, pixels: Tensor, parameters: ViewParameters) -> Tensor:
+        """Return views, uint8 [batch, 3, size, size].
+
+        pixels: uint8 [batch, 3, side, side], from memory or as returned by `decoder`.
+        """
+        return apply_views(
+            pixels, parameters, self.views, size=self.size, channel_stats=self.channel_stats
+        )
 
 
 class FixedView:
-    """The same of an image in every epoch: all of it squeezed into a square, or its centre."""
+    """The same view in every epoch: the whole image resized to a square, or its center."""
 
     def __init__(self, views: ViewsConfig, *, size: int) -> None:
         self.size = size
         self.whole = views.teacher_view == "resized"
         self.crop = views.eval_crop_pct
         self.interpolation = views.interpolation
-        self.cutter: Decoder = (
+        self.decoder: Decoder = (
             WholeImage(size, views.interpolation)
             if self.whole
             else CenterSquare(round(size / self.crop))
         )
 
     def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> None:
-        """Nothing: there is only one."""
+        """Return None: a fixed view has no parameters."""
 
-    def apply(self, pixels: Tensor, drawn: None) -> Tensor:
-        """uint8 [batch, 3, size, size]."""
+    def apply(self, pixels: Tensor, parameters: None) -> Tensor:
+        """Return views, uint8 [batch, 3, size, size]; pixels as for RandomView.apply."""
         if self.whole:
             return resize(pixels, self.size, self.size, self.interpolation)
         return evaluation_squares(pixels, size=self.size, crop=self.crop)
@@ -95,12 +100,12 @@ def teacher_view_sampler(
     *,
     size: int,
     square: int | None,
-    colours: ChannelStats,
+    channel_stats: ChannelStats,
     seed: int,
 ) -> ViewSampler | None:
-    """The teacher's own look, as views.teacher_view says; None where it sees the student's view.
+    """Return the sampler of views.teacher_view; None if the teacher gets the student's views.
 
-    crops: the student's kind of crop and flip alone, one for each repeat, the same in every epoch.
+    crops: views with the student's crop and flip only, a different one for each repeat.
     """
     if views.teacher_view == "same":
         return None
@@ -108,5 +113,7 @@ def teacher_view_sampler(
         return FixedView(views, size=size)
     if views.teacher_view == "crops":
         views = replace(views, auto_augment="none", color_jitter=0.0, erasing_prob=0.0)
-    own = derived_seed(seed, "teacher")
-    return RandomView(images, views, size=size, square=square, colours=colours, seed=own)
+    teacher_seed = derived_seed(seed, "teacher")
+    return RandomView(
+        images, views, size=size, square=square, channel_stats=channel_stats, seed=teacher_seed
+    )

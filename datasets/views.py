@@ -1,8 +1,8 @@
-"""Views: how an image looks to a network, per sample and in batches, in whole grey levels.
+"""Views: the augmented uint8 images that networks are trained on, in batches.
 
-Each augmentation is a pair: `sample_*` turns keys into parameters, `apply_*` turns images and
-parameters into images. Neither reads any random state, and every view is the same uint8 image
-whatever the batch, the process count or the device.
+Each augmentation is a pair of functions: `sample_*` turns keys (seed, epoch, sample) into
+parameters, `apply_*` turns images and parameters into images. Neither uses a random state. A view
+is the same uint8 image for any batch size, number of processes and device.
 """
 
 import math
@@ -20,29 +20,31 @@ from deit.datasets.policies import sample_policy
 from deit.datasets.resizing import chunked, resize, resize_boxes
 
 VERSION = 1
-"""Of the pixels: raised with every change that makes a view of the same key look otherwise, so that
-stored answers to the old views are refused."""
+"""Version of the pixels. It increases with every change to the view of a given key, so that stored
+teacher outputs for the old views are rejected."""
 
 Extent = int | Tensor
 """Height or width [px]: one for all images, or float64 [batch]."""
 
 
 class ChannelStats(NamedTuple):
-    """Mean and standard deviation of the data per channel, in [0, 1]: what fills gaps."""
+    """Mean and standard deviation of the data per channel, in [0, 1]; used as fill values."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 class ViewParameters(NamedTuple):
-    """Everything that was drawn for the views of a batch; None where it takes no part.
+    """The sampled parameters of the views of a batch; None for an augmentation that is not used.
 
-    boxes: int64 [batch, 4], top, left, height, width of the crop in the source.
-    offsets: int64 [batch, 2], top and left of the crop in the padded image.
+    boxes: int64 [batch, 4], top, left, height, width of the crop in the source [px].
+    offsets: int64 [batch, 2], top and left of the crop in the padded image [px].
     flipped: bool [batch].
-    codes: int64 [batch, layers], on the CPU; arguments: float32 [batch, layers]: see policies.
-    erased: int64 [batch, 4], on the CPU: top, left, height, width, of height 0 where nothing is.
-    noise: int64 [batch], the word the noise of the erased box grows from.
+    codes: int64 [batch, layers], on the CPU; arguments: float32 [batch, layers]: the operations,
+    see deit.datasets.policies.
+    erased: int64 [batch, 4], on the CPU: top, left, height, width of the erased box [px]; height 0
+    for none.
+    noise: int64 [batch], the seeds of the noise in the erased boxes.
     """
 
     boxes: Tensor | None
@@ -54,14 +56,24 @@ class ViewParameters(NamedTuple):
     noise: Tensor | None
 
     def select(self, rows: slice) -> "ViewParameters":
-        """The parameters of some of the views."""
+        """Return the parameters of some of the views."""
         return ViewParameters(*(None if values is None else values[rows] for values in self))
 
 
 def sample_views(
     keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent, size: int
 ) -> ViewParameters:
-    """Draw the views of a batch from images of height x width pixels, to be size x size."""
+    """Sample the parameters of views of size x size px from images of height x width px.
+
+    keys: seed, epoch and the samples of the batch. The parameters of a sample do not depend on the
+    rest of the batch:
+
+    >>> views = ViewsConfig(crop="random_resized")
+    >>> batch = sample_views(Keys(7, 0, torch.arange(4)), views, height=32, width=32, size=32)
+    >>> alone = sample_views(Keys(7, 0, torch.tensor([2])), views, height=32, width=32, size=32)
+    >>> batch.boxes[2].tolist() == alone.boxes[0].tolist()
+    True
+    """
     offsets = flipped = erased = noise = None
     boxes = sample_boxes(keys, views, height=height, width=width)
     if views.crop == "padded":
@@ -76,8 +88,7 @@ def sample_views(
 
 
 def sample_boxes(keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent) -> Tensor | None:
-    """The boxes (top, left, height, width) that are cut from images, int64 [batch, 4]; None where
-    the crop cuts none."""
+    """Sample crop boxes (top, left, height, width) [px], int64 [batch, 4]; None for other crops."""
     if views.crop == "random_resized":
         return sample_resized_crop(
             keys, height, width, scale=views.crop_scale, ratio=views.crop_ratio
@@ -88,59 +99,77 @@ def sample_boxes(keys: Keys, views: ViewsConfig, *, height: Extent, width: Exten
 
 
 def apply_views(
-    pixels: Tensor, drawn: ViewParameters, views: ViewsConfig, *, size: int, colours: ChannelStats
+    pixels: Tensor,
+    parameters: ViewParameters,
+    views: ViewsConfig,
+    *,
+    size: int,
+    channel_stats: ChannelStats,
 ) -> Tensor:
-    """The training views of a batch, before mixing.
+    """Return the training views of a batch, before mixing, uint8 [batch, 3, size, size].
 
-    pixels: uint8 [batch, 3, height, width]. Returns uint8 [batch, 3, size, size].
+    pixels: uint8 [batch, 3, height, width]. parameters: of `sample_views`, with the same `views`
+    and `size`. channel_stats: for the fill color and erasing.
+
+    >>> views = ViewsConfig(crop="padded")
+    >>> parameters = sample_views(Keys(0, 0, torch.arange(2)), views, height=8, width=8, size=8)
+    >>> pixels = torch.full((2, 3, 8, 8), 9, dtype=torch.uint8)
+    >>> stats = ChannelStats((0.5,) * 3, (0.25,) * 3)
+    >>> out = apply_views(pixels, parameters, views, size=8, channel_stats=stats)
+    >>> tuple(out.shape), out.unique().tolist()  # the padding is black
+    ((2, 3, 8, 8), [0, 9])
     """
-    how = views.interpolation
-    if drawn.boxes is not None:
-        images = resize_boxes(pixels, drawn.boxes, size, how, drawn.flipped)
-    elif drawn.offsets is not None:
-        offsets, flipped = drawn.offsets, drawn.flipped
+    interpolation = views.interpolation
+    if parameters.boxes is not None:
+        images = resize_boxes(pixels, parameters.boxes, size, interpolation, parameters.flipped)
+    elif parameters.offsets is not None:
+        offsets, flipped = parameters.offsets, parameters.flipped
         images = resize(
-            apply_padded_crop(pixels, offsets, views.crop_padding, flipped), size, size, how
+            apply_padded_crop(pixels, offsets, views.crop_padding, flipped),
+            size,
+            size,
+            interpolation,
         )
     else:
-        images = resize(pixels, size, size, how)
-        images = images if drawn.flipped is None else apply_flip(images, drawn.flipped)
-    canvas = FillOptions(fill=_fill(views, colours), interpolation=views.interpolation)
-    for layer in range(drawn.codes.shape[1]):
-        codes, arguments = drawn.codes[:, layer], drawn.arguments[:, layer]
-        images = apply_operations(images, codes, arguments, canvas)
-    if drawn.erased is not None and drawn.noise is not None:
-        images = apply_erasing(images, drawn.erased, drawn.noise, views, colours)
+        images = resize(pixels, size, size, interpolation)
+        images = images if parameters.flipped is None else apply_flip(images, parameters.flipped)
+    fill_options = FillOptions(fill=_fill(views, channel_stats), interpolation=views.interpolation)
+    for layer in range(parameters.codes.shape[1]):
+        codes, arguments = parameters.codes[:, layer], parameters.arguments[:, layer]
+        images = apply_operations(images, codes, arguments, fill_options)
+    if parameters.erased is not None and parameters.noise is not None:
+        images = apply_erasing(images, parameters.erased, parameters.noise, views, channel_stats)
     return images
 
 
-def _fill(views: ViewsConfig, colours: ChannelStats) -> Tensor:
-    """What moves in from outside: the mean colour under a policy (as timm's), else black."""
+def _fill(views: ViewsConfig, channel_stats: ChannelStats) -> Tensor:
+    """Return the fill color: the mean color with a policy (as in timm), otherwise black."""
     if views.auto_augment == "none":
         return torch.zeros(3, dtype=torch.uint8)
-    return _mean_levels(colours)
+    return _mean_levels(channel_stats)
 
 
-def _mean_levels(colours: ChannelStats) -> Tensor:
-    """The mean colour, uint8 [3], on the CPU."""
-    return (torch.tensor(colours.mean) * 255).round().to(torch.uint8)
+def _mean_levels(channel_stats: ChannelStats) -> Tensor:
+    """Return the mean color, uint8 [3], on the CPU."""
+    return (torch.tensor(channel_stats.mean) * 255).round().to(torch.uint8)
 
 
 def to_unit_float(images: Tensor) -> Tensor:
-    """uint8 to float32 in [0, 1]: level / 255, the same number on every device."""
-    # A product: CUDA divides by a number by multiplying with its reciprocal, a CPU does not.
+    """Convert uint8 to float32 in [0, 1], to the same values on every device."""
+    # CUDA divides by a number by multiplying with its reciprocal; a CPU does not.
     return images.float() * (1 / 255)
 
 
 def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
-    """`evaluation_squares` as float32 [batch, 3, size, size] in [0, 1]."""
+    """Return `evaluation_squares` as float32 [batch, 3, size, size] in [0, 1]."""
     return to_unit_float(evaluation_squares(pixels, size=size, crop=crop))
 
 
 def evaluation_squares(pixels: Tensor, *, size: int, crop: float) -> Tensor:
-    """The one view of an image in evaluation: resize to size / crop, cut the centre.
+    """Return the views used in evaluation: resize to size / crop, crop the center.
 
-    pixels: uint8 [batch, 3, height, width]. Returns uint8 [batch, 3, size, size].
+    pixels: uint8 [batch, 3, height, width]. crop: in (0, 1], timm's crop_pct. Return uint8 [batch,
+    3, size, size].
     """
     whole = round(size / crop)
     resized = resize(pixels, whole, whole, "bicubic")
@@ -149,16 +178,17 @@ def evaluation_squares(pixels: Tensor, *, size: int, crop: float) -> Tensor:
 
 
 def sample_padded_crop(keys: Keys, padding: int) -> Tensor:
-    """Top and left of the crop in the padded image, int64 [batch, 2], in [0, 2 * padding]."""
+    """Sample top and left of the crop in the padded image, int64 [batch, 2], 0 to 2 * padding."""
     return (uniform(keys, "crop", 2) * (2 * padding + 1)).long()
 
 
 def apply_padded_crop(
     images: Tensor, offsets: Tensor, padding: int, flipped: Tensor | None = None
 ) -> Tensor:
-    """Shift each image by offsets - padding pixels; what moves in is black.
+    """Crop each zero-padded image at its offsets [px], to its original size.
 
-    flipped: bool [batch], which results are mirrored left to right.
+    images: uint8 [batch, 3, height, width]. offsets: int64 [batch, 2]. flipped: bool [batch], the
+    results to flip horizontally.
     """
     height, width = images.shape[-2:]
     padded = pad(images, (padding, padding, padding, padding)).flatten(2)
@@ -167,16 +197,16 @@ def apply_padded_crop(
     if flipped is not None:
         columns = torch.where(flipped[:, None], width - 1 - column, column)
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
-    place = (rows * (width + 2 * padding))[:, :, None] + (offsets[:, 1:] + columns)[:, None]
-    place = place.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    return padded.gather(2, place).view(images.shape)
+    indices = (rows * (width + 2 * padding))[:, :, None] + (offsets[:, 1:] + columns)[:, None]
+    indices = indices.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return padded.gather(2, indices).view(images.shape)
 
 
 def sample_random_crop(keys: Keys, height: Extent, width: Extent, *, side: float) -> Tensor:
-    """Squares (top, left, side, side) in pixels, int64 [batch, 4], anywhere in the image.
+    """Sample square boxes (top, left, side, side) [px], int64 [batch, 4], uniform in the image.
 
-    side: of the square, as a share of the image's shorter one. Resizing to S and cutting s
-    anywhere, as in Beyer et al. 2022 (160 and 128), is a side of s / S.
+    side: of the square, as a fraction of the image's shorter side. To resize to S and crop s, as
+    in Beyer et al. 2022 (160 and 128), use s / S.
     """
     draws = uniform(keys, "crop", 2)
     height, width = _extents(keys, height), _extents(keys, width)
@@ -197,10 +227,11 @@ def sample_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Tensor:
-    """Boxes (top, left, height, width) in pixels, int64 [batch, 4] (Inception-style crop).
+    """Sample boxes (top, left, height, width) [px], int64 [batch, 4] (Inception-style crop).
 
-    Area is uniform in scale, the logarithm of the aspect ratio uniform in log(ratio); the first
-    of ten boxes that fits is taken, else the largest central one, as torchvision does.
+    As torchvision's RandomResizedCrop: the area is uniform in `scale` (a fraction of the image),
+    the logarithm of the aspect ratio uniform in log(ratio). The first of ten boxes that fits is
+    used, or the largest central box within `ratio` if none fits.
     """
     draws = uniform(keys, "crop", 2 * _ATTEMPTS + 2)
     height, width = _extents(keys, height), _extents(keys, width)
@@ -208,22 +239,22 @@ def sample_resized_crop(
     fits = (widths >= 1) & (widths <= width[:, None])
     fits &= (heights >= 1) & (heights <= height[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
-    # The largest central box within the ratio, for a sample whose ten attempts all failed.
-    whole = width / height
+    # The largest central box within the ratio, for samples without a fitting box.
+    aspect = width / height
     central_height = torch.where(
-        whole < ratio[0], (width / torch.full_like(width, ratio[0])).round(), height
+        aspect < ratio[0], (width / torch.full_like(width, ratio[0])).round(), height
     )
-    central_width = torch.where(whole > ratio[1], (height * ratio[1]).round(), width)
-    found = fits.any(dim=1)
-    box_height = torch.where(found, heights.gather(1, first).squeeze(1), central_height)
-    box_width = torch.where(found, widths.gather(1, first).squeeze(1), central_width)
-    top = (torch.where(found, draws[:, -2], 0.5) * (height - box_height + 1)).long()
-    left = (torch.where(found, draws[:, -1], 0.5) * (width - box_width + 1)).long()
+    central_width = torch.where(aspect > ratio[1], (height * ratio[1]).round(), width)
+    fits_any = fits.any(dim=1)
+    box_height = torch.where(fits_any, heights.gather(1, first).squeeze(1), central_height)
+    box_width = torch.where(fits_any, widths.gather(1, first).squeeze(1), central_width)
+    top = (torch.where(fits_any, draws[:, -2], 0.5) * (height - box_height + 1)).long()
+    left = (torch.where(fits_any, draws[:, -1], 0.5) * (width - box_width + 1)).long()
     return torch.stack([top, left, box_height.long(), box_width.long()], dim=1)
 
 
 def _extents(keys: Keys, extent: Extent) -> Tensor:
-    """One extent for each image, float64 [batch]."""
+    """Return the extent of each image, float64 [batch]."""
     device = keys.samples.device
     return torch.as_tensor(extent, dtype=torch.float64, device=device).expand(len(keys.samples))
 
@@ -235,7 +266,7 @@ def _box_sides(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """Heights and widths of the attempts, whole float64 [batch, attempts], from two draws each."""
+    """Return heights and widths of all attempts, integral float64 [batch, attempts]."""
     area_draw, ratio_draw = draws.reshape(len(draws), -1, 2).unbind(dim=2)
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * area_draw)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -244,20 +275,21 @@ def _box_sides(
 
 
 def sample_flip(keys: Keys, probability: float) -> Tensor:
-    """Which samples are mirrored, bool [batch]."""
+    """Sample which images are flipped, bool [batch]."""
     return uniform(keys, "flip", 1).squeeze(1) < probability
 
 
 def apply_flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror the chosen images left to right."""
+    """Flip the selected images horizontally. flipped: bool [batch]."""
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 
 def sample_erasing(keys: Keys, views: ViewsConfig, size: int) -> tuple[Tensor, Tensor]:
-    """Boxes (top, left, height, width), int64 [batch, 4], of height 0 where nothing is erased, and
-    a random word for each image, int64 [batch] (Zhong et al. 2017).
+    """Sample boxes to erase and seeds of their noise (random erasing, Zhong et al. 2017).
 
-    The first of ten boxes that is smaller than the image either way is taken, as timm does.
+    Return boxes (top, left, height, width) [px], int64 [batch, 4], of height 0 if nothing is
+    erased, and int64 [batch]. As in timm, the first of ten boxes smaller than the image in both
+    dimensions is used.
     """
     draws = uniform(keys, "erasing", 2 * _ATTEMPTS + 3)
     extent = _extents(keys, size)
@@ -276,33 +308,37 @@ def sample_erasing(keys: Keys, views: ViewsConfig, size: int) -> tuple[Tensor, T
 
 
 def apply_erasing(
-    images: Tensor, boxes: Tensor, noise: Tensor, views: ViewsConfig, colours: ChannelStats
+    images: Tensor, boxes: Tensor, noise: Tensor, views: ViewsConfig, channel_stats: ChannelStats
 ) -> Tensor:
-    """Fill each box with noise of the data's mean and deviation, or with the mean colour.
+    """Fill each box with noise of the data's mean and standard deviation, or with the mean color.
 
-    images: uint8 [batch, 3, height, width]. boxes: as sampled, on the CPU. timm erases after
-    normalising, with N(0, 1); here the grey levels are cut at 0 and 255, so that the teacher, who
-    may normalise otherwise, sees the same.
+    images: uint8 [batch, 3, height, width]. boxes: of `sample_erasing`, on the CPU. timm erases
+    after normalization, with N(0, 1). Here values are clipped to 0 and 255, so that a teacher with
+    another normalization gets the same image.
     """
     rows = (boxes[:, 2] > 0).nonzero().squeeze(1)
     if len(rows) == 0:
         return images
     boxes, rows = to_device_async(boxes[rows], images.device), to_device_async(rows, images.device)
-    mean = _mean_levels(colours)[:, None, None]
+    mean = _mean_levels(channel_stats)[:, None, None]
 
-    def erase(some: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
-        noisy = views.erasing_mode == "noise"
-        filled = _noise(seeds, some.shape, colours) if noisy else to_device_async(mean, some.device)
-        inside = inside_boxes(boxes, *some.shape[-2:])[:, None]
-        # Bits of the filling within the box, of the image elsewhere.
-        return some ^ ((some ^ filled) & inside)
+    def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
+        if views.erasing_mode == "noise":
+            fill = _noise(seeds, images.shape, channel_stats)
+        else:
+            fill = to_device_async(mean, images.device)
+        inside = inside_boxes(boxes, *images.shape[-2:])[:, None]
+        # Select bits of `fill` within the box, of the image elsewhere.
+        return images ^ ((images ^ fill) & inside)
 
     return images.index_copy(0, rows, chunked(erase, images[rows], boxes, noise[rows]))
 
 
 def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """255 for the pixels within boxes (top, left, height, width), else 0; uint8 [batch, height,
-    width]."""
+    """Return 255 for pixels within boxes (top, left, height, width), otherwise 0.
+
+    boxes: int64 [batch, 4] [px]. Return uint8 [batch, height, width].
+    """
     top, left, box_height, box_width = boxes[:, :, None].unbind(dim=1)
     rows = torch.arange(height, device=boxes.device)
     columns = torch.arange(width, device=boxes.device)
@@ -311,16 +347,17 @@ def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     return (rows.to(torch.uint8) * 255)[:, :, None] & (columns.to(torch.uint8) * 255)[:, None]
 
 
-def _noise(seeds: Tensor, shape: torch.Size, colours: ChannelStats) -> Tensor:
-    """Grey levels mean + std * z, uint8, z a sum of four bytes of a hash of (seed, place).
+def _noise(seeds: Tensor, shape: torch.Size, channel_stats: ChannelStats) -> Tensor:
+    """Return noise mean + std * z, uint8, where z is a sum of four bytes of a hash.
 
-    A sum of four uniform numbers is close to normal (no tail beyond 3.4 deviations); the hash
-    (Mueller's mixing function of 32 bits) is a tenth of the work of Philox.
+    A sum of four uniform numbers is close to normal, without tails beyond 3.4 standard deviations.
+    The hash of (seed, pixel index), Mueller's 32-bit mixing function, takes a tenth of the time of
+    Philox.
     """
-    number = shape[1:].numel()
-    place = torch.arange(number, device=seeds.device) * 0x9E3779B9
-    # 32-bit products wrap around; the sign is made an ordinary bit by masking after each shift.
-    word = seeds.to(torch.int32)[:, None] + place.to(torch.int32)
+    num_pixels = shape[1:].numel()
+    index = torch.arange(num_pixels, device=seeds.device) * 0x9E3779B9
+    # 32-bit products wrap around; masking after each shift removes the sign extension.
+    word = seeds.to(torch.int32)[:, None] + index.to(torch.int32)
     for _ in range(2):
         word ^= (word >> 16) & 0xFFFF
         word *= 0x45D9F3B
@@ -328,6 +365,6 @@ def _noise(seeds: Tensor, shape: torch.Size, colours: ChannelStats) -> Tensor:
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
     total = (pairs & 0xFFFF) + (pairs >> 16)
     z = (total - 510).float().view(shape).mul_(1 / math.sqrt(4 * (256**2 - 1) / 12))
-    mean, std = (device_constant(tuple(c), z.device)[:, None, None] * 255 for c in colours)
+    mean, std = (device_constant(tuple(c), z.device)[:, None, None] * 255 for c in channel_stats)
     levels = z.mul_(std).add_(mean + 0.5).clamp_(0, 255)
     return levels.to(torch.int16).to(torch.uint8)

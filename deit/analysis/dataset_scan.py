@@ -12,9 +12,9 @@ import torch
 from deit.config.data_section import DataConfig
 from deit.core.console import info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
-from deit.datasets.decoding import in_threads, read_picture
+from deit.datasets.decoding import decode_image, map_threads
 from deit.datasets.images import ImageStore
-from deit.datasets.listing import PassedOver
+from deit.datasets.listing import SkippedFiles
 from deit.datasets.sources import LISTINGS, exclude_list_line, is_excluded
 
 _EXAMPLES = 3
@@ -121,7 +121,7 @@ def scan(config: DataConfig) -> ScanReport:
 
     def decode(row: int) -> _ImageInfo:
         try:
-            stored = read_picture(store.read(row), store.name(row))
+            stored = decode_image(store.read(row), store.name(row))
         except DataError as error:
             reason = str(error).removeprefix(f"{store.name(row)}: ")
             return _ImageInfo(reason, isinstance(error, NotAllowedError))
@@ -135,7 +135,7 @@ def scan(config: DataConfig) -> ScanReport:
     copies = defaultdict(list)  # digest -> locations
     for split, rows in listing.splits.items():
         rows = rows[included[rows]].tolist()
-        decoded = list(in_threads(decode, rows, f"scanning {split}"))
+        decoded = list(map_threads(decode, rows, f"scanning {split}"))
         labels = listing.labels[rows].tolist()
         valid = [image for image in decoded if not image.reason]
         splits[split] = _split_stats(valid, len(set(labels)))
@@ -157,8 +157,8 @@ def scan(config: DataConfig) -> ScanReport:
         across_splits=across,
         across_classes=mislabeled,
         excluded=int((~included).sum()),
-        passed_over=dict(listing.passed.files),
-        not_read=listing.passed.places,
+        passed_over=dict(listing.skipped.files),
+        not_read=listing.skipped.paths,
     )
 
 

@@ -145,7 +145,7 @@ def build_train_loader(
         views=views,
         optim=config.optim,
         sizes=sizes,
-        colours=ChannelStats(views.mean or splits.mean, views.std or splits.std),
+        channel_stats=ChannelStats(views.mean or splits.mean, views.std or splits.std),
         seed=config.views_seed,
         process=0 if all_ranks else accelerator.process_index,
         num_processes=1 if all_ranks else accelerator.num_processes,

@@ -162,8 +162,8 @@ def canary(block: TeacherInput, row: int) -> int:
         return value
     pair = row // 2
     # Rounded: the weight is computed by log and cos, whose last bits differ between devices.
-    weight = round(float(block.mix.own_weight[pair]) * 2**20)
-    numbers = [weight, int(block.mix.cut[pair]), *block.mix.boxes[pair].tolist()]
+    weight = round(float(block.mix.lam[pair]) * 2**20)
+    numbers = [weight, int(block.mix.is_cutmix[pair]), *block.mix.boxes[pair].tolist()]
     return zlib.crc32(struct.pack("<6q", *numbers), value)
 
 

@@ -370,4 +370,4 @@ def _is_unmixed(block: TeacherInput) -> Tensor:
     """Return which views are (almost) one image, bool [rows], on the CPU."""
     if block.mix is None:
         return torch.ones(len(block.target_rows), dtype=torch.bool)
-    return (block.mix.own_weight > _UNMIXED_WEIGHT).repeat_interleave(2).cpu()
+    return (block.mix.lam > _UNMIXED_WEIGHT).repeat_interleave(2).cpu()

@@ -215,7 +215,7 @@ def _result(
         return EvaluationResult(metrics, predictions, confidence, None, ())
     metrics["agreement"] = _agreements(predictions, eval_set.labels)
     final = predictions.get("fused", predictions["class"])
-    labels = held_out(config.data, model_info.class_names)
+    labels = unseen_labels(config.data, model_info.class_names)
     unseen = {model_info.class_names[label] for label in labels}
     class_names = metrics["class_names"]
     if unseen & set(class_names):

@@ -52,7 +52,7 @@ def evaluation_images(
         single = bool((loaded.accepted.sum(dim=1) == 1).all()) and test_set != "real"
         labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
         name = f"ImageNet {test_set}"
-        return EvaluationSet(loaded.images, list(loaded.columns), labels, name, loaded.note)
+        return EvaluationSet(loaded.images, list(loaded.class_indices), labels, name, loaded.note)
     class_names, images = load_split(config.data, split)
     if class_names != model_info.class_names:
         raise DataError(

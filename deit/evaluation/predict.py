@@ -16,8 +16,8 @@ from deit.core.errors import CheckpointError, ConfigError, DataError, first_line
 from deit.core.file_reading import missing_file_reason, read_bytes
 from deit.core.filesystem import write_json
 from deit.core.types import logits_by_head
-from deit.datasets.decoding import EXTENSIONS, open_image, square_of
-from deit.datasets.listing import PassedOver, find_images, opened
+from deit.datasets.decoding import EXTENSIONS, center_square, open_image
+from deit.datasets.listing import SkippedFiles, find_images, open_folder
 from deit.datasets.views import evaluation_views
 from deit.distill.teacher_check import log_class_order
 from deit.models.attention import AttentionMaps, check_attention, rollout
@@ -133,7 +133,7 @@ def _find_files(paths: list[Path], unreadable: dict[str, str]) -> list[Path]:
     unreadable: takes each path without an image, and why.
     """
     files: list[Path] = []
-    passed_over = PassedOver()
+    skipped = SkippedFiles()
 
     def on_problem(problem: str) -> None:
         name, _, reason = problem.partition(": ")
@@ -141,7 +141,7 @@ def _find_files(paths: list[Path], unreadable: dict[str, str]) -> list[Path]:
 
     for path in paths:
         if path.is_dir():
-            names = find_images(opened(path), passed_over, on_problem)
+            names = find_images(open_folder(path), skipped, on_problem)
             files += [path / name for name in names]
             if not names:
                 formats = ", ".join(sorted(EXTENSIONS))
@@ -152,7 +152,7 @@ def _find_files(paths: list[Path], unreadable: dict[str, str]) -> list[Path]:
             unreadable[str(path)] = (
                 "no such file" if not path.exists() else missing_file_reason(path)
             )
-    for note in passed_over.notes():
+    for note in skipped.notes():
         info(note)
     return files
 
@@ -240,7 +240,7 @@ def _read_squares(file: Path, sides: tuple[int, ...]) -> tuple[Tensor, ...]:
         image = open_image(read_bytes(file), str(file))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or first_line(error)}") from None
-    return tuple(square_of(image, side) for side in sides)
+    return tuple(center_square(image, side) for side in sides)
 
 
 def _to_row(prediction: Prediction, model_info: ModelInfo, top_k: int) -> dict[str, Any]:

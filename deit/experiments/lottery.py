@@ -11,7 +11,7 @@ from deit.core.console import format_duration, info, table, warn
 from deit.core.errors import ConfigError, DeitError
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import check_same_request
-from deit.datasets.loader import updates_of_epoch
+from deit.datasets.loader import num_steps_per_epoch
 from deit.datasets.splits import load_splits
 from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.experiments import shared_targets
@@ -127,7 +127,7 @@ def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan,
     splits = load_splits(config.data)
     mean, std = config.views.mean or splits.mean, config.views.std or splits.std
     config = config.replace(views={"mean": mean, "std": std})
-    steps_per_epoch = updates_of_epoch(len(splits.train.labels), config.optim.batch_size)
+    steps_per_epoch = num_steps_per_epoch(len(splits.train.labels), config.optim.batch_size)
     plan = plan_lottery(options, config, steps_per_epoch=steps_per_epoch)
     num_steps = config.optim.epochs * steps_per_epoch
     if plan.rewind >= num_steps:

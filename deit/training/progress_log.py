@@ -38,7 +38,7 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
         f"{len(splits.train.labels)} train, {len(splits.validation.labels)} validation, "
         f"{len(splits.test.labels)} test" + "".join(f"; {note}" for note in splits.notes)
     )
-    for note in splits.passed:
+    for note in splits.skipped:
         info(f"          {note}")
     info(
         f"batch     {optim.batch_size} = {processes} x "

@@ -41,7 +41,7 @@ def our_loader(
         views=views,
         optim=OptimConfig(batch_size=_FILES_BATCH if workers else BATCH),
         sizes=Sizes(side, side, side),
-        colours=COLOURS,
+        channel_stats=COLOURS,
         seed=0,
         workers=workers,
     )

@@ -90,7 +90,7 @@ def test_with_little_shared_memory_batches_come_in_files(
         return Usage(64)
 
     monkeypatch.setattr(decode_workers.shutil, "disk_usage", usage)
-    monkeypatch.setattr(decode_workers, "has_sockets", lambda folder: True)
+    monkeypatch.setattr(decode_workers, "supports_sockets", lambda folder: True)
     made = loader(file_images, workers=2)
     assert same(joined(made.epoch(1)), expected[1])
     assert set(asked) == {"/dev/shm"}
@@ -113,15 +113,15 @@ def test_a_batch_that_finds_no_room_comes_in_a_file(said, file_images, expected,
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refusing)
     assert same(joined(loader(file_images, workers=2).epoch(1)), expected[1])
-    work = decode_workers._Work(file_images, (CenterSquare(4), CenterSquare(5)))
-    monkeypatch.setattr(decode_workers, "_work", work, raising=False)
+    task = decode_workers._DecodeTask(file_images, (CenterSquare(4), CenterSquare(5)))
+    monkeypatch.setattr(decode_workers, "_task", task, raising=False)
     request = (0, np.arange(3), np.zeros(3, np.int64))
     with TemporaryDirectory() as folder:
-        answer = decode_workers._in_worker(*request, folder, True)
+        answer = decode_workers._decode_in_worker(*request, folder, True)
         assert answer.file.startswith(folder)
-        found = decode_workers._received(answer)
+        found = decode_workers._receive(answer)
         assert os.listdir(folder) == []
-    assert all(map(torch.equal, found.pixels, work(*request).pixels))
+    assert all(map(torch.equal, found.pixels, task(*request).pixels))
 
 
 @pytest.mark.parametrize("said", REFUSALS)
@@ -130,11 +130,11 @@ def test_shared_memory_that_cannot_be_handed_over_is_a_lost_worker(said):
     future = Future()
     future.set_exception(RuntimeError(said))
     with raises(WorkerLost, "data.num_workers"):
-        decode_workers._answer(future)
+        decode_workers._result(future)
     other = Future()
     other.set_exception(RuntimeError("a mistake in our own code"))
     with pytest.raises(RuntimeError, match="a mistake in our own code"):
-        decode_workers._answer(other)
+        decode_workers._result(other)
 
 
 def test_where_no_socket_has_room_batches_come_in_files(
@@ -148,14 +148,14 @@ def test_where_no_socket_has_room_batches_come_in_files(
     assert same(joined(loader(file_images, workers=2).epoch(1)), expected[1])
     assert capsys.readouterr().err.count("TMPDIR") == 1
     with TemporaryDirectory(dir="/tmp") as short:
-        assert decode_workers.has_sockets(short)
+        assert decode_workers.supports_sockets(short)
         assert os.listdir(short) == []
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_worker_that_is_killed_is_noticed(shared, file_images, monkeypatch):
     """Also while its batch is under way."""
-    monkeypatch.setattr(decode_workers, "fits_shared", lambda needed: shared)
+    monkeypatch.setattr(decode_workers, "fits_shared_memory", lambda needed: shared)
     wanted = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
     with Reader(file_images, (CenterSquare(256),), workers=2, pin=False) as reader:
         batches = reader.read([wanted] * 100_000)
@@ -174,7 +174,7 @@ import torch
 from deit.datasets import decode_workers as reading, decoders
 from tests.helpers.images import images_at
 
-reading.fits_shared = lambda needed: False
+reading.fits_shared_memory = lambda needed: False
 wanted = decoders.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
 reader = reading.Reader(images_at(sys.argv[1]), (decoders.CenterSquare(512),), workers=2, pin=False)
 batches = reader.read([wanted] * 1000)
@@ -199,7 +199,7 @@ def test_signals_wait_for_the_start_of_the_workers():
     other = threading.Event()
     threading.Thread(target=other.wait, daemon=True).start()
     try:
-        with decode_workers._signals_later():
+        with decode_workers._signals_deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
             assert came == []
@@ -210,7 +210,7 @@ def test_signals_wait_for_the_start_of_the_workers():
 
 
 def test_the_shared_memory_that_batches_need_is_counted(file_images, monkeypatch):
-    monkeypatch.setattr(decode_workers, "has_sockets", lambda folder: True)
+    monkeypatch.setattr(decode_workers, "supports_sockets", lambda folder: True)
     needed = (2 * 2 + 1) * 6 * 3 * (4**2 + 5**2)  # read ahead and in use, of 6 images, two squares
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         monkeypatch.setattr(
@@ -219,13 +219,13 @@ def test_the_shared_memory_that_batches_need_is_counted(file_images, monkeypatch
         reader = Reader(file_images, (CenterSquare(4), CenterSquare(5)), workers=2, pin=False)
         assert reader._has_room(6) == fits
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert not decode_workers.fits_shared(needed)
+    assert not decode_workers.fits_shared_memory(needed)
 
     def missing(path):
         raise FileNotFoundError
 
     monkeypatch.setattr(decode_workers.shutil, "disk_usage", missing)
-    assert decode_workers.fits_shared(2**50)
+    assert decode_workers.fits_shared_memory(2**50)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(file_images):
         views=views,
         optim=OptimConfig(batch_size=16),
         sizes=sizes,
-        colours=CHANNEL_STATS,
+        channel_stats=CHANNEL_STATS,
         seed=9,
         workers=1,
     )

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from deit.core.errors import DataError
-from deit.datasets.decoding import MAX_PIXELS, decode_square, open_image, read_picture
+from deit.datasets.decoding import MAX_PIXELS, decode_image, decode_square, open_image
 from tests.helpers.errors import raises
 
 
@@ -230,7 +230,7 @@ def test_a_picture_with_broken_exif_is_shown_as_it_lies(kind, broken):
 def test_a_cameras_mpo_shows_its_first_picture():
     pair = [plain("RGB", ORANGE), plain("RGB", "blue")]
     encoded = encode(pair[0], "MPO", save_all=True, append_images=pair[1:])
-    picture = read_picture(encoded, "phone.jpg")
+    picture = decode_image(encoded, "phone.jpg")
     assert picture.format == "MPO"
     assert np.abs(np.asarray(picture.image).astype(int) - ORANGE).max() <= 2
 
@@ -260,8 +260,8 @@ def test_no_warning_escapes_from_any_thread_and_none_is_lost_elsewhere():
 
 
 def test_a_picture_remembers_what_it_was_in_its_file():
-    assert read_picture(encode(plain("CMYK", 0), "JPEG"), "x")[1:] == ("JPEG", "CMYK")
-    assert read_picture(palette(), "x")[1:] == ("PNG", "P")
+    assert decode_image(encode(plain("CMYK", 0), "JPEG"), "x")[1:] == ("JPEG", "CMYK")
+    assert decode_image(palette(), "x")[1:] == ("PNG", "P")
 
 
 def test_the_square_is_the_centre_at_the_shorter_side():

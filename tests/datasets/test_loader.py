@@ -38,7 +38,7 @@ def loader(
         views=views,
         optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
         sizes=sizes,
-        colours=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        channel_stats=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=seed,
         process=process,
         num_processes=num_processes,
@@ -100,7 +100,7 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
         views=views,
         optim=OptimConfig(batch_size=batch_size),
         sizes=Sizes(8, 8, 8),
-        colours=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        channel_stats=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=1,
     )
     batches = list(made.epoch(0))

@@ -130,7 +130,7 @@ def test_a_worker_that_was_killed_is_a_clear_fault(number, file_images):
     class Deadly:
         size = 4
 
-        def cut(self, images, wanted):
+        def decode(self, images, request):
             os.kill(os.getpid(), number)
 
     wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
@@ -144,7 +144,7 @@ def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(file_im
     class Busy:
         size = 4
 
-        def cut(self, images, wanted):
+        def decode(self, images, request):
             try:
                 (tmp_path / "first").touch(exist_ok=False)
             except FileExistsError:

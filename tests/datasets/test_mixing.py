@@ -10,8 +10,8 @@ from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 BOTH = ViewsConfig(mixup_alpha=0.8, cutmix_alpha=1.0)
 
 
-def mix(own_weight, cut, box):
-    return Mix(torch.tensor([own_weight]).double(), torch.tensor([cut]), torch.tensor([box]), 4)
+def mix(lam, cut, box):
+    return Mix(torch.tensor([lam]).double(), torch.tensor([cut]), torch.tensor([box]), 4)
 
 
 def test_mixup_by_hand_and_in_place_of_nothing():
@@ -57,12 +57,12 @@ def test_an_unmixed_pair_stays_as_it_is():
 
 def test_mixing_weights_have_their_distributions_and_match_the_area_kept():
     found = sample_mix(Keys(0, 0, torch.arange(20_000)), views=BOTH, size=16)
-    assert found.cut.double().mean() == pytest.approx(0.5, abs=0.02)
+    assert found.is_cutmix.double().mean() == pytest.approx(0.5, abs=0.02)
     top, left, bottom, right = found.boxes.unbind(dim=1)
     kept = 1 - ((bottom - top) * (right - left)).double() / 256
-    assert torch.equal(found.own_weight[found.cut], kept[found.cut])
+    assert torch.equal(found.lam[found.is_cutmix], kept[found.is_cutmix])
     stats = pytest.importorskip("scipy.stats")
-    blended = found.own_weight[~found.cut].numpy()
+    blended = found.lam[~found.is_cutmix].numpy()
     assert stats.kstest(blended, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
 
 
@@ -80,10 +80,10 @@ def test_mixing_can_be_rarer_and_of_one_kind():
     pairs = Keys(0, 0, torch.arange(4000))
     rare = ViewsConfig(mixup_alpha=0.8, mixup_prob=0.25)
     found = sample_mix(pairs, views=rare, size=8)
-    assert (found.own_weight < 1).double().mean() == pytest.approx(0.25, abs=0.03)
-    assert not found.cut.any()
+    assert (found.lam < 1).double().mean() == pytest.approx(0.25, abs=0.03)
+    assert not found.is_cutmix.any()
     only_cut = ViewsConfig(cutmix_alpha=1.0)
-    assert sample_mix(pairs, views=only_cut, size=8).cut.all()
+    assert sample_mix(pairs, views=only_cut, size=8).is_cutmix.all()
 
 
 def test_a_pair_is_mixed_alike_in_any_batch():

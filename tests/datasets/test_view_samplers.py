@@ -11,7 +11,7 @@ from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.presets import AUGMENTATIONS, VIEW_MODES
 from deit.config.schema import OptimConfig
 from deit.core.rng import Keys
-from deit.datasets.decoding import open_image, square_of
+from deit.datasets.decoding import center_square, open_image
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import Sizes, TrainLoader
 from deit.datasets.resizing import resize
@@ -48,7 +48,7 @@ def loader(images, views, process=0, num_processes=1, **settings):
         views=views,
         optim=OptimConfig(batch_size=12),
         sizes=Sizes(16, 12, 16),
-        colours=ChannelStats((0.5,) * 3, (0.2,) * 3),
+        channel_stats=ChannelStats((0.5,) * 3, (0.2,) * 3),
         seed=5,
         process=process,
         num_processes=num_processes,
@@ -142,7 +142,7 @@ def test_a_fixed_teacher_sees_an_image_the_same_way_in_every_epoch(mode, storage
         if isinstance(images, EncodedImages):
             picture = open_image(images.read(sample), images.name(sample))
             if mode == "fix/cc":
-                expected = square_of(picture, 20)[:, 2:18, 2:18]
+                expected = center_square(picture, 20)[:, 2:18, 2:18]
             else:
                 whole = np.array(picture.resize((16, 16), 3))
                 expected = torch.from_numpy(whole).permute(2, 0, 1)
@@ -185,7 +185,7 @@ def test_places_do_not_depend_on_the_batch_unless_views_repeat():
             views=views,
             optim=OptimConfig(batch_size=batch_size),
             sizes=Sizes(16, 12, 16),
-            colours=ChannelStats((0.5,) * 3, (0.2,) * 3),
+            channel_stats=ChannelStats((0.5,) * 3, (0.2,) * 3),
             seed=5,
         ).rows_per_epoch
 

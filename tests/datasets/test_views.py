@@ -43,7 +43,7 @@ def everything(**changes):
 
 def seen(pixels, keys, views, size):
     drawn = sample_views(keys, views, height=pixels.shape[-2], width=pixels.shape[-1], size=size)
-    return apply_views(pixels, drawn, views, size=size, colours=COLOURS)
+    return apply_views(pixels, drawn, views, size=size, channel_stats=COLOURS)
 
 
 def test_padded_crop_is_pad_and_crop():
@@ -202,7 +202,9 @@ def test_drawing_ahead_and_drawing_each_batch_are_the_same():
         rows = slice(first, first + 4)
         parts = seen(pixels[rows], Keys(0, 0, torch.arange(12)[rows]), views, 32)
         drawn = ahead.select(rows)
-        assert torch.equal(parts, apply_views(pixels[rows], drawn, views, size=32, colours=COLOURS))
+        assert torch.equal(
+            parts, apply_views(pixels[rows], drawn, views, size=32, channel_stats=COLOURS)
+        )
 
 
 def test_nothing_reads_a_global_random_state(monkeypatch):

@@ -155,7 +155,7 @@ def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
     noticed = {
         "own pixel": shown(views=changed(base.views, (2, 1, 3, 3), 1)),
         "partner's pixel": shown(views=changed(base.views, (3, 0, 0, 5), 1)),
-        "weight": shown(mix=mix._replace(own_weight=changed(mix.own_weight, 1, 1e-4))),
+        "weight": shown(mix=mix._replace(lam=changed(mix.lam, 1, 1e-4))),
         "kind": shown(mix=mix._replace(cut=torch.tensor([False, False]))),
         "box": shown(mix=mix._replace(boxes=changed(mix.boxes, (1, 3), 1))),
         "unmixed": shown(mix=None),
@@ -164,7 +164,7 @@ def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
         assert canary(other, 2) != expected, name
     # The other pair, and the last bits of the weight, do not matter.
     assert canary(shown(views=changed(base.views, (1, 0, 0, 0), 1)), 2) == expected
-    close = mix._replace(own_weight=changed(mix.own_weight, 1, 1e-12))
+    close = mix._replace(lam=changed(mix.lam, 1, 1e-12))
     assert canary(shown(mix=close), 2) == expected
 
 

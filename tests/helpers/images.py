@@ -127,7 +127,7 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
         views=views,
         optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
         sizes=Sizes(16, SIDE, 16),
-        colours=CHANNEL_STATS,
+        channel_stats=CHANNEL_STATS,
         seed=5,
         process=process,
         num_processes=num_processes,

@@ -88,7 +88,7 @@ def make_job(
         views=loader.get("views", ViewsConfig(flip=0)),
         optim=optim,
         sizes=Sizes(16, 16, 16),
-        colours=ChannelStats((0.5,) * 3, (0.25,) * 3),
+        channel_stats=ChannelStats((0.5,) * 3, (0.25,) * 3),
         seed=0,
     )
     job = StepContext(accelerator, prepared, panel, optimizer, weights, loss, optim, 0)

@@ -66,7 +66,7 @@ def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, cro
     for ours, theirs in zip(here, there):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs.cpu())
-    settings = {"views": views, "size": 32, "colours": COLOURS}
+    settings = {"views": views, "size": 32, "channel_stats": COLOURS}
     difference = (
         apply_views(pixels, here, **settings).int()
         - apply_views(pixels.cuda(), there, **settings).cpu().int()
@@ -106,8 +106,8 @@ def test_pairs_are_mixed_alike_on_the_gpu():
     here = sample_mix(Keys(3, 1, pairs), views=views, size=32)
     there = sample_mix(Keys(3, 1, pairs.cuda()), views=views, size=32)
     assert torch.equal(here.boxes, there.boxes.cpu())
-    assert torch.equal(here.cut, there.cut.cpu())
-    assert torch.allclose(here.own_weight, there.own_weight.cpu(), atol=1e-12)
+    assert torch.equal(here.is_cutmix, there.is_cutmix.cpu())
+    assert torch.allclose(here.lam, there.lam.cpu(), atol=1e-12)
 
 
 def test_a_loader_gives_the_same_batches_from_the_gpu():
@@ -122,7 +122,7 @@ def test_a_loader_gives_the_same_batches_from_the_gpu():
             views=views_of("deit", "random_resized"),
             optim=OptimConfig(batch_size=16),
             sizes=Sizes(32, 32, 24),
-            colours=COLOURS,
+            channel_stats=COLOURS,
             seed=1,
             device=device,
         )
@@ -151,7 +151,7 @@ def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
             views=views,
             optim=OptimConfig(batch_size=16),
             sizes=Sizes(32, 32, 24),
-            colours=COLOURS,
+            channel_stats=COLOURS,
             seed=1,
             device=device,
         )

@@ -13,7 +13,7 @@ from deit.cli import run_command
 from deit.config.data_section import DataConfig
 from deit.core.errors import DataError
 from deit.datasets import decoding
-from deit.datasets.listing import PassedOver, ending_of, is_hidden
+from deit.datasets.listing import SkippedFiles, is_hidden, suffix_of
 from deit.datasets.sources import LISTINGS, exclude_list_line
 from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
@@ -74,16 +74,16 @@ def test_an_avif_is_decoded_upright_and_a_film_is_refused():
     exif[274] = 6
     buffer = io.BytesIO()
     flat.save(buffer, "AVIF", exif=exif, quality=95)
-    found = decoding.read_picture(buffer.getvalue(), "place/x")
+    found = decoding.decode_image(buffer.getvalue(), "place/x")
     assert found.format == "AVIF"
     assert found.image.size == (8, 16)
     assert np.abs(np.asarray(found.image).astype(int) - (200, 100, 50)).max() <= 4
     buffer = io.BytesIO()
     flat.save(buffer, "AVIF", save_all=True, append_images=[random_image(1, (16, 8))])
     with raises(DataError, "place/x: ", "AVIF", " 2 "):
-        decoding.read_picture(buffer.getvalue(), "place/x")
+        decoding.decode_image(buffer.getvalue(), "place/x")
     with raises(DataError, "place/x: "):
-        decoding.read_picture(buffer.getvalue()[:200], "place/x")
+        decoding.decode_image(buffer.getvalue()[:200], "place/x")
 
 
 @pytest.mark.fault("C27")
@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, ca
             write_file(root / "train" / name, content)
     (note,) = skipped_notes(found)
     assert re.search(r"\b2 \.heic, 1 \.html, 1 ", note)
-    assert load_splits(found).passed == (note,)
+    assert load_splits(found).skipped == (note,)
     monkeypatch.chdir(tmp_path)
     options = ["data", "--source", found.source]
     options += ["--reader", found.reader] if found.reader else []
@@ -127,14 +127,14 @@ def test_a_class_of_what_cannot_be_read_says_so(tmp_path):
 
 
 def test_many_kinds_and_places_are_cut_short():
-    passed = PassedOver(places=[f"place {number}" for number in range(6)])
+    passed = SkippedFiles(paths=[f"place {number}" for number in range(6)])
     for number in range(12):
         for _ in range(20 - number):
             passed.add(f"a.x{number}")
     first, *rest = passed.notes()
     assert " 20 .x0, 19 .x1, " in first
     assert re.search(r", 42 [^,.]+$", first)
-    assert [line[-len("place 0") :] for line in rest[:4]] == passed.places[:4]
+    assert [line[-len("place 0") :] for line in rest[:4]] == passed.paths[:4]
     (more,) = rest[4:]
     assert re.search(r"\b2\b", more)
 
@@ -153,7 +153,7 @@ def test_many_kinds_and_places_are_cut_short():
     ],
 )
 def test_an_ending_is_a_short_word(name, ending):
-    assert ending_of(name) == ending
+    assert suffix_of(name) == ending
 
 
 # Hidden files.
@@ -274,7 +274,7 @@ def test_pictures_of_every_kind_are_read(tmp_path):
     number = len(list((tmp_path / "train" / "ant").iterdir()))
     splits = load_splits(DataConfig(source="folder", root=str(tmp_path), image_size=8))
     assert sum(len(split.labels) for split in splits[1:4]) == number + 4
-    assert splits.passed == ()
+    assert splits.skipped == ()
 
 
 def test_bad_pictures_of_every_kind_are_listed_by_one_scan(tmp_path, monkeypatch, capsys):

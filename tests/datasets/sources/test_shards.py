@@ -9,7 +9,7 @@ import pytest
 
 from deit.config.data_section import DataConfig
 from deit.core.errors import DataError
-from deit.datasets.listing import PassedOver
+from deit.datasets.listing import SkippedFiles
 from deit.datasets.shards import read_index
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import Splits, load_splits
@@ -73,13 +73,13 @@ def test_hostile_members_are_neither_read_nor_extracted(tmp_path):
         add_member(archive, "/absolute.png", IMAGE)
         add_member(archive, "/absolute.cls", b"bee")
     problems: list[str] = []
-    passed = PassedOver()
+    passed = SkippedFiles()
     names = [sample.member for sample in read_index(path, problems.append, passed)]
     assert names == ["../outside.png", "/absolute.png"]  # bytes of this tar, whatever they say
     (problem,) = problems
     assert problem.startswith(f"{path}: ")
     assert "link.cls" in problem
-    assert (list(passed.files.values()), passed.places) == ([4], [])
+    assert (list(passed.files.values()), passed.paths) == ([4], [])
     assert sorted(tmp_path.rglob("*")) == [path.parent, path, secret]
 
 

@@ -317,7 +317,7 @@ def test_images_below_a_class_folder_belong_to_it(tmp_path):
 
 def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
     write_class_folders(tmp_path)
-    monkeypatch.setattr("deit.core.host_memory.allowed", lambda: [1000])
+    monkeypatch.setattr("deit.core.host_memory.cgroup_headroom", lambda: [1000])
     with raises(SystemFault, "data.image_size 8", "data.memory_fraction"):
         load_splits(folder_data(tmp_path))
 

@@ -73,7 +73,7 @@ def test_images_beside_the_splits_are_named(way, tmp_path):
     write_file(tmp_path / "notes" / "readme.txt", b"no images here")
     (note,) = skipped_notes(found)
     assert str(tmp_path / "fold2") in note
-    assert load_splits(found).passed == (note,)
+    assert load_splits(found).skipped == (note,)
 
 
 class FakeHub:

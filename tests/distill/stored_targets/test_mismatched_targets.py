@@ -140,7 +140,7 @@ def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, tea
     loader, _, _ = check(with_targets(configuration(teachers[0]), store))
     for _ in loader.epoch(2):
         pass
-    loader.student_look.seed += 1
+    loader.student_sampler.seed += 1
     with raises(DataError, f"teacher.target_stores {store}", "epoch 3", *VIEWS):
         for _ in loader.epoch(3):
             pass

@@ -83,7 +83,7 @@ def split_sizes(found: DataConfig) -> dict[str, int]:
 
 
 def skipped_notes(found: DataConfig) -> tuple[str, ...]:
-    return LISTINGS[found.source](found, ()).passed.notes()
+    return LISTINGS[found.source](found, ()).skipped.notes()
 
 
 LAYOUTS = ("folder", "shards", "folder reader", "tar reader")
