@@ -62,9 +62,7 @@ def expected(file_images):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_that_outlive_an_epoch_read_what_the_process_itself_would(
-    workers, file_images, expected
-):
+def test_workers_over_epochs_equal_reading_in_process(workers, file_images, expected):
     made = loader(file_images, workers=workers)
     for epoch in (0, 1, 0):
         found = joined(made.epoch(epoch))
@@ -79,9 +77,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_with_little_shared_memory_batches_come_in_files(
-    file_images, expected, monkeypatch, capsys
-):
+def test_small_shared_memory_passes_batches_in_files(file_images, expected, monkeypatch, capsys):
     decode_workers._warn_of_files.cache_clear()
     asked = []
 
@@ -105,7 +101,7 @@ REFUSALS = (
 
 
 @pytest.mark.parametrize("said", REFUSALS)
-def test_a_batch_that_finds_no_room_comes_in_a_file(said, file_images, expected, monkeypatch):
+def test_full_shared_memory_passes_batch_in_file(said, file_images, expected, monkeypatch):
     """Another process may fill the shared memory at any time."""
 
     def refusing(tensor):
@@ -125,7 +121,7 @@ def test_a_batch_that_finds_no_room_comes_in_a_file(said, file_images, expected,
 
 
 @pytest.mark.parametrize("said", REFUSALS)
-def test_shared_memory_that_cannot_be_handed_over_is_a_lost_worker(said):
+def test_shared_memory_error_is_lost_worker(said):
     """And no want of memory, though some of it is said in its words."""
     future = Future()
     future.set_exception(RuntimeError(said))
@@ -137,7 +133,7 @@ def test_shared_memory_that_cannot_be_handed_over_is_a_lost_worker(said):
         decode_workers._result(other)
 
 
-def test_where_no_socket_has_room_batches_come_in_files(
+def test_unsupported_sockets_pass_batches_in_files(
     file_images, expected, tmp_path, monkeypatch, capsys
 ):
     """The path of a socket has 107 bytes, and workers hand over shared memory by one."""
@@ -153,7 +149,7 @@ def test_where_no_socket_has_room_batches_come_in_files(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_worker_that_is_killed_is_noticed(shared, file_images, monkeypatch):
+def test_killed_worker_raises(shared, file_images, monkeypatch):
     """Also while its batch is under way."""
     monkeypatch.setattr(decode_workers, "fits_shared_memory", lambda needed: shared)
     wanted = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
@@ -185,14 +181,14 @@ print("done")
 """
 
 
-def test_a_program_ends_after_its_reader_is_closed(tmp_path):
+def test_program_exits_after_reader_is_closed(tmp_path):
     """A notebook has no command line that would end it."""
     write_image_folder(tmp_path / "pictures", number=16)
     done = run_python(PROGRAM, tmp_path / "pictures")
     assert (done.code, done.out.splitlines()[-1:]) == (0, ["done"]), done.err
 
 
-def test_signals_wait_for_the_start_of_the_workers():
+def test_signals_are_deferred_until_workers_started():
     """Whichever thread the system hands them to."""
     came = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
@@ -209,7 +205,7 @@ def test_signals_wait_for_the_start_of_the_workers():
         other.set()
 
 
-def test_the_shared_memory_that_batches_need_is_counted(file_images, monkeypatch):
+def test_required_shared_memory_counts_batches_ahead(file_images, monkeypatch):
     monkeypatch.setattr(decode_workers, "supports_sockets", lambda folder: True)
     needed = (2 * 2 + 1) * 6 * 3 * (4**2 + 5**2)  # read ahead and in use, of 6 images, two squares
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
@@ -232,14 +228,14 @@ def test_the_shared_memory_that_batches_need_is_counted(file_images, monkeypatch
     ("num_processes", "accumulate", "workers"),
     [(1, 2, 1), (2, 1, 0), (2, 1, 1), (2, 4, 0), (4, 1, 0), (4, 2, 1)],
 )
-def test_any_layout_sees_the_same_global_batches(
+def test_encoded_batches_do_not_depend_on_processes(
     num_processes, accumulate, workers, file_images, expected
 ):
     found = global_epoch(file_images, num_processes, accumulate, epoch=1, workers=workers)
     assert same(found, expected[1])
 
 
-def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(file_images):
+def test_random_crop_equals_pillow_crop_of_its_key(file_images):
     sizes = Sizes(SIDE, SIDE, SIDE)
     views = dataclasses.replace(PLAIN, aug_repeats=2)
     made = TrainLoader(
@@ -272,7 +268,7 @@ def test_the_view_of_a_sample_is_the_box_of_its_key_cut_by_pillow(file_images):
 
 
 @pytest.mark.parametrize("crop", ["none", "padded"])
-def test_other_crops_are_cut_from_the_square_of_the_whole_image(crop, file_images):
+def test_other_crops_are_taken_from_center_square(crop, file_images):
     views = ViewsConfig(crop=crop, crop_padding=2, mixup_alpha=0.8)
     squares = InMemoryImages(
         torch.stack(
@@ -287,7 +283,7 @@ def test_other_crops_are_cut_from_the_square_of_the_whole_image(crop, file_image
     assert same(global_epoch(file_images, views=views, workers=1), theirs)
 
 
-def test_a_dropped_epoch_leaves_nothing_behind(file_images, expected):
+def test_abandoned_epoch_leaves_no_files_or_processes(file_images, expected):
     made = loader(file_images, accumulate=2, workers=2)
     for _ in range(2):
         epoch = made.epoch(0)
@@ -297,7 +293,7 @@ def test_a_dropped_epoch_leaves_nothing_behind(file_images, expected):
         assert same(found, expected[1])
 
 
-def test_no_random_state_is_read_or_moved(file_images):
+def test_workers_do_not_use_global_random_state(file_images):
     before = torch.random.get_rng_state()
     first = global_epoch(file_images, workers=1)
     assert torch.equal(torch.random.get_rng_state(), before)

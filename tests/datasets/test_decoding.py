@@ -88,7 +88,7 @@ READ = {
 
 @pytest.mark.fault("C5", "C6", "C7", "C9", "C11")
 @pytest.mark.parametrize("name", READ)
-def test_an_odd_image_has_its_documented_colour(name):
+def test_unusual_image_has_documented_color(name):
     encoded, colour = READ[name]
     square = decode_square(encoded, name, 16)
     assert square.shape == (3, 16, 16)
@@ -97,7 +97,7 @@ def test_an_odd_image_has_its_documented_colour(name):
 
 
 @pytest.mark.fault("C5")
-def test_an_adobe_cmyk_jpeg_is_stored_inverted():
+def test_adobe_cmyk_jpeg_is_inverted():
     """So that the table above tests the inversion and not twice the same mistake."""
     encoded, _ = READ["white CMYK jpeg"]
     assert b"Adobe" in encoded
@@ -141,7 +141,7 @@ REFUSED = {
 
 @pytest.mark.fault("C2", "C7", "C9", "C10")
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_no_right_reading_is_refused_by_name(name):
+def test_ambiguous_image_raises_with_name(name):
     encoded, *names = REFUSED[name]
     with raises(DataError, *names) as caught:
         open_image(encoded, f"some/{name}.jpg")
@@ -149,7 +149,7 @@ def test_what_has_no_right_reading_is_refused_by_name(name):
     assert "\n" not in str(caught.value)
 
 
-def test_the_largest_picture_is_pillows():
+def test_max_pixels_is_pillows_limit():
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
 
 
@@ -161,14 +161,14 @@ def noise(size: tuple[int, int] = (40, 24)) -> Image.Image:
 @pytest.mark.fault("C1")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
-def test_a_truncated_image_is_refused(kind, share):
+def test_truncated_image_raises(kind, share):
     encoded = encode(noise(), kind)
     with raises(DataError, "place/cut: "):
         open_image(encoded[: int(len(encoded) * share)], "place/cut")
 
 
 @pytest.mark.fault("C4")
-def test_a_bit_flipped_png_is_refused():
+def test_png_with_flipped_bit_raises():
     encoded = encode(noise())
     for position in range(45, len(encoded) - 20, 97):
         damaged = bytearray(encoded)
@@ -193,7 +193,7 @@ STORED = {
 @pytest.mark.fault("C8")
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_every_exif_orientation_gives_the_upright_picture(kind, orientation):
+def test_exif_orientation_is_applied(kind, orientation):
     blocks = Image.new("RGB", (48, 32), "white")
     blocks.paste("red", (0, 0, 16, 16))
     blocks.paste("blue", (32, 16, 48, 32))
@@ -222,12 +222,12 @@ def test_every_exif_orientation_gives_the_upright_picture(kind, orientation):
     ],
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_picture_with_broken_exif_is_shown_as_it_lies(kind, broken):
+def test_damaged_exif_is_ignored(kind, broken):
     size = open_image(encode(plain("RGB", ORANGE), kind, exif=broken), "broken").size
     assert size == (8, 6)
 
 
-def test_a_cameras_mpo_shows_its_first_picture():
+def test_mpo_decodes_first_image():
     pair = [plain("RGB", ORANGE), plain("RGB", "blue")]
     encoded = encode(pair[0], "MPO", save_all=True, append_images=pair[1:])
     picture = decode_image(encoded, "phone.jpg")
@@ -235,7 +235,7 @@ def test_a_cameras_mpo_shows_its_first_picture():
     assert np.abs(np.asarray(picture.image).astype(int) - ORANGE).max() <= 2
 
 
-def test_no_warning_escapes_from_any_thread_and_none_is_lost_elsewhere():
+def test_pillow_warnings_are_suppressed_in_all_threads_only_while_decoding():
     """Warnings are errors in these tests, and a filter that stayed behind would hide others."""
     before = list(warnings.filters)
     odd = encode(plain("RGB", ORANGE), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
@@ -259,12 +259,12 @@ def test_no_warning_escapes_from_any_thread_and_none_is_lost_elsewhere():
         warnings.warn("loud", stacklevel=1)
 
 
-def test_a_picture_remembers_what_it_was_in_its_file():
+def test_decoded_image_has_format_and_mode_of_file():
     assert decode_image(encode(plain("CMYK", 0), "JPEG"), "x")[1:] == ("JPEG", "CMYK")
     assert decode_image(palette(), "x")[1:] == ("PNG", "P")
 
 
-def test_the_square_is_the_centre_at_the_shorter_side():
+def test_center_square_is_center_of_resized_shorter_side():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
     square = decode_square(encode(image), "wide", 20)

@@ -72,7 +72,7 @@ def global_batches(num_processes, accumulate, views, epoch=3):
 @pytest.mark.fault("A20")
 @pytest.mark.parametrize("views", [MIXED, FULL], ids=["mixed", "full"])
 @pytest.mark.parametrize(("num_processes", "accumulate"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 1)])
-def test_any_layout_sees_the_same_global_batches_to_the_bit(num_processes, accumulate, views):
+def test_global_batches_do_not_depend_on_processes(num_processes, accumulate, views):
     expected = global_batches(1, 1, views)
     found = global_batches(num_processes, accumulate, views)
     assert len(found) == len(expected) == 3
@@ -84,7 +84,7 @@ def test_any_layout_sees_the_same_global_batches_to_the_bit(num_processes, accum
 @pytest.mark.parametrize("repeats", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch_size", [2, 14, 16])
 @pytest.mark.parametrize("number", [7, 16, 53, 255])
-def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, batch_size, repeats):
+def test_repeats_give_more_views_of_fewer_images(number, batch_size, repeats):
     images = InMemoryImages(
         torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8), torch.arange(number)
     )
@@ -119,13 +119,13 @@ def test_repeats_show_so_many_different_views_of_so_many_fewer_images(number, ba
     assert len(everyone) == len(set(everyone)) == made.images_per_epoch
 
 
-def test_an_image_is_never_mixed_with_itself():
+def test_image_is_never_mixed_with_itself():
     with raises(ConfigError, "views.aug_repeats"):
         loader(views=dataclasses.replace(MIXED, aug_repeats=16))
     loader(views=ViewsConfig(aug_repeats=16))
 
 
-def test_the_views_of_an_image_in_a_batch_differ_and_the_first_is_the_plain_one():
+def test_repeated_views_differ_and_first_equals_view_without_repeats():
     views = ViewsConfig(crop="padded", crop_padding=3, aug_repeats=2)
     plain = dataclasses.replace(views, aug_repeats=1)
     twice = next(loader(views=views).epoch(0))
@@ -135,7 +135,7 @@ def test_the_views_of_an_image_in_a_batch_differ_and_the_first_is_the_plain_one(
     assert torch.equal(once.images[:8], twice.images[:8])
 
 
-def test_the_teacher_sees_the_same_views_at_its_size():
+def test_teacher_gets_same_views_at_its_size():
     sizes = view_sizes(student=8, teacher=16, source=16)
     assert sizes == Sizes(view=16, student=8, teacher=16)
     pixels = torch.randint(256, (53, 3, 16, 16), dtype=torch.uint8)
@@ -166,11 +166,11 @@ def test_the_teacher_sees_the_same_views_at_its_size():
         (64, 32, 32, (64, 64, 32)),
     ],
 )
-def test_sizes(student, teacher, source, expected):
+def test_view_sizes_by_hand(student, teacher, source, expected):
     assert view_sizes(student, teacher, source) == Sizes(*expected)
 
 
-def test_nothing_grows_with_the_epochs():
+def test_loader_memory_does_not_grow_with_epochs():
     import gc
 
     made = loader(views=FULL)
@@ -186,7 +186,7 @@ def test_nothing_grows_with_the_epochs():
     assert after(0) == after(1) == after(7)
 
 
-def test_the_time_of_the_views_is_measured():
+def test_view_time_is_measured():
     made = loader()
     assert made.stages.rates() == {}
     list(made.epoch(0))
@@ -196,7 +196,7 @@ def test_the_time_of_the_views_is_measured():
     assert made.stages.images["views"] == 48  # of this epoch
 
 
-def test_an_epoch_sees_each_image_at_most_once_and_the_order_changes():
+def test_epoch_has_each_image_at_most_once_in_new_order():
     first, second = (torch.cat([b.sample_ids for b in loader().epoch(e)]) for e in (0, 1))
     assert len(first) == 48
     assert len(first.unique()) == 48
@@ -207,14 +207,14 @@ def test_an_epoch_sees_each_image_at_most_once_and_the_order_changes():
     assert not torch.equal(first, other)
 
 
-def test_targets_are_the_labels_where_nothing_is_mixed():
+def test_unmixed_targets_are_one_hot_labels():
     for batch in loader(views=ViewsConfig()).epoch(0):
         assert torch.equal(batch.targets.argmax(dim=1), IMAGES.labels[batch.sample_ids])
         assert torch.equal(batch.targets.sum(dim=1), torch.ones(16))
         assert batch.targets.max(dim=1).values.eq(1).all()
 
 
-def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
+def test_mixed_targets_are_distributions_over_labels_of_pair():
     for batch in loader().epoch(0):
         assert torch.allclose(batch.targets.sum(dim=1), torch.ones(16))
         labels = IMAGES.labels[batch.sample_ids]
@@ -226,7 +226,7 @@ def test_mixed_targets_are_distributions_over_the_labels_of_the_pair():
 
 
 @pytest.mark.fault("C19")
-def test_a_batch_that_cannot_be_cut_is_refused():
+def test_indivisible_batch_raises():
     for processes, accumulate in ((3, 1), (8, 2)):
         with raises(ConfigError, "optim.batch_size", "optim.grad_accum_steps") as refused:
             loader(num_processes=processes, accumulate=accumulate)

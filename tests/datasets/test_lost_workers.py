@@ -24,7 +24,7 @@ from tests.helpers.errors import raises
 from tests.helpers.images import PLAIN, SIDE, loader, write_image_folder
 
 
-def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(file_images):
+def test_open_files_do_not_grow_with_epoch_length(file_images):
     # Tensors that wait in a queue are shared memory, and each holds a file open.
     reader = Reader(file_images, (CenterSquare(4),), workers=1, pin=False)
     one = torch.zeros(1, dtype=torch.int64)
@@ -38,7 +38,7 @@ def test_reading_ahead_opens_no_more_files_the_longer_the_epoch(file_images):
 @pytest.mark.fault("C24")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
-def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
+def test_damaged_file_raises_in_one_line(workers, views, tmp_path):
     files_root = write_image_folder(tmp_path / "images", number=8)
     data = DataConfig(source="folder", root=str(files_root), storage="files", image_size=SIDE)
     train = load_splits(data).train
@@ -57,7 +57,7 @@ def test_a_broken_file_is_named_in_one_line(workers, views, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_machine_is_no_broken_file(workers, file_images, monkeypatch):
+def test_machine_fault_raises_system_fault(workers, file_images, monkeypatch):
     """It may pass: a run that ends by it may be tried again."""
 
     def failing(path):
@@ -82,7 +82,7 @@ def answers(images, config):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_answers_the_same_from_memory_and_from_files(workers, files_root):
+def test_evaluation_from_memory_and_files_is_equal(workers, files_root):
     data = DataConfig(source="folder", root=str(files_root), image_size=SIDE, num_workers=workers)
     found = {}
     for storage in ("memory", "files"):
@@ -103,7 +103,7 @@ def test_evaluation_answers_the_same_from_memory_and_from_files(workers, files_r
     assert len(found["files"].unique(dim=0)) == 12
 
 
-def test_worker_count_is_a_share_of_the_cores(monkeypatch):
+def test_worker_count_is_share_of_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert worker_count(None) == 8
@@ -126,7 +126,7 @@ def test_every_stage_is_measured(file_images):
 
 @pytest.mark.fault("A26")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
-def test_a_worker_that_was_killed_is_a_clear_fault(number, file_images):
+def test_killed_worker_raises_system_fault(number, file_images):
     class Deadly:
         size = 4
 
@@ -138,7 +138,7 @@ def test_a_worker_that_was_killed_is_a_clear_fault(number, file_images):
         list(Reader(file_images, (Deadly(),), workers=1, pin=False).read(wanted))
 
 
-def test_where_one_worker_is_lost_another_that_is_busy_is_not_waited_for(file_images, tmp_path):
+def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
     """Python's pool holds a lock until the others have ended, which the next batch waits for."""
 
     class Busy:

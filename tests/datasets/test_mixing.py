@@ -14,7 +14,7 @@ def mix(lam, cut, box):
     return Mix(torch.tensor([lam]).double(), torch.tensor([cut]), torch.tensor([box]), 4)
 
 
-def test_mixup_by_hand_and_in_place_of_nothing():
+def test_mixup_by_hand_keeps_input():
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     originals = images.clone(), targets.clone()
@@ -39,7 +39,7 @@ def test_cutmix_by_hand():
     assert torch.allclose(mix_targets(targets, how)[0], torch.tensor([14 / 16, 2 / 16]))
 
 
-def test_the_pasted_region_is_the_same_at_the_teachers_size():
+def test_cutmix_box_is_scaled_to_teacher_size():
     small = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     large = torch.stack([torch.zeros(3, 12, 12), torch.ones(3, 12, 12)])
     how = mix(14 / 16, True, [1, 0, 2, 2])
@@ -47,7 +47,7 @@ def test_the_pasted_region_is_the_same_at_the_teachers_size():
     assert torch.equal(mix_images(large, how), enlarged)
 
 
-def test_an_unmixed_pair_stays_as_it_is():
+def test_unmixed_pair_is_unchanged():
     images, targets = torch.rand(2, 3, 4, 4), torch.eye(2)
     for cut in (True, False):
         how = mix(1.0, cut, [0, 0, 4, 4])
@@ -55,7 +55,7 @@ def test_an_unmixed_pair_stays_as_it_is():
         assert torch.equal(mix_targets(targets, how), targets)
 
 
-def test_mixing_weights_have_their_distributions_and_match_the_area_kept():
+def test_mix_weights_have_beta_distribution_and_match_box_area():
     found = sample_mix(Keys(0, 0, torch.arange(20_000)), views=BOTH, size=16)
     assert found.is_cutmix.double().mean() == pytest.approx(0.5, abs=0.02)
     top, left, bottom, right = found.boxes.unbind(dim=1)
@@ -66,7 +66,7 @@ def test_mixing_weights_have_their_distributions_and_match_the_area_kept():
     assert stats.kstest(blended, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
 
 
-def test_the_label_has_the_share_of_the_pixels():
+def test_cutmix_target_matches_pixel_share():
     number = 64
     how = sample_mix(Keys(4, 0, torch.arange(number)), views=ViewsConfig(cutmix_alpha=1.0), size=16)
     images = torch.zeros(2 * number, 3, 16, 16)
@@ -76,7 +76,7 @@ def test_the_label_has_the_share_of_the_pixels():
     assert torch.allclose(shown, targets[:, 1], atol=1e-6)
 
 
-def test_mixing_can_be_rarer_and_of_one_kind():
+def test_mix_probability_and_switch_are_used():
     pairs = Keys(0, 0, torch.arange(4000))
     rare = ViewsConfig(mixup_alpha=0.8, mixup_prob=0.25)
     found = sample_mix(pairs, views=rare, size=8)
@@ -86,7 +86,7 @@ def test_mixing_can_be_rarer_and_of_one_kind():
     assert sample_mix(pairs, views=only_cut, size=8).is_cutmix.all()
 
 
-def test_a_pair_is_mixed_alike_in_any_batch():
+def test_mix_does_not_depend_on_batch():
     images = torch.rand(32, 3, 8, 8)
     how = sample_mix(Keys(0, 0, torch.arange(16)), views=BOTH, size=8)
     together = mix_images(images, how)

@@ -43,7 +43,7 @@ def picture(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp_path):
+def test_mutated_image_decodes_or_raises_in_time(kind, tmp_path):
     how, whole = random.Random(kind), picture(kind)
     assert decode_square(whole, "whole", 16).shape == (3, 16, 16)
     file, refused, slowest = tmp_path / "picture", 0, 0.0
@@ -72,7 +72,7 @@ def test_a_damaged_picture_is_pixels_or_a_refusal_and_never_takes_long(kind, tmp
 
 
 @pytest.mark.fault("C11")
-def test_pictures_of_one_pixel_or_one_line_are_trained_on(tmp_path, command_server):
+def test_images_of_one_pixel_or_line_can_be_trained_on(tmp_path, command_server):
     for label in "ab":
         place = tmp_path / "pictures" / label
         place.mkdir(parents=True)

@@ -63,7 +63,7 @@ def done(name, pixels, argument, interpolation="bicubic"):
 
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize("name", [name for name in CODES if name != "identity"])
-def test_operations_are_pillows(name, interpolation):
+def test_operations_equal_pillow(name, interpolation):
     images = real_images()
     before = pixels_of(images)
     for argument in ARGUMENTS.get(name, (0.1, 0.19, 1.0, 1.81, 1.9)):
@@ -81,7 +81,7 @@ def test_operations_are_pillows(name, interpolation):
             assert difference.max() == 0, argument
 
 
-def test_blur_is_the_gaussian():
+def test_gaussian_blur_by_hand():
     ndimage = pytest.importorskip("scipy.ndimage")
     before = pixels_of(real_images())
     for sigma in (0.1, 0.7, 2.0):
@@ -100,7 +100,7 @@ def test_posterize_never_leaves_black(argument):
 
 
 @pytest.mark.parametrize("side", [6, 28])
-def test_contrast_rounds_the_mean_half_upwards(side):
+def test_contrast_rounds_mean_half_up(side):
     # Half of the pixels one level brighter: the mean lies exactly half way.
     pixels = torch.full((1, 3, side, side), 100, dtype=torch.uint8)
     pixels[..., : side // 2] = 101
@@ -109,13 +109,13 @@ def test_contrast_rounds_the_mean_half_upwards(side):
     assert np.array(ImageEnhance.Contrast(image).enhance(0)).max() == 101
 
 
-def test_constant_images_survive_what_divides_by_their_range():
+def test_constant_images_have_no_division_by_zero():
     flat = torch.full((2, 3, 8, 8), 77, dtype=torch.uint8)
     for name in ("auto_contrast", "equalize"):
         assert torch.equal(done(name, flat, 0), flat)
 
 
-def test_tiny_images_go_through_every_operation():
+def test_tiny_images_support_every_operation():
     for shape in ((1, 3, 1, 1), (1, 3, 2, 5)):
         tiny = torch.randint(256, shape, dtype=torch.uint8)
         for name in CODES:
@@ -130,7 +130,7 @@ def mixed_batch():
 
 
 @pytest.mark.parametrize("interpolation", PILLOW)
-def test_an_image_does_not_depend_on_who_else_is_in_the_batch(interpolation):
+def test_operations_do_not_depend_on_batch(interpolation):
     pixels, codes, arguments = mixed_batch()
     canvas = CANVASES[interpolation]
     together = apply_operations(pixels, codes, arguments, canvas)
@@ -144,7 +144,7 @@ def test_an_image_does_not_depend_on_who_else_is_in_the_batch(interpolation):
     assert torch.equal(apply_operations(pixels, codes, arguments, canvas), together)
 
 
-def test_the_images_given_are_left_as_they_are():
+def test_operations_do_not_change_input():
     pixels, codes, arguments = mixed_batch()
     before = pixels.clone()
     found = apply_operations(pixels, codes, arguments, CANVASES["bicubic"])
@@ -152,7 +152,7 @@ def test_the_images_given_are_left_as_they_are():
     assert torch.equal(found[codes == 0], pixels[codes == 0])
 
 
-def test_every_operation_has_one_number_and_one_kind():
+def test_every_operation_has_one_code_and_kind():
     names = [*LEVELS, *MOVES]
     assert sorted(names) == sorted(set(names))
     assert sorted(CODES.values()) == list(range(len(names) + 1))

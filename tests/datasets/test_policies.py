@@ -43,17 +43,17 @@ TIMM = {
 }
 
 
-def test_names_of_configuration_and_policies_agree():
+def test_policies_match_configured_names():
     assert {"none", *POLICIES} == set(Policy.__args__)
 
 
-def test_the_operations_are_those_of_timms_increasing_set():
+def test_randaugment_has_operations_of_timm():
     assert [TIMM[name] for name in RANDAUGMENT] == timm._RAND_INCREASING_TRANSFORMS
 
 
 @pytest.mark.parametrize("name", RANDAUGMENT)
 @pytest.mark.parametrize("magnitude", [0.0, 3.3, 5.0, 9.0, 9.7, 10.0])
-def test_magnitudes_mean_what_they_mean_in_timm(name, magnitude, monkeypatch):
+def test_randaugment_magnitudes_equal_timm(name, magnitude, monkeypatch):
     level = torch.tensor([magnitude / 10], dtype=torch.float64)
     scale = timm.LEVEL_TO_ARG[TIMM[name]]
     for draw, sign in ((0.4, 1.0), (0.6, -1.0)):
@@ -65,7 +65,7 @@ def test_magnitudes_mean_what_they_mean_in_timm(name, magnitude, monkeypatch):
         assert found.item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_randaugment_takes_each_operation_as_often_and_half_of_the_images():
+def test_randaugment_samples_operations_uniformly_with_its_probability():
     codes, arguments = sample_randaugment(KEYS, ViewsConfig(auto_augment="randaugment"))
     assert codes.shape == arguments.shape == (30_000, 2)
     for layer in range(2):
@@ -79,7 +79,7 @@ def test_randaugment_takes_each_operation_as_often_and_half_of_the_images():
     assert both == pytest.approx(0.25, abs=0.015)
 
 
-def test_randaugments_magnitudes_are_normal_and_kept_within_the_scale():
+def test_randaugment_magnitudes_are_normal_and_clipped():
     codes, arguments = sample_randaugment(KEYS, ViewsConfig(auto_augment="randaugment"))
     angles = arguments[codes == CODES["rotate"]]
     assert angles.abs().max() <= 30
@@ -98,7 +98,7 @@ def test_randaugments_magnitudes_are_normal_and_kept_within_the_scale():
     assert arguments[codes == CODES["rotate"]].abs().unique().tolist() == [12]
 
 
-def test_three_augment_takes_one_of_three():
+def test_three_augment_samples_one_of_three():
     codes, arguments = sample_three_augment(KEYS, ViewsConfig(auto_augment="three_augment"))
     for name in ("grayscale", "solarize", "gaussian_blur"):
         assert (codes == CODES[name]).double().mean() == pytest.approx(1 / 3, abs=0.015)
@@ -108,7 +108,7 @@ def test_three_augment_takes_one_of_three():
     assert 1.99 < sigmas.max() <= 2
 
 
-def test_colour_jitter_varies_three_things_in_every_order():
+def test_color_jitter_varies_three_factors_in_every_order():
     codes, shares = sample_color_jitter(KEYS, 0.3)
     orders = {tuple(row) for row in codes.tolist()}
     assert len(orders) == 6
@@ -121,7 +121,7 @@ def test_colour_jitter_varies_three_things_in_every_order():
     assert contrast.mean() == pytest.approx(1, abs=0.01)
 
 
-def test_rotation_fills_its_range():
+def test_rotation_covers_its_range():
     codes, angles = sample_rotation(KEYS, 15)
     assert (codes == CODES["rotate"]).all()
     assert angles.abs().max() <= 15
@@ -130,7 +130,7 @@ def test_rotation_fills_its_range():
     assert angles.mean().abs() < 0.7
 
 
-def test_adding_an_augmentation_does_not_shift_the_others():
+def test_adding_an_augmentation_keeps_random_numbers_of_others():
     randaugment_only = sample_policy(KEYS, ViewsConfig(auto_augment="randaugment"))
     with_others = sample_policy(
         KEYS, ViewsConfig(auto_augment="randaugment", rotation=5, color_jitter=0.2)
@@ -155,7 +155,7 @@ TORCHVISION = {
 }
 
 
-def test_the_sub_policies_of_autoaugment_are_torchvisions():
+def test_autoaugment_sub_policies_equal_torchvision():
     theirs = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
     for ours, reference in zip(AUTOAUGMENT, theirs, strict=True):
         for (name, chance, level), (other, probability, magnitude) in zip(ours, reference):
@@ -163,7 +163,7 @@ def test_the_sub_policies_of_autoaugment_are_torchvisions():
             assert magnitude in (None, level)  # of what takes no magnitude they keep none
 
 
-def test_autoaugment_draws_each_sub_policy_as_often_with_torchvisions_magnitudes():
+def test_autoaugment_samples_sub_policies_uniformly_with_torchvision_magnitudes():
     codes, arguments = sample_autoaugment(KEYS, ViewsConfig(auto_augment="autoaugment"))
     reference = AutoAugment(AutoAugmentPolicy.IMAGENET)
     space = reference._augmentation_space(10, (32, 32))

@@ -14,7 +14,7 @@ BOXES = torch.tensor(
 
 @pytest.mark.parametrize("size", [13, 32, 64])
 @pytest.mark.parametrize("interpolation", PILLOW)
-def test_boxes_are_pillows_crop_and_resize(interpolation, size):
+def test_resize_boxes_equals_pillow(interpolation, size):
     images, how = real_images(), PILLOW[interpolation]
     found = resize_boxes(pixels_of(images), BOXES, size, interpolation)
     expected = []
@@ -29,7 +29,7 @@ def test_boxes_are_pillows_crop_and_resize(interpolation, size):
 
 
 @pytest.mark.parametrize("interpolation", PILLOW)
-def test_boxes_are_torchvisions_resized_crop(interpolation):
+def test_resize_boxes_matches_torchvision_resized_crop(interpolation):
     images = pixels_of(real_images())
     found = resize_boxes(images, BOXES, 32, interpolation).float()
     how = InterpolationMode(interpolation)
@@ -43,7 +43,7 @@ def test_boxes_are_torchvisions_resized_crop(interpolation):
 
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize(("height", "width"), [(24, 30), (96, 120), (31, 77)])
-def test_whole_images_are_pillows_resize(interpolation, height, width):
+def test_resize_equals_pillow(interpolation, height, width):
     images, how = real_images(), PILLOW[interpolation]
     found = resize(pixels_of(images), height, width, interpolation)
     expected = [i.resize((width, i.height), how).resize((width, height), how) for i in images]
@@ -53,7 +53,7 @@ def test_whole_images_are_pillows_resize(interpolation, height, width):
 
 
 @pytest.mark.parametrize("interpolation", PILLOW)
-def test_resizing_is_exact_whatever_the_batch_and_the_threads(interpolation):
+def test_resize_does_not_depend_on_batch_or_threads(interpolation):
     images = pixels_of(real_images())
     as_batch = resize_boxes(images, BOXES, 40, interpolation)
     one_by_one = [
@@ -67,7 +67,7 @@ def test_resizing_is_exact_whatever_the_batch_and_the_threads(interpolation):
 
 
 @pytest.mark.parametrize(("source", "size"), [(12, 9), (12, 20), (200, 16)])
-def test_mirrored_boxes_are_the_mirrored_results(source, size):
+def test_flipped_boxes_equal_flipped_results(source, size):
     # Small sources take their filters from a bank, large ones calculate them.
     pixels = torch.randint(256, (6, 3, source, source), dtype=torch.uint8)
     boxes = torch.tensor([[0, 0, source, source], [1, 2, 5, 4], [3, 3, 1, 9]] * 2)
@@ -79,7 +79,7 @@ def test_mirrored_boxes_are_the_mirrored_results(source, size):
         assert torch.equal(one, other.flip(-1) if mirrored else other)
 
 
-def test_what_a_run_allows_its_networks_does_not_touch_the_views():
+def test_resize_ignores_matmul_precision_and_autocast():
     images = pixels_of(real_images())
     plain = resize_boxes(images, BOXES, 40, "bicubic")
     before = torch.get_float32_matmul_precision()
@@ -93,7 +93,7 @@ def test_what_a_run_allows_its_networks_does_not_touch_the_views():
 
 
 @pytest.mark.parametrize("target", [24, 32, 72, 224])
-def test_filters_do_not_hang_on_the_last_bit(target, monkeypatch):
+def test_filters_do_not_depend_on_last_bit(target, monkeypatch):
     from deit.datasets import resizing
 
     start, length = torch.arange(60), torch.arange(60) + 3
@@ -107,7 +107,7 @@ def test_filters_do_not_hang_on_the_last_bit(target, monkeypatch):
     assert torch.equal(resizing._filter(start, length, 224, target, "bicubic"), plain)
 
 
-def test_the_extremes_stay_and_the_same_size_is_the_same_image():
+def test_resize_keeps_extremes_and_same_size_is_identity():
     for level in (0, 255):
         flat = torch.full((1, 3, 17, 9), level, dtype=torch.uint8)
         assert torch.equal(resize(flat, 5, 40, "bicubic"), torch.full((1, 3, 5, 40), level))
@@ -117,7 +117,7 @@ def test_the_extremes_stay_and_the_same_size_is_the_same_image():
     assert torch.equal(resize_boxes(image, whole, 9, "bicubic"), image)
 
 
-def test_sums_of_weights_times_levels_are_exact_in_single_precision():
+def test_filter_sums_are_exact_in_float32():
     from deit.datasets.resizing import _filter
 
     for source, target in ((64, 7), (9, 50), (256, 224), (500, 32)):
@@ -128,7 +128,7 @@ def test_sums_of_weights_times_levels_are_exact_in_single_precision():
             assert weights.abs().sum(dim=-1).max() * 255 + 0.5 < 2**9
 
 
-def test_one_pixel_boxes_are_that_pixel():
+def test_one_pixel_box_is_that_pixel():
     image = torch.randint(256, (1, 3, 6, 6), dtype=torch.uint8)
     found = resize_boxes(image, torch.tensor([[2, 3, 1, 1]]), 4, "bicubic")
     assert torch.equal(found, image[:, :, 2:3, 3:4].expand(1, 3, 4, 4))

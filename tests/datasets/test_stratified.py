@@ -9,7 +9,7 @@ def rows_of(labels, number, *, seed=0, stream="x"):
     return stratified_indices(labels, number, seed=seed, stream=stream)
 
 
-def test_of_each_class_as_many_as_of_every_other():
+def test_stratified_indices_balance_classes():
     labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 40)
     rows = rows_of(labels, 20)
     assert torch.equal(rows, rows.unique())
@@ -19,13 +19,13 @@ def test_of_each_class_as_many_as_of_every_other():
     assert (counts.max().item(), counts.sum().item()) == (1, 128)
 
 
-def test_more_than_there_are_is_all():
+def test_stratified_indices_of_larger_count_are_all():
     labels = torch.tensor([2, 0, 1, 1])
     assert torch.equal(rows_of(labels, 4), torch.arange(4))
     assert torch.equal(rows_of(labels, 99), torch.arange(4))
 
 
-def test_rows_follow_from_seed_and_stream_and_fewer_are_among_more():
+def test_stratified_indices_depend_on_seed_and_stream_and_are_nested():
     labels = torch.arange(3).repeat(40)
     rows = rows_of(labels, 20)
     assert torch.equal(rows, rows_of(labels, 20))

@@ -23,7 +23,7 @@ pytest.importorskip("sklearn")
 UNSEEN = ("6", "7", "8", "9")
 
 
-def test_nothing_of_them_is_left_to_train_and_select_by_and_no_other_image_moves():
+def test_unseen_classes_have_no_training_images_and_others_keep_their_split():
     whole = load_splits(DataConfig(source="digits", image_size=8))
     part = load_splits(DataConfig(source="digits", image_size=8, unseen_classes=UNSEEN))
     assert part.class_names == whole.class_names
@@ -41,7 +41,7 @@ def test_nothing_of_them_is_left_to_train_and_select_by_and_no_other_image_moves
 
 
 @pytest.mark.parametrize("storage", ["memory", "files"])
-def test_they_are_left_out_of_folders_too(tmp_path, storage):
+def test_unseen_classes_of_folder_have_no_training_images(tmp_path, storage):
     root = write_class_folders(tmp_path, number=8)
     listed = tmp_path / "names.txt"
     listed.write_text("bee\n")
@@ -58,12 +58,12 @@ def test_they_are_left_out_of_folders_too(tmp_path, storage):
         (("@nowhere.txt",), ("data.unseen_classes", "@nowhere.txt")),
     ],
 )
-def test_what_cannot_be_held_out_is_refused(names, told):
+def test_invalid_unseen_classes_raise(names, told):
     with raises(DataError, *told):
         load_splits(DataConfig(source="digits", image_size=8, unseen_classes=names))
 
 
-def test_a_teacher_that_is_trained_for_it_knows_them():
+def test_teacher_recipe_trains_unseen_classes():
     config = digits().replace(data={"unseen_classes": UNSEEN, "train_fraction": 0.5})
     run = Experiment("digits", config, None)
     ground = BaseRuns(run, config, Path("out"))
@@ -73,7 +73,7 @@ def test_a_teacher_that_is_trained_for_it_knows_them():
     assert teacher.data.train_fraction == 0.5
 
 
-def test_the_data_of_a_recipe_of_ones_own_are_those_of_its_teachers():
+def test_custom_recipe_has_data_of_its_teacher():
     """A recipe of a file: whatever it says of the images, its teacher should have learned from."""
     own = digits().replace(data={"train_fraction": 0.5, "image_size": 16, "unseen_classes": UNSEEN})
     typed = own.replace(data={"split_seed": 3})
@@ -85,7 +85,7 @@ def test_the_data_of_a_recipe_of_ones_own_are_those_of_its_teachers():
     assert teacher.data == digits_teacher().replace(data=changed).data
 
 
-def test_evaluation_tells_seen_and_unseen_apart(tmp_path, capsys):
+def test_evaluation_reports_seen_and_unseen_classes(tmp_path, capsys):
     small = digits_teacher().replace(
         data={"unseen_classes": UNSEEN},
         loss=LOSS_PRESETS["none"],
@@ -129,7 +129,7 @@ def mnist(tmp_path):
     return tmp_path
 
 
-def test_mnist_is_read_as_torchvision_lays_it(mnist):
+def test_mnist_is_read_in_torchvision_layout(mnist):
     splits = load_splits(DataConfig(source="mnist", root=str(mnist), image_size=28))
     assert (len(splits.train.labels), len(splits.validation.labels)) == (50, 10)
     assert splits.test.pixels.shape == (20, 3, 28, 28)
@@ -140,7 +140,7 @@ def test_mnist_is_read_as_torchvision_lays_it(mnist):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_without_mnist_it_is_said_where_it_should_lie(mnist, damage):
+def test_missing_mnist_raises_with_expected_path(mnist, damage):
     path = mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
     with raises(DataError, "--data.download"):

@@ -67,7 +67,7 @@ ONLINE = [mode for mode in VIEW_MODES if mode != "fix/ic_ens"]
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("storage", ["memory", "files"])
 @pytest.mark.parametrize("mode", ONLINE)
-def test_a_store_is_shown_what_the_teacher_sees_beside_the_student(mode, storage, repeats, files):
+def test_teacher_inputs_equal_teacher_images_of_training(mode, storage, repeats, files):
     images = chosen(storage, files)
     made = loader(images, views_of(mode, aug_repeats=repeats))
     for epoch in (0, 3):
@@ -88,7 +88,7 @@ def test_a_store_is_shown_what_the_teacher_sees_beside_the_student(mode, storage
 
 
 @pytest.mark.parametrize("mode", ONLINE)
-def test_every_mode_is_the_same_on_any_number_of_processes(mode):
+def test_view_modes_do_not_depend_on_processes(mode):
     expected = joined(loader(MEMORY, views_of(mode)).epoch(1))
     parts = [list(loader(MEMORY, views_of(mode), process, 3).epoch(1)) for process in range(3)]
     found = joined(block for blocks in zip(*parts) for block in blocks)
@@ -100,7 +100,7 @@ def student_of(mode, **changes):
 
 
 @pytest.mark.parametrize("mode", ONLINE)
-def test_modes_differ_in_what_they_should(mode):
+def test_view_modes_differ_as_documented(mode):
     batch = student_of(mode)
     resized = resize((batch.teacher_images * 255).round().to(torch.uint8), 12, 12, "bicubic")
     same = (to_unit_float(resized) - batch.images).abs().flatten(1).mean(dim=1)
@@ -111,13 +111,13 @@ def test_modes_differ_in_what_they_should(mode):
     assert views_of(mode).uses_mixing is (mode == "function-matching")
 
 
-def test_the_student_of_independent_noise_is_the_student_of_the_same_view():
+def test_student_views_do_not_depend_on_teacher_view():
     ours, theirs = student_of("ind/ic"), student_of("same/ic")
     assert torch.equal(ours.images, theirs.images)
     assert not torch.equal(ours.teacher_images, theirs.teacher_images)
 
 
-def test_independent_views_are_drawn_anew_each_epoch_and_unlike_the_students():
+def test_independent_views_change_with_epoch_and_differ_from_student():
     made = loader(MEMORY, ViewsConfig(crop="padded", teacher_view="independent", flip=0.0))
     first, second = ({}, {})
     for epoch, found in ((0, first), (1, second)):
@@ -129,7 +129,7 @@ def test_independent_views_are_drawn_anew_each_epoch_and_unlike_the_students():
 
 @pytest.mark.parametrize("storage", ["memory", "files"])
 @pytest.mark.parametrize("mode", ["fix/rs", "fix/cc"])
-def test_a_fixed_teacher_sees_an_image_the_same_way_in_every_epoch(mode, storage, files):
+def test_fixed_teacher_view_is_equal_in_every_epoch(mode, storage, files):
     images = chosen(storage, files)
     seen = {}
     made = loader(images, views_of(mode, erasing_mode="mean"))
@@ -154,7 +154,7 @@ def test_a_fixed_teacher_sees_an_image_the_same_way_in_every_epoch(mode, storage
 
 
 @pytest.mark.parametrize("storage", ["memory", "files"])
-def test_crops_of_an_image_are_many_and_the_same_for_ever(storage, files):
+def test_teacher_crops_differ_and_are_equal_in_every_epoch(storage, files):
     made = loader(chosen(storage, files), views_of("fix/ic_ens"))
     places = torch.tensor([3, 4, 30])
 
@@ -175,7 +175,7 @@ def test_crops_of_an_image_are_many_and_the_same_for_ever(storage, files):
     assert torch.equal(shown.images, crop(5))
 
 
-def test_places_do_not_depend_on_the_batch_unless_views_repeat():
+def test_rows_per_epoch_do_not_depend_on_batch_without_repeats():
     odd = InMemoryImages(MEMORY.pixels[:39], MEMORY.labels[:39])
 
     def places(views, batch_size=12):
@@ -196,7 +196,7 @@ def test_places_do_not_depend_on_the_batch_unless_views_repeat():
     assert places(ViewsConfig(aug_repeats=3, teacher_view="center")) == 39
 
 
-def test_without_a_teacher_to_look_nothing_is_made_for_it():
+def test_loader_without_teacher_makes_no_teacher_images():
     made = loader(MEMORY, views_of("same/ic"), for_teacher=False)
     expected = student_of("same/ic")
     batch = next(made.epoch(0))
@@ -204,7 +204,7 @@ def test_without_a_teacher_to_look_nothing_is_made_for_it():
     assert torch.equal(batch.images, expected.images)
 
 
-def test_a_random_crop_is_a_square_of_the_given_side_anywhere():
+def test_random_crop_is_square_of_given_side():
     keys = Keys(3, 0, torch.arange(4000))
     boxes = sample_random_crop(keys, 20, 30, side=0.8)
     assert (boxes[:, 2:] == 16).all()

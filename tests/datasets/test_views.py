@@ -46,7 +46,7 @@ def seen(pixels, keys, views, size):
     return apply_views(pixels, drawn, views, size=size, channel_stats=COLOURS)
 
 
-def test_padded_crop_is_pad_and_crop():
+def test_padded_crop_equals_pad_and_crop():
     offsets = sample_padded_crop(Keys(0, 0, torch.arange(12)), 3)
     cropped = apply_padded_crop(IMAGES, offsets, 3)
     for image, (top, left), found in zip(IMAGES, offsets.tolist(), cropped):
@@ -54,13 +54,13 @@ def test_padded_crop_is_pad_and_crop():
         assert torch.equal(found, expected)
 
 
-def test_padded_crop_takes_every_offset_equally_often():
+def test_padded_crop_offsets_are_uniform():
     counts = torch.bincount(sample_padded_crop(KEYS, 2).flatten(), minlength=5)
     assert len(counts) == 5
     assert (counts - 1600).abs().max() < 5 * 1600**0.5
 
 
-def test_resized_crop_boxes_have_the_area_and_shape_asked_for():
+def test_resized_crop_boxes_have_configured_area_and_aspect():
     boxes = sample_resized_crop(KEYS, 64, 64, scale=(0.2, 0.5), ratio=(0.8, 1.25)).double()
     top, left, height, width = boxes.unbind(dim=1)
     assert (top >= 0).all()
@@ -83,7 +83,7 @@ def test_resized_crop_falls_back_to_the_largest_central_box():
     assert boxes.tolist() == [[5, 0, 10, 20]] * 3
 
 
-def test_images_of_different_sizes_get_the_boxes_they_would_get_alone():
+def test_boxes_do_not_depend_on_other_images():
     heights = torch.tensor([50, 400, 33, 224], dtype=torch.float64)
     widths = torch.tensor([70, 300, 330, 224], dtype=torch.float64)
     settings = {"scale": (0.08, 1.0), "ratio": (0.75, 4 / 3)}
@@ -94,7 +94,7 @@ def test_images_of_different_sizes_get_the_boxes_they_would_get_alone():
         assert torch.equal(as_batch[index], single[0])
 
 
-def test_flip_is_torchvisions_and_has_its_probability():
+def test_flip_equals_torchvision_with_its_probability():
     flipped = sample_flip(KEYS, 0.3)
     assert flipped.double().mean() == pytest.approx(0.3, abs=0.04)
     some = torch.tensor([True, False] * 6)
@@ -103,7 +103,7 @@ def test_flip_is_torchvisions_and_has_its_probability():
     assert torch.equal(found[1], IMAGES[1])
 
 
-def test_erased_boxes_have_their_probability_area_and_shape():
+def test_erased_boxes_have_configured_probability_area_and_aspect():
     boxes, _ = sample_erasing(KEYS, ViewsConfig(erasing_prob=0.25), 64)
     top, left, height, width = boxes.double().unbind(dim=1)
     erased = height > 0
@@ -121,7 +121,7 @@ def test_erased_boxes_have_their_probability_area_and_shape():
 
 
 @pytest.mark.parametrize("fill", ErasingFill.__args__)
-def test_erasing_fills_the_box_and_nothing_else(fill):
+def test_erasing_fills_the_box_only(fill):
     images = torch.full((400, 3, 32, 32), 9, dtype=torch.uint8)
     keys, views = Keys(0, 0, torch.arange(400)), ViewsConfig(erasing_prob=0.5, erasing_mode=fill)
     boxes, noise = sample_erasing(keys, views, 32)
@@ -143,7 +143,7 @@ def test_erasing_fills_the_box_and_nothing_else(fill):
     assert abs(between_channels) < 0.02
 
 
-def test_evaluation_view_is_resize_and_centre_crop():
+def test_evaluation_view_is_resize_and_center_crop():
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(evaluation_views(pixels, size=32, crop=1.0), to_unit_float(pixels))
     assert torch.equal(
@@ -154,7 +154,7 @@ def test_evaluation_view_is_resize_and_centre_crop():
     assert (half * 255 - expected).abs().max() < 3
 
 
-def test_unit_is_the_level_over_255():
+def test_to_unit_float_is_value_over_255():
     levels = torch.arange(256, dtype=torch.uint8)
     assert to_unit_float(levels).max() == 1
     assert to_unit_float(levels).min() == 0
@@ -163,7 +163,7 @@ def test_unit_is_the_level_over_255():
 
 @pytest.mark.parametrize("crop", Crop.__args__)
 @pytest.mark.parametrize("preset", AUGMENTATIONS)
-def test_a_view_is_a_function_of_seed_epoch_sample_and_repeat_to_the_bit(preset, crop):
+def test_view_is_function_of_seed_epoch_sample_and_repeat(preset, crop):
     fields = {**AUGMENTATIONS[preset], "crop": crop, "rotation": 10}
     views = digits().replace(views=fields).views
     pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(2, 1, 1, 1)
@@ -194,7 +194,7 @@ def test_views_can_be_larger_or_smaller_than_their_source():
         assert seen(pixels, Keys(0, 0, torch.arange(4)), views, size).shape == (4, 3, size, size)
 
 
-def test_drawing_ahead_and_drawing_each_batch_are_the_same():
+def test_views_sampled_ahead_equal_views_sampled_per_batch():
     views = everything(crop="random_resized")
     pixels = pixels_of([image.resize((32, 32)) for image in real_images()])
     ahead = sample_views(Keys(0, 0, torch.arange(12)), views, height=32, width=32, size=32)
@@ -207,7 +207,7 @@ def test_drawing_ahead_and_drawing_each_batch_are_the_same():
         )
 
 
-def test_nothing_reads_a_global_random_state(monkeypatch):
+def test_views_do_not_use_global_random_state(monkeypatch):
     from deit.datasets.mixing import sample_mix
 
     def refuse(*args, **kwargs):

@@ -38,7 +38,7 @@ def attention_by_timm(kind, images, **fields):
 
 
 @pytest.mark.parametrize("kind", ["deit_micro", "vit_micro"])
-def test_the_attention_is_the_networks_own(kind):
+def test_attention_matrices_equal_the_networks_attention(kind):
     images = torch.randn(2, 3, 16, 16)
     built = network(kind, depth=1)
     (attention,) = attention_by_timm(kind, images, depth=1)
@@ -49,7 +49,7 @@ def test_the_attention_is_the_networks_own(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rollout_is_the_product_by_hand(kind):
+def test_rollout_equals_product_by_hand(kind):
     images = torch.randn(2, 3, 16, 16)
     built = network(kind)
     prefix = built.num_prefix_tokens
@@ -67,7 +67,7 @@ def test_rollout_is_the_product_by_hand(kind):
     assert (looks.maps.sum(dim=(2, 3)) < 1).all()  # the rest is what tokens take from tokens
 
 
-def test_a_token_that_looks_at_one_patch_is_shown_there():
+def test_rollout_of_token_attending_to_one_patch_marks_it():
     """One block, whose class token's query meets the key of the patch in the second row."""
     built = network(depth=1)
     attention = built.blocks[0].attn
@@ -86,7 +86,7 @@ def test_a_token_that_looks_at_one_patch_is_shown_there():
     assert looks.maps[0, 1].flatten().std() < 1e-6  # the other token looks everywhere alike
 
 
-def test_no_hook_stays_behind():
+def test_rollout_removes_its_hooks():
     built = network()
     images = torch.randn(1, 3, 16, 16)
     rollout(built, images)
@@ -97,7 +97,7 @@ def test_no_hook_stays_behind():
         assert not block.attn._forward_pre_hooks
 
 
-def test_cosines_over_depth_by_hand():
+def test_token_cosines_over_depth_by_hand():
     built = network()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_cosines_over_depth_by_hand():
     torch.testing.assert_close(token_cosines(built, images), torch.stack(expected, dim=1))
 
 
-def test_equal_tokens_stay_equal():
+def test_token_cosines_of_equal_tokens_are_one():
     built = network()
     with torch.no_grad():
         built.dist_token.copy_(built.cls_token)
@@ -122,7 +122,7 @@ def test_equal_tokens_stay_equal():
     torch.testing.assert_close(cosines, torch.ones(2, 4))
 
 
-def test_networks_without_attention_or_with_one_token_are_refused():
+def test_unsupported_network_raises():
     with raises(ConfigError, "SmallConvNet", "student.shared_block_size"):
         rollout(create_network(StudentConfig(name="small_convnet"), 5), torch.zeros(1, 3, 8, 8))
     built = network("vit_micro")

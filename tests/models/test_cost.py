@@ -45,7 +45,7 @@ ResNeXt-50 (32 x 4d) 4.2 (Xie et al. 2017), ConvNeXt-T 4.5 (Liu et al. 2022), Mo
 
 
 @pytest.mark.parametrize("name", FVCORE)
-def test_networks_of_timm_as_another_counter_counts_them(name, capsys):
+def test_macs_of_timm_networks_match_second_counter(name, capsys):
     side, expected = FVCORE[name]
     with torch.device("meta"):  # nothing is computed
         network = timm.create_model(name).eval()
@@ -54,14 +54,14 @@ def test_networks_of_timm_as_another_counter_counts_them(name, capsys):
 
 
 @pytest.mark.parametrize(("depth", "published"), [("26", 1.7), ("50", 2.7)])
-def test_involutions_count_as_the_paper_counts_them(depth, published):
+def test_macs_of_rednets_match_paper(depth, published):
     """Li et al. 2021, Table 3, one digit behind the point; theirs counts normalization too."""
     network = RedNet(1000, depths=DEPTHS[depth]).eval()
     gmacs = macs_of_image(network, torch.rand(1, 3, 224, 224)) / 1e9
     assert published - 0.06 < gmacs < published
 
 
-def test_costs_by_hand():
+def test_macs_of_vit_by_hand():
     """DeiT's own arithmetic: patch embedding, and in each block qkv, attention, projection, MLP."""
     student = StudentConfig(name="deit_micro", image_size=32, patch_size=8, depth=3)
     network = create_network(student, 10)
@@ -119,7 +119,7 @@ def counted_by_torch(network: nn.Module, image: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_every_student_as_a_second_counter_counts_it(name, capsys):
+def test_macs_of_students_match_second_counter(name, capsys):
     student = STUDENTS[name]
     built = Student(create_network(student, 5), mean=(0.5,) * 3, std=(0.5,) * 3)
     built.eval().requires_grad_(False)
@@ -133,7 +133,7 @@ def test_every_student_as_a_second_counter_counts_it(name, capsys):
 
 
 @pytest.mark.parametrize("numbers", [0, 3, (4, 0)])
-def test_merging_as_a_second_counter_counts_it(numbers, capsys):
+def test_macs_with_token_merging_match_second_counter(numbers, capsys):
     network = create_network(SMALL, 5).eval().requires_grad_(False)
     merging = with_merging(network, numbers)
     image = torch.rand(1, 3, 16, 16)
@@ -169,12 +169,12 @@ class Layer(nn.Module):
         (lambda a, b: torch.cat([a, b]), 0),
     ],
 )
-def test_products_by_hand(of, macs, capsys):
+def test_macs_of_operations_by_hand(of, macs, capsys):
     assert macs_of_image(Layer(of), torch.rand(1, 3, 8, 8)) == macs
     assert not capsys.readouterr().err
 
 
-def test_layers_of_torch_that_are_one_operation():
+def test_macs_of_fused_torch_layers_are_counted():
     """An encoder layer's fast path, and a network that remembers."""
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     tokens = 8
@@ -188,7 +188,7 @@ def test_layers_of_torch_that_are_one_operation():
     assert macs_of_image(nn.Sequential(nn.Flatten(0, 1), lstm), torch.rand(1, 3, 8, 8)) == expected
 
 
-def test_products_that_are_not_known_are_named(capsys):
+def test_unknown_products_are_warned_about(capsys):
     """No counter silently misses what another library or a later version of PyTorch multiplies."""
     with torch.library._scoped_library("deit_test", "FRAGMENT") as library:
         library.define("mixed(Tensor a, Tensor b) -> Tensor")
@@ -203,7 +203,7 @@ def test_products_that_are_not_known_are_named(capsys):
 # memory and speed
 
 
-def test_memory_is_weights_and_what_is_held_at_once():
+def test_memory_is_weights_plus_peak_activations():
     class Chain(nn.Module):
         """Holds input-sized tensors: at most two at once, whatever the depth."""
 
@@ -223,7 +223,7 @@ def test_memory_is_weights_and_what_is_held_at_once():
         assert cost.memory_mb * 1e6 == pytest.approx(4000 + 2 * size, abs=1)
 
 
-def test_the_rate_is_that_of_the_network(monkeypatch):
+def test_rate_measures_the_network_only(monkeypatch):
     """By a clock that stands still but within the network."""
     clock = [0.0]
     monkeypatch.setattr(cost_module.time, "perf_counter", lambda: clock[0])

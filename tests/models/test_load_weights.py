@@ -18,7 +18,7 @@ from tests.helpers.weight_files import fitted, found_in, network
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 4])
 @pytest.mark.parametrize("side", [3, 6, 9])
-def test_resizing_keeps_the_prefix_to_the_bit(prefix, side):
+def test_resize_keeps_prefix_rows_bit_equal(prefix, side):
     positions = torch.randn(1, prefix + 16, 8)
     found = resize_positions(positions, prefix=prefix, side=side, kernel="deit")
     assert found.positions.shape == (1, prefix + side**2, 8)
@@ -28,7 +28,7 @@ def test_resizing_keeps_the_prefix_to_the_bit(prefix, side):
     assert found.norms == pytest.approx((before, after))
 
 
-def test_the_same_size_is_left_to_the_bit():
+def test_resize_to_same_size_is_bit_equal():
     positions = torch.randn(1, 18, 8)
     assert torch.equal(
         resize_positions(positions, prefix=2, side=4, kernel="deit").positions, positions
@@ -36,7 +36,7 @@ def test_the_same_size_is_left_to_the_bit():
 
 
 @pytest.mark.parametrize("side", [3, 7, 12])
-def test_timms_kernel_is_timms(side):
+def test_resize_with_timm_kernel_equals_timm(side):
     positions = torch.randn(1, 18, 8)
     ours = resize_positions(positions, prefix=2, side=side, kernel="timm").positions
     theirs = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=2)
@@ -45,7 +45,7 @@ def test_timms_kernel_is_timms(side):
     assert not torch.allclose(ours, other, atol=1e-2)
 
 
-def test_deits_kernel_is_the_cubic_convolution_by_hand():
+def test_resize_with_deit_kernel_equals_cubic_convolution_by_hand():
     """Keys' kernel with a = -0.75 at the centres of the new pixels, edges repeated."""
 
     def weight(distance, a=-0.75):
@@ -68,7 +68,7 @@ def test_deits_kernel_is_the_cubic_convolution_by_hand():
     torch.testing.assert_close(found.reshape(after, after), expected, atol=1e-5, rtol=0)
 
 
-def test_a_constant_stays_and_a_wrong_prefix_is_refused():
+def test_resize_of_constant_is_constant_and_wrong_prefix_raises():
     positions = torch.ones(1, 18, 3)
     found = resize_positions(positions, prefix=2, side=5, kernel="deit")
     torch.testing.assert_close(found.positions, torch.ones(1, 27, 3))
@@ -80,7 +80,7 @@ def test_a_constant_stays_and_a_wrong_prefix_is_refused():
 # fitting
 
 
-def test_the_same_network_is_taken_over_to_the_bit():
+def test_adapt_to_same_network_is_bit_equal():
     before, after = network(seed=0), network(seed=1)
     assert fitted(found_in(before), after) == ()
     for name, value in before.state_dict().items():
@@ -88,7 +88,7 @@ def test_the_same_network_is_taken_over_to_the_bit():
 
 
 @pytest.mark.parametrize("kernel", ["deit", "timm"])
-def test_another_resolution_resizes_the_positions_and_nothing_else(kernel):
+def test_adapt_to_other_resolution_changes_positions_only(kernel):
     before, after = network(seed=0), network(seed=1, image_size=24)
     notes = fitted(found_in(before), after, InitConfig(weights="here", pos_embed_resize=kernel))
     assert len(notes) == 1
@@ -102,7 +102,7 @@ def test_another_resolution_resizes_the_positions_and_nothing_else(kernel):
     assert torch.equal(theirs["pos_embed"], expected)
 
 
-def test_a_plain_vit_becomes_a_distilled_student_and_back():
+def test_adapt_adds_and_removes_distillation_token():
     plain, student, again = network("vit_micro"), network(seed=1), network("vit_micro", seed=2)
     (note,) = fitted(found_in(plain), student)
     assert "1 distillation token" in note
@@ -123,7 +123,7 @@ def test_a_plain_vit_becomes_a_distilled_student_and_back():
 
 
 @pytest.mark.parametrize(("tokens", "into"), [(1, 3), (3, 1), (2, 3), (3, 2)])
-def test_distillation_tokens_of_another_number(tokens, into):
+def test_adapt_changes_number_of_distillation_tokens(tokens, into):
     before = network(num_distillation_tokens=tokens)
     after = network(num_distillation_tokens=into, seed=1)
     fitted(found_in(before), after)
@@ -142,7 +142,7 @@ def test_distillation_tokens_of_another_number(tokens, into):
 
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro", "small_convnet", "rednet_micro"])
-def test_class_rows_are_found_by_name(name):
+def test_adapt_selects_class_rows_by_name(name):
     size = {} if "_micro" in name and name != "rednet_micro" else {"depth": None}
     before = network(name, classes=5, **size)
     after = network(name, classes=3, seed=1, **size)
@@ -154,7 +154,7 @@ def test_class_rows_are_found_by_name(name):
 
 
 @pytest.mark.fault("B7")
-def test_other_classes_are_refused_unless_new_heads_are_asked_for():
+def test_adapt_other_classes_raises_without_new_heads():
     before, after = network(classes=5), network(classes=3, seed=1)
     with raises(CheckpointError, "'x'", "--init.head"):
         fitted(found_in(before), after, names=("a", "b", "x"))
@@ -172,13 +172,13 @@ def test_other_classes_are_refused_unless_new_heads_are_asked_for():
     assert torch.equal(after.blocks[0].mlp.fc1.weight, before.blocks[0].mlp.fc1.weight)
 
 
-def test_nameless_classes_of_the_same_number_are_taken_and_told():
+def test_adapt_same_number_of_unnamed_classes_keeps_heads_and_notes_it():
     (note,) = fitted(found_in(network(), names=None), network(seed=1))
     assert re.findall(r"\d+", note) == ["5"]
 
 
 @pytest.mark.fault("B6")
-def test_what_does_not_fit_is_listed_before_anything_is_copied():
+def test_load_weights_lists_differences_before_copying():
     after = network(seed=1, embed_dim=48, num_heads=3)
     before = {name: value.clone() for name, value in after.state_dict().items()}
     with raises(CheckpointError, "here", "cls_token", (1, 1, 96), (1, 1, 48), 11) as refused:
@@ -189,13 +189,13 @@ def test_what_does_not_fit_is_listed_before_anything_is_copied():
 
 @pytest.mark.fault("B6")
 @pytest.mark.parametrize("other", ["small_convnet", "rednet_micro"])
-def test_another_kind_of_network_is_refused(other):
+def test_load_weights_of_other_architecture_raises(other):
     after = network(other, depth=None, seed=1)
     with raises(CheckpointError, "here", next(iter(after.state_dict()))):
         fitted(found_in(network()), after)
 
 
-def test_half_precision_weights_are_taken_in_the_networks_precision():
+def test_adapt_converts_half_precision_to_network_dtype():
     before, after = network().half(), network(seed=1)
     fitted(found_in(before), after)
     assert after.cls_token.dtype == torch.float32

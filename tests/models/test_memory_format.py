@@ -64,7 +64,7 @@ def test_auto_is_channels_last_for_convnets(name, device_type, mixed_precision, 
 
 
 @pytest.mark.parametrize("asked", ["auto", "contiguous", "channels_last"])
-def test_a_teacher_computes_in_the_format_of_its_configuration(asked, teacher):
+def test_teacher_uses_configured_format(asked, teacher):
     config = configuration(teacher).replace(teacher={"memory_format": (asked,)})
     (built,) = build_teachers(
         config.teacher,
@@ -79,7 +79,7 @@ def test_a_teacher_computes_in_the_format_of_its_configuration(asked, teacher):
 
 
 @pytest.mark.parametrize("name", ["small_convnet", "regnety_002_small_stem", "rednet_micro"])
-def test_a_teacher_answers_the_same_in_every_layout(name):
+def test_teacher_logits_are_equal_in_every_format(name):
     network = create_network(StudentConfig(name=name, image_size=16), 10)
     teacher, images = teacher_of(network), torch.rand(4, 3, 16, 16)
     before, known = teacher(images), teacher.fingerprint()
@@ -89,7 +89,7 @@ def test_a_teacher_answers_the_same_in_every_layout(name):
         assert teacher.fingerprint() == known
 
 
-def test_a_voice_asks_in_inference_mode_and_what_it_says_can_be_learnt_from():
+def test_online_teacher_runs_in_inference_mode_and_logits_are_usable_in_training():
     network = Noting()
     teacher = teacher_of(network)
     teacher.set_memory_format("channels_last")
@@ -130,7 +130,7 @@ def stop(*arguments):
     raise StoppedBySignal(15)
 
 
-def test_a_run_in_another_layout_goes_on_and_says_so(teacher, tmp_path, monkeypatch, capsys):
+def test_resume_with_other_format_continues_and_logs_it(teacher, tmp_path, monkeypatch, capsys):
     config = configuration(teacher).replace(teacher={"memory_format": ("contiguous",)})
     with monkeypatch.context() as patch:
         patch.setattr("deit.training.train.finish_epoch", stop)
@@ -142,7 +142,7 @@ def test_a_run_in_another_layout_goes_on_and_says_so(teacher, tmp_path, monkeypa
     assert re.search(r"teacher\.memory_format\b.*\bcontiguous\b.*\bchannels_last\b", said)
 
 
-def test_a_store_of_another_number_of_teachers_is_refused_by_name(teacher, tmp_path):
+def test_formats_of_other_number_of_teachers_raise(teacher, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teacher), out)
     with raises(DataError, "teacher.target_stores", out, "teacher.2.weights"):

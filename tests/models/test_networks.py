@@ -28,13 +28,13 @@ def facts(student=MICRO, classes=("a", "b", "c")):
     return ModelInfo(student, classes, MEAN, STD, 1.0)
 
 
-def test_names_of_configuration_and_rooms_agree():
+def test_networks_match_configured_names():
     assert set(STUDENTS) == set(NETWORKS)
     assert set(SIZES) == set(SHAPES)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_every_network_answers_with_its_heads(name):
+def test_network_returns_logits_of_its_heads(name):
     student = StudentConfig(name=name, image_size=32, patch_size=16)
     network = create_network(student, 7)
     outputs = Student(network, mean=MEAN, std=STD)(torch.rand(2, 3, 32, 32))
@@ -43,7 +43,7 @@ def test_every_network_answers_with_its_heads(name):
     assert (outputs.distillation_logits is not None) is student.has_distillation_token
 
 
-def test_both_heads_average_to_timms_own_answer():
+def test_mean_of_heads_equals_timm_output():
     reference = timm.create_model(
         "deit_tiny_distilled_patch16_224",
         num_classes=3,
@@ -68,7 +68,7 @@ def test_both_heads_average_to_timms_own_answer():
     assert torch.allclose(outputs.distillation_logits[:, 0], distillation_logits, atol=1e-6)
 
 
-def test_the_answer_has_the_same_form_in_training_and_evaluation():
+def test_output_type_is_equal_in_training_and_evaluation():
     student = build_student(facts())
     images = torch.rand(2, 3, 16, 16)
     trained, evaluated = student.train()(images), student.eval()(images)
@@ -76,7 +76,7 @@ def test_the_answer_has_the_same_form_in_training_and_evaluation():
     assert torch.allclose(trained.distillation_logits, evaluated.distillation_logits, atol=1e-6)
 
 
-def test_parameter_names_are_timms():
+def test_parameter_names_equal_timm():
     names = build_student(facts()).network.state_dict().keys()
     reference = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
     assert set(names) == set(reference.state_dict())
@@ -84,7 +84,7 @@ def test_parameter_names_are_timms():
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
 @pytest.mark.parametrize("initialisation", ["timm", "scaled"])
-def test_no_parameter_keeps_what_it_held_before_initialisation(name, initialisation, monkeypatch):
+def test_initialization_sets_every_parameter(name, initialisation, monkeypatch):
     # Every tensor starts as NaN: whatever the initialisation forgets, shows.
     empty = torch.empty
 
@@ -98,7 +98,7 @@ def test_no_parameter_keeps_what_it_held_before_initialisation(name, initialisat
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
-def test_scaled_initialisation_keeps_the_variance_of_narrow_layers():
+def test_scaled_initialization_preserves_variance_of_narrow_layers():
     network = create_network(StudentConfig(name="deit_micro", weight_init="scaled"), 10)
     tokens = torch.randn(4096, 96)
     projected = network.blocks[0].mlp.fc1(tokens)
@@ -108,7 +108,7 @@ def test_scaled_initialisation_keeps_the_variance_of_narrow_layers():
     assert plain.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_regnety_with_small_stem_keeps_the_side_of_its_image():
+def test_regnety_small_stem_keeps_image_size():
     network = create_network(StudentConfig(name="regnety_002_small_stem"), 10)
     assert network.stem(torch.rand(1, 3, 32, 32)).shape[-1] == 32
     reference = timm.create_model("regnety_002", num_classes=10)
@@ -117,7 +117,7 @@ def test_regnety_with_small_stem_keeps_the_side_of_its_image():
     }
 
 
-def test_any_timm_model_trains_by_name():
+def test_timm_model_is_created_by_name():
     assert create_network(StudentConfig(name="timm:resnet10t"), 4)(
         torch.rand(2, 3, 32, 32)
     ).shape == (2, 4)
@@ -127,12 +127,12 @@ def test_any_timm_model_trains_by_name():
         create_network(StudentConfig(name="timm:resnet81"), 4)
 
 
-def test_heads_must_divide_the_width_of_the_named_size():
+def test_num_heads_not_dividing_width_raises():
     with raises(ConfigError, "student.num_heads", "student.embed_dim"):
         create_network(StudentConfig(name="deit_micro", num_heads=5), 4)
 
 
-def test_a_saved_student_comes_back_bit_equal(tmp_path):
+def test_saved_student_loads_bit_equal(tmp_path):
     student = build_student(facts())
     folder = tmp_path / "best"
     folder.mkdir()
@@ -147,7 +147,7 @@ def test_a_saved_student_comes_back_bit_equal(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "not json", "other field", "no file"])
-def test_a_damaged_saved_student_is_named(tmp_path, damage):
+def test_damaged_student_raises_with_name(tmp_path, damage):
     save_student(tmp_path, build_student(facts()).network.state_dict(), facts())
     weights, described = tmp_path / "model.safetensors", tmp_path / "model.json"
     if damage == "cut":
@@ -165,14 +165,14 @@ def test_a_damaged_saved_student_is_named(tmp_path, damage):
 @pytest.mark.fault("B9")
 @pytest.mark.parametrize("container", [None, "model", "state_dict", "state_dict_ema"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_weight_files_of_other_trainers_are_unwrapped(tmp_path, container, prefix):
+def test_read_weights_unwraps_trainer_checkpoints(tmp_path, container, prefix):
     weights = {f"{prefix}head.weight": torch.ones(2, 2)}
     content = weights if container is None else {container: weights, "epoch": 3}
     torch.save(content, tmp_path / "file.pth")
     assert torch.equal(read_weights(tmp_path / "file.pth")["head.weight"], torch.ones(2, 2))
 
 
-def test_the_average_is_preferred_to_the_raw_weights(tmp_path):
+def test_read_weights_prefers_averaged_weights(tmp_path):
     one, other = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
     torch.save({"state_dict": one, "state_dict_ema": other}, tmp_path / "file.pth")
     assert read_weights(tmp_path / "file.pth")["w"] == 1
@@ -188,7 +188,7 @@ class _Canary:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_weight_file_cannot_run_code(tmp_path):
+def test_read_weights_runs_no_code(tmp_path):
     torch.save({"model": _Canary(tmp_path / "canary")}, tmp_path / "evil.pth")
     with raises(CheckpointError, tmp_path / "evil.pth", "mkdir"):
         read_weights(tmp_path / "evil.pth")
@@ -196,7 +196,7 @@ def test_a_weight_file_cannot_run_code(tmp_path):
 
 
 @pytest.mark.fault("B14")
-def test_unreadable_weight_files_are_named(tmp_path):
+def test_unreadable_weight_file_raises_with_name(tmp_path):
     for name in ("empty.pth", "empty.safetensors"):
         (tmp_path / name).touch()
         with raises(CheckpointError, tmp_path / name):
@@ -209,7 +209,7 @@ def test_unreadable_weight_files_are_named(tmp_path):
 
 
 @pytest.mark.fault("B6")
-def test_differences_are_listed_before_anything_is_copied(tmp_path):
+def test_load_weights_lists_differences_before_copying(tmp_path):
     network = build_student(facts()).network
     before = network.state_dict()["head.bias"].clone()
     weights = dict(build_student(facts(classes=("a", "b"))).network.state_dict())
@@ -225,7 +225,7 @@ def test_differences_are_listed_before_anything_is_copied(tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [2, 3])
-def test_several_tokens_each_have_position_and_head_and_take_part(tokens):
+def test_distillation_tokens_have_own_position_and_head(tokens):
     student = dataclasses.replace(MICRO, num_distillation_tokens=tokens)
     one, many = create_network(MICRO, 3), create_network(student, 3)
     assert many.pos_embed.shape == (1, 16 + 1 + tokens, 24)
@@ -246,7 +246,7 @@ def test_several_tokens_each_have_position_and_head_and_take_part(tokens):
     assert not many.head_dist[1].weight.grad.any()
 
 
-def test_several_tokens_survive_saving(tmp_path):
+def test_saved_distillation_tokens_load_equal(tmp_path):
     student = dataclasses.replace(MICRO, num_distillation_tokens=2, weight_init="scaled")
     made = build_student(facts(student)).eval()
     save_student(tmp_path, made.network.state_dict(), facts(student))
@@ -255,7 +255,7 @@ def test_several_tokens_survive_saving(tmp_path):
     assert torch.equal(again.eval()(images)[1], made(images)[1])
 
 
-def test_dropout_is_where_the_paper_has_it_and_off_when_evaluating():
+def test_dropout_is_placed_as_in_paper_and_off_in_evaluation():
     """After the position embedding, attention and both layers of the MLP; not in the attention
     itself and not before the heads."""
     network = create_network(StudentConfig(name="deit_micro", dropout=0.25), 10)
@@ -272,7 +272,7 @@ def test_dropout_is_where_the_paper_has_it_and_off_when_evaluating():
     assert not torch.equal(network.train()(images)[0], plain.train()(images)[0])
 
 
-def test_the_dense_network_by_hand():
+def test_dense_network_by_hand():
     """784, 196 and 10 units for MNIST; grey images whose channels are the same."""
     network = create_network(StudentConfig(name="dense", image_size=28), 10)
     assert [tuple(one.shape) for one in network.parameters()] == [

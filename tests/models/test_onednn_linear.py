@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not onednn_linear.available(), reason="no oneDNN
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 17), (17, 5), (8, 8), (1, 3)])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 1, 2)])
-def test_values_and_gradients_are_those_of_torch(shape, inputs, outputs, bias):
+def test_onednn_values_and_gradients_match_torch(shape, inputs, outputs, bias):
     """In float64 by torch, to the precision of float32."""
     torch.manual_seed(0)
     ours = nn.Linear(inputs, outputs, bias=bias)
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_torch(shape, inputs, outputs, bias):
         assert one.grad.is_contiguous()
 
 
-def test_inputs_that_lie_strangely_in_memory():
+def test_onednn_with_unusual_strides_matches_torch():
     layer, plain = nn.Linear(6, 4), nn.Linear(6, 4)
     plain.load_state_dict(layer.state_dict())
     use_onednn(layer)
@@ -59,7 +59,7 @@ def test_inputs_that_lie_strangely_in_memory():
     assert torch.allclose(layer.weight.grad, plain.weight.grad, atol=1e-5)
 
 
-def test_only_the_gradients_that_are_asked_for():
+def test_onednn_computes_required_gradients_only():
     layer = nn.Linear(3, 2).requires_grad_(False)
     use_onednn(layer)
     inputs = torch.randn(4, 3, requires_grad=True)
@@ -73,21 +73,21 @@ def test_only_the_gradients_that_are_asked_for():
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
-def test_other_precisions_go_the_way_of_torch(kind):
+def test_onednn_other_dtypes_use_torch(kind):
     layer = nn.Linear(3, 2).to(kind)
     use_onednn(layer)
     inputs = torch.randn(4, 3).to(kind)
     assert torch.equal(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
 
 
-def test_under_autocast_it_is_autocast():
+def test_onednn_under_autocast_uses_torch():
     layer = nn.Linear(3, 2)
     use_onednn(layer)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(4, 3)).dtype == torch.bfloat16
 
 
-def test_a_network_keeps_its_names_and_its_answers():
+def test_use_onednn_keeps_names_and_outputs():
     torch.manual_seed(0)
     plain = create_network(StudentConfig(name="deit_micro", depth=2, embed_dim=24), 10).eval()
     ours = copy.deepcopy(plain)
@@ -101,7 +101,7 @@ def test_a_network_keeps_its_names_and_its_answers():
     assert torch.equal(copied.forward_features(images), ours.forward_features(images))
 
 
-def test_the_same_product_twice_is_the_same_to_the_bit():
+def test_onednn_product_is_deterministic():
     """Exact resume stands on it."""
     layer = nn.Linear(96, 288)
     use_onednn(layer)
@@ -149,7 +149,7 @@ def test_auto_is_onednn_in_fp32_on_amd(vendor, run, expected, monkeypatch):
         (None, "arm", "arm"),
     ],
 )
-def test_the_maker_of_a_processor(cpuinfo, processor, expected, tmp_path, monkeypatch):
+def test_cpu_vendor_is_read_from_cpuinfo(cpuinfo, processor, expected, tmp_path, monkeypatch):
     file = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         file.write_text(cpuinfo)
@@ -158,7 +158,7 @@ def test_the_maker_of_a_processor(cpuinfo, processor, expected, tmp_path, monkey
     assert hardware.cpu_vendor() == expected
 
 
-def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsys):
+def test_run_with_onednn_trains_resumes_and_evaluates(tmp_path, capsys):
     """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
     small = two_epochs(run={"save_every_steps": 1, "num_checkpoints": 50, "device": "cpu"})
     for way in ("torch", "onednn"):
@@ -179,7 +179,7 @@ def test_a_run_learns_by_it_goes_on_by_it_and_is_evaluated_by_it(tmp_path, capsy
     assert found[0] == pytest.approx(found[1], abs=0.01)
 
 
-def test_where_this_pytorch_has_no_onednn_layers_stay_as_they_are(monkeypatch):
+def test_use_onednn_without_onednn_keeps_layers(monkeypatch):
     """A run that was trained by it is evaluated on another machine."""
     monkeypatch.setattr(onednn_linear, "available", lambda: False)
     network = nn.Sequential(nn.Linear(4, 4))

@@ -25,26 +25,26 @@ def random_case(side, stride, height, width, dtype=torch.float32, channels=6, gr
 @pytest.mark.parametrize("side", [1, 3, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 7), (5, 8), (1, 1)])
-def test_it_is_the_unfolded_sum_at_even_and_odd_sizes(side, stride, height, width):
+def test_involution_equals_unfolded_sum(side, stride, height, width):
     features, kernels = random_case(side, stride, height, width)
     found = involve(features, kernels, stride=stride)
     assert torch.allclose(found, reference(features, kernels, stride), atol=1e-5)
 
 
 @pytest.mark.parametrize(("stride", "height"), [(1, 4), (2, 4), (2, 5)])
-def test_its_gradients_are_those_of_finite_differences(stride, height):
+def test_involution_gradients_match_finite_differences(stride, height):
     case = random_case(3, stride, height, 5, torch.float64, channels=4)
     case = [tensor.requires_grad_() for tensor in case]
     assert torch.autograd.gradcheck(lambda *tensors: involve(*tensors, stride=stride), case)
 
 
 @pytest.mark.parametrize("extent", [8, 7])
-def test_a_stride_makes_kernels_for_every_output_of_an_odd_side(extent):
+def test_involution_with_stride_covers_odd_sizes(extent):
     layer = Involution(32, 7, stride=2)
     assert layer(torch.randn(2, 32, extent, extent)).shape == (2, 32, 4, 4)
 
 
-def test_channels_of_a_group_share_a_kernel_and_groups_do_not():
+def test_involution_kernel_is_shared_within_groups_only():
     kernels = torch.zeros(1, 2, 9, 3, 3)
     kernels[:, 0, 4] = 1.0  # the first group copies the pixel, the second the one above
     kernels[:, 1, 1] = 1.0
@@ -56,7 +56,7 @@ def test_channels_of_a_group_share_a_kernel_and_groups_do_not():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sums_in_float32(dtype):
+def test_involution_of_half_precision_sums_in_float32(dtype):
     features, kernels = random_case(7, 1, 8, 8)
     found = involve(features.to(dtype), kernels.to(dtype))
     assert found.dtype == dtype
@@ -65,7 +65,7 @@ def test_half_precision_sums_in_float32(dtype):
     assert torch.allclose(found.float(), exact, rtol=0.02, atol=0.02)
 
 
-def test_a_network_trains_under_autocast():
+def test_rednet_trains_under_autocast():
     network = RedNet(5, depths=(1, 1), width=32, side=5, stem_stride=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = network(torch.rand(4, 3, 9, 9))
@@ -77,7 +77,7 @@ def test_a_network_trains_under_autocast():
 
 
 @pytest.mark.parametrize(("name", "millions"), [("26", 9.23), ("38", 12.39), ("50", 15.54)])
-def test_the_published_number_of_parameters(name, millions):
+def test_rednet_has_published_parameter_count(name, millions):
     network = RedNet(1000, depths=DEPTHS[name])
     number = sum(parameter.numel() for parameter in network.parameters())
     assert number / 1e6 == pytest.approx(millions, abs=0.005)
@@ -86,6 +86,6 @@ def test_the_published_number_of_parameters(name, millions):
 @pytest.mark.parametrize(
     ("stem_stride", "side"), [(1, 32), (1, 15), (2, 32), (2, 17), (4, 64), (4, 51)]
 )
-def test_any_size_of_image(stem_stride, side):
+def test_rednet_accepts_any_image_size(stem_stride, side):
     network = RedNet(3, depths=(1, 1, 1, 1), width=32, stem_stride=stem_stride).eval()
     assert network(torch.rand(2, 3, side, side)).shape == (2, 3)

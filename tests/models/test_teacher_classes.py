@@ -21,7 +21,7 @@ from tests.helpers.errors import raises
 from tests.helpers.recorder_teacher import MEAN, ROOMS, STD, Recorder, recorder_teacher
 
 
-def test_of_several_teachers_each_has_its_classes():
+def test_classes_are_set_per_teacher():
     several = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
     assert [one.classes for one in teacher_specs(several)] == [None, ("natural",)]
     assert [single_teacher(several, place).classes for place in range(2)] == [(), ("natural",)]
@@ -43,7 +43,7 @@ def test_of_several_teachers_each_has_its_classes():
     assert none.teacher.classes == ()
 
 
-def test_an_order_that_fits_far_better_is_found():
+def test_better_class_order_is_found():
     labels = torch.arange(3).repeat(10)
     taught = torch.tensor([0, 2, 1])  # in natural order: room2 is its class 1
     better = better_order(taught[labels], labels, ROOMS)
@@ -53,7 +53,7 @@ def test_an_order_that_fits_far_better_is_found():
 
 
 @pytest.mark.fault("D2")
-def test_no_order_is_found_by_chance():
+def test_class_order_is_not_found_by_chance():
     names = tuple(f"room{number}" for number in range(1, 13))
     names = tuple(sorted(names))
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def test_no_order_is_found_by_chance():
             assert better is None or better.luck > 1e-3 or better.after - better.before < 0.1
 
 
-def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
+def test_constant_teacher_fits_no_order_better():
     labels = torch.tensor([0] * 400 + [1] * 600)
     teacher = Teacher(LoadedNetwork(Recorder(), "same", None, MEAN, STD, None), class_order=ASSUMED)
     check_class_order(
@@ -76,7 +76,7 @@ def test_a_teacher_that_always_answers_the_same_fits_no_order_better():
 
 @pytest.mark.fault("D2")
 @pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
-def test_a_teacher_in_another_order_is_refused_unless_it_was_said(order, capsys):
+def test_teacher_in_other_class_order_raises_unless_configured(order, capsys):
     labels = torch.arange(3).repeat(10)
     answers = torch.tensor([0, 2, 1])[labels]
     teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
@@ -99,7 +99,7 @@ def judged(right):
     check_accuracy(recorder_teacher(), logits, labels, 1 / 3)
 
 
-def test_a_teacher_at_chance_is_refused_and_where_few_images_cannot_tell_that_is_said(capsys):
+def test_teacher_near_chance_raises_or_warns_with_few_images(capsys):
     with raises(DataError, "recorder", "33.3 %", "--teacher.allow_near_chance"):
         judged(2)
     judged(4)

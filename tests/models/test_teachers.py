@@ -29,7 +29,7 @@ def load_teacher(config, class_names, image_size=16):
 
 
 @pytest.mark.fault("D3")
-def test_it_is_frozen_and_stays_in_evaluation_mode():
+def test_teacher_is_frozen_and_stays_in_evaluation_mode():
     teacher = recorder_teacher()
     container = nn.ModuleList([teacher]).train()
     assert container.training
@@ -42,7 +42,7 @@ def test_it_is_frozen_and_stays_in_evaluation_mode():
 
 
 @pytest.mark.fault("D5")
-def test_it_normalises_for_itself():
+def test_teacher_normalizes_its_input():
     teacher, images = recorder_teacher(), torch.rand(2, 3, 8, 8)
     teacher(images)
     restored = teacher.network.seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(
@@ -52,7 +52,7 @@ def test_it_normalises_for_itself():
 
 
 @pytest.mark.fault("D5")
-def test_it_resizes_to_its_own_input():
+def test_teacher_resizes_to_its_input_size():
     teacher = recorder_teacher(image_size=12, mean=(0.0,) * 3, std=(1.0,) * 3)
     images = torch.rand(2, 3, 8, 8)
     teacher(images)
@@ -71,7 +71,7 @@ def run(tmp_path):
     return tmp_path / "run", built.eval()
 
 
-def test_one_of_our_runs_answers_as_its_fused_student(run):
+def test_teacher_from_run_returns_fused_logits(run):
     folder, student = run
     teacher = load_teacher(TeacherConfig(source=str(folder)), NAMES)
     images = torch.rand(4, 3, 16, 16)
@@ -102,7 +102,7 @@ def timm_folder(path, **extra):
     return network
 
 
-def test_a_timm_folder_brings_its_size_normalisation_and_names(tmp_path):
+def test_timm_folder_provides_size_normalization_and_names(tmp_path):
     network = timm_folder(tmp_path / "timm", label_names=list(NAMES))
     teacher = load_teacher(TeacherConfig(source=str(tmp_path / "timm")), NAMES)
     assert teacher.image_size == 48
@@ -114,14 +114,14 @@ def test_a_timm_folder_brings_its_size_normalisation_and_names(tmp_path):
 
 
 @pytest.mark.fault("D1")
-def test_a_timm_folder_of_another_class_count_is_refused(tmp_path):
+def test_timm_folder_with_other_class_count_raises(tmp_path):
     timm_folder(tmp_path / "timm")
     many = tuple(map(str, range(1234)))
     with raises(DataError, tmp_path / "timm", 1234, "--teacher.classes"):
         load_teacher(TeacherConfig(source=str(tmp_path / "timm")), many)
 
 
-def test_a_thousand_class_teacher_gives_the_columns_of_a_subset(tmp_path):
+def test_imagenet_teacher_selects_classes_of_subset(tmp_path):
     network = timm.create_model("resnet10t", num_classes=1000).eval()
     (tmp_path / "timm").mkdir()
     torch.save(network.state_dict(), tmp_path / "timm" / "pytorch_model.bin")
@@ -135,7 +135,7 @@ def test_a_thousand_class_teacher_gives_the_columns_of_a_subset(tmp_path):
         assert torch.allclose(teacher(images), network(images)[:, [1, 0]], atol=1e-5)
 
 
-def test_a_checkpoint_file_needs_its_architecture_and_answers_like_it(tmp_path):
+def test_checkpoint_file_requires_architecture_and_matches_its_outputs(tmp_path):
     network = timm.create_model("resnet10t", num_classes=3).eval()
     path = tmp_path / "teacher.pth"
     torch.save({"state_dict": network.state_dict(), "epoch": 9}, path)
@@ -152,7 +152,7 @@ def test_a_checkpoint_file_needs_its_architecture_and_answers_like_it(tmp_path):
 
 
 @pytest.mark.fault("D1")
-def test_a_python_function_gives_the_teacher(tmp_path):
+def test_python_function_provides_teacher(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "import torch\n"
@@ -178,14 +178,14 @@ def test_a_python_function_gives_the_teacher(tmp_path):
         load_teacher(TeacherConfig(source=f"{path}:teacher"), tuple(map(str, range(1234))))
 
 
-def test_a_python_file_that_ends_the_program_is_named(tmp_path):
+def test_python_file_that_exits_raises_with_name(tmp_path):
     (tmp_path / "t.py").write_text("import sys\nsys.exit('install foo')\n")
     with raises(DataError, tmp_path / "t.py", "SystemExit", "install foo"):
         load_teacher(TeacherConfig(source=f"{tmp_path / 't.py'}:make"), ("a",), image_size=8)
 
 
 @pytest.mark.parametrize(("calls", "exit_code"), [(0, ""), (0, "0"), (0, "'no GPU'"), (1, "0")])
-def test_a_network_that_ends_the_program_is_named(calls, exit_code, tmp_path):
+def test_network_that_exits_raises_with_name(calls, exit_code, tmp_path):
     """Also where it has answered before: its code 0 would be that of a command that is done."""
     path = tmp_path / "mine.py"
     path.write_text(
@@ -203,7 +203,7 @@ def test_a_network_that_ends_the_program_is_named(calls, exit_code, tmp_path):
         load_teacher(TeacherConfig(source=f"{path}:teacher"), NAMES)(torch.rand(2, 3, 8, 8))
 
 
-def test_a_python_function_that_fails_is_named(tmp_path):
+def test_failing_python_function_raises_with_name(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "import torch\n"
@@ -216,7 +216,7 @@ def test_a_python_function_that_fails_is_named(tmp_path):
         load_teacher(TeacherConfig(source=f"{path}:linear"), NAMES)
 
 
-def test_a_python_file_may_hold_dataclasses_and_import_its_neighbours(tmp_path):
+def test_python_file_can_define_dataclasses_and_import_neighbors(tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("WIDTH = 3\n")
     path = tmp_path / "mine.py"
     path.write_text(
@@ -247,26 +247,26 @@ def test_a_python_file_may_hold_dataclasses_and_import_its_neighbours(tmp_path):
         ("somewhere/teacher.pth", ("--out somewhere/teacher.pth", "--teacher.source")),
     ],
 )
-def test_a_missing_teacher_is_explained(source, names):
+def test_missing_teacher_raises_with_remedy(source, names):
     with raises(NotFoundError, f"teacher.source {source}", *names):
         load_teacher(TeacherConfig(source=source), NAMES)
 
 
-def test_an_unfinished_run_is_no_teacher(tmp_path):
+def test_unfinished_run_as_teacher_raises(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("")
     with raises(NotFoundError, tmp_path, "best/model.safetensors", "config.json"):
         load_teacher(TeacherConfig(source=str(tmp_path)), NAMES)
 
 
-def test_weights_that_cannot_be_fetched_are_an_error_not_a_random_network(monkeypatch):
+def test_unavailable_weights_raise(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve_source("resnet10t.c3_in1k") == "timm"
     with raises(NotFoundError, "resnet10t.c3_in1k"):
         load_teacher(TeacherConfig(source="resnet10t.c3_in1k"), NAMES)
 
 
-def test_a_timm_name_without_weights_is_an_error(monkeypatch):
+def test_timm_name_without_weights_raises(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert resolve_source("darknet17") == "timm"
     with raises(DataError, "darknet17"):
@@ -282,7 +282,7 @@ def weight_file(path, outputs=3, name="test_resnet"):
 
 @pytest.mark.parametrize("kind", ["file", "function"])
 @pytest.mark.parametrize("outputs", [1000, 11821, 21841])
-def test_a_teacher_of_imagenet_is_cut_to_the_synsets_from_any_source(kind, outputs, tmp_path):
+def test_imagenet_teacher_is_matched_by_synsets_from_any_source(kind, outputs, tmp_path):
     subset = ("n01443537", "n01440764")
     network, config = weight_file(tmp_path / "w.pth", outputs)
     if kind == "function":
@@ -306,7 +306,7 @@ def test_a_teacher_of_imagenet_is_cut_to_the_synsets_from_any_source(kind, outpu
     assert "ImageNet" in teacher.class_order
 
 
-def test_a_thousand_classes_of_ones_own_are_not_taken_for_synsets(tmp_path):
+def test_thousand_other_classes_are_not_matched_as_synsets(tmp_path):
     _, config = weight_file(tmp_path / "w.pth", 1000)
     names = tuple(f"class {number:04}" for number in range(1000))
     teacher = load_teacher(config, names)
@@ -324,7 +324,7 @@ def test_a_thousand_classes_of_ones_own_are_not_taken_for_synsets(tmp_path):
         (("data",), None),
     ],
 )
-def test_the_order_of_a_teachers_classes_can_be_said(classes, columns, tmp_path, monkeypatch):
+def test_class_order_can_be_configured(classes, columns, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfroom2\troom\r\nroom1\r\n\r\nroom10\r\n")
     _, config = weight_file(tmp_path / "w.pth")
@@ -333,13 +333,13 @@ def test_the_order_of_a_teachers_classes_can_be_said(classes, columns, tmp_path,
     assert teacher.class_order == f"teacher.classes {','.join(classes)}"
 
 
-def test_a_long_order_of_classes_is_said_by_its_beginning(tmp_path):
+def test_long_class_order_is_abbreviated_in_log(tmp_path):
     _, config = weight_file(tmp_path / "w.pth", outputs=5)
     teacher = load_teacher(replace(config, classes=tuple("edcba")), tuple("abcde"))
     assert teacher.class_order == "teacher.classes e,d,c,b,..."
 
 
-def test_classes_that_are_said_may_be_more_than_the_datas(tmp_path):
+def test_configured_classes_can_exceed_those_of_the_data(tmp_path):
     network, config = weight_file(tmp_path / "w.pth")
     teacher = load_teacher(replace(config, classes=("a", "b", "c")), ("c", "a"))
     images = torch.rand(2, 3, 32, 32)

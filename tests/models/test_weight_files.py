@@ -54,14 +54,14 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_usual_container_is_unwrapped(weights, name, tmp_path):
+def test_read_weights_unwraps_usual_containers(weights, name, tmp_path):
     other = {"state": {0: {"exp_avg": torch.ones(4)}}, "param_groups": [{"lr": 0.1}]}
     content = {"epoch": 3, "optimizer_state_dict": other, "best": torch.tensor(0.9), name: weights}
     torch.save(content, tmp_path / "w.pth")
     same(read_weights(tmp_path / "w.pth"), weights)
 
 
-def test_containers_within_containers_are_unwrapped(weights, tmp_path):
+def test_read_weights_unwraps_nested_containers(weights, tmp_path):
     torch.save({"ema": {"decay": 0.9, "module": weights}, "epoch": 1}, tmp_path / "w.pth")
     same(read_weights(tmp_path / "w.pth"), weights)
 
@@ -70,12 +70,12 @@ def test_containers_within_containers_are_unwrapped(weights, tmp_path):
     "prefix",
     ["module.", "_orig_mod.", "model.", "net.", "backbone.", "module.model.", "model.module.net."],
 )
-def test_prefixes_of_wrappers_are_left_out(weights, prefix, tmp_path):
+def test_read_weights_removes_wrapper_prefixes(weights, prefix, tmp_path):
     torch.save({"state_dict": prefixed(weights, prefix)}, tmp_path / "w.ckpt")
     same(read_weights(tmp_path / "w.ckpt"), weights)
 
 
-def test_a_prefix_of_ones_own_is_left_out_where_the_network_is_known(weights, tmp_path):
+def test_load_weights_removes_common_prefix_of_known_network(weights, tmp_path):
     torch.save(prefixed(weights, "my.lovely_net."), tmp_path / "w.pth")
     network = Small()
     load_weights(network, read_weights(tmp_path / "w.pth"), origin="w.pth")
@@ -83,7 +83,7 @@ def test_a_prefix_of_ones_own_is_left_out_where_the_network_is_known(weights, tm
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read(weights, kind, tmp_path):
+def test_read_weights_reads_half_precision(weights, kind, tmp_path):
     torch.save({name: value.to(kind) for name, value in weights.items()}, tmp_path / "w.pth")
     network = Small()
     load_weights(network, read_weights(tmp_path / "w.pth"), origin="w.pth")
@@ -103,13 +103,13 @@ BESIDE = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", BESIDE)
-def test_plain_values_beside_the_weights_are_passed_over(weights, kind, zipped, tmp_path):
+def test_read_weights_ignores_plain_values(weights, kind, zipped, tmp_path):
     content = {"state_dict": weights, "beside": BESIDE[kind]}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     same(read_weights(tmp_path / "w.pth"), weights)
 
 
-def test_a_whole_network_is_refused_with_what_to_do(tmp_path):
+def test_whole_network_raises_with_remedy(tmp_path):
     torch.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "w.pth")
     sequential = "torch.nn.modules.container.Sequential"
     with raises(CheckpointError, tmp_path / "w.pth", sequential, "state_dict"):
@@ -125,14 +125,14 @@ def test_a_whole_network_is_refused_with_what_to_do(tmp_path):
     ],
     ids=["float8_e4m3", "float8_e5m2", "sparse"],
 )
-def test_a_tensor_that_nothing_can_be_computed_with_is_named(value, names, tmp_path):
+def test_unsupported_tensor_raises_with_name(value, names, tmp_path):
     torch.save({"stem.weight": value}, tmp_path / "w.pth")
     with raises(CheckpointError, tmp_path / "w.pth", "stem.weight", *names):
         read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("shape", [[1] * 100, [0, 2**62, 2**62]])
-def test_a_shape_that_no_tensor_has_is_a_mistake_of_the_file(shape, tmp_path):
+def test_impossible_shape_raises(shape, tmp_path):
     size = 4 * math.prod(shape)
     head = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
     text = json.dumps(head).encode()
@@ -142,7 +142,7 @@ def test_a_shape_that_no_tensor_has_is_a_mistake_of_the_file(shape, tmp_path):
         adapt_weights(load_weights_from(str(path)), Small(), ("0", "1"), InitConfig())
 
 
-def test_safetensors_are_known_by_their_content(weights, tmp_path):
+def test_safetensors_are_detected_by_content(weights, tmp_path):
     save_file(weights, tmp_path / "w.bin")
     same(read_weights(tmp_path / "w.bin"), weights)
 
@@ -194,7 +194,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_file_of_another_kind_is_named_in_one_line(name, tmp_path):
+def test_file_of_other_kind_raises_in_one_line(name, tmp_path):
     make, names = OTHERS[name]
     (tmp_path / name).write_bytes(make())
     with raises(CheckpointError, tmp_path / name) as no:
@@ -213,18 +213,18 @@ def test_a_file_of_another_kind_is_named_in_one_line(name, tmp_path):
         ({}, (" dict",)),
     ],
 )
-def test_where_no_weights_are_found_what_is_there_is_named(content, names, tmp_path):
+def test_file_without_weights_raises_with_its_content(content, names, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with raises(CheckpointError, tmp_path / "w.pth", *names):
         read_weights(tmp_path / "w.pth")
 
 
-def test_names_of_another_network_are_summed_up(tmp_path):
+def test_names_of_other_network_are_summarized(tmp_path):
     torch.save({"a.x": torch.ones(1), "b.x": torch.ones(1)}, tmp_path / "w.pth")
     with raises(CheckpointError, "w:", "a. (1), b. (1)", "stem. (2), head. (2)"):
         load_weights(Small(), read_weights(tmp_path / "w.pth"), origin="w")
 
 
-def test_weights_for_gray_images_say_how_they_become_ones_for_color(tmp_path):
+def test_gray_weights_raise_with_conversion_hint(tmp_path):
     with raises(CheckpointError, "w:", "stem.weight", "repeat(1, 3, 1, 1) / 3"):
         load_weights(Small(), Small(1).state_dict(), origin="w")

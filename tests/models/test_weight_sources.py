@@ -25,7 +25,7 @@ from tests.helpers.errors import raises
 from tests.helpers.weight_files import NAMES, fitted, found_in, network, section
 
 
-def test_timms_networks_without_positions_for_their_tokens():
+def test_timm_networks_without_prefix_positions_adapt():
     settings = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3}
     name = "deit3_small_patch16_224"  # no_embed_class
     before = timm.create_model(name, **settings, num_classes=5)
@@ -41,13 +41,13 @@ def test_timms_networks_without_positions_for_their_tokens():
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["deit", "vit"])
-def test_the_network_is_read_from_the_shapes(kind, size):
+def test_student_config_is_inferred_from_shapes(kind, size):
     wanted = StudentConfig(name=f"{kind}_{size}", image_size=32, patch_size=8)
     found = infer_student_config(create_network(wanted, 5).state_dict())
     assert found == wanted
 
 
-def test_other_shapes_are_told_apart():
+def test_student_config_of_other_shapes_is_none():
     odd = section(embed_dim=80, num_heads=5, num_distillation_tokens=2, patch_size=8)
     built = create_network(odd, 5)
     found = infer_student_config(built.state_dict(), heads=5)
@@ -78,7 +78,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_weight_files_of_every_form(name, tmp_path):
+def test_load_from_weight_file_of_every_format(name, tmp_path):
     student = saved(tmp_path / "run" / "best")
     torch.save(FORMS[name](student.network.state_dict()), tmp_path / name)
     found = load_weights_from(str(tmp_path / name))
@@ -90,7 +90,7 @@ def test_weight_files_of_every_form(name, tmp_path):
     assert torch.equal(after.head_dist.weight, student.network.head_dist.weight)
 
 
-def test_a_run_a_checkpoint_and_a_safetensors_file(tmp_path):
+def test_load_from_run_checkpoint_and_safetensors(tmp_path):
     student = saved(tmp_path / "run" / "best")
     for source in ("run", "run/best"):
         found = load_weights_from(str(tmp_path / source))
@@ -101,7 +101,7 @@ def test_a_run_a_checkpoint_and_a_safetensors_file(tmp_path):
     assert torch.equal(found.weights["cls_token"], student.network.cls_token)
 
 
-def test_a_timm_folder(tmp_path):
+def test_load_from_timm_folder(tmp_path):
     settings = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 60, "num_heads": 5}
     name = "deit_tiny_distilled_patch16_224"
     theirs = timm.create_model(name, num_classes=5, **settings)
@@ -125,7 +125,7 @@ def test_a_timm_folder(tmp_path):
         assert torch.equal(after.eval()(images), theirs.eval()(images))
 
 
-def test_the_numbers_beside_a_file_are_believed(tmp_path):
+def test_load_from_file_uses_model_json_next_to_it(tmp_path):
     student = saved(tmp_path / "run" / "best", embed_dim=48, num_heads=4)
     found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
     assert (found.student.num_heads, found.heads_known) == (4, True)
@@ -133,7 +133,7 @@ def test_the_numbers_beside_a_file_are_believed(tmp_path):
     assert not load_weights_from(str(tmp_path / "alone.safetensors")).heads_known
 
 
-def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path):
+def test_load_from_trainer_checkpoint_ignores_other_values(tmp_path):
     student = saved(tmp_path / "run" / "best")
     content = {"model": student.network.state_dict(), "args": Namespace(lr=1.0), "epoch": 3}
     torch.save(content, tmp_path / "official.pth")
@@ -142,7 +142,7 @@ def test_what_training_scripts_save_beside_the_weights_does_no_harm(tmp_path):
 
 
 @pytest.mark.fault("B9")
-def test_prefixes_in_any_order(tmp_path):
+def test_load_removes_prefixes_in_any_order(tmp_path):
     student = saved(tmp_path / "run" / "best")
     for prefix in ("_orig_mod.module.", "module._orig_mod.", "module.module."):
         weights = {f"{prefix}{name}": value for name, value in student.network.state_dict().items()}
@@ -150,7 +150,7 @@ def test_prefixes_in_any_order(tmp_path):
         assert load_weights_from(str(tmp_path / "wrapped.pth")).student == section()
 
 
-def test_a_backbone_without_heads_gets_new_ones_if_asked():
+def test_backbone_without_heads_needs_new_heads():
     weights = {n: v for n, v in network("vit_micro").state_dict().items() if "head" not in n}
     found = LoadedWeights(weights, "a backbone", None, None, None, None)
     after = network(seed=1)
@@ -181,7 +181,7 @@ BAD_FOLDERS = {
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
-def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
+def test_inconsistent_folder_raises(name, tmp_path):
     """What it names is neither loaded nor run; torch.load of the file would fail loudly."""
     torch.save(Runs(), tmp_path / "evil.pth")
     source = timm_folder(tmp_path / "folder", network().state_dict(), **BAD_FOLDERS[name])
@@ -200,7 +200,7 @@ def test_a_foreign_folder_is_refused_not_believed(name, tmp_path):
         ("norm.weight", torch.full((96,), float("nan"))),
     ],
 )
-def test_damaged_tensors_are_refused(name, value, tmp_path):
+def test_nonfinite_tensors_raise(name, value, tmp_path):
     save_file({**network().state_dict(), name: value}, tmp_path / "w.safetensors")
     config = digits().replace(student=section(), init={"weights": "here"})
     facts = ModelInfo(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
@@ -218,7 +218,7 @@ class Runs:
         return (print, ("code ran",))
 
 
-def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
+def test_invalid_source_raises_in_one_line(tmp_path, capsys):
     saved(tmp_path / "run" / "best")
     torch.save({"model": Runs()}, tmp_path / "code.pth")
     whole = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
@@ -251,14 +251,14 @@ def test_bad_starts_are_refused_in_one_line(tmp_path, capsys):
 # what is trained
 
 
-def test_holding_still_all_but_the_heads():
+def test_freeze_except_heads():
     built = network()
     freeze_except(built, "heads")
     free = {name for name, one in built.named_parameters() if one.requires_grad}
     assert free == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
-def test_holding_still_all_but_attention_and_heads():
+def test_freeze_except_attention_and_heads():
     built = network()
     freeze_except(built, "attention")
     free = {name for name, one in built.named_parameters() if one.requires_grad}
@@ -280,13 +280,13 @@ def test_holding_still_all_but_attention_and_heads():
         ("timm:resnet10t", ("fc",)),
     ],
 )
-def test_heads_by_name(name, heads):
+def test_classifier_names_of_networks(name, heads):
     built = create_network(StudentConfig(name=name, image_size=32), 7)
     assert classifier_names(built) == heads
     assert all(built.get_submodule(head).out_features == 7 for head in heads)
 
 
-def test_several_distillation_heads_by_name():
+def test_classifier_names_of_several_distillation_heads():
     assert classifier_names(network(num_distillation_tokens=2)) == (
         "head",
         "head_dist.0",
@@ -294,7 +294,7 @@ def test_several_distillation_heads_by_name():
     )
 
 
-def test_a_still_student_stays_in_evaluation_mode():
+def test_frozen_backbone_stays_in_evaluation_mode():
     facts = ModelInfo(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
     student = build_student(facts)
     assert student.train().network.training
@@ -305,7 +305,7 @@ def test_a_still_student_stays_in_evaluation_mode():
     assert torch.equal(one.class_logits, other.class_logits)
 
 
-def test_a_block_far_beyond_the_others_is_refused_at_once(tmp_path):
+def test_missing_blocks_raise_immediately(tmp_path):
     weights = network("deit_micro").state_dict()
     weights["blocks.99999999.norm1.weight"] = weights["blocks.0.norm1.weight"].clone()
     save_file(weights, tmp_path / "w.safetensors")
@@ -313,7 +313,7 @@ def test_a_block_far_beyond_the_others_is_refused_at_once(tmp_path):
         load_weights_from(str(tmp_path / "w.safetensors"))
 
 
-def test_a_name_that_is_there_twice_is_refused(tmp_path):
+def test_duplicate_name_raises(tmp_path):
     weights = network("deit_micro").state_dict()
     weights["module.head.weight"] = torch.zeros_like(weights["head.weight"])
     save_file(weights, tmp_path / "w.safetensors")
@@ -322,7 +322,7 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sparse", "meta"])
-def test_tensors_without_plain_numbers_are_refused(kind, tmp_path):
+def test_tensors_without_values_raise(kind, tmp_path):
     weights = network("deit_micro").state_dict()
     value = weights["head.weight"]
     weights["head.weight"] = value.to_sparse() if kind == "sparse" else value.to("meta")
@@ -331,14 +331,14 @@ def test_tensors_without_plain_numbers_are_refused(kind, tmp_path):
         load_weights_from(str(tmp_path / "w.pth"))
 
 
-def test_an_empty_file_is_called_so(tmp_path):
+def test_empty_file_raises(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"")
     with raises(CheckpointError, tmp_path / "w.pth") as refused:
         load_weights_from(str(tmp_path / "w.pth"))
     assert "empty" in str(refused.value).replace(str(tmp_path), "")
 
 
-def test_another_number_of_attention_heads_is_refused():
+def test_other_number_of_attention_heads_raises():
     own = section(embed_dim=48, num_heads=4)
     built = network(embed_dim=48, num_heads=4)
     found = LoadedWeights(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
@@ -349,7 +349,7 @@ def test_another_number_of_attention_heads_is_refused():
         init_student(network(embed_dim=48, num_heads=2), found, config.init, facts)
 
 
-def test_a_normalisation_that_is_not_told_is_named():
+def test_unknown_normalization_is_logged():
     built = network()
     config = digits().replace(student=section(), init={"weights": "w.pth"})
     facts = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
@@ -385,7 +385,7 @@ HOSTILE = {
 
 @pytest.mark.fault("B14")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_headers_of_safetensors_are_refused(name, tmp_path):
+def test_hostile_safetensors_header_raises(name, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(HOSTILE[name])
     with raises(CheckpointError, path):

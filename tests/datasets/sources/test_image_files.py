@@ -40,7 +40,7 @@ AVIF = pytest.mark.skipif(
 # Endings.
 
 
-def test_the_endings_are_pillows_for_the_formats_that_are_read():
+def test_extensions_are_pillows_for_supported_formats():
     assert {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".webp"} <= decoding.EXTENSIONS
     assert (".avif" in decoding.EXTENSIONS) == ("avif" in features.get_supported_modules())
     assert not {".pdf", ".eps", ".heic", ".svg", ".ico"} & decoding.EXTENSIONS
@@ -52,7 +52,7 @@ def test_the_endings_are_pillows_for_the_formats_that_are_read():
     ("ending", "kind"),
     [("jfif", "JPEG"), ("JPE", "JPEG"), ("webp", "WEBP"), pytest.param("avif", "AVIF", marks=AVIF)],
 )
-def test_every_source_reads_what_pillow_reads(way, ending, kind, tmp_path):
+def test_every_source_reads_supported_formats(way, ending, kind, tmp_path):
     content = encoded(kind)
     members = {f"{name}/{index}.{ending}": content for name in CLASSES for index in range(4)}
     if way == "shards":
@@ -68,7 +68,7 @@ def test_every_source_reads_what_pillow_reads(way, ending, kind, tmp_path):
 
 
 @AVIF
-def test_an_avif_is_decoded_upright_and_a_film_is_refused():
+def test_avif_is_decoded_upright_and_animation_raises():
     flat = Image.new("RGB", (16, 8), (200, 100, 50))
     exif = Image.Exif()
     exif[274] = 6
@@ -88,7 +88,7 @@ def test_an_avif_is_decoded_upright_and_a_film_is_refused():
 
 @pytest.mark.fault("C27")
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, capsys):
+def test_skipped_files_are_counted_by_suffix(way, tmp_path, monkeypatch, capsys):
     others = {
         "ant/photo.HEIC": b"x",
         "ant/page.html": b"x",
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_counted_by_ending(way, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.fault("C27")
-def test_a_class_of_what_cannot_be_read_says_so(tmp_path):
+def test_class_of_skipped_files_raises(tmp_path):
     found = write_images("folder", tmp_path, {"train": "train"})
     for index in range(3):
         write_file(tmp_path / "train" / "cow" / f"{index}.heic", b"x")
@@ -126,7 +126,7 @@ def test_a_class_of_what_cannot_be_read_says_so(tmp_path):
         split_sizes(source_config("shards", tmp_path / "shards"))
 
 
-def test_many_kinds_and_places_are_cut_short():
+def test_long_notes_are_abbreviated():
     passed = SkippedFiles(paths=[f"place {number}" for number in range(6)])
     for number in range(12):
         for _ in range(20 - number):
@@ -152,7 +152,7 @@ def test_many_kinds_and_places_are_cut_short():
         ("LICENSE", ""),
     ],
 )
-def test_an_ending_is_a_short_word(name, ending):
+def test_suffix_is_a_short_word(name, ending):
     assert suffix_of(name) == ending
 
 
@@ -163,18 +163,18 @@ HIDDEN += ("desktop.ini", "@eaDir", "lost+found", "$RECYCLE.BIN", "Icon\r")
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_what_systems_leave_is_hidden(name):
+def test_system_files_are_hidden(name):
     assert is_hidden(name)
 
 
 @pytest.mark.parametrize("name", ["__background__", "_x.png", "a.png", "thumbs", ".", ".."])
-def test_what_a_user_named_is_not(name):
+def test_user_files_are_not_hidden(name):
     assert not is_hidden(name)
 
 
 @pytest.mark.fault("C14")
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_what_is_hidden_is_neither_read_nor_counted(way, tmp_path):
+def test_hidden_files_are_neither_read_nor_counted(way, tmp_path):
     junk = {f"ant/{name}": b"x" for name in ("._0.png", "Thumbs.db", "desktop.ini")}
     junk |= {f"{name}/0.png": b"x" for name in ("ant/.ipynb_checkpoints", "__MACOSX", "bee/@eaDir")}
     found = write_images(way, tmp_path, {"train": "train"})
@@ -190,13 +190,13 @@ def test_what_is_hidden_is_neither_read_nor_counted(way, tmp_path):
     assert LISTINGS[found.source](found, ()).class_names == CLASSES
 
 
-def test_an_image_outside_the_folders_of_a_tar_has_no_class(tmp_path):
+def test_tar_image_outside_folders_raises(tmp_path):
     write_tar(tmp_path / "train.tar", dict.fromkeys([*names_of(4), "loose.png"], PNG))
     with raises(DataError, "loose.png"):
         split_sizes(source_config("tar reader", tmp_path))
 
 
-def test_a_tar_for_the_reader_that_is_cut_short_is_refused(tmp_path):
+def test_truncated_tar_of_reader_raises(tmp_path):
     path = write_tar(tmp_path / "train.tar", dict.fromkeys(names_of(4), PNG))
     path.write_bytes(path.read_bytes()[:3072])
     with raises(DataError, "data.root"):
@@ -211,9 +211,7 @@ ODD += (b"#first.png", b' "quoted" .png', b"tab\there.png", "\u2028line.png".enc
 
 @pytest.mark.fault("C30")
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_name_goes_through_listing_scan_and_exclude_list(
-    name, tmp_path, monkeypatch, capsys
-):
+def test_unusual_name_works_in_listing_scan_and_exclude_list(name, tmp_path, monkeypatch, capsys):
     root = tmp_path / "data"
     found = write_images("folder", root, {"train": "train"})
     odd = os.fsencode(root / "train" / "ant") + b"/" + name
@@ -233,7 +231,7 @@ def test_an_odd_name_goes_through_listing_scan_and_exclude_list(
     assert any(re.search(r"exclude list.* 1 .*bad\.txt", note) for note in splits.notes)
 
 
-def test_a_plain_name_is_listed_as_it_is():
+def test_plain_name_is_unchanged_in_exclude_list():
     assert exclude_list_line("train/a b/ü.png") == "train/a b/ü.png"
     assert exclude_list_line("train/a\nb.png") == '"train/a\\nb.png"'
 
@@ -267,7 +265,7 @@ def write_kinds(folder: Path) -> None:
     rgb.save(folder / "badexif.jpg", exif=b"Exif\0\0MM\0*\0\0\xff\xff garbage")
 
 
-def test_pictures_of_every_kind_are_read(tmp_path):
+def test_images_of_every_mode_are_read(tmp_path):
     write_kinds(tmp_path / "train" / "ant")
     for index in range(4):
         write_file(tmp_path / "train" / "bee" / f"{index}.png")
@@ -277,7 +275,7 @@ def test_pictures_of_every_kind_are_read(tmp_path):
     assert splits.skipped == ()
 
 
-def test_bad_pictures_of_every_kind_are_listed_by_one_scan(tmp_path, monkeypatch, capsys):
+def test_scan_lists_damaged_images_of_every_kind(tmp_path, monkeypatch, capsys):
     root = tmp_path / "data"
     write_images("folder", root, {"train": "train"})
     folder, rgb = root / "train" / "ant", random_image(9, (60, 50))

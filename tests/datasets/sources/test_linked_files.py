@@ -54,7 +54,7 @@ def test_shards_behind_links_are_read(tmp_path):
 @pytest.mark.fault("C26")
 @pytest.mark.parametrize("way", ["folder", "folder reader"])
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
-def test_a_link_that_leads_back_is_named_and_not_followed(way, target, tmp_path):
+def test_cyclic_link_is_noted_and_not_followed(way, target, tmp_path):
     root = tmp_path / "data"
     found = write_images(way, root, {"train": "train"})
     (root / "train" / "ant" / "again").symlink_to(target)
@@ -65,7 +65,7 @@ def test_a_link_that_leads_back_is_named_and_not_followed(way, target, tmp_path)
 
 
 @pytest.mark.fault("C26")
-def test_links_that_lead_to_each_other_end(tmp_path):
+def test_mutual_links_terminate(tmp_path):
     found = write_images("folder", tmp_path / "data", {"train": "train"})
     for here, there in (("x", "y"), ("y", "x")):
         write_file(tmp_path / here / f"{here}.png")
@@ -77,14 +77,14 @@ def test_links_that_lead_to_each_other_end(tmp_path):
 
 @pytest.mark.fault("C26")
 @pytest.mark.parametrize("place", ["train/ant/more", "train/cow", "val"])
-def test_a_link_to_nothing_is_refused_by_name(place, tmp_path):
+def test_broken_link_raises_with_name(place, tmp_path):
     found = write_images("folder", tmp_path, {"train": "train"})
     (tmp_path / place).symlink_to("/unmounted/lake")
     with raises(DataError, place):
         split_sizes(found)
 
 
-def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
+def test_image_with_broken_link_can_be_excluded(tmp_path):
     found = write_images("folder", tmp_path, {"train": "train"})
     (tmp_path / "train" / "ant" / "gone.png").symlink_to("/unmounted/x.png")
     with raises(DataError, "gone.png"):
@@ -93,7 +93,7 @@ def test_an_image_that_is_a_link_to_nothing_can_be_left_out(tmp_path):
     load_splits(source_config("folder", tmp_path, exclude_list=str(bad)))
 
 
-def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
+def test_other_file_with_broken_link_is_skipped(tmp_path):
     found = write_images("folder", tmp_path, {"train": "train"})
     (tmp_path / "train" / "ant" / "labels.csv").symlink_to("/unmounted/labels.csv")
     (note,) = skipped_notes(found)
@@ -102,7 +102,7 @@ def test_another_file_that_is_a_link_to_nothing_is_passed_over(tmp_path):
 
 @pytest.mark.fault("C26")
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_pipe_is_refused_and_never_waited_for(linked, tmp_path):
+def test_pipe_raises_without_waiting(linked, tmp_path):
     found = write_images("folder", tmp_path / "data", {"train": "train"})
     place = tmp_path / "data" / "train" / "ant" / "pipe.png"
     os.mkfifo(tmp_path / "pipe" if linked else place)
@@ -112,7 +112,7 @@ def test_a_pipe_is_refused_and_never_waited_for(linked, tmp_path):
         split_sizes(found)
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_folder_raises_with_name(tmp_path, monkeypatch):
     found = write_images("folder", tmp_path, {"train": "train"})
     (tmp_path / "train" / "ant" / "closed").mkdir()
     scan = os.scandir

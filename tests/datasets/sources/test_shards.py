@@ -34,7 +34,7 @@ def load(root: Path, **changes: object) -> Splits:
     return load_splits(DataConfig(source="shards", root=str(root), image_size=8, **changes))
 
 
-def test_shards_without_splits_are_carved(tmp_path):
+def test_shards_without_splits_are_split(tmp_path):
     members = {}
     for index in range(20):
         members |= {f"{index:03}.jpg": IMAGE, f"{index:03}.cls": str(index % 2).encode()}
@@ -44,7 +44,7 @@ def test_shards_without_splits_are_carved(tmp_path):
     assert [len(split.labels) for split in splits[1:4]] == [14, 2, 4]
 
 
-def test_keys_that_come_again_in_every_shard_are_told_apart(tmp_path):
+def test_repeated_keys_of_shards_are_distinct(tmp_path):
     members = {}
     for index in range(10):
         members |= {f"{index:03}.jpg": IMAGE, f"{index:03}.cls": str(index % 2).encode()}
@@ -102,7 +102,7 @@ BROKEN = {
 
 @pytest.mark.fault("C21")
 @pytest.mark.parametrize("damage", BROKEN)
-def test_a_damaged_shard_is_refused_by_name(damage, tmp_path):
+def test_damaged_shard_raises_with_name(damage, tmp_path):
     path = shard(tmp_path / "0.tar", GOOD)
     change, places = BROKEN[damage]
     path.write_bytes(change(path.read_bytes()))
@@ -123,14 +123,14 @@ def test_a_damaged_shard_is_refused_by_name(damage, tmp_path):
         ({"note.txt": b"hello"}, ("1 .txt",)),
     ],
 )
-def test_a_sample_that_is_not_whole_is_refused(members, names, tmp_path):
+def test_incomplete_sample_raises(members, names, tmp_path):
     shard(tmp_path / "0.tar", members)
     with raises(DataError, tmp_path, *names):
         load(tmp_path)
 
 
 @pytest.mark.fault("C17")
-def test_class_numbers_are_checked_against_the_list(tmp_path):
+def test_class_index_outside_list_raises(tmp_path):
     shard(tmp_path / "0.tar", {"a.png": IMAGE, "a.cls": b"0", "b.png": IMAGE, "b.cls": b"7"})
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with raises(DataError, "0.tar", "b.png", "'7'", "classes.txt"):
@@ -141,7 +141,7 @@ def test_class_numbers_are_checked_against_the_list(tmp_path):
 
 
 @pytest.mark.fault("C21")
-def test_compressed_and_misplaced_shards_are_refused_with_advice(tmp_path):
+def test_compressed_and_misplaced_shards_raise_with_remedy(tmp_path):
     path = shard(tmp_path / "a" / "0.tar", GOOD)
     (tmp_path / "a" / "1.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
     with raises(DataError, tmp_path / "a" / "1.tar.gz"):
@@ -158,7 +158,7 @@ def test_compressed_and_misplaced_shards_are_refused_with_advice(tmp_path):
 
 
 @pytest.mark.fault("C24")
-def test_a_shard_that_shrinks_later_is_named(tmp_path):
+def test_shard_truncated_later_raises_with_name(tmp_path):
     path = shard(tmp_path / "0.tar", GOOD)
     train = SOURCES["shards"](DataConfig(source="shards", root=str(tmp_path)), ()).train
     path.write_bytes(path.read_bytes()[:600])

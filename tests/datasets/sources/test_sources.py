@@ -21,11 +21,11 @@ from tests.helpers.processes import ROOT
 TINY = ROOT.parent / "shared" / "data" / "tiny-imagenet-200.part1of4.tar.xz"
 
 
-def test_names_of_configuration_and_sources_agree():
+def test_sources_match_configured_names():
     assert set(SOURCES) == set(Source.__args__)
 
 
-def test_digits_are_the_real_ones_in_a_fixed_stratified_split():
+def test_digits_have_fixed_stratified_split():
     pytest.importorskip("sklearn")
     splits = load_splits(DataConfig(source="digits", image_size=8))
     sizes = [len(split.labels) for split in (splits.train, splits.validation, splits.test)]
@@ -42,7 +42,7 @@ def test_digits_are_the_real_ones_in_a_fixed_stratified_split():
     assert splits.fingerprint != other.fingerprint
 
 
-def test_setting_aside_takes_a_share_of_every_class():
+def test_select_fraction_takes_share_of_every_class():
     labels, identities = torch.arange(103) % 5, torch.arange(103)
     taken = select_fraction(labels, identities, 0.2, 0, "validation")
     assert torch.bincount(labels[taken]).tolist() == [4] * 5
@@ -50,7 +50,7 @@ def test_setting_aside_takes_a_share_of_every_class():
     assert not torch.equal(taken, select_fraction(labels, identities, 0.2, 1, "validation"))
 
 
-def test_what_is_set_aside_depends_on_neither_order_nor_the_other_classes():
+def test_select_fraction_does_not_depend_on_order_or_other_classes():
     labels, identities = torch.arange(100) % 5, torch.arange(100) * 977
     taken = select_fraction(labels, identities, 0.3, 0, "test")
     order = torch.randperm(100)
@@ -61,27 +61,27 @@ def test_what_is_set_aside_depends_on_neither_order_nor_the_other_classes():
     assert torch.equal(select_fraction(labels[some], identities[some], 0.3, 0, "test"), taken[some])
 
 
-def test_the_test_images_of_some_classes_are_test_images_of_all():
+def test_fewer_classes_keep_their_test_images():
     whole = load_splits(DataConfig(source="digits", image_size=8)).test
     some = load_splits(DataConfig(source="digits", image_size=8, classes=("0", "1", "7"))).test
     known = {pixels.numpy().tobytes() for pixels in whole.pixels}
     assert all(pixels.numpy().tobytes() in known for pixels in some.pixels)
 
 
-def test_setting_aside_leaves_at_least_one_image_on_either_side():
+def test_select_fraction_leaves_one_image_on_either_side():
     labels = torch.tensor([0, 0, 1, 1, 1, 1])
     for fraction in (0.01, 0.99):
         taken = select_fraction(labels, torch.arange(6), fraction, 0, "x")
         assert set(labels[taken].tolist()) == set(labels[~taken].tolist()) == {0, 1}
 
 
-def test_a_class_of_one_image_cannot_be_split(tmp_path):
+def test_class_of_one_image_raises(tmp_path):
     write_class_folders(tmp_path, number=1)
     with raises(DataError, "'ant'"):
         load_splits(folder_data(tmp_path))
 
 
-def test_channel_statistics_are_numpys():
+def test_channel_statistics_equal_numpy():
     pixels = torch.randint(256, (20, 3, 5, 4), dtype=torch.uint8)
     mean, std = channel_statistics(pixels)
     scaled = pixels.numpy() / 255
@@ -90,7 +90,7 @@ def test_channel_statistics_are_numpys():
     assert channel_statistics(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))[1] == (1.0, 1.0, 1.0)
 
 
-def test_folders_are_read_by_class_name_in_code_point_order(tmp_path):
+def test_folder_classes_are_in_code_point_order(tmp_path):
     write_class_folders(tmp_path, classes=("10", "2", "Dog", "cat"))
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     splits = load_splits(folder_data(tmp_path))
@@ -99,21 +99,21 @@ def test_folders_are_read_by_class_name_in_code_point_order(tmp_path):
     assert (len(splits.train.labels), len(splits.validation.labels)) == (12, 4)
 
 
-def test_a_folders_own_validation_split_is_used_and_val_alone_is_the_test(tmp_path):
+def test_folder_validation_split_is_used_or_is_the_test_split(tmp_path):
     three = write_class_folders(tmp_path / "three", splits=("train", "val", "test"))
     assert [len(s.labels) for s in load_splits(folder_data(three))[1:4]] == [12, 12, 12]
     two = load_splits(folder_data(write_class_folders(tmp_path / "two", splits=("train", "val"))))
     assert [len(s.labels) for s in two[1:4]] == [9, 3, 12]
 
 
-def test_a_folder_without_splits_is_carved_twice(tmp_path):
+def test_folder_without_splits_is_split_twice(tmp_path):
     write_class_folders(tmp_path, splits=(".",), number=10)
     splits = load_splits(folder_data(tmp_path))
     assert [len(s.labels) for s in splits[1:4]] == [21, 3, 6]
     assert len(splits.notes) == 2
 
 
-def test_images_are_cut_square_at_the_size_asked_for(tmp_path):
+def test_images_are_center_squares_of_configured_size(tmp_path):
     write_class_folders(tmp_path, size=(40, 20))
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
@@ -128,7 +128,7 @@ def test_images_are_cut_square_at_the_size_asked_for(tmp_path):
     )
 
 
-def test_classes_can_be_chosen_by_list_or_file(tmp_path):
+def test_classes_are_selected_by_list_or_file(tmp_path):
     write_class_folders(tmp_path)
     assert load_splits(folder_data(tmp_path, classes=("cat", "ant"))).class_names == ("ant", "cat")
     names = tmp_path / "names.tsv"
@@ -142,7 +142,7 @@ def test_classes_can_be_chosen_by_list_or_file(tmp_path):
     assert set(splits.test.labels.tolist()) == {0, 1}
 
 
-def test_fewer_training_images_leave_the_other_splits_alone(tmp_path):
+def test_train_fraction_keeps_other_splits(tmp_path):
     write_class_folders(tmp_path, number=20)
     whole, scarce = (
         load_splits(folder_data(tmp_path)),
@@ -165,7 +165,7 @@ def test_fewer_training_images_leave_the_other_splits_alone(tmp_path):
         ("class missing in test", ["{root}/test: ", "'bee'"]),
     ],
 )
-def test_a_damaged_folder_is_named(tmp_path, damage, names):
+def test_damaged_folder_raises_with_name(tmp_path, damage, names):
     root = tmp_path / "data"
     if damage == "empty":
         root.mkdir()
@@ -188,13 +188,13 @@ def test_a_damaged_folder_is_named(tmp_path, damage, names):
         load_splits(folder_data(root))
 
 
-def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_resized(tmp_path):
+def test_images_exceeding_memory_raise_before_resizing(tmp_path):
     write_class_folders(tmp_path)
     with raises(SystemFault, "data.image_size"):
         load_splits(folder_data(tmp_path, memory_fraction=1e-12))
 
 
-def test_splits_and_classes_without_training_images_are_refused(tmp_path):
+def test_splits_and_classes_without_training_images_raise(tmp_path):
     write_class_folders(tmp_path / "a", splits=("eval", "testing"))
     with raises(DataError, "'eval'"):
         load_splits(folder_data(tmp_path / "a"))
@@ -224,7 +224,7 @@ def keys(splits):
     }
 
 
-def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
+def test_storage_selects_memory_or_files(tmp_path, monkeypatch):
     write_class_folders(tmp_path, number=6)
     assert isinstance(load_splits(folder_data(tmp_path)).train, InMemoryImages)
     assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, InMemoryImages)
@@ -237,7 +237,7 @@ def test_storage_decides_what_a_split_holds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("storage", ["auto", "memory"])
-def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, storage):
+def test_free_memory_does_not_change_storage(tmp_path, storage):
     """Processes and resumptions of one run would disagree: it is refused, with the way out."""
     write_class_folders(tmp_path)
     with raises(SystemFault, "data.storage", "data.image_size"):
@@ -245,7 +245,7 @@ def test_the_free_memory_of_the_moment_never_changes_the_storage(tmp_path, stora
     assert load_splits(folder_data(tmp_path, storage="files", memory_fraction=1e-12)).notes
 
 
-def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkeypatch):
+def test_mean_and_std_of_many_files_are_of_a_sample(tmp_path, monkeypatch):
     write_class_folders(tmp_path, number=20)
     whole = load_splits(folder_data(tmp_path, storage="memory"))
     monkeypatch.setattr("deit.datasets.splits._MEASURED", 30)
@@ -257,7 +257,7 @@ def test_mean_and_deviation_of_many_files_are_those_of_a_sample(tmp_path, monkey
 
 
 @pytest.mark.fault("C1")
-def test_an_excluded_image_is_left_out_and_moves_no_other(tmp_path):
+def test_excluded_image_is_removed_and_others_keep_their_split(tmp_path):
     write_class_folders(tmp_path / "data", number=20, splits=("train",))
     files = {"storage": "files", "train_fraction": 0.5}
     before = load_splits(folder_data(tmp_path / "data", **files))
@@ -274,7 +274,7 @@ def test_an_excluded_image_is_left_out_and_moves_no_other(tmp_path):
     assert sum(len(split.labels) for split in memory[1:4]) == 60 - 3
 
 
-def test_an_exclude_list_for_other_data_is_refused(tmp_path):
+def test_exclude_list_of_other_data_raises(tmp_path):
     write_class_folders(tmp_path / "data")
     listed = tmp_path / "bad.txt"
     listed.write_text("train/ant/77.png\n")
@@ -290,7 +290,7 @@ def test_an_exclude_list_for_other_data_is_refused(tmp_path):
 
 
 @pytest.mark.fault("C14")
-def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
+def test_system_files_are_no_images_or_classes(tmp_path):
     write_class_folders(tmp_path / "data")
     train = tmp_path / "data" / "train"
     for name in (".ipynb_checkpoints", "__MACOSX", "ant/.ipynb_checkpoints", "ant/__MACOSX"):
@@ -306,7 +306,7 @@ def test_what_systems_leave_behind_is_no_image_and_no_class(tmp_path):
     assert [len(split.labels) for split in splits[1:4]] == [9, 3, 12]
 
 
-def test_images_below_a_class_folder_belong_to_it(tmp_path):
+def test_images_in_subfolders_belong_to_class_folder(tmp_path):
     write_class_folders(tmp_path)
     deep = tmp_path / "train" / "ant" / "more" / "of them"
     deep.mkdir(parents=True)
@@ -315,33 +315,33 @@ def test_images_below_a_class_folder_belong_to_it(tmp_path):
     assert "train/ant/more/of them/x.PNG" in set.union(*keys(splits).values())
 
 
-def test_images_fit_into_what_a_container_allows(tmp_path, monkeypatch):
+def test_memory_limit_of_container_is_used(tmp_path, monkeypatch):
     write_class_folders(tmp_path)
     monkeypatch.setattr("deit.core.host_memory.cgroup_headroom", lambda: [1000])
     with raises(SystemFault, "data.image_size 8", "data.memory_fraction"):
         load_splits(folder_data(tmp_path))
 
 
-def test_enlarging_beyond_the_memory_is_refused_for_every_source():
+def test_enlarging_beyond_memory_raises_for_every_source():
     config = DataConfig(source="digits", image_size=64, memory_fraction=1e-12)
     with raises(SystemFault, "data.image_size"):
         load_splits(config)
 
 
-def test_a_share_of_the_training_images_keeps_every_class(tmp_path):
+def test_train_fraction_keeps_every_class(tmp_path):
     write_class_folders(tmp_path, number=2)
     with raises(DataError, "'ant'", " 2 ", " 3 ", "data.classes"):
         load_splits(folder_data(tmp_path, train_fraction=0.5))
 
 
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])
-def test_missing_cifar_says_where_it_should_lie_and_how_to_get_it(tmp_path, source):
+def test_missing_cifar_raises_with_path_and_remedy(tmp_path, source):
     with raises(DataError, tmp_path, "md5", "--data.download"):
         load_splits(DataConfig(source=source, root=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
-def test_compressed_images_of_the_right_size_keep_their_pixels(tmp_path):
+def test_images_of_configured_size_keep_their_pixels(tmp_path):
     images = []
     for number in range(6):
         images.append(tmp_path / f"{number}.jpg")
@@ -360,7 +360,7 @@ def test_compressed_images_of_the_right_size_keep_their_pixels(tmp_path):
 
 
 @pytest.mark.skipif(not TINY.is_file(), reason=f"no {TINY}")
-def test_real_tiny_imagenet_folders(tmp_path):
+def test_tiny_imagenet_folders_are_read(tmp_path):
     """Train and val of an ImageNet subset: val is the test, validation is carved from train."""
     with tarfile.open(TINY) as archive:
         for number, member in enumerate(archive):

@@ -37,7 +37,7 @@ from tests.helpers.image_sources.layouts import (
     ],
     ids=" ".join,
 )
-def test_a_split_has_any_usual_name(way, called, tmp_path):
+def test_split_folder_has_any_usual_name(way, called, tmp_path):
     found = write_images(way, tmp_path, dict(zip(SPLIT_SIZES, called)))
     assert split_sizes(found) == {split: 2 * number for split, number in SPLIT_SIZES.items()}
     assert skipped_notes(found) == ()
@@ -46,21 +46,21 @@ def test_a_split_has_any_usual_name(way, called, tmp_path):
 @pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", LAYOUTS)
 @pytest.mark.parametrize("called", ["val", "valid", "Validation", "dev", "eval"])
-def test_one_labelled_split_beside_the_training_images_is_the_test(way, called, tmp_path):
+def test_validation_split_without_test_is_the_test_split(way, called, tmp_path):
     found = write_images(way, tmp_path, {"train": "train", "validation": called})
     assert split_sizes(found) == {"train": 8, "test": 6}
 
 
 @pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_two_names_of_one_split_are_refused(way, tmp_path):
+def test_two_names_of_one_split_raise(way, tmp_path):
     found = write_images(way, tmp_path, {"train": "train", "validation": "val", "test": "valid"})
     with raises(DataError, "'val'", "'valid'"):
         split_sizes(found)
 
 
 @pytest.mark.parametrize("way", ["folder", "shards", "folder reader"])
-def test_splits_without_one_to_train_on_are_no_classes(way, tmp_path):
+def test_splits_without_training_split_raise(way, tmp_path):
     found = write_images(way, tmp_path, {"validation": "Valid", "test": "test"})
     with raises(DataError, "'Valid'"):
         split_sizes(found)
@@ -68,7 +68,7 @@ def test_splits_without_one_to_train_on_are_no_classes(way, tmp_path):
 
 @pytest.mark.fault("C25")
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_images_beside_the_splits_are_named(way, tmp_path):
+def test_images_outside_splits_are_noted(way, tmp_path):
     found = write_images(way, tmp_path, {"train": "train", "validation": "val", "test": "fold2"})
     write_file(tmp_path / "notes" / "readme.txt", b"no images here")
     (note,) = skipped_notes(found)
@@ -94,7 +94,7 @@ class FakeHub:
 
 
 @pytest.mark.fault("C25")
-def test_the_splits_of_a_hub_are_found_by_the_same_names(tmp_path, monkeypatch):
+def test_hub_splits_are_matched_by_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setattr("timm.data.readers.create_reader", FakeHub)
     there = SimpleNamespace(origin="there")
     monkeypatch.setattr(timm_readers.importlib.util, "find_spec", lambda name: there)
@@ -105,7 +105,7 @@ def test_the_splits_of_a_hub_are_found_by_the_same_names(tmp_path, monkeypatch):
     assert "hfds/x unsupervised" in note
 
 
-def test_a_scan_names_what_is_beside_the_splits(tmp_path, monkeypatch, capsys):
+def test_scan_reports_files_outside_splits(tmp_path, monkeypatch, capsys):
     write_images(
         "folder", tmp_path / "data", {"train": "train", "validation": "val", "test": "fold2"}
     )
@@ -124,7 +124,7 @@ def test_a_scan_names_what_is_beside_the_splits(tmp_path, monkeypatch, capsys):
     assert found["passed_over"] == {".csv": 1}
 
 
-def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, capsys):
+def test_run_logs_skipped_files(tmp_path, monkeypatch, capsys):
     write_images(
         "folder", tmp_path / "data", {"train": "Train", "validation": "fold2", "test": "Test"}
     )
@@ -142,7 +142,7 @@ def test_a_run_says_at_its_start_what_it_does_not_read(tmp_path, monkeypatch, ca
     assert re.match(r" .*\bdata/fold2\b", said[at + 2])
 
 
-def test_images_without_classes_are_refused_with_advice(tmp_path):
+def test_images_without_classes_raise_with_remedy(tmp_path):
     """A test split without labels, as contests have it, or a class that is called train."""
     found = write_images("folder", tmp_path, {"train": "train"})
     write_file(tmp_path / "test" / "1.png")
@@ -153,7 +153,7 @@ def test_images_without_classes_are_refused_with_advice(tmp_path):
 # Classes.
 
 
-def test_a_class_without_images_in_one_split_is_named(tmp_path):
+def test_class_without_images_in_one_split_raises(tmp_path):
     found = write_images("folder", tmp_path, {"train": "train", "validation": "val"})
     for path in (tmp_path / "val" / "bee").iterdir():
         path.unlink()

@@ -27,7 +27,7 @@ def replace(config: DataConfig, **changes: object) -> DataConfig:
 
 @pytest.mark.fault("C15")
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_every_way_has_the_same_classes_images_labels_and_test_images(way, tmp_path):
+def test_every_source_has_the_same_images_and_splits(way, tmp_path):
     config = write_splits(way, tmp_path / "data")
     splits = load_splits(replace(config, storage="files"))
     assert isinstance(splits.train, EncodedImages)
@@ -41,7 +41,7 @@ def test_every_way_has_the_same_classes_images_labels_and_test_images(way, tmp_p
 
 
 @pytest.mark.parametrize("way", ["shards", "numbered shards", "folder reader"])
-def test_the_same_images_are_set_aside_however_they_lie(way, tmp_path):
+def test_every_source_splits_the_same_images(way, tmp_path):
     """By the name of the image, which folder and shards share."""
     expected = write_splits("folder", tmp_path / "folder")
     other = write_splits(way, tmp_path / "other")
@@ -50,7 +50,7 @@ def test_the_same_images_are_set_aside_however_they_lie(way, tmp_path):
 
 
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_in_memory_and_as_files_are_the_same_images(way, tmp_path):
+def test_memory_and_files_have_the_same_images(way, tmp_path):
     config = write_splits(way, tmp_path / "data")
     memory = load_splits(replace(config, storage="memory"))
     files = load_splits(replace(config, storage="files"))
@@ -63,7 +63,7 @@ def test_in_memory_and_as_files_are_the_same_images(way, tmp_path):
 
 
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_a_moved_data_set_has_the_same_fingerprint_and_a_changed_one_another(way, tmp_path):
+def test_fingerprint_is_kept_when_moved_and_changes_with_data(way, tmp_path):
     config = replace(write_splits(way, tmp_path / "here"), storage="files")
     before = load_splits(config).fingerprint
     (tmp_path / "here").rename(tmp_path / "there")
@@ -84,7 +84,7 @@ def test_other_processes_read_the_same_bytes(method, tmp_path):
 
 
 @pytest.mark.parametrize("way", LAYOUTS)
-def test_classes_can_be_chosen_everywhere(way, tmp_path):
+def test_classes_are_selected_in_every_source(way, tmp_path):
     config = write_splits(way, tmp_path / "data")
     splits = load_splits(replace(config, classes=("cat", "10")))
     assert splits.class_names == ("10", "cat")
@@ -93,7 +93,7 @@ def test_classes_can_be_chosen_everywhere(way, tmp_path):
         load_splits(replace(config, classes=("dog",)))
 
 
-def test_names_lead_to_the_image(tmp_path):
+def test_names_locate_the_image(tmp_path):
     for way, name in (
         ("folder", "train/10/0.png"),
         ("shards", "train/000.tar/10/0.png"),
@@ -106,7 +106,7 @@ def test_names_lead_to_the_image(tmp_path):
 
 
 @pytest.mark.fault("E9")
-def test_many_texts_are_kept_as_they_are():
+def test_string_table_keeps_strings():
     texts = ["", "a", "ä/ö.png", "with\nline", b"\xff.png".decode(errors="surrogateescape"), ""]
     packed = StringTable(texts)
     assert [packed[index] for index in range(len(packed))] == texts

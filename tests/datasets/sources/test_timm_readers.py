@@ -41,12 +41,12 @@ from tests.helpers.image_sources.stores import (
         ("torch/places365", ("cifar10", "cifar100")),
     ],
 )
-def test_readers_without_random_access_are_refused_with_advice(reader, names, tmp_path):
+def test_streaming_reader_raises_with_remedy(reader, names, tmp_path):
     with raises(ConfigError, f"data.reader {reader}", *names):
         load_splits(DataConfig(source="reader", reader=reader, root=str(tmp_path)))
 
 
-def test_what_a_reader_cannot_find_is_said(tmp_path):
+def test_missing_data_of_reader_raises(tmp_path):
     def read(reader: str, **changes: object) -> None:
         load_splits(DataConfig(source="reader", reader=reader, root=str(tmp_path), **changes))
 
@@ -69,7 +69,7 @@ def _has_hugging_face() -> bool:
     return found is not None and found.origin is not None
 
 
-def test_a_tar_in_a_tar_is_read_by_its_offsets(tmp_path):
+def test_nested_tar_is_read_by_offsets(tmp_path):
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w") as archive:
         for index in range(5):
@@ -87,7 +87,7 @@ def test_a_tar_in_a_tar_is_read_by_its_offsets(tmp_path):
 
 
 @pytest.mark.fault("C14")
-def test_timms_readers_skip_what_hides_too(tmp_path):
+def test_timm_readers_skip_hidden_files(tmp_path):
     write_folder(tmp_path)
     for name in (".ipynb_checkpoints", "__MACOSX"):
         (tmp_path / "train" / name).mkdir()
@@ -109,7 +109,7 @@ class FakeDigits:
         return Image.new("L", (5, 4), 10 * index), self.targets[index]
 
 
-def test_pictures_of_a_torch_reader_are_encoded_without_loss(tmp_path, monkeypatch):
+def test_images_of_torch_reader_are_encoded_losslessly(tmp_path, monkeypatch):
     monkeypatch.setattr("timm.data.create_dataset", lambda *args, **options: FakeDigits())
     config = DataConfig(source="reader", reader="torch/mnist", root=str(tmp_path), storage="files")
     loaded = SOURCES["reader"](config, ())
@@ -121,7 +121,7 @@ def test_pictures_of_a_torch_reader_are_encoded_without_loss(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not _has_hugging_face(), reason="Hugging Face's datasets is not installed")
-def test_a_hugging_face_data_set_is_the_same_images(tmp_path):
+def test_hugging_face_dataset_has_the_same_images(tmp_path):
     write_folder(tmp_path / "data")
     write_folder(tmp_path / "data", "test")
     config = DataConfig(
@@ -142,7 +142,7 @@ def test_a_hugging_face_data_set_is_the_same_images(tmp_path):
             assert list(pool.map(store.read, rows)) == list(map(store.read, rows))
 
 
-def test_labels_point_into_the_sorted_names(tmp_path):
+def test_labels_index_sorted_names(tmp_path):
     config = write_splits("folder reader", tmp_path, ("train",))
     train = SOURCES["reader"](config, ()).train
     names = [Path(train.name(index)).parent.name for index in range(len(train.labels))]
@@ -154,7 +154,7 @@ def leave(*arguments, **options):
     raise SystemExit(0)
 
 
-def test_a_reader_that_ends_the_program_is_named(monkeypatch):
+def test_reader_that_exits_raises_with_name(monkeypatch):
     """Its code 0 would be that of a command that is done."""
     monkeypatch.setattr("timm.data.create_dataset", leave)
     with raises(DataError, "data.reader torch/mnist", "data.root"):
@@ -166,7 +166,7 @@ def test_a_reader_that_ends_the_program_is_named(monkeypatch):
 
 @pytest.mark.fault("C17")
 @pytest.mark.parametrize("label", [-100, -1, 2])
-def test_a_label_without_a_class_is_named(label, monkeypatch):
+def test_label_without_class_raises(label, monkeypatch):
     digits = FakeDigits()
     monkeypatch.setattr("timm.data.create_dataset", lambda *args, **options: digits)
     config = DataConfig(source="reader", reader="torch/mnist", root=".", storage="files")

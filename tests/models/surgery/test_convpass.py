@@ -69,7 +69,7 @@ def by_hand(adapter: Convpass, tokens: torch.Tensor, prefix: int, side: int) -> 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 4])
 @pytest.mark.parametrize("side", [1, 2, 5])
-def test_the_forward_pass_by_hand(prefix, side):
+def test_convpass_forward_by_hand(prefix, side):
     adapter = Convpass(7, 3, scale=0.3, prefix=prefix, drop_path=0.0).double().eval()
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
@@ -79,7 +79,7 @@ def test_the_forward_pass_by_hand(prefix, side):
 
 
 @pytest.mark.parametrize("adapters", PLACES)
-def test_a_block_by_hand(adapters):
+def test_convpass_block_by_hand(adapters):
     """Adapters see the normed tokens that attention and MLP see, and are added beside them."""
     network = randomised(network_of(TINY, adapters=adapters, adapter_scale=0.7)).double().eval()
     block = network.blocks[1]
@@ -93,7 +93,7 @@ def test_a_block_by_hand(adapters):
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_tokens_before_the_patches_mix_with_none():
+def test_prefix_tokens_are_not_mixed():
     adapter = Convpass(6, 4, scale=1.0, prefix=3, drop_path=0.0).eval()
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
@@ -112,7 +112,7 @@ def test_tokens_before_the_patches_mix_with_none():
         assert changed == ([place] if place < 3 else near)
 
 
-def test_patches_that_are_no_square_are_refused():
+def test_non_square_patches_raise():
     adapter = Convpass(4, 2, scale=1.0, prefix=1, drop_path=0.0)
     with raises(ConfigError, "student.adapters"):
         adapter(torch.randn(1, 9, 4))
@@ -124,7 +124,7 @@ def test_patches_that_are_no_square_are_refused():
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("adapters", PLACES)
 @pytest.mark.parametrize("training", [False, True])
-def test_untrained_they_change_no_bit(name, adapters, training):
+def test_untrained_adapters_keep_outputs_bit_equal(name, adapters, training):
     plain, adapted = (network_of(STUDENTS[name], adapters=one) for one in ("none", adapters))
     ours, theirs = adapted.state_dict(), plain.state_dict()
     assert [one for one in ours if "adapter" not in one] == list(theirs)
@@ -136,7 +136,7 @@ def test_untrained_they_change_no_bit(name, adapters, training):
 
 
 @pytest.mark.parametrize("adapters", PLACES)
-def test_where_they_are_and_how_they_begin(adapters):
+def test_adapters_position_and_initialization(adapters):
     network = network_of(TINY, adapters=adapters, adapter_dim=5, adapter_scale=4.0)
     places = [f"blocks.{block}.{one}" for block in range(2) for one in PLACES[adapters]]
     assert list(adapters_of(network)) == places
@@ -157,7 +157,7 @@ def test_where_they_are_and_how_they_begin(adapters):
 
 @pytest.mark.parametrize("adapters", PLACES)
 @pytest.mark.parametrize(("depth", "width", "hidden"), [(12, 768, 8), (3, 48, 5)])
-def test_the_number_of_their_parameters(adapters, depth, width, hidden):
+def test_adapters_parameter_count(adapters, depth, width, hidden):
     student = StudentConfig(name="vit_base", image_size=32, embed_dim=width, depth=depth)
     with torch.device("meta"):
         network = create_network(replace(student, adapters=adapters, adapter_dim=hidden), 10)
@@ -171,7 +171,7 @@ def test_the_number_of_their_parameters(adapters, depth, width, hidden):
 # Beside everything else that is done to a ViT
 
 
-def test_gradients_reach_adapters_and_heads_alone():
+def test_gradients_reach_adapters_and_heads_only():
     network = network_of(TINY, adapters="convpass")
     freeze_except(network, "adapters")
     student = Student(randomised(network), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -183,7 +183,7 @@ def test_gradients_reach_adapters_and_heads_alone():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == moved, name
 
 
-def test_what_is_held_still_is_in_evaluation_mode_and_adapters_are_not():
+def test_frozen_layers_are_in_evaluation_mode_adapters_in_training_mode():
     network = network_of(TINY, adapters="convpass", drop_path=0.3, dropout=0.2)
     student = Student(network, mean=(0.5,) * 3, std=(0.5,) * 3)
     student.frozen_backbone = True
@@ -199,7 +199,7 @@ def test_what_is_held_still_is_in_evaluation_mode_and_adapters_are_not():
     }
 
 
-def test_with_all_trained_a_network_holds_still_what_it_does():
+def test_trainable_all_keeps_parameters_frozen_by_the_network():
     network = network_of(TINY, adapters="convpass")
     network.pos_embed.requires_grad_(False)
     freeze_except(network, "all")
@@ -208,13 +208,13 @@ def test_with_all_trained_a_network_holds_still_what_it_does():
 
 
 @pytest.mark.parametrize("trained", ["adapters", "attention"])
-def test_a_network_without_such_a_part(trained):
+def test_network_without_trainable_part_raises(trained):
     convnet = create_network(StudentConfig(name="small_convnet", image_size=8), 5)
     with raises(ConfigError, "optim.trainable", f"'{trained}'"):
         freeze_except(convnet, trained)
 
 
-def test_each_branch_is_dropped_for_itself():
+def test_drop_path_drops_branches_independently():
     network = randomised(network_of(TINY, depth=5, adapters="convpass", drop_path=0.8))
     rates = [getattr(block.adapter1.drop_path, "drop_prob", 0) for block in network.blocks]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
@@ -225,7 +225,7 @@ def test_each_branch_is_dropped_for_itself():
     assert len({one.sum().item() for one in seen}) == 4  # of attention and adapter either is there
 
 
-def test_dropout_lies_between_the_last_two_layers():
+def test_dropout_precedes_up_projection():
     adapter = Convpass(6, 4, scale=1.0, prefix=0, drop_path=0.0).train()
     nn.init.ones_(adapter.up.weight)
     tokens = torch.ones(200, 1, 6)
@@ -234,7 +234,7 @@ def test_dropout_lies_between_the_last_two_layers():
     assert len(values[:, 0].unique()) > 1
 
 
-def test_a_copy_and_a_compiled_graph_answer_the_same():
+def test_copied_and_compiled_network_outputs_are_equal():
     network = randomised(network_of(TINY, adapters="convpass")).eval()
     expected = network(random_batch())
     assert torch.equal(copy.deepcopy(network)(random_batch()), expected)
@@ -242,7 +242,7 @@ def test_a_copy_and_a_compiled_graph_answer_the_same():
     torch.testing.assert_close(whole(random_batch()), expected)
 
 
-def test_blocks_computed_again_give_the_same_gradients():
+def test_activation_checkpointing_gradients_are_equal():
     network = randomised(network_of(TINY, adapters="convpass", drop_path=0.3)).train()
     freeze_except(network, "adapters")
     found = []
@@ -258,7 +258,7 @@ def test_blocks_computed_again_give_the_same_gradients():
 
 
 @pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
-def test_linear_layers_by_onednn_answer_the_same():
+def test_onednn_outputs_match():
     network = randomised(network_of(TINY, adapters="convpass")).eval()
     other = copy.deepcopy(network)
     use_onednn(other)
@@ -266,7 +266,7 @@ def test_linear_layers_by_onednn_answer_the_same():
     torch.testing.assert_close(other(random_batch()), network(random_batch()), rtol=1e-4, atol=1e-5)
 
 
-def test_what_looks_into_blocks_still_does():
+def test_attention_and_cosines_work_with_adapters():
     plain, adapted = (network_of(TINY, adapters=one).eval() for one in ("none", "convpass"))
     assert all(isinstance(block, ConvpassBlock) for block in adapted.blocks)
     assert torch.equal(rollout(plain, random_batch()).maps, rollout(adapted, random_batch()).maps)
@@ -322,7 +322,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_makes_no_sense_is_refused(name):
+def test_invalid_combination_raises(name):
     sections, names = REFUSED[name]
     with raises(ConfigError, *names):
         validate(digits().replace(**sections))
@@ -331,12 +331,12 @@ def test_what_makes_no_sense_is_refused(name):
 @pytest.mark.parametrize(
     ("leaf", "value"), [("adapter_dim", 0), ("adapter_scale", 0), ("adapters", "lora")]
 )
-def test_impossible_values(leaf, value):
+def test_invalid_value_raises(leaf, value):
     with raises(ConfigError, f"student.{leaf}"):
         validate(digits().replace(student={"adapters": "convpass", leaf: value}))
 
 
-def test_the_papers_schedule():
+def test_adapter_schedule_matches_paper():
     own = {"name": "sgd", "momentum": 0.5, "grad_accum_steps": 2, "clip_grad_norm": 1.0}
     before = digits().replace(init={"weights": "x"}, optim=own)
     tuned = validate(FINETUNE_SCHEDULES["convpass"](before))
@@ -353,7 +353,7 @@ def test_the_papers_schedule():
     assert FINETUNE_SCHEDULES["convpass"](one).student == one.student
 
 
-def test_adapters_of_the_start_are_taken_over_and_others_stay():
+def test_init_keeps_adapters_of_weights():
     theirs = replace(TINY, adapters="convpass_attention", adapter_dim=3, adapter_scale=10.0)
     own = digits().replace(student={"adapters": "convpass"})
     found = with_init(own, "x", theirs).student

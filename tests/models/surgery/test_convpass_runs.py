@@ -80,7 +80,7 @@ def folders_of(run: Path) -> list[Path]:
     return [run / "best", *(path for _, path in run_folder.list_checkpoints(run))]
 
 
-def test_checkpoints_hold_adapters_and_heads_alone(place):
+def test_checkpoints_store_adapters_and_heads_only(place):
     network = load_student(place / "adapted" / "best")[0].network
     own = trainable_parameters(network, "adapters")
     assert len(own) == 2 * 2 * 6 + 4
@@ -98,7 +98,7 @@ def test_checkpoints_hold_adapters_and_heads_alone(place):
             assert value.any(), name  # of what began as zero as well
 
 
-def test_what_they_belong_to_is_told(place):
+def test_base_is_recorded_and_logged(place):
     weights = load_file(place / "base" / "best" / "model.safetensors")
     expected = AdapterBase(str(place / "base"), "../base", digest_of(weights), "deit")
     assert all(read_base(folder) == expected for folder in folders_of(place / "adapted"))
@@ -109,7 +109,7 @@ def test_what_they_belong_to_is_told(place):
     assert notes["notes"] == ["4 new adapters, which add nothing until they are trained"]
 
 
-def test_a_saved_student_is_base_and_adapters_together(place):
+def test_loaded_student_combines_base_and_adapters(place):
     before = load_file(place / "base" / "best" / "model.safetensors")
     for name in ("best", *(path.name for path in folders_of(place / "adapted")[1:])):
         folder = place / "adapted" / name
@@ -132,20 +132,20 @@ def test_a_saved_student_is_base_and_adapters_together(place):
     assert torch.equal(teacher(views).argmax(1), mean.argmax(1))
 
 
-def test_a_run_trains_adapters_on_a_base_in_evaluation_mode(place):
+def test_run_trains_adapters_with_base_in_evaluation_mode(place):
     network = build_run(config_of(place)).student.train().network
     training = {name for name, module in network.named_modules() if module.training}
     assert training == {name for name, _ in network.named_modules() if ".adapter" in name}
 
 
-def test_a_run_begins_with_the_answers_of_its_base(place):
+def test_run_starts_with_outputs_of_base(place):
     began = build_run(config_of(place)).student.eval()(random_batch(8))
     before = load_student(place / "base" / "best")[0].eval()(random_batch(8))
     assert torch.equal(began.class_logits, before.class_logits)
     assert torch.equal(began.distillation_logits, before.distillation_logits)
 
 
-def test_old_facts_still_load(place, tmp_path):
+def test_adapter_model_json_loads(place, tmp_path):
     shutil.copytree(place / "base" / "best", tmp_path / "best")
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
@@ -157,7 +157,7 @@ def test_old_facts_still_load(place, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["update:2:term", "update:5:term", "metrics:1:term"])
-def test_it_resumes_to_the_bit(place, tmp_path, fault, monkeypatch):
+def test_adapter_run_resumes_bit_equal(place, tmp_path, fault, monkeypatch):
     stop_at(config_of(place), tmp_path / "run", fault)
     looked_for, find = [], load_weights.find_base
     monkeypatch.setattr(load_weights, "find_base", lambda *at: looked_for.append(at) or find(*at))
@@ -174,7 +174,7 @@ def moved(place: Path, to: Path, *names: str) -> None:
         shutil.copytree(place / name, to / name)
 
 
-def test_a_base_that_is_gone_or_another_is_refused(place, tmp_path):
+def test_missing_or_changed_base_raises(place, tmp_path):
     place = _copied(place, tmp_path)
     run, before = place / "adapted", place / "base" / "best"
     shutil.copytree(before, tmp_path / "kept")
@@ -209,7 +209,7 @@ def _copied(place: Path, to: Path) -> Path:
     return to / "there"
 
 
-def test_moved_together_they_find_each_other(place, tmp_path, monkeypatch):
+def test_base_moved_with_run_is_found(place, tmp_path, monkeypatch):
     there = _copied(place, tmp_path)
     (tmp_path / "elsewhere").mkdir()
     there.rename(tmp_path / "elsewhere" / "now")
@@ -222,13 +222,13 @@ def test_moved_together_they_find_each_other(place, tmp_path, monkeypatch):
     load_student(Path("."))
 
 
-def test_moved_alone_they_find_where_it_was(place, tmp_path):
+def test_base_of_moved_run_is_found_at_original_path(place, tmp_path):
     moved(place, tmp_path / "deep" / "er", "adapted")
     load_student(tmp_path / "deep" / "er" / "adapted" / "best")
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_beside_it_another_one_may_lie(place, tmp_path, damaged):
+def test_other_weights_at_relative_path_are_skipped(place, tmp_path, damaged):
     """That is passed over for the one at the path in full."""
     moved(place, tmp_path, "adapted", "teacher")
     (tmp_path / "teacher").rename(tmp_path / "base")
@@ -237,7 +237,7 @@ def test_beside_it_another_one_may_lie(place, tmp_path, damaged):
     load_student(tmp_path / "adapted" / "best")
 
 
-def test_where_a_base_is_looked_for(tmp_path, monkeypatch):
+def test_base_of_source_has_absolute_and_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     expected = AdapterBase(str(tmp_path / "base"), "../../base", "ab", "timm")
@@ -246,7 +246,7 @@ def test_where_a_base_is_looked_for(tmp_path, monkeypatch):
     assert base_of("deit_tiny", "ab", "deit", out=Path("x")) == named
 
 
-def test_a_file_without_some_of_the_adapters_is_refused(place, tmp_path):
+def test_file_with_missing_adapters_raises(place, tmp_path):
     there = _copied(place, tmp_path) / "adapted" / "best"
     weights = load_file(there / "model.safetensors")
     del weights["blocks.1.adapter2.up.bias"], weights["head_dist.weight"]
@@ -255,7 +255,7 @@ def test_a_file_without_some_of_the_adapters_is_refused(place, tmp_path):
         load_student(there)
 
 
-def test_at_another_resolution_with_other_classes_and_tokens(place, tmp_path):
+def test_adapters_with_other_resolution_classes_and_tokens(place, tmp_path):
     """The base is fitted once more as it was when they were trained, and adapters with it."""
     config = config_of(
         place,
@@ -278,7 +278,7 @@ def test_at_another_resolution_with_other_classes_and_tokens(place, tmp_path):
     assert larger.eval()(random_batch(16)).class_logits.shape == (3, 10)
 
 
-def test_adapters_upon_adapters(place, tmp_path):
+def test_adapters_initialized_from_adapters(place, tmp_path):
     """Trained on, they begin as they were; what they belong to then is the run before."""
     start = str(place / "adapted")
     still = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
@@ -290,7 +290,7 @@ def test_adapters_upon_adapters(place, tmp_path):
         torch.testing.assert_close(ours.network.state_dict()[name], value, atol=1e-8, rtol=0)
 
 
-def test_trained_adapters_keep_their_scale(place):
+def test_init_from_adapters_keeps_scale(place):
     """It leaves no trace in their shapes; before they are trained, any will do."""
     start = {"weights": str(place / "adapted")}
     for which in ("adapters", "all"):
@@ -301,7 +301,7 @@ def test_trained_adapters_keep_their_scale(place):
     build_run(config_of(place, student={"adapter_scale": 0.01}))
 
 
-def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
+def test_trainable_all_saves_all_weights(place, tmp_path):
     config = with_init(config_of(place), str(place / "adapted"), None)
     config = config.replace(optim={"trainable": "all", "epochs": 1, "warmup_epochs": 0})
     train(config, tmp_path / "run")
@@ -311,7 +311,7 @@ def test_trained_with_all_the_rest_everything_is_saved(place, tmp_path):
     assert set(weights) == set(load_student(place / "adapted" / "best")[0].network.state_dict())
 
 
-def test_a_pruned_base_stays_pruned(place, tmp_path):
+def test_pruned_base_stays_pruned(place, tmp_path):
     weights = load_file(place / "base" / "best" / "model.safetensors")
     name = "blocks.0.mlp.fc1.weight"
     masks = {name: torch.rand(weights[name].shape) > 0.5}
@@ -337,7 +337,7 @@ def test_a_pruned_base_stays_pruned(place, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_two_processes_train_and_save_the_same_part(place, command_server, tmp_path, shard):
+def test_two_processes_train_and_save_the_same_weights(place, command_server, tmp_path, shard):
     """Divided or not; and go on, where only the base can say what the rest was."""
     arguments = ["finetune", "--from", place / "base", "--schedule", "convpass", "--loss", "none"]
     arguments += ["--optim.epochs", "2", "--optim.ema_epochs", "1", "--run.sharding", shard]
@@ -362,7 +362,7 @@ def test_two_processes_train_and_save_the_same_part(place, command_server, tmp_p
 
 
 @pytest.mark.parametrize("form", ["timm", "transformers"])
-def test_formats_without_adapters_say_so(place, tmp_path, form):
+def test_export_formats_without_adapters_raise(place, tmp_path, form):
     pytest.importorskip("transformers")
     with raises(ConfigError, "student.adapters = 'convpass'", "--format onnx") as error:
         export(place / "adapted", tmp_path / "out", format=form)
@@ -371,7 +371,7 @@ def test_formats_without_adapters_say_so(place, tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["onnx", "pt2"])
-def test_graphs_take_them_along(place, tmp_path, form):
+def test_exported_graphs_include_adapters(place, tmp_path, form):
     """`export` holds every answer against the original itself."""
     if form == "onnx":
         pytest.importorskip("onnxruntime")
@@ -381,7 +381,7 @@ def test_graphs_take_them_along(place, tmp_path, form):
 
 
 @pytest.mark.parametrize("objective", ["none", "deit-hard"])
-def test_the_command(place, tmp_path, objective, monkeypatch, capsys):
+def test_adapters_command_line(place, tmp_path, objective, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--from", str(place / "base"), "--schedule", "convpass", "--loss", objective]
     arguments += ["--student.adapters", "convpass_attention", "--optim.epochs", "1", "--out", "run"]

@@ -24,7 +24,7 @@ pytest.importorskip("sklearn")
 # The arithmetic
 
 
-def test_weights_by_hand():
+def test_fake_quant_weight_by_hand():
     weight = torch.tensor([[1.27, -0.014, 0.016], [-2.54, 0.03, 0.0], [0.0, 0.0, 0.0]])
     found, scale = fake_quant_weight(weight)
     torch.testing.assert_close(scale, torch.tensor([0.01, 0.02, 1.0]))
@@ -32,7 +32,7 @@ def test_weights_by_hand():
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
-def test_a_weight_that_is_zero_stays_zero_and_its_row_has_its_own_scale():
+def test_fake_quant_weight_zero_row_stays_zero():
     weight = torch.randn(6, 40)
     weight[torch.rand(6, 40) < 0.5] = 0
     found, _ = fake_quant_weight(weight)
@@ -42,7 +42,7 @@ def test_a_weight_that_is_zero_stays_zero_and_its_row_has_its_own_scale():
     assert (found - weight).abs().max() <= weight.abs().max() / 254 + 1e-7
 
 
-def test_gradients_of_weights_go_through():
+def test_fake_quant_weight_passes_gradient():
     weight = torch.randn(4, 9, requires_grad=True)
     upstream = torch.randn(4, 9)
     (fake_quant_weight(weight)[0] * upstream).sum().backward()
@@ -53,7 +53,7 @@ def test_gradients_of_weights_go_through():
     ("low", "high"),
     [(-1.0, 1.0), (0.0, 6.0), (-3.7, 0.0), (-0.3, 11.0), (-1e-3, 2e-5), (-2.117904, 2.64), (0, 0)],
 )
-def test_scales_are_those_of_the_file(low, high):
+def test_activation_scale_matches_onnx_runtime(low, high):
     pytest.importorskip("onnxruntime")
     from onnxruntime.quantization.quant_utils import compute_scale_zp
 
@@ -70,7 +70,7 @@ def layer_of(low: float, high: float, *, of: int = 4) -> FakeQuantLinear:
     return holder.eval()[0]
 
 
-def test_a_layer_is_a_sum_of_products_of_integers():
+def test_fake_quant_linear_equals_integer_arithmetic():
     layer = layer_of(-1.0, 4.1, of=50)
     nn.init.normal_(layer.weight, std=10)  # so that a bias in whole steps is another one
     values = 2 * torch.randn(2, 7, 50)
@@ -88,7 +88,7 @@ def test_a_layer_is_a_sum_of_products_of_integers():
     assert (rounded - expected[:, 0]).abs().amax(dim=0).max() > 1e-3
 
 
-def test_gradients_of_inputs_end_where_they_are_cut_off():
+def test_input_gradients_are_zero_outside_range():
     layer = layer_of(-1.0, 2.0, of=5)
     nn.init.ones_(layer.weight)
     values = torch.tensor([[-1.5, -0.9, 0.0, 1.9, 2.5]], requires_grad=True)
@@ -99,7 +99,7 @@ def test_gradients_of_inputs_end_where_they_are_cut_off():
     assert torch.allclose(layer.weight.grad, inside.expand(3, 5), atol=3 / 255)
 
 
-def test_a_convolution_likewise():
+def test_fake_quant_conv_equals_integer_arithmetic():
     holder = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2))
     enable_fake_quant(holder)
     given = random_batch(8)
@@ -120,7 +120,7 @@ def test_a_convolution_likewise():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_becomes_no_integer(bad):
+def test_nonfinite_input_gives_nonfinite_output(bad):
     layer = layer_of(-1.0, 1.0)
     values = torch.zeros(3, 4)
     values[1, 2] = bad
@@ -131,7 +131,7 @@ def test_what_is_not_finite_becomes_no_integer(bad):
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_under_autocast_steps_are_those_of_float32(precision):
+def test_fake_quant_under_autocast_uses_float32(precision):
     layer = layer_of(-1.0, 1.0)
     values = torch.rand(2, 6, 4)
     with (

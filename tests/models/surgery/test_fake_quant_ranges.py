@@ -87,7 +87,7 @@ def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
 # Ranges
 
 
-def test_the_first_update_sets_ranges_and_later_ones_move_them():
+def test_update_sets_then_moves_ranges():
     holder = nn.Sequential(nn.Linear(2, 1)).train()
     enable_fake_quant(holder)
     layer, ranges = holder[0], ActivationRanges(holder)
@@ -108,7 +108,7 @@ def test_the_first_update_sets_ranges_and_later_ones_move_them():
     assert layer.observed.tolist() == [-math.inf, -math.inf]
 
 
-def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
+def test_ranges_do_not_depend_on_micro_batches_or_repeats():
     found, given = [], random_batch(8, 12)
     for sizes in ([12], [4, 8], [12, 12]):
         network = taught(network_of())  # so that roundings are the same
@@ -124,7 +124,7 @@ def test_ranges_do_not_depend_on_the_parts_of_a_batch_nor_on_repeats():
     assert (moved != found[0]).any(dim=1).all()
 
 
-def test_without_ranges_each_batch_has_its_own():
+def test_unknown_range_uses_range_of_batch():
     """In evaluation as in training; never zeros."""
     network = network_of().eval()
     found = asked(network, random_batch(8))
@@ -138,7 +138,7 @@ def test_without_ranges_each_batch_has_its_own():
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_names_weights_and_decay_stay(name):
+def test_enable_keeps_names_weights_and_decay_groups(name):
     student = STUDENTS[name]
     rounded, plain = network_of(student), network_of(student, qat="none")
     kinds = (nn.Linear, nn.Conv2d)
@@ -161,7 +161,7 @@ def test_names_weights_and_decay_stay(name):
     assert torch.equal(asked(rounded, random_batch(8)), before)
 
 
-def test_a_copy_has_ranges_of_its_own():
+def test_copied_network_has_separate_ranges():
     network = taught(network_of(STUDENTS["plain"]))
     other = copy.deepcopy(network)
     expected = network(random_batch(8))
@@ -173,7 +173,7 @@ def test_a_copy_has_ranges_of_its_own():
     assert torch.equal(network(random_batch(8)), expected)
 
 
-def test_a_graph_answers_the_same(command_server, tmp_path):
+def test_compiled_network_outputs_are_equal(command_server, tmp_path):
     """In a process of its own: where something was compiled or exported before, PyTorch 2.15 may
     find no kernel for shapes alone for its own roundings."""
     script = tmp_path / "alike.py"
@@ -197,7 +197,7 @@ def compiled_alike():
     torch.testing.assert_close(seen[0], seen[1])
 
 
-def test_blocks_computed_again_give_the_same_gradients_and_ranges():
+def test_activation_checkpointing_gradients_and_ranges_are_equal():
     found = []
     for again in (False, True):
         network = taught(network_of(drop_path=0.3)).train()
@@ -212,7 +212,7 @@ def test_blocks_computed_again_give_the_same_gradients_and_ranges():
 
 
 @pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
-def test_linear_layers_by_onednn_answer_the_same():
+def test_onednn_outputs_match():
     network = taught(network_of())
     other = copy.deepcopy(network)
     use_onednn(other)
@@ -222,12 +222,12 @@ def test_linear_layers_by_onednn_answer_the_same():
     torch.testing.assert_close(found, network(random_batch(8)), rtol=1e-4, atol=1e-5)
 
 
-def test_processes_do_not_send_ranges_around():
+def test_ddp_does_not_broadcast_ranges():
     student = Student(network_of(), mean=(0.5,) * 3, std=(0.5,) * 3)
     assert set(student._ddp_params_and_buffers_to_ignore) == {n for n, _ in student.named_buffers()}
 
 
-def test_tokens_merge_under_roundings():
+def test_token_merging_works_with_fake_quant():
     network = taught(network_of())
     merging = with_merging(network, 2)
     assert len(fake_quant_layers(merging)) == len(fake_quant_layers(network))
@@ -235,7 +235,7 @@ def test_tokens_merge_under_roundings():
     assert torch.equal(with_merging(network, 0)(random_batch(8)), network(random_batch(8)))
 
 
-def test_heads_and_units_are_cut_with_the_ranges():
+def test_structured_pruning_keeps_ranges():
     network = taught(network_of(depth=2, num_heads=4))
     scores = magnitudes(network)
     kept = KeptUnits(
@@ -253,7 +253,7 @@ def test_heads_and_units_are_cut_with_the_ranges():
 
 
 @pytest.mark.parametrize("name", [name for name in STUDENTS if name != "scaled"])
-def test_the_file_answers_as_the_network(name, tmp_path):
+def test_exported_file_matches_network(name, tmp_path):
     """But where a value lies on the edge between two steps: there the last bits of a float, which
     sums in another order differ in, decide."""
     pytest.importorskip("onnxruntime")
@@ -317,7 +317,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_makes_no_sense_is_refused(name):
+def test_invalid_combination_raises(name):
     sections, names = REFUSED[name]
     config = digits().replace(student={"qat": "int8"})
     with raises(ConfigError, *names) as error:
@@ -326,7 +326,7 @@ def test_what_makes_no_sense_is_refused(name):
 
 
 @pytest.mark.parametrize("reference", [None, 512])
-def test_the_schedule(reference):
+def test_qat_schedule(reference):
     before = digits().replace(init={"weights": "x"}, optim={"lr_base_batch_size": reference})
     tuned = validate(FINETUNE_SCHEDULES["int8"](before))
     assert tuned.student == replace(before.student, qat="int8")
@@ -337,7 +337,7 @@ def test_the_schedule(reference):
     assert ends == pytest.approx((tuned.optim.peak_lr / 10,) * 2)
 
 
-def test_a_start_says_nothing_of_rounding():
+def test_init_does_not_change_qat():
     """As of drop path: the configuration does."""
     assert with_init(digits(), "x", TINY).student.qat == "none"
     own = digits().replace(student={"qat": "int8"})

@@ -79,7 +79,7 @@ def ranges_of(file: Path) -> torch.Tensor:
     return torch.stack([weights[name] for name in sorted(range_names(weights))])
 
 
-def test_ranges_lie_in_every_file_and_hold_zero(place):
+def test_checkpoints_store_ranges_containing_zero(place):
     newest = run_folder.latest_checkpoint(place / "int8")
     files = [place / "int8" / "best" / "model.safetensors"]
     files += [newest / f"{name}.safetensors" for name in ("model", "average")]
@@ -95,19 +95,19 @@ def test_ranges_lie_in_every_file_and_hold_zero(place):
     assert [re.findall(r"\d+", note) for note in notes] == [["11"]]
 
 
-def test_a_run_begins_with_the_answers_of_its_start(place):
+def test_run_starts_with_outputs_of_init_weights(place):
     began = build_run(config_of(place)).student.eval()(random_batch(8, 8)).class_logits
     before = load_student(place / "base" / "best")[0].eval()(random_batch(8, 8)).class_logits
     assert 20 < signal_to_noise(before, began) < 60
 
 
 @pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
-def test_it_resumes_to_the_bit(place, tmp_path, fault):
+def test_qat_run_resumes_bit_equal(place, tmp_path, fault):
     stop_and_go_on(config_of(place), tmp_path / "run", fault)
     same_end(tmp_path / "run", place / "int8")
 
 
-def test_an_update_that_is_left_out_moves_no_range(place, tmp_path):
+def test_skipped_step_does_not_move_ranges(place, tmp_path):
     found = []
     for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
         stop_at(config_of(place), tmp_path / name, fault)
@@ -118,7 +118,7 @@ def test_an_update_that_is_left_out_moves_no_range(place, tmp_path):
     assert not torch.equal(found[0], before)
 
 
-def test_masks_hold_under_roundings(place, tmp_path):
+def test_pruning_masks_hold_with_fake_quant(place, tmp_path):
     weights = load_file(place / "base" / "best" / "model.safetensors")
     name = "blocks.0.mlp.fc1.weight"
     masks = {name: torch.rand(weights[name].shape) > 0.5}
@@ -134,14 +134,14 @@ def test_masks_hold_under_roundings(place, tmp_path):
     assert rounded[masks[name]].count_nonzero() > 0.9 * masks[name].sum()
 
 
-def test_attention_alone_learns_ranges_too(place, tmp_path):
+def test_trainable_attention_updates_ranges(place, tmp_path):
     config = config_of(place, optim={"trainable": "attention", "epochs": 1, "warmup_epochs": 0})
     train(config, tmp_path / "run")
     found = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
     assert (found[:, 1] > 0).all()
 
 
-def test_ranges_go_on_or_are_left_out(place, tmp_path):
+def test_init_keeps_or_drops_ranges(place, tmp_path):
     start = str(place / "int8")
     config = with_init(config_of(place), start, load_weights_from(start).student)
     on = build_run(config)
@@ -162,7 +162,7 @@ def test_ranges_go_on_or_are_left_out(place, tmp_path):
     assert infer_student_config(own).name == "deit_micro"
 
 
-def test_old_facts_still_load(place, tmp_path):
+def test_qat_model_json_loads(place, tmp_path):
     shutil.copytree(place / "base" / "best", tmp_path / "best")
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
@@ -172,7 +172,7 @@ def test_old_facts_still_load(place, tmp_path):
     assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
 
 
-def test_it_teaches_and_is_evaluated_as_its_file(place):
+def test_qat_student_as_teacher_matches_its_export(place):
     student = load_student(place / "int8" / "best")[0].eval()
     assert fake_quant_layers(student.network)
     (member,) = teacher_specs(digits().replace(teacher={"source": (str(place / "int8"),)}).teacher)
@@ -183,14 +183,14 @@ def test_it_teaches_and_is_evaluated_as_its_file(place):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_formats_of_floats_are_refused(place, tmp_path, form):
+def test_float_export_formats_raise(place, tmp_path, form):
     with raises(ConfigError, place / "int8", "student.qat", "'int8'", "quantize") as error:
         export(place / "int8", tmp_path / "out", format=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_its_landscape_is_refused(place):
+def test_loss_landscape_of_qat_run_raises(place):
     one = LandscapePoint("one", place / "int8", place / "int8" / "best")
     with raises(ConfigError, "one:", "student.qat", "'int8'"):
         load_landscape_data([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
@@ -205,7 +205,7 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("option", OTHERWISE)
-def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option):
+def test_quantize_with_other_settings_raises(place, tmp_path, option):
     pytest.importorskip("onnxruntime")
     with raises(ConfigError, option, place / "int8", "student.qat") as error:
         quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
@@ -213,7 +213,7 @@ def test_another_file_than_it_was_trained_for_is_refused(place, tmp_path, option
     assert not (tmp_path / "out").exists()
 
 
-def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
+def test_quantize_with_unknown_ranges_raises(place, tmp_path):
     pytest.importorskip("onnxruntime")
     shutil.copytree(place / "int8", tmp_path / "run")
     best = tmp_path / "run" / "best"
@@ -233,7 +233,7 @@ def test_ranges_that_were_never_set_make_no_file(place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_message_of_a_drop_names_it(place, tmp_path):
+def test_accuracy_drop_message_suggests_qat(place, tmp_path):
     """Of a student without fake quantization; the other message is tested below."""
     pytest.importorskip("onnxruntime")
     with (
@@ -249,7 +249,7 @@ def test_the_message_of_a_drop_names_it(place, tmp_path):
     assert "--calibration-method percentile" in told
 
 
-def test_from_a_run_to_its_file(place, command_server, tmp_path, capsys, monkeypatch):
+def test_qat_commands_from_run_to_int8_file(place, command_server, tmp_path, capsys, monkeypatch):
     """The commands; the file answers as the run does, its weights without roundings otherwise."""
     pytest.importorskip("onnxruntime")
     arguments = ["finetune", "--from", place / "base", "--schedule", "int8", "--optim.epochs", "1"]

@@ -66,12 +66,12 @@ def ticket(folder: Path, **more: dict) -> Config:
     return config_of(folder, init=start, **more)
 
 
-def test_kept_updates_stay_beside_the_newest(place):
+def test_keep_steps_are_kept_with_the_latest(place):
     steps = [step for step, _ in run_folder.list_checkpoints(place / "dense")]
     assert steps == [12, 8, 7, 5]
 
 
-def test_a_level_begins_where_the_dense_run_was(place):
+def test_rewound_run_starts_from_dense_checkpoint(place):
     """The weights of that update to the bit, but for the masks; its learning rate, its views; no
     moments."""
     run = build_run(ticket(place))
@@ -92,7 +92,7 @@ def pruned(place) -> Path:
     return place / "pruned"
 
 
-def test_zeros_hold_in_every_file(place, pruned):
+def test_pruned_weights_are_zero_in_every_file(place, pruned):
     masks = read_masks(place / "masks.safetensors")
     folders = [pruned / "best", *(path for _, path in run_folder.list_checkpoints(pruned))]
     files = [file for folder in folders for file in folder.glob("*.safetensors")]
@@ -116,7 +116,7 @@ def test_zeros_hold_in_every_file(place, pruned):
         assert (after[name] != dense_start[name])[mask].float().mean() > 0.99
 
 
-def test_schedule_order_and_views_are_those_of_the_dense_run(place, pruned):
+def test_rewound_run_has_schedule_order_and_views_of_dense_run(place, pruned):
     ours, theirs = (run_log.read(out / run_log.METRICS) for out in (pruned, place / "dense"))
     config = ticket(place)
     assert [row["step"] for row in ours] == [8, 12]
@@ -132,7 +132,7 @@ def test_schedule_order_and_views_are_those_of_the_dense_run(place, pruned):
     assert result["samples_seen"] == 7 * 64
 
 
-def test_masks_that_keep_everything_change_no_bit(place, tmp_path):
+def test_all_ones_masks_train_bit_equal(place, tmp_path):
     every = {name: torch.ones_like(mask) for name, mask in read_masks(place / MASKS).items()}
     save_weights(tmp_path / MASKS, every)
     start = {"weights": str(place / "dense" / "checkpoint-00000007"), "start_step": 7}
@@ -146,7 +146,7 @@ def test_masks_that_keep_everything_change_no_bit(place, tmp_path):
 
 
 @pytest.mark.parametrize("step", [6, 8, 11])
-def test_a_pruned_run_resumes_to_the_bit(place, pruned, tmp_path, step):
+def test_pruned_run_resumes_bit_equal(place, pruned, tmp_path, step):
     out = tmp_path / "run"
     stop_at(ticket(place), out, f"update:{step - 5}:term")
     # The file it began with may be gone.
@@ -159,7 +159,7 @@ def test_a_pruned_run_resumes_to_the_bit(place, pruned, tmp_path, step):
     same_end(out, pruned)
 
 
-def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place, pruned):
+def test_fine_tuning_keeps_pruned_weights_unless_configured(place, pruned):
     start = {"weights": str(pruned), "pruning_masks": "keep", "start_step": 0}
     run = build_run(config_of(place, init=start))
     masks = read_masks(pruned / "best" / MASKS)
@@ -168,7 +168,7 @@ def test_what_was_pruned_stays_so_in_fine_tuning_unless_one_says_otherwise(place
     assert build_run(config_of(place, init={**start, "pruning_masks": "none"})).masks is None
 
 
-def test_masks_that_do_not_fit_stop_before_anything_is_written(place, tmp_path):
+def test_masks_of_other_network_raise_before_writing(place, tmp_path):
     save_file({"blocks.9.mlp.fc1.weight": torch.ones(2, 2).bool()}, tmp_path / "m.safetensors")
     config = ticket(place).replace(init={"pruning_masks": str(tmp_path / "m.safetensors")})
     with raises(CheckpointError, "init.pruning_masks", "m.safetensors", "blocks.9.mlp.fc1.weight"):
@@ -176,14 +176,14 @@ def test_masks_that_do_not_fit_stop_before_anything_is_written(place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_no_run_begins_behind_its_end(place, tmp_path):
+def test_start_step_after_end_raises(place, tmp_path):
     with raises(ConfigError, "init.start_step = 12"):
         train(config_of(place, init={"start_step": 12}), tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_zeros_hold_in_two_processes(command_server, tmp_path, shard):
+def test_pruned_weights_stay_zero_with_two_processes(command_server, tmp_path, shard):
     """Divided or not, both write what one mask says."""
     arguments = ("train", *SMALL, "--run.sharding", shard, "--run.timeout_s", "30", "--out")
     single_process = command_server.run(

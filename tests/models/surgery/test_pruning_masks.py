@@ -37,7 +37,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
-def test_of_a_vit_the_four_layers_of_each_block_may_be_pruned(name):
+def test_prunable_of_vit_is_four_layers_per_block(name):
     network = create_network(Config().replace(student={"name": name}).student, 10)
     found = prunable(network)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -48,7 +48,7 @@ def test_of_a_vit_the_four_layers_of_each_block_may_be_pruned(name):
 @pytest.mark.parametrize(
     "name", ["small_convnet", "dense", "rednet_micro", "regnety_002_small_stem", "timm:resnet18"]
 )
-def test_of_any_network_neither_the_first_layer_nor_the_head(name):
+def test_prunable_excludes_first_layer_and_heads(name):
     network = create_network(Config().replace(student={"name": name}).student, 10)
     layers = [
         f"{place}.weight"
@@ -58,7 +58,7 @@ def test_of_any_network_neither_the_first_layer_nor_the_head(name):
     assert list(prunable(network)) == layers[1:-1]
 
 
-def test_a_shared_weight_is_there_once():
+def test_prunable_lists_shared_weight_once():
     first, shared = nn.Linear(4, 4), nn.Linear(4, 4)
     other = nn.Linear(4, 4)
     other.weight = shared.weight
@@ -68,7 +68,7 @@ def test_a_shared_weight_is_there_once():
 # Counts
 
 
-def test_the_largest_by_hand():
+def test_prune_largest_by_hand():
     scores = {"a": torch.tensor([[3.0, 1.0], [2.0, 5.0]]), "b": torch.tensor([[4.0, 0.5]])}
     found = keep_largest(scores, all_ones(scores), 3)
     assert found["a"].tolist() == [[True, False], [False, True]]
@@ -76,14 +76,14 @@ def test_the_largest_by_hand():
 
 
 @pytest.mark.parametrize("number", range(9))
-def test_of_equal_ones_exactly_as_many_the_first(number):
+def test_prune_of_equal_scores_keeps_the_first(number):
     scores = {"a": torch.ones(2, 2), "b": torch.zeros(4, 1)}
     found = keep_largest(scores, all_ones(scores), number)
     flat = torch.cat([one.flatten() for one in found.values()])
     assert flat.tolist() == [True] * number + [False] * (8 - number)
 
 
-def test_a_zero_that_is_kept_ranks_before_what_is_gone():
+def test_prune_ranks_kept_zero_before_pruned_weight():
     scores = {"a": torch.tensor([[0.0, 0.0, 7.0]])}
     masks = {"a": torch.tensor([[False, True, True]])}
     assert keep_largest(scores, masks, 2)["a"].tolist() == [[False, True, True]]
@@ -92,7 +92,7 @@ def test_a_zero_that_is_kept_ranks_before_what_is_gone():
 
 
 @pytest.mark.parametrize("scope", EVERY_SCOPE)
-def test_levels_are_nested_and_exact(scope):
+def test_pruned_levels_are_nested_and_exact(scope):
     found = weights()
     masks = all_ones(found)
     total = num_remaining(masks)
@@ -110,13 +110,13 @@ def test_levels_are_nested_and_exact(scope):
     assert num_remaining(gone) == 0
 
 
-def test_nothing_is_pruned_where_everything_is_kept():
+def test_prune_with_density_one_keeps_everything():
     masks = all_ones(weights())
     for scope in SCOPES:
         assert num_remaining(prune_in(scope)(weights(), masks, 1.0)) == num_remaining(masks)
 
 
-def test_each_group_keeps_its_largest():
+def test_prune_groups_keeps_largest_of_each_group():
     row = torch.tensor([[1.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])
     found = prune_in("2:4")({"a": row}, all_ones({"a": row}), 0.5)["a"]
     assert found.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
@@ -129,18 +129,18 @@ def test_each_group_keeps_its_largest():
 
 
 @pytest.mark.parametrize("scope", ["2:2", "0:4", "3:2", "some", "2:", "1:4:8"])
-def test_a_scope_that_is_none(scope):
+def test_unknown_scope_raises(scope):
     with raises(ConfigError, f"scope {scope}:", "N:M", *SCOPES):
         groups_of(scope)
 
 
-def test_groups_have_to_fit():
+def test_groups_not_dividing_inputs_raise():
     scores = {"a": torch.ones(4, 6)}
     with raises(ConfigError, "N:4", " a ", "6", *SCOPES):
         prune_in("2:4")(scores, all_ones(scores), 0.5)
 
 
-def test_levels_of_groups_go_one_by_one():
+def test_levels_of_groups_decrease_one_by_one():
     assert densities_of("2:4", levels=9, rate=0.2) == (0.75, 0.5)
     assert densities_of("1:4", levels=9, rate=0.2) == (0.75, 0.5, 0.25)
     assert densities_of("global", levels=3, rate=0.2) == pytest.approx((0.8, 0.64, 0.512))
@@ -171,7 +171,7 @@ def test_random_masks_are_random():
     assert (found.mean(dim=1) - 0.25).abs().max() < 0.031 * 4.5
 
 
-def test_what_is_told_of_masks():
+def test_mask_summary_by_hand():
     qkv = torch.ones(6, 4, dtype=torch.bool)
     qkv[1], qkv[4, :2] = False, False
     told = mask_summary({"blocks.0.attn.qkv.weight": qkv, "fc.weight": torch.zeros(3, 2).bool()})
@@ -200,7 +200,7 @@ def network_and_masks() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_zeros_hold_under_an_optimizer(kind):
+def test_masked_gradients_keep_zeros_under_optimizer(kind):
     network, masks = network_and_masks()
     apply(masks, network)
     held = PruningMasks(masks, network)
@@ -222,7 +222,7 @@ def test_zeros_hold_under_an_optimizer(kind):
     assert not is_masked(masks, network.state_dict())
 
 
-def test_a_gradient_that_is_not_finite_stays_so():
+def test_masked_nonfinite_gradient_stays_nonfinite():
     network, masks = network_and_masks()
     weight = network[2].weight
     weight.grad = torch.full_like(weight, torch.nan)
@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_stays_so():
     assert weight.grad.isnan().all()
 
 
-def test_masks_of_something_else(tmp_path):
+def test_masks_of_other_network_raise(tmp_path):
     network, _ = network_and_masks()
     for masks, names in (
         ({"2.weight": torch.ones(8, 8)}, ("2.weight", "torch.float32", "bool")),

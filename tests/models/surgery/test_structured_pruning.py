@@ -43,7 +43,7 @@ def network_of(student: StudentConfig) -> torch.nn.Module:
 # Networks of other shapes
 
 
-def test_each_block_has_its_own_heads_and_units():
+def test_blocks_have_configured_heads_and_units():
     student = pruned_config(SMALL, KEPT)
     assert (student.heads_per_block, student.mlp_hidden_per_block) == ((2, 1), (32, 3))
     network = create_network(student, 5)
@@ -61,14 +61,14 @@ def test_each_block_has_its_own_heads_and_units():
     assert network.blocks[1].mlp.fc2.weight.detach().std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_one_value_is_of_all_blocks():
+def test_single_value_applies_to_all_blocks():
     student = Config(student=SMALL).replace(student={"heads_per_block": (2,)}).student
     assert student.block_heads == (2, 2)
     assert student.block_hidden == (96, 96)
     assert SMALL.block_heads == (3, 3)
 
 
-def test_shapes_left_alone_change_no_initial_weight():
+def test_unchanged_shapes_keep_initial_weights():
     torch.manual_seed(3)
     one = create_network(SMALL, 5).state_dict()
     torch.manual_seed(3)
@@ -90,14 +90,14 @@ def test_shapes_left_alone_change_no_initial_weight():
         ),
     ],
 )
-def test_shapes_that_cannot_be(student, names):
+def test_invalid_shapes_raise(student, names):
     config = Config().replace(student={"name": "deit_micro", **student}, loss={"kind": "none"})
     with raises(ConfigError, *names):
         validate(config)
 
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
-def test_other_libraries_build_no_pruned_network(name):
+def test_export_of_pruned_network_to_other_libraries_raises(name):
     facts = ModelInfo(pruned_config(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(ConfigError, "student.heads_per_block", "student.mlp_hidden_per_block", "--format"):
         FORMATS[name].check(build_student(facts), facts)
@@ -107,7 +107,7 @@ def test_other_libraries_build_no_pruned_network(name):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_cut_is_what_zeros_would_be(fused):
+def test_sliced_network_equals_zeroed_network(fused):
     """A head whose values never reach the projection, a unit whose output is not heard."""
     network, images = network_of(SMALL), torch.randn(3, 3, 16, 16)
     slimmed = create_network(pruned_config(SMALL, KEPT), 5).eval()
@@ -129,14 +129,14 @@ def test_cut_is_what_zeros_would_be(fused):
     )
 
 
-def test_nothing_is_cut_where_everything_stays():
+def test_slice_of_all_units_is_identity():
     every = KeptUnits(((0, 1, 2),) * 2, (tuple(range(96)),) * 2)
     weights = network_of(SMALL).state_dict()
     found = slice_weights(weights, every, head_width=8)
     assert all(torch.equal(found[name], one) for name, one in weights.items())
 
 
-def test_a_pruned_student_comes_back_from_its_folder(tmp_path):
+def test_saved_pruned_student_loads_equal(tmp_path):
     facts = ModelInfo(pruned_config(SMALL, KEPT), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
     student = build_student(facts)
     save_student(tmp_path, student.network.state_dict(), facts)
@@ -152,7 +152,7 @@ def test_a_pruned_student_comes_back_from_its_folder(tmp_path):
 # Scores
 
 
-def test_scores_are_the_squared_change_when_a_part_goes():
+def test_taylor_scores_are_squared_first_order_changes():
     """Against central differences of the loss of each image, by gates of 1 +- 1e-3, in float64."""
     network = network_of(SMALL).double()
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
@@ -184,7 +184,7 @@ def test_scores_are_the_squared_change_when_a_part_goes():
                 assert score == pytest.approx(slope.square().sum().item(), rel=1e-3)
 
 
-def test_scores_leave_no_hook_behind():
+def test_taylor_scorer_removes_its_hooks():
     network = network_of(SMALL)
     watch = TaylorScorer(network)
     with pytest.raises(ZeroDivisionError), watch.on(network):
@@ -204,7 +204,7 @@ def test_magnitudes_by_hand():
 # Which stay
 
 
-def test_the_largest_of_all_blocks_and_one_of_each():
+def test_select_top_keeps_largest_and_one_per_block():
     scores = (torch.tensor([5.0, 9.0, 7.0]), torch.tensor([0.1, 0.3, 0.2]))
     assert select_top(scores, 2, scope="global") == ((1,), (1,))
     assert select_top(scores, 3, scope="global") == ((1, 2), (1,))
@@ -214,13 +214,13 @@ def test_the_largest_of_all_blocks_and_one_of_each():
 
 
 @pytest.mark.parametrize("number", range(2, 8))
-def test_of_equal_ones_exactly_as_many(number):
+def test_select_top_of_equal_scores_is_exact(number):
     scores = (torch.ones(4), torch.ones(3))
     assert sum(map(len, select_top(scores, number, scope="global"))) == number
 
 
 @pytest.mark.parametrize("number", [1, 7])
-def test_more_than_there_are_or_fewer_than_blocks(number):
+def test_select_top_of_impossible_count_raises(number):
     with pytest.raises(ValueError, match=rf"\b{number}\b.*\b6\b.*\b2\b"):
         select_top((torch.ones(3), torch.ones(3)), number, scope="global")
 
@@ -230,7 +230,7 @@ def test_more_than_there_are_or_fewer_than_blocks(number):
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
 @pytest.mark.parametrize("kept", [KEPT, KeptUnits(((0,), (0,)), ((0,), (0,)))])
-def test_arithmetic_is_what_a_counter_counts(name, kept):
+def test_macs_of_match_counter(name, kept):
     student = pruned_config(Config(student=SMALL).replace(student={"name": name}).student, kept)
     blocks = create_network(student, 5).eval().blocks
     tokens = torch.randn(1, 17 + (name == "deit_micro"), 24)
@@ -239,7 +239,7 @@ def test_arithmetic_is_what_a_counter_counts(name, kept):
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
-def test_so_many_as_the_arithmetic_allows(share):
+def test_units_for_macs_meets_budget(share):
     student = StudentConfig(name="deit_tiny", image_size=224, patch_size=16)
     whole = macs_of(student, 36, 12 * 768)
     heads, hidden = units_for_macs(student, share)
@@ -248,6 +248,6 @@ def test_so_many_as_the_arithmetic_allows(share):
     assert heads == max(round(36 * hidden / (12 * 768)), 12)
 
 
-def test_less_arithmetic_than_one_of_each_takes():
+def test_units_for_macs_below_minimum_raises():
     with pytest.raises(ValueError, match=r"0\.01"):
         units_for_macs(SMALL, 0.01)

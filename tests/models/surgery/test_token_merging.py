@@ -86,7 +86,7 @@ def tokens_by_loops(built, image, numbers):
 
 @pytest.mark.parametrize("numbers", [(3, 3, 3), (8, 8, 8), (0, 5, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_network_is_what_loops_say(kind, numbers):
+def test_merging_network_equals_loops(kind, numbers):
     built = network(kind).double()
     merging = with_merging(built, numbers)
     found = merging.forward_features(images().double())
@@ -99,7 +99,7 @@ def test_a_network_is_what_loops_say(kind, numbers):
 @pytest.mark.parametrize("prefix", [0, 1, 2, 3])
 @pytest.mark.parametrize("patches", [2, 3, 8, 9])
 @pytest.mark.parametrize("alike", [False, True])
-def test_merging_is_what_loops_say(alike, patches, prefix):
+def test_merge_equals_loops(alike, patches, prefix):
     """alike: keys are unit vectors, so that many pairs are as similar to the bit."""
     tokens = torch.randn(4, prefix + patches, 5)
     sizes = torch.randint(1, 5, tokens.shape[:2]).float()
@@ -124,7 +124,7 @@ def test_merging_is_what_loops_say(alike, patches, prefix):
         assert all(map(torch.equal, without_sizes, ones))
 
 
-def test_of_equally_similar_pairs_the_first_merge_each_time():
+def test_merge_of_equal_pairs_takes_the_first():
     tokens = torch.arange(8.0).view(1, 8, 1)
     found, sizes = merge(tokens, None, torch.ones(1, 1, 8, 2), count=3, prefix=0)
     # 0, 2 and 4 go to 1, the first of those that are alike; 6 stays, before the odd ones.
@@ -132,7 +132,7 @@ def test_of_equally_similar_pairs_the_first_merge_each_time():
     assert sizes.flatten().tolist() == [1, 4, 1, 1, 1]
 
 
-def test_a_cosine_not_a_product_and_of_all_heads_tells_who_is_similar():
+def test_merge_ranks_by_cosine_over_all_heads():
     # Token 0 of the patches against 1 and 3: in the first head it is like 1, over both like 3.
     keys = torch.zeros(1, 2, 4, 2)
     keys[0, :, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -148,7 +148,7 @@ def test_a_cosine_not_a_product_and_of_all_heads_tells_who_is_similar():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_merging_is_the_network_to_the_bit(kind):
+def test_merging_zero_tokens_is_bit_equal(kind):
     built = network(kind)
     expected = answers(built, images())
     for numbers in (0, [0, 0, 0]):
@@ -156,7 +156,7 @@ def test_no_merging_is_the_network_to_the_bit(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_network_and_the_names_of_its_weights_stay(kind):
+def test_merging_keeps_network_and_weight_names(kind):
     built = network(kind)
     before, names = answers(built, images()), list(built.state_dict())
     merging = with_merging(built, 4)
@@ -168,7 +168,7 @@ def test_the_network_and_the_names_of_its_weights_stay(kind):
     assert not any(module._forward_hooks for module in built.modules())
 
 
-def test_a_student_answers_with_all_its_heads():
+def test_merging_student_returns_all_heads():
     for kind, tokens in (("distilled", 1), ("two teachers", 2)):
         built = network(kind)
         merging = with_merging(built, 3)
@@ -193,7 +193,7 @@ def test_a_student_answers_with_all_its_heads():
         ("two teachers", (7, 7, 7), [12, 8, 6]),  # 9 patches, then of 9 four, of 5 two
     ],
 )
-def test_tokens_are_counted(kind, numbers, expected):
+def test_num_tokens_per_block(kind, numbers, expected):
     merging = with_merging(network(kind), numbers)
     seen = []
     for block in merging.blocks:
@@ -204,7 +204,7 @@ def test_tokens_are_counted(kind, numbers, expected):
 
 
 @pytest.mark.parametrize("prefix", [1, 2, 3, 5])
-def test_tokens_of_the_prefix_never_merge_however_alike(prefix):
+def test_prefix_tokens_never_merge(prefix):
     tokens = torch.randn(2, prefix + 8, 4)
     keys = torch.ones(2, 2, prefix + 8, 3)
     keys[:, :, prefix:] = torch.randn(2, 2, 8, 3)  # the prefix is alike, patches are not
@@ -217,7 +217,7 @@ def test_tokens_of_the_prefix_never_merge_however_alike(prefix):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_is_merged_alike_alone_and_among_others(kind):
+def test_merging_does_not_depend_on_batch(kind):
     merging = with_merging(network(kind), 4)
     as_batch = answers(merging, images(5))
     one_by_one = torch.cat([answers(merging, image[None]) for image in images(5)])

@@ -39,7 +39,7 @@ def _no_gradients():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_equal_tokens_are_heard_as_one_of_their_number(fused):
+def test_attend_weights_token_by_size(fused):
     attention = Attention(12, num_heads=3, qkv_bias=True).eval()
     attention.fused_attn = fused
     several = torch.randn(2, 6, 12)
@@ -70,7 +70,7 @@ def test_merging_equal_patches_changes_nothing(kind):
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN")
-def test_layers_of_onednn_merge_the_same():
+def test_merging_with_onednn_matches():
     built = network("pruned")
     expected = with_merging(built, 4)(images())
     merging = with_merging(built, 4)
@@ -79,7 +79,7 @@ def test_layers_of_onednn_merge_the_same():
     torch.testing.assert_close(merging(images()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_the_precision_keeps_sizes_whole_and_the_tokens_their_type():
+def test_merge_in_half_precision_keeps_sizes_exact_and_dtype():
     tokens = torch.randn(1, 9, 4).bfloat16()
     sizes = torch.tensor([[1.0, 300.0, 301.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
     keys = torch.ones(1, 1, 9, 2).bfloat16()
@@ -94,7 +94,7 @@ def test_half_the_precision_keeps_sizes_whole_and_the_tokens_their_type():
     assert torch.cosine_similarity(found.float(), expected).min() > 0.95
 
 
-def test_in_autocast_pairs_are_ranked_in_full_precision():
+def test_merge_under_autocast_ranks_in_float32():
     """Two cosines that are one in bfloat16."""
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [0.0, 1.0]]).view(1, 1, 4, 2)
     tokens = torch.arange(4.0).view(1, 4, 1)
@@ -103,7 +103,7 @@ def test_in_autocast_pairs_are_ranked_in_full_precision():
     assert found.flatten().tolist() == [0, 1, 2.5]
 
 
-def test_costs_are_those_of_the_tokens_that_are_left():
+def test_cost_counts_remaining_tokens():
     built = network("distilled")
     width = 48
     macs = 16 * 3 * 16 * width + 2 * width * 6
@@ -115,7 +115,7 @@ def test_costs_are_those_of_the_tokens_that_are_left():
     assert cost.parameters == sum(one.numel() for one in built.parameters())
 
 
-def test_tokens_over_depth_are_those_of_the_merged_network():
+def test_token_cosines_of_merging_network():
     built = network("distilled")
     merging = with_merging(built, 4)
     expected, seen = [], []
@@ -179,7 +179,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_merged_is_refused(what):
+def test_unsupported_network_raises(what):
     build, numbers, names = REFUSED[what]
     for refuse in (check_merging, with_merging):
         with raises(ConfigError, *names) as caught:
@@ -187,7 +187,7 @@ def test_what_cannot_be_merged_is_refused(what):
         assert "\n" not in str(caught.value)
 
 
-def test_a_network_that_would_be_computed_again_in_training_merges():
+def test_network_with_grad_checkpointing_merges():
     """timm's blocks are computed again one by one, without what merging hands on."""
     plain, again = network().eval(), network().eval()
     again.set_grad_checkpointing(True)
@@ -195,7 +195,7 @@ def test_a_network_that_would_be_computed_again_in_training_merges():
     assert torch.equal(with_merging(again, 2)(images()), expected)
 
 
-def test_training_is_refused():
+def test_merging_in_training_mode_raises():
     for merging in (with_merging(network().train(), 2), with_merging(network(), 2).train()):
         with raises(ConfigError, "eval()"):
             merging(images())
@@ -220,7 +220,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_several_numbers_make_one_table(runs, tmp_path, capsys):
+def test_several_merge_counts_make_one_table(runs, tmp_path, capsys):
     arguments = [str(runs / "student"), "--merge-tokens", "0,2,8", "--teacher", "none"]
     arguments += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", arguments, "evaluate") == 0
@@ -242,7 +242,7 @@ def test_several_numbers_make_one_table(runs, tmp_path, capsys):
         assert picture.width > 500
 
 
-def test_a_single_number_is_said_in_the_title(command_server, runs, tmp_path):
+def test_single_merge_count_is_in_title(command_server, runs, tmp_path):
     arguments = (runs / "student", "--merge-tokens", "4", "--json", tmp_path / "f.json")
     done = command_server.run(*arguments, script="evaluate_deit.py")
     assert done.code == 0, done.err
@@ -253,7 +253,7 @@ def test_a_single_number_is_said_in_the_title(command_server, runs, tmp_path):
     assert len(found["token_cosine"]) == 3
 
 
-def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
+def test_higher_resolution_allows_more_merging(runs, tmp_path):
     arguments = [
         str(runs / "student"),
         "--resolution",
@@ -282,7 +282,7 @@ def test_more_patches_at_another_resolution_let_more_merge(runs, tmp_path):
         (("--merge-tokens", "9", "--resolution", "16,8"), ["--merge-tokens 9", "8", "16"]),
     ],
 )
-def test_bad_numbers_are_one_line_before_the_work(arguments, names, runs, capsys):
+def test_invalid_merge_counts_raise_in_one_line(arguments, names, runs, capsys):
     first, *rest = arguments
     arguments = [f"{first}={rest[0]}", *rest[1:]]
     assert run_command("evaluate", [str(runs / "student"), *arguments], "evaluate") == 2
@@ -293,7 +293,7 @@ def test_bad_numbers_are_one_line_before_the_work(arguments, names, runs, capsys
 
 
 @pytest.mark.parametrize("numbers", ["0", "0,1"])
-def test_a_run_that_is_no_vit_is_refused_at_once(numbers, runs, capsys):
+def test_merging_of_convnet_run_raises_immediately(numbers, runs, capsys):
     arguments = [str(runs / "student"), str(runs / "teacher"), "--merge-tokens", numbers]
     for asked in (arguments, arguments[1:]):
         assert run_command("evaluate", asked, "evaluate") == 2

@@ -50,7 +50,7 @@ def facts_of(share: int) -> ModelInfo:
     return ModelInfo(sharing(share), tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
 
 
-def test_shared_weights_are_there_once():
+def test_shared_weights_are_registered_once():
     """By hand: of four blocks two keep 12 d^2 + 9 d weights of attention and MLP... each."""
     width, heads = 24, 3
     of_layers = 12 * width**2 + (3 + 1 + 4 + 1) * width
@@ -77,7 +77,7 @@ def with_copies(shared: torch.nn.Module) -> torch.nn.Module:
     return plain
 
 
-def test_the_first_answers_are_those_of_blocks_with_equal_weights():
+def test_initial_outputs_equal_blocks_with_equal_weights():
     shared = network_of(2).eval()
     plain = with_copies(shared)
     images = torch.randn(2, 3, 16, 16)
@@ -110,7 +110,7 @@ def test_heads_are_mixed_before_and_after_the_softmax():
     assert (found[0] - expected).abs().max() < 1e-12
 
 
-def test_a_shared_weights_gradient_is_the_sum_over_its_uses():
+def test_shared_weight_gradient_is_sum_over_uses():
     """Against a network whose blocks have copies of their own."""
     shared = network_of(2).double().eval()
     plain = with_copies(shared).double()
@@ -124,7 +124,7 @@ def test_a_shared_weights_gradient_is_the_sum_over_its_uses():
             assert (ours - first - second).abs().max() < 1e-10
 
 
-def test_a_copy_shares_with_itself_alone():
+def test_copied_network_shares_within_itself_only():
     network = network_of(2)
     other = copy.deepcopy(network)
     assert len(list(other.parameters())) == len(list(network.parameters()))
@@ -140,7 +140,7 @@ def test_a_copy_shares_with_itself_alone():
             assert not torch.equal(copied(tokens), before)
 
 
-def test_arithmetic_is_told_as_it_is():
+def test_sharing_keeps_macs():
     """As much as without sharing, and the mixing of the heads."""
     costs = [cost_of(network_of(share).eval(), side=16, batch=2) for share in (1, 2)]
     tokens = 18
@@ -159,7 +159,7 @@ def test_prunable_weights_and_decay():
         assert id(block.attn.after) in still
 
 
-def test_recomputing_gives_the_same_gradients():
+def test_activation_checkpointing_gradients_are_equal():
     images = torch.randn(2, 3, 16, 16)
     found = []
     for recompute in (False, True):
@@ -170,7 +170,7 @@ def test_recomputing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-def test_what_cannot_be_shown_is_refused_and_tokens_are_compared():
+def test_attention_of_shared_blocks_raises_and_cosines_work():
     network = network_of(2).eval()
     with raises(ConfigError, type(network).__name__, "student.shared_block_size"):
         check_attention(network)
@@ -191,13 +191,13 @@ def test_what_cannot_be_shown_is_refused_and_tokens_are_compared():
         ),
     ],
 )
-def test_sharing_that_cannot_be(student, names):
+def test_invalid_sharing_raises(student, names):
     config = Config().replace(student={"name": "deit_micro", **student}, loss={"kind": "none"})
     with raises(ConfigError, *names):
         validate(config)
 
 
-def test_sharing_and_dividing_among_processes_do_not_go_together():
+def test_sharing_with_fsdp_raises():
     config = digits().replace(student={"shared_block_size": 2}, run={"sharding": "fsdp"})
     with raises(ConfigError, "student.shared_block_size = 2", "run.sharding"):
         validate(config)
@@ -207,14 +207,14 @@ def test_sharing_and_dividing_among_processes_do_not_go_together():
 
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
-def test_other_libraries_know_no_shared_blocks(name):
+def test_export_of_shared_blocks_to_other_libraries_raises(name):
     facts = facts_of(2)
     with raises(ConfigError, "student.shared_block_size = 2", "--format"):
         FORMATS[name].check(build_student(facts), facts)
 
 
 @pytest.mark.slow
-def test_saved_and_exported_once(tmp_path):
+def test_shared_weights_are_saved_and_exported_once(tmp_path):
     images, bytes_of, parameters = torch.rand(2, 3, 16, 16), {}, {}
     for share in (1, 4):
         torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_saved_and_exported_once(tmp_path):
     assert bytes_of[4] < 0.35 * bytes_of[1]
 
 
-def test_a_whole_student_becomes_one_that_shares(tmp_path):
+def test_init_from_unshared_student(tmp_path):
     facts = facts_of(1)
     torch.manual_seed(1)
     save_student(tmp_path, build_student(facts).network.state_dict(), facts)
@@ -258,7 +258,7 @@ def test_a_whole_student_becomes_one_that_shares(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, command_server):
+def test_shared_run_learns_resumes_bit_equal_and_averages(tmp_path, command_server):
     teacher = tmp_path / "teacher"
     arguments = ("--optim.epochs", "3", "--optim.warmup_epochs", "1", "--out", teacher)
     assert command_server.run("train", "digits-teacher", *arguments, cwd=tmp_path).code == 0
@@ -299,7 +299,7 @@ def test_a_distilled_run_learns_resumes_to_the_bit_and_averages(tmp_path, comman
     )
 
 
-def test_pruning_blocks_that_share_is_refused(tmp_path, command_server):
+def test_structured_pruning_of_shared_blocks_raises(tmp_path, command_server):
     arguments = ("--loss", "none", "--student.shared_block_size", "2", "--optim.epochs", "2")
     arguments = (
         *arguments,
@@ -316,7 +316,7 @@ def test_pruning_blocks_that_share_is_refused(tmp_path, command_server):
     assert "run: student.shared_block_size = 2" in done.err
 
 
-def test_weights_of_another_sharing_are_refused_by_name(tmp_path):
+def test_weights_of_other_sharing_raise_with_names(tmp_path):
     facts = facts_of(2)
     save_student(tmp_path, build_student(facts).network.state_dict(), facts)
     fitted = adapt_weights(
