@@ -1,4 +1,4 @@
-"""Images in files that several test files read."""
+"""Image files shared by several test files."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def files_root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def file_images(files_root):
-    found = images_at(files_root)
-    assert isinstance(found, EncodedImages)
-    assert len(found.labels) == 39
-    return found
+    result = images_at(files_root)
+    assert isinstance(result, EncodedImages)
+    assert len(result.labels) == 39
+    return result

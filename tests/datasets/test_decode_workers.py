@@ -1,4 +1,4 @@
-"""Images that stay encoded: the same views from any number of workers, processes and epochs."""
+"""Encoded images: the same views with any number of workers, processes and epochs."""
 
 import dataclasses
 import multiprocessing
@@ -41,7 +41,7 @@ from tests.helpers.processes import run_python
 
 
 def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
-    """The global batches of an epoch, one after the other: every field of a batch as one tensor."""
+    """Return the global batches of an epoch in order, each field of a batch as one tensor."""
     parts = [
         list(loader(images, process, num_processes, accumulate, **settings).epoch(epoch))
         for process in range(num_processes)
@@ -50,46 +50,46 @@ def global_epoch(images, num_processes=1, accumulate=1, epoch=3, **settings):
     return joined(blocks)
 
 
-def same(ours, theirs):
-    """Whether images, the teacher's images, targets, samples and places are equal to the bit."""
-    return [torch.equal(*fields) for fields in zip(ours, theirs)] == [True] * 5
+def same(actual, reference):
+    """Return whether all fields of the batches are bit-equal."""
+    return [torch.equal(*fields) for fields in zip(actual, reference)] == [True] * 5
 
 
 @pytest.fixture(scope="module")
 def expected(file_images):
-    """Two epochs read by the training process itself."""
+    """Two epochs that the training process reads itself."""
     return {epoch: global_epoch(file_images, epoch=epoch) for epoch in (0, 1)}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_over_epochs_equal_reading_in_process(workers, file_images, expected):
-    made = loader(file_images, workers=workers)
+    train_loader = loader(file_images, workers=workers)
     for epoch in (0, 1, 0):
-        found = joined(made.epoch(epoch))
-        assert found[0].shape == (32, 3, SIDE, SIDE)
-        assert same(found, expected[epoch])
+        result = joined(train_loader.epoch(epoch))
+        assert result[0].shape == (32, 3, SIDE, SIDE)
+        assert same(result, expected[epoch])
     assert not torch.equal(expected[0][0], expected[1][0])
 
 
 class Usage(NamedTuple):
-    """Of a disk, as shutil says it."""
+    """The result of shutil.disk_usage."""
 
     free: int
 
 
 def test_small_shared_memory_passes_batches_in_files(file_images, expected, monkeypatch, capsys):
     decode_workers._warn_of_files.cache_clear()
-    asked = []
+    requested = []
 
     def usage(path):
-        asked.append(str(path))
+        requested.append(str(path))
         return Usage(64)
 
     monkeypatch.setattr(decode_workers.shutil, "disk_usage", usage)
     monkeypatch.setattr(decode_workers, "supports_sockets", lambda folder: True)
-    made = loader(file_images, workers=2)
-    assert same(joined(made.epoch(1)), expected[1])
-    assert set(asked) == {"/dev/shm"}
+    train_loader = loader(file_images, workers=2)
+    assert same(joined(train_loader.epoch(1)), expected[1])
+    assert set(requested) == {"/dev/shm"}
     assert len(re.findall(r"/dev/shm\b.* 0 MiB", capsys.readouterr().err)) == 1
 
 
@@ -100,12 +100,12 @@ REFUSALS = (
 )
 
 
-@pytest.mark.parametrize("said", REFUSALS)
-def test_full_shared_memory_passes_batch_in_file(said, file_images, expected, monkeypatch):
-    """Another process may fill the shared memory at any time."""
+@pytest.mark.parametrize("printed", REFUSALS)
+def test_full_shared_memory_passes_batch_in_file(printed, file_images, expected, monkeypatch):
+    """Another process can fill the shared memory at any time."""
 
     def refusing(tensor):
-        raise RuntimeError(said)
+        raise RuntimeError(printed)
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refusing)
     assert same(joined(loader(file_images, workers=2).epoch(1)), expected[1])
@@ -113,18 +113,18 @@ def test_full_shared_memory_passes_batch_in_file(said, file_images, expected, mo
     monkeypatch.setattr(decode_workers, "_task", task, raising=False)
     request = (0, np.arange(3), np.zeros(3, np.int64))
     with TemporaryDirectory() as folder:
-        answer = decode_workers._decode_in_worker(*request, folder, True)
-        assert answer.file.startswith(folder)
-        found = decode_workers._receive(answer)
+        output = decode_workers._decode_in_worker(*request, folder, True)
+        assert output.file.startswith(folder)
+        result = decode_workers._receive(output)
         assert os.listdir(folder) == []
-    assert all(map(torch.equal, found.pixels, task(*request).pixels))
+    assert all(map(torch.equal, result.pixels, task(*request).pixels))
 
 
-@pytest.mark.parametrize("said", REFUSALS)
-def test_shared_memory_error_is_lost_worker(said):
-    """And no want of memory, though some of it is said in its words."""
+@pytest.mark.parametrize("output", REFUSALS)
+def test_shared_memory_error_is_lost_worker(output):
+    """It is not reported as out of memory, although the messages are similar."""
     future = Future()
-    future.set_exception(RuntimeError(said))
+    future.set_exception(RuntimeError(output))
     with raises(WorkerLost, "data.num_workers"):
         decode_workers._result(future)
     other = Future()
@@ -136,7 +136,7 @@ def test_shared_memory_error_is_lost_worker(said):
 def test_unsupported_sockets_pass_batches_in_files(
     file_images, expected, tmp_path, monkeypatch, capsys
 ):
-    """The path of a socket has 107 bytes, and workers hand over shared memory by one."""
+    """The path of a socket is limited to 107 bytes, and shared memory is passed by a socket."""
     decode_workers._warn_of_files.cache_clear()
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
@@ -150,11 +150,11 @@ def test_unsupported_sockets_pass_batches_in_files(
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_killed_worker_raises(shared, file_images, monkeypatch):
-    """Also while its batch is under way."""
+    """Also while its batch is being read."""
     monkeypatch.setattr(decode_workers, "fits_shared_memory", lambda needed: shared)
-    wanted = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+    request = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
     with Reader(file_images, (CenterSquare(256),), workers=2, pin=False) as reader:
-        batches = reader.read([wanted] * 100_000)
+        batches = reader.read([request] * 100_000)
         next(batches)
         folder = Path(reader._workers._folder)
         reader._workers.processes[0].kill()
@@ -182,16 +182,16 @@ print("done")
 
 
 def test_program_exits_after_reader_is_closed(tmp_path):
-    """A notebook has no command line that would end it."""
+    """A notebook has no command line that ends the workers."""
     write_image_folder(tmp_path / "pictures", number=16)
     done = run_python(PROGRAM, tmp_path / "pictures")
     assert (done.code, done.out.splitlines()[-1:]) == (0, ["done"]), done.err
 
 
 def test_signals_are_deferred_until_workers_started():
-    """Whichever thread the system hands them to."""
+    """In whichever thread the system delivers them."""
     came = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: came.append(signum))
     other = threading.Event()
     threading.Thread(target=other.wait, daemon=True).start()
     try:
@@ -231,14 +231,14 @@ def test_required_shared_memory_counts_batches_ahead(file_images, monkeypatch):
 def test_encoded_batches_do_not_depend_on_processes(
     num_processes, accumulate, workers, file_images, expected
 ):
-    found = global_epoch(file_images, num_processes, accumulate, epoch=1, workers=workers)
-    assert same(found, expected[1])
+    result = global_epoch(file_images, num_processes, accumulate, epoch=1, workers=workers)
+    assert same(result, expected[1])
 
 
 def test_random_crop_equals_pillow_crop_of_its_key(file_images):
     sizes = Sizes(SIDE, SIDE, SIDE)
     views = dataclasses.replace(PLAIN, aug_repeats=2)
-    made = TrainLoader(
+    train_loader = TrainLoader(
         file_images,
         3,
         views=views,
@@ -249,17 +249,17 @@ def test_random_crop_equals_pillow_crop_of_its_key(file_images):
         workers=1,
     )
     seen = set()
-    for batch in made.epoch(4):
+    for batch in train_loader.epoch(4):
         assert torch.equal(batch.sample_ids[:8], batch.sample_ids[8:])
         assert (batch.images[:8] != batch.images[8:]).flatten(1).any(dim=1).all()
         for row, sample in enumerate(batch.sample_ids.tolist()):
-            picture = open_image(file_images.read(sample), file_images.name(sample))
+            image = open_image(file_images.read(sample), file_images.name(sample))
             keys = Keys(9, 4, torch.tensor([sample]), torch.tensor([row // 8]))
             box = sample_resized_crop(
-                keys, picture.height, picture.width, scale=(0.2, 1.0), ratio=views.crop_ratio
+                keys, image.height, image.width, scale=(0.2, 1.0), ratio=views.crop_ratio
             )
             top, left, height, width = box[0].tolist()
-            cut = picture.crop((left, top, left + width, top + height))
+            cut = image.crop((left, top, left + width, top + height))
             cut = np.array(cut.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
             levels = (batch.images[row] * 255).round().to(torch.uint8).permute(1, 2, 0)
             assert np.array_equal(levels.numpy(), cut)
@@ -279,18 +279,18 @@ def test_other_crops_are_taken_from_center_square(crop, file_images):
         ),
         file_images.labels,
     )
-    theirs = global_epoch(squares, views=views)
-    assert same(global_epoch(file_images, views=views, workers=1), theirs)
+    reference = global_epoch(squares, views=views)
+    assert same(global_epoch(file_images, views=views, workers=1), reference)
 
 
 def test_abandoned_epoch_leaves_no_files_or_processes(file_images, expected):
-    made = loader(file_images, accumulate=2, workers=2)
+    train_loader = loader(file_images, accumulate=2, workers=2)
     for _ in range(2):
-        epoch = made.epoch(0)
+        epoch = train_loader.epoch(0)
         next(epoch)
         del epoch
-        found = joined(made.epoch(1))
-        assert same(found, expected[1])
+        result = joined(train_loader.epoch(1))
+        assert same(result, expected[1])
 
 
 def test_workers_do_not_use_global_random_state(file_images):

@@ -1,4 +1,4 @@
-"""Odd images: each is read by the documented rule or refused with its name, never guessed."""
+"""Unusual images: each is decoded by the documented rule or raises an error with its name."""
 
 import struct
 import threading
@@ -22,8 +22,8 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def plain(mode: str, colour: object, size: tuple[int, int] = (8, 6)) -> Image.Image:
-    return Image.new(mode, size, colour)
+def plain(mode: str, color: object, size: tuple[int, int] = (8, 6)) -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 def palette(transparency: object = None) -> bytes:
@@ -38,20 +38,20 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
 
-def png(width: int, height: int, *, bits: int = 8, colour: int = 0, row: bytes = b"") -> bytes:
-    """A PNG made by hand: every row holds the same bytes, or nothing follows the header."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+def png(width: int, height: int, *, bits: int = 8, color: int = 0, row: bytes = b"") -> bytes:
+    """Return a PNG written by hand: equal rows, or only a header."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     pixels = zlib.compress((b"\0" + row) * height) if row else b""
     body = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def deep_grey(value: int, **options: object) -> bytes:
+def deep_gray(value: int, **options: object) -> bytes:
     return encode(Image.fromarray(np.full((6, 8), value, dtype=np.uint16)), **options)
 
 
-def gif(*colours: int) -> bytes:
-    frames = [plain("L", colour) for colour in colours]
+def gif(*colors: int) -> bytes:
+    frames = [plain("L", color) for color in colors]
     return encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
@@ -76,10 +76,10 @@ READ = {
     "CMYK tiff": (encode(plain("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
     "CMYK jpeg": (encode(plain("CMYK", (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
     "white CMYK jpeg": (encode(plain("CMYK", (0, 0, 0, 0)), "JPEG"), (255, 255, 255)),
-    "16-bit grey, middle": (deep_grey(128 * 257), (128, 128, 128)),
-    "16-bit grey, rounded": (deep_grey(128 * 257 + 200), (129, 129, 129)),
-    "16-bit grey, white": (deep_grey(65535), (255, 255, 255)),
-    "16-bit colour": (png(8, 6, bits=16, colour=2, row=b"\xc8\xff\x64\x01\x32\x00" * 8), ORANGE),
+    "16-bit gray, middle": (deep_gray(128 * 257), (128, 128, 128)),
+    "16-bit gray, rounded": (deep_gray(128 * 257 + 200), (129, 129, 129)),
+    "16-bit gray, white": (deep_gray(65535), (255, 255, 255)),
+    "16-bit colour": (png(8, 6, bits=16, color=2, row=b"\xc8\xff\x64\x01\x32\x00" * 8), ORANGE),
     "1 x 1": (encode(plain("RGB", ORANGE, (1, 1))), ORANGE),
     "1 x 500": (encode(plain("RGB", ORANGE, (1, 500))), ORANGE),
     "60000 x 1": (encode(plain("RGB", ORANGE, (60000, 1))), ORANGE),
@@ -89,16 +89,16 @@ READ = {
 @pytest.mark.fault("C5", "C6", "C7", "C9", "C11")
 @pytest.mark.parametrize("name", READ)
 def test_unusual_image_has_documented_color(name):
-    encoded, colour = READ[name]
+    encoded, color = READ[name]
     square = decode_square(encoded, name, 16)
     assert square.shape == (3, 16, 16)
     assert square.dtype == torch.uint8
-    assert (square.float() - torch.tensor(colour)[:, None, None]).abs().max() <= 1
+    assert (square.float() - torch.tensor(color)[:, None, None]).abs().max() <= 1
 
 
 @pytest.mark.fault("C5")
 def test_adobe_cmyk_jpeg_is_inverted():
-    """So that the table above tests the inversion and not twice the same mistake."""
+    """So that the table above tests the inversion and not the same mistake twice."""
     encoded, _ = READ["white CMYK jpeg"]
     assert b"Adobe" in encoded
     with Image.open(BytesIO(encoded)) as image:
@@ -111,7 +111,7 @@ REFUSED = {
     "text": (b"not a picture", "13 bytes", "JPEG", "WEBP"),
     "html": (b"<!DOCTYPE html><p>404</p>", "25 bytes", "JPEG", "WEBP"),
     "icon": (encode(plain("RGB", ORANGE, (16, 16)), "ICO"), " bytes", "JPEG", "WEBP"),
-    "16-bit tiff": (deep_grey(1000, kind="TIFF"), "TIFF", "8 bits", "mode I;16"),
+    "16-bit tiff": (deep_gray(1000, kind="TIFF"), "TIFF", "8 bits", "mode I;16"),
     "float tiff": (encode(plain("F", 0.5), "TIFF"), "TIFF", "8 bits", "mode F"),
     "32-bit tiff": (encode(plain("I", 70000), "TIFF"), "TIFF", "8 bits", "mode I"),
     "16-bit pgm": (b"P5 2 2 65535\n" + bytes(8), "PPM", "8 bits", "mode I"),
@@ -177,7 +177,7 @@ def test_png_with_flipped_bit_raises():
             open_image(bytes(damaged), "place/flipped")
 
 
-# How the upright picture must be turned so that this EXIF orientation makes it upright again.
+# The transposition of an upright image that this EXIF orientation reverts.
 STORED = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -204,9 +204,9 @@ def test_exif_orientation_is_applied(kind, orientation):
     if kind == "JPEG":
         options = {"quality": 100, "subsampling": 0}
     stored = encode(blocks if turn is None else blocks.transpose(turn), kind, exif=exif, **options)
-    picture = open_image(stored, "turned")
-    assert picture.size == (48, 32)
-    difference = np.asarray(picture).astype(int) - np.asarray(blocks)
+    image = open_image(stored, "turned")
+    assert image.size == (48, 32)
+    difference = np.asarray(image).astype(int) - np.asarray(blocks)
     assert np.abs(difference).max() <= (3 if kind == "JPEG" else 0)
 
 
@@ -230,13 +230,13 @@ def test_damaged_exif_is_ignored(kind, broken):
 def test_mpo_decodes_first_image():
     pair = [plain("RGB", ORANGE), plain("RGB", "blue")]
     encoded = encode(pair[0], "MPO", save_all=True, append_images=pair[1:])
-    picture = decode_image(encoded, "phone.jpg")
-    assert picture.format == "MPO"
-    assert np.abs(np.asarray(picture.image).astype(int) - ORANGE).max() <= 2
+    image = decode_image(encoded, "phone.jpg")
+    assert image.format == "MPO"
+    assert np.abs(np.asarray(image.image).astype(int) - ORANGE).max() <= 2
 
 
 def test_pillow_warnings_are_suppressed_in_all_threads_only_while_decoding():
-    """Warnings are errors in these tests, and a filter that stayed behind would hide others."""
+    """Warnings are errors in these tests, and a remaining filter would hide others."""
     before = list(warnings.filters)
     odd = encode(plain("RGB", ORANGE), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0")
     raised: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""The order of an epoch and the batches of any number of processes."""
+"""The order of an epoch, and its batches for any number of processes."""
 
 import dataclasses
 import re
@@ -47,26 +47,26 @@ def loader(
 
 
 def joined(blocks):
-    """What several batches hold, each field as one tensor."""
+    """Return the fields of several batches, each as one tensor."""
     fields = ("images", "teacher_images", "targets", "sample_ids", "target_rows")
     return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
 
 
 def global_batches(num_processes, accumulate, views, epoch=3):
-    """All micro-batches of an epoch, put together to global batches."""
+    """Return all micro-batches of an epoch, combined to global batches."""
     parts = [
         list(loader(process, num_processes, accumulate, views=views).epoch(epoch))
         for process in range(num_processes)
     ]
-    together = []
+    combined = []
     for step in range(len(parts[0]) // accumulate):
         blocks = [
             parts[process][step * accumulate + part]
             for part in range(accumulate)
             for process in range(num_processes)
         ]
-        together.append(joined(blocks))
-    return together
+        combined.append(joined(blocks))
+    return combined
 
 
 @pytest.mark.fault("A20")
@@ -74,49 +74,49 @@ def global_batches(num_processes, accumulate, views, epoch=3):
 @pytest.mark.parametrize(("num_processes", "accumulate"), [(1, 2), (2, 1), (2, 2), (4, 1), (8, 1)])
 def test_global_batches_do_not_depend_on_processes(num_processes, accumulate, views):
     expected = global_batches(1, 1, views)
-    found = global_batches(num_processes, accumulate, views)
-    assert len(found) == len(expected) == 3
-    for ours, theirs in zip(found, expected):
+    result = global_batches(num_processes, accumulate, views)
+    assert len(result) == len(expected) == 3
+    for actual, reference in zip(result, expected):
         # Images, the teacher's images, targets (same partner and weight), samples.
-        assert all(torch.equal(*parts) for parts in zip(ours, theirs))
+        assert all(torch.equal(*parts) for parts in zip(actual, reference))
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch_size", [2, 14, 16])
-@pytest.mark.parametrize("number", [7, 16, 53, 255])
-def test_repeats_give_more_views_of_fewer_images(number, batch_size, repeats):
+@pytest.mark.parametrize("count", [7, 16, 53, 255])
+def test_repeats_give_more_views_of_fewer_images(count, batch_size, repeats):
     images = InMemoryImages(
-        torch.randint(256, (number, 3, 8, 8), dtype=torch.uint8), torch.arange(number)
+        torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8), torch.arange(count)
     )
     views = ViewsConfig(crop="padded", crop_padding=3, aug_repeats=repeats)
     unique = -(-batch_size // repeats)
-    if unique > number:
-        with raises(DataError, f"optim.batch_size = {batch_size}", unique, number):
+    if unique > count:
+        with raises(DataError, f"optim.batch_size = {batch_size}", unique, count):
             loader(images=images, views=views, batch_size=batch_size)
         return
-    made = TrainLoader(
+    train_loader = TrainLoader(
         images,
-        number,
+        count,
         views=views,
         optim=OptimConfig(batch_size=batch_size),
         sizes=Sizes(8, 8, 8),
         channel_stats=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=1,
     )
-    batches = list(made.epoch(0))
-    assert len(batches) == made.steps_per_epoch == max(number // batch_size, 1)
-    everyone = []
+    batches = list(train_loader.epoch(0))
+    assert len(batches) == train_loader.steps_per_epoch == max(count // batch_size, 1)
+    all_ids = []
     for batch in batches:
         assert len(batch.sample_ids) == batch_size
         counts = batch.sample_ids.unique(return_counts=True)[1]
         assert len(counts) == unique
         assert counts.max() <= repeats
         assert counts.max() - counts.min() <= 1 or batch_size % unique
-        if unique > 1:  # neighbours are mixed with each other
+        if unique > 1:  # neighbors are mixed with each other
             assert (batch.sample_ids[::2] != batch.sample_ids[1::2]).all()
-        everyone += batch.sample_ids.unique().tolist()
+        all_ids += batch.sample_ids.unique().tolist()
     # No image comes back in another batch of the epoch.
-    assert len(everyone) == len(set(everyone)) == made.images_per_epoch
+    assert len(all_ids) == len(set(all_ids)) == train_loader.images_per_epoch
 
 
 def test_image_is_never_mixed_with_itself():
@@ -173,10 +173,10 @@ def test_view_sizes_by_hand(student, teacher, source, expected):
 def test_loader_memory_does_not_grow_with_epochs():
     import gc
 
-    made = loader(views=FULL)
+    train_loader = loader(views=FULL)
 
     def after(epoch):
-        for _ in made.epoch(epoch):
+        for _ in train_loader.epoch(epoch):
             pass
         gc.collect()
         return sum(
@@ -187,13 +187,13 @@ def test_loader_memory_does_not_grow_with_epochs():
 
 
 def test_view_time_is_measured():
-    made = loader()
-    assert made.stages.rates() == {}
-    list(made.epoch(0))
-    assert made.stages.images["views"] == 48
-    assert made.stages.rates()["views"] > 0
-    list(made.epoch(1))
-    assert made.stages.images["views"] == 48  # of this epoch
+    train_loader = loader()
+    assert train_loader.stages.rates() == {}
+    list(train_loader.epoch(0))
+    assert train_loader.stages.images["views"] == 48
+    assert train_loader.stages.rates()["views"] > 0
+    list(train_loader.epoch(1))
+    assert train_loader.stages.images["views"] == 48  # of this epoch
 
 
 def test_epoch_has_each_image_at_most_once_in_new_order():

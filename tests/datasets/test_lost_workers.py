@@ -1,4 +1,4 @@
-"""Workers that decode images: open files, broken images, lost workers, and their number."""
+"""Workers that decode images: open files, damaged images, killed workers, number of workers."""
 
 import dataclasses
 import errno
@@ -27,8 +27,8 @@ from tests.helpers.images import PLAIN, SIDE, loader, write_image_folder
 def test_open_files_do_not_grow_with_epoch_length(file_images):
     # Tensors that wait in a queue are shared memory, and each holds a file open.
     reader = Reader(file_images, (CenterSquare(4),), workers=1, pin=False)
-    one = torch.zeros(1, dtype=torch.int64)
-    batches = reader.read([ReadRequest(0, one.clone(), one.clone()) for _ in range(120)])
+    item = torch.zeros(1, dtype=torch.int64)
+    batches = reader.read([ReadRequest(0, item.clone(), item.clone()) for _ in range(120)])
     opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
     assert len(opened) == 120
     # Those that wait are a few, how many by the moment; kept open they would be one a batch.
@@ -42,39 +42,39 @@ def test_damaged_file_raises_in_one_line(workers, views, tmp_path):
     files_root = write_image_folder(tmp_path / "images", number=8)
     data = DataConfig(source="folder", root=str(files_root), storage="files", image_size=SIDE)
     train = load_splits(data).train
-    broken, number = Path(train.name(7)), len(train.labels)
-    made = loader(train, batch_size=number, views=views, workers=workers)
+    broken, count = Path(train.name(7)), len(train.labels)
+    train_loader = loader(train, batch_size=count, views=views, workers=workers)
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2])
     # One line; and nothing here holds the error, whose traceback would keep the workers.
     with raises(DataError, str(broken)):
-        list(made.epoch(0))
+        list(train_loader.epoch(0))
     broken.unlink()
     with raises(DataError, str(broken)):
-        list(made.epoch(0))
+        list(train_loader.epoch(0))
     broken.write_bytes(content)
-    assert len(next(made.epoch(1)).images) == number  # and the workers go on
+    assert len(next(train_loader.epoch(1)).images) == count  # and the workers continue
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_machine_fault_raises_system_fault(workers, file_images, monkeypatch):
-    """It may pass: a run that ends by it may be tried again."""
+    """It can be transient, and a failed run can be retried."""
 
     def failing(path):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Path, "read_bytes", failing)
-    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    request = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with (
         Reader(file_images, (CenterSquare(4),), workers=workers, pin=False) as reader,
         raises(SystemFault, "Input/output error") as raised,
     ):
-        list(reader.read(wanted))
+        list(reader.read(request))
     assert re.fullmatch(r".*\.(jpg|png): .*", str(raised.value))
 
 
-def answers(images, config):
-    """What a network that only flattens makes of a split: every pixel of every view, in order."""
+def flattened_views(images, config):
+    """Return the pixels of all views of a split in order, by a network that only flattens."""
     accelerator = Accelerator(cpu=True)
     return predict_split(
         accelerator, torch.nn.Flatten(), images, config.evaluation, "reading"
@@ -84,7 +84,7 @@ def answers(images, config):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_from_memory_and_files_is_equal(workers, files_root):
     data = DataConfig(source="folder", root=str(files_root), image_size=SIDE, num_workers=workers)
-    found = {}
+    result = {}
     for storage in ("memory", "files"):
         config = Config(
             data=dataclasses.replace(data, storage=storage),
@@ -96,11 +96,11 @@ def test_evaluation_from_memory_and_files_is_equal(workers, files_root):
         )
         splits = load_splits(config.data)
         assert isinstance(splits.train, InMemoryImages) == (storage == "memory")
-        found[storage] = answers(splits.test, config)
-        assert len(found[storage]) == len(splits.test.labels) == 12
-    # Whole images, in order and once each: no two of these pictures are alike.
-    assert torch.equal(found["files"], found["memory"])
-    assert len(found["files"].unique(dim=0)) == 12
+        result[storage] = flattened_views(splits.test, config)
+        assert len(result[storage]) == len(splits.test.labels) == 12
+    # Whole images, in order and once each: no two of them are equal.
+    assert torch.equal(result["files"], result["memory"])
+    assert len(result["files"].unique(dim=0)) == 12
 
 
 def test_worker_count_is_share_of_cores(monkeypatch):
@@ -117,29 +117,29 @@ def test_worker_count_is_share_of_cores(monkeypatch):
 
 
 def test_every_stage_is_measured(file_images):
-    made = loader(file_images, accumulate=2, workers=1)
-    list(made.epoch(0))
-    assert made.stages.images == {"views": 32, "reading": 32, "waiting": 32}
-    assert made.stages.rates().keys() == {"views", "reading", "waiting"}
-    assert min(made.stages.rates().values()) > 0
+    train_loader = loader(file_images, accumulate=2, workers=1)
+    list(train_loader.epoch(0))
+    assert train_loader.stages.images == {"views": 32, "reading": 32, "waiting": 32}
+    assert train_loader.stages.rates().keys() == {"views", "reading", "waiting"}
+    assert min(train_loader.stages.rates().values()) > 0
 
 
 @pytest.mark.fault("A26")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
-def test_killed_worker_raises_system_fault(number, file_images):
+@pytest.mark.parametrize("count", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
+def test_killed_worker_raises_system_fault(count, file_images):
     class Deadly:
         size = 4
 
         def decode(self, images, request):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), count)
 
-    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    expected_ids = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with raises(SystemFault, "data.num_workers"):
-        list(Reader(file_images, (Deadly(),), workers=1, pin=False).read(wanted))
+        list(Reader(file_images, (Deadly(),), workers=1, pin=False).read(expected_ids))
 
 
 def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
-    """Python's pool holds a lock until the others have ended, which the next batch waits for."""
+    """Python's pool holds a lock until the other workers have ended; the next batch needs it."""
 
     class Busy:
         size = 4
@@ -151,8 +151,8 @@ def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(10000)
 
-    wanted = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
+    expected_ids = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
     with Reader(file_images, (Busy(),), workers=2, pin=False) as reader:
         for _ in range(2):
             with pytest.raises(WorkerLost):
-                next(reader.read(wanted))
+                next(reader.read(expected_ids))

@@ -1,4 +1,4 @@
-"""Thousands of damaged pictures: each gives pixels of the right shape or is refused by its name."""
+"""Thousands of damaged images: each decodes to the right shape or raises with its name."""
 
 import random
 import time
@@ -30,7 +30,7 @@ KINDS = {
 }
 
 
-def picture(kind: str) -> bytes:
+def encoded_image(kind: str) -> bytes:
     mode, settings = KINDS[kind]
     noise = np.random.default_rng(0).integers(0, 256, (21, 30, 3), dtype=np.uint8)
     if mode == "I;16":
@@ -44,40 +44,40 @@ def picture(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_image_decodes_or_raises_in_time(kind, tmp_path):
-    how, whole = random.Random(kind), picture(kind)
+    mode, whole = random.Random(kind), encoded_image(kind)
     assert decode_square(whole, "whole", 16).shape == (3, 16, 16)
     file, refused, slowest = tmp_path / "picture", 0, 0.0
-    number = -(-MUTATIONS // len(KINDS))
-    for index in range(number):
+    count = -(-MUTATIONS // len(KINDS))
+    for index in range(count):
         file.write_bytes(whole)
-        for _ in range(how.choice((1, 1, 1, 5, 40))):
+        for _ in range(mode.choice((1, 1, 1, 5, 40))):
             if file.is_file() and file.stat().st_size:
-                mutate(file, how)
+                mutate(file, mode)
         content = file.read_bytes() if file.is_file() else b""
         started = time.process_time()  # of this process: what else is busy does not count
-        said = ""
+        output = ""
         try:
             pixels = decode_square(content, f"picture {index}", 16)
         except DataError as error:
-            said = str(error)
-        if said:
-            assert said.startswith(f"picture {index}: ")
-            assert "\n" not in said
+            output = str(error)
+        if output:
+            assert output.startswith(f"picture {index}: ")
+            assert "\n" not in output
             refused += 1
         else:
             assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.uint8)
         slowest = max(slowest, time.process_time() - started)
-    assert 0 < refused < number
+    assert 0 < refused < count
     assert slowest < 5
 
 
 @pytest.mark.fault("C11")
 def test_images_of_one_pixel_or_line_can_be_trained_on(tmp_path, command_server):
     for label in "ab":
-        place = tmp_path / "pictures" / label
-        place.mkdir(parents=True)
+        folder = tmp_path / "pictures" / label
+        folder.mkdir(parents=True)
         for index, size in enumerate(((1, 1), (1, 60), (60, 1), (2, 3), (9, 9), (30, 20)) * 2):
-            Image.new("RGB", size, (200 * (label == "a"), index, 90)).save(place / f"{index}.png")
+            Image.new("RGB", size, (200 * (label == "a"), index, 90)).save(folder / f"{index}.png")
     arguments = ("--loss", "none", "--student.name", "vit_micro", "--student.depth", "1")
     arguments += (
         "--student.image_size",

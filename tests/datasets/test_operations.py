@@ -1,4 +1,4 @@
-"""Every operation against Pillow on real images, and independence of batch, threads and device."""
+"""Every operation against Pillow on real images, independent of batch, threads and device."""
 
 import numpy as np
 import pytest
@@ -13,34 +13,34 @@ CANVASES = {name: FillOptions(torch.tensor(FILL, dtype=torch.uint8), name) for n
 
 
 def moved(matrix):
-    def reference(image, argument, how):
+    def reference(image, argument, mode):
         return image.transform(
-            image.size, Image.Transform.AFFINE, matrix(argument, *image.size), how, fillcolor=FILL
+            image.size, Image.Transform.AFFINE, matrix(argument, *image.size), mode, fillcolor=FILL
         )
 
     return reference
 
 
 REFERENCES = {
-    "invert": lambda i, a, how: ImageOps.invert(i),
-    "solarize": lambda i, a, how: ImageOps.solarize(i, int(a)),
-    "solarize_add": lambda i, a, how: i.point(
+    "invert": lambda i, a, mode: ImageOps.invert(i),
+    "solarize": lambda i, a, mode: ImageOps.solarize(i, int(a)),
+    "solarize_add": lambda i, a, mode: i.point(
         [min(255, level + int(a)) if level < 128 else level for level in range(256)] * 3
     ),
-    "posterize": lambda i, a, how: ImageOps.posterize(i, int(a)),
-    "brightness": lambda i, a, how: ImageEnhance.Brightness(i).enhance(a),
-    "contrast": lambda i, a, how: ImageEnhance.Contrast(i).enhance(a),
-    "auto_contrast": lambda i, a, how: ImageOps.autocontrast(i),
-    "equalize": lambda i, a, how: ImageOps.equalize(i),
-    "color": lambda i, a, how: ImageEnhance.Color(i).enhance(a),
-    "grayscale": lambda i, a, how: i.convert("L").convert("RGB"),
-    "sharpness": lambda i, a, how: ImageEnhance.Sharpness(i).enhance(a),
-    "gaussian_blur": lambda i, a, how: i.filter(ImageFilter.GaussianBlur(a)),
+    "posterize": lambda i, a, mode: ImageOps.posterize(i, int(a)),
+    "brightness": lambda i, a, mode: ImageEnhance.Brightness(i).enhance(a),
+    "contrast": lambda i, a, mode: ImageEnhance.Contrast(i).enhance(a),
+    "auto_contrast": lambda i, a, mode: ImageOps.autocontrast(i),
+    "equalize": lambda i, a, mode: ImageOps.equalize(i),
+    "color": lambda i, a, mode: ImageEnhance.Color(i).enhance(a),
+    "grayscale": lambda i, a, mode: i.convert("L").convert("RGB"),
+    "sharpness": lambda i, a, mode: ImageEnhance.Sharpness(i).enhance(a),
+    "gaussian_blur": lambda i, a, mode: i.filter(ImageFilter.GaussianBlur(a)),
     "shear_x": moved(lambda a, w, h: (1, a, 0, 0, 1, 0)),
     "shear_y": moved(lambda a, w, h: (1, 0, 0, a, 1, 0)),
     "translate_x": moved(lambda a, w, h: (1, 0, a * w, 0, 1, 0)),
     "translate_y": moved(lambda a, w, h: (1, 0, 0, 0, 1, a * h)),
-    "rotate": lambda i, a, how: i.rotate(a, how, fillcolor=FILL),
+    "rotate": lambda i, a, mode: i.rotate(a, mode, fillcolor=FILL),
 }
 ARGUMENTS = {
     "solarize": (0, 26, 128, 256),
@@ -55,9 +55,9 @@ ARGUMENTS = {
 
 
 def done(name, pixels, argument, interpolation="bicubic"):
-    number = len(pixels)
-    arguments = torch.full((number,), float(argument))
-    codes = torch.full((number,), CODES[name])
+    count = len(pixels)
+    arguments = torch.full((count,), float(argument))
+    codes = torch.full((count,), CODES[name])
     return apply_operations(pixels, codes, arguments, CANVASES[interpolation])
 
 
@@ -68,10 +68,10 @@ def test_operations_equal_pillow(name, interpolation):
     before = pixels_of(images)
     for argument in ARGUMENTS.get(name, (0.1, 0.19, 1.0, 1.81, 1.9)):
         argument = float(np.float32(argument))  # ours are single precision
-        found = done(name, before, argument, interpolation).int()
-        how = PILLOW[interpolation]
-        expected = pixels_of([REFERENCES[name](i, argument, how) for i in images]).int()
-        difference = (found - expected).abs()
+        result = done(name, before, argument, interpolation).int()
+        mode = PILLOW[interpolation]
+        expected = pixels_of([REFERENCES[name](i, argument, mode) for i in images]).int()
+        difference = (result - expected).abs()
         if name in MOVES:  # Pillow calculates in double precision and cuts off
             assert difference.max() <= 1, argument
             assert (difference > 0).double().mean() < 0.12, argument
@@ -88,7 +88,7 @@ def test_gaussian_blur_by_hand():
         expected = ndimage.gaussian_filter(
             before.double().numpy(), sigma=sigma, axes=(2, 3), mode="nearest", truncate=4
         )
-        # Rounded to grey levels after each direction.
+        # Rounded to integers after each direction.
         assert np.abs(done("gaussian_blur", before, sigma).numpy() - expected).max() < 1.01
 
 
@@ -101,7 +101,7 @@ def test_posterize_never_leaves_black(argument):
 
 @pytest.mark.parametrize("side", [6, 28])
 def test_contrast_rounds_mean_half_up(side):
-    # Half of the pixels one level brighter: the mean lies exactly half way.
+    # Half of the pixels are brighter by one: the mean is exactly halfway.
     pixels = torch.full((1, 3, side, side), 100, dtype=torch.uint8)
     pixels[..., : side // 2] = 101
     assert done("contrast", pixels, 0).unique().tolist() == [101]
@@ -133,23 +133,23 @@ def mixed_batch():
 def test_operations_do_not_depend_on_batch(interpolation):
     pixels, codes, arguments = mixed_batch()
     canvas = CANVASES[interpolation]
-    together = apply_operations(pixels, codes, arguments, canvas)
+    combined = apply_operations(pixels, codes, arguments, canvas)
     for size in (1, 5, 16):
         parts = [
             apply_operations(*part, canvas)
             for part in zip(*(values.split(size) for values in (pixels, codes, arguments)))
         ]
-        assert torch.equal(torch.cat(parts), together), size
+        assert torch.equal(torch.cat(parts), combined), size
     torch.set_num_threads(1)
-    assert torch.equal(apply_operations(pixels, codes, arguments, canvas), together)
+    assert torch.equal(apply_operations(pixels, codes, arguments, canvas), combined)
 
 
 def test_operations_do_not_change_input():
     pixels, codes, arguments = mixed_batch()
     before = pixels.clone()
-    found = apply_operations(pixels, codes, arguments, CANVASES["bicubic"])
+    result = apply_operations(pixels, codes, arguments, CANVASES["bicubic"])
     assert torch.equal(pixels, before)
-    assert torch.equal(found[codes == 0], pixels[codes == 0])
+    assert torch.equal(result[codes == 0], pixels[codes == 0])
 
 
 def test_every_operation_has_one_code_and_kind():

@@ -1,4 +1,4 @@
-"""What the policies draw: timm's magnitudes, how often, and streams that do not disturb others."""
+"""Samples of the policies: timm's magnitudes, frequencies, and independent random streams."""
 
 import random
 
@@ -61,8 +61,8 @@ def test_randaugment_magnitudes_equal_timm(name, magnitude, monkeypatch):
         expected = 0.0 if scale is None else scale(magnitude, {"translate_pct": 0.45})[0]
         if name == "posterize":
             expected = max(expected, 1)  # theirs arrives at 0 bits: black
-        found = RANDAUGMENT[name](level, torch.tensor([sign], dtype=torch.float64))
-        assert found.item() == pytest.approx(expected, abs=1e-9)
+        result = RANDAUGMENT[name](level, torch.tensor([sign], dtype=torch.float64))
+        assert result.item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_randaugment_samples_operations_uniformly_with_its_probability():
@@ -156,9 +156,9 @@ TORCHVISION = {
 
 
 def test_autoaugment_sub_policies_equal_torchvision():
-    theirs = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
-    for ours, reference in zip(AUTOAUGMENT, theirs, strict=True):
-        for (name, chance, level), (other, probability, magnitude) in zip(ours, reference):
+    expected = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
+    for actual, reference in zip(AUTOAUGMENT, expected, strict=True):
+        for (name, chance, level), (other, probability, magnitude) in zip(actual, reference):
             assert (name, chance) == (TORCHVISION[other], probability)
             assert magnitude in (None, level)  # of what takes no magnitude they keep none
 
@@ -168,29 +168,29 @@ def test_autoaugment_samples_sub_policies_uniformly_with_torchvision_magnitudes(
     reference = AutoAugment(AutoAugmentPolicy.IMAGENET)
     space = reference._augmentation_space(10, (32, 32))
     expected: dict[tuple[int, float], float] = {}
-    for one in reference.policies:
-        for name, probability, level in one:
+    for item in reference.policies:
+        for name, probability, level in item:
             magnitudes, signed = space[name]
             value = magnitudes[level].item() if level is not None else 0.0
             around = 1.0 if name in ("Color", "Contrast", "Sharpness") else 0.0
             for sign in (1, -1) if signed else (1, 1):
                 key = CODES[TORCHVISION[name]], round(around + sign * value, 3)
                 expected[key] = expected.get(key, 0.0) + probability / 50
-    found: dict[tuple[int, float], float] = {}
+    result: dict[tuple[int, float], float] = {}
     for code, argument in zip(codes.flatten().tolist(), arguments.flatten().tolist()):
         if code:
             key = code, round(argument, 3)
-            found[key] = found.get(key, 0.0) + 1 / len(codes)
-    assert found.keys() == expected.keys()
+            result[key] = result.get(key, 0.0) + 1 / len(codes)
+    assert result.keys() == expected.keys()
     for key, share in expected.items():
         spread = (share / len(codes)) ** 0.5  # of a count, about
-        assert abs(found[key] - share) < 5 * spread, key
+        assert abs(result[key] - share) < 5 * spread, key
     # The two operations of an image are of one sub-policy, and neither hangs on the other.
     pairs = set(map(tuple, codes.tolist()))
     allowed = {
         (first, second)
-        for one in AUTOAUGMENT
-        for first in (0, CODES[one[0][0]])
-        for second in (0, CODES[one[1][0]])
+        for item in AUTOAUGMENT
+        for first in (0, CODES[item[0][0]])
+        for second in (0, CODES[item[1][0]])
     }
     assert pairs <= allowed

@@ -15,15 +15,15 @@ BOXES = torch.tensor(
 @pytest.mark.parametrize("size", [13, 32, 64])
 @pytest.mark.parametrize("interpolation", PILLOW)
 def test_resize_boxes_equals_pillow(interpolation, size):
-    images, how = real_images(), PILLOW[interpolation]
-    found = resize_boxes(pixels_of(images), BOXES, size, interpolation)
+    images, mode = real_images(), PILLOW[interpolation]
+    result = resize_boxes(pixels_of(images), BOXES, size, interpolation)
     expected = []
     for image, (top, left, height, width) in zip(images, BOXES.tolist()):
         cut = image.crop((left, top, left + width, top + height))
         # One direction after the other: Pillow's own order depends on the sizes.
-        expected.append(cut.resize((size, height), how).resize((size, size), how))
-    difference = (found.int() - pixels_of(expected).int()).abs()
-    # Both round to grey levels twice, halves not always the same way.
+        expected.append(cut.resize((size, height), mode).resize((size, size), mode))
+    difference = (result.int() - pixels_of(expected).int()).abs()
+    # Both round to integers twice, and ties not always in the same direction.
     assert difference.max() <= 2
     assert (difference > 0).double().mean() < 0.05
 
@@ -31,11 +31,11 @@ def test_resize_boxes_equals_pillow(interpolation, size):
 @pytest.mark.parametrize("interpolation", PILLOW)
 def test_resize_boxes_matches_torchvision_resized_crop(interpolation):
     images = pixels_of(real_images())
-    found = resize_boxes(images, BOXES, 32, interpolation).float()
-    how = InterpolationMode(interpolation)
-    for image, box, one in zip(images, BOXES.tolist(), found):
-        expected = functional.resized_crop(image.float(), *box, [32, 32], how, antialias=True)
-        difference = (one - expected.clamp(0, 255)).abs()
+    result = resize_boxes(images, BOXES, 32, interpolation).float()
+    mode = InterpolationMode(interpolation)
+    for image, box, item in zip(images, BOXES.tolist(), result):
+        expected = functional.resized_crop(image.float(), *box, [32, 32], mode, antialias=True)
+        difference = (item - expected.clamp(0, 255)).abs()
         # torchvision keeps what overshoots between its two directions, Pillow and we cut it.
         assert difference.max() < (8 if interpolation == "bicubic" else 1.51)
         assert difference.mean() < 0.4
@@ -44,10 +44,10 @@ def test_resize_boxes_matches_torchvision_resized_crop(interpolation):
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize(("height", "width"), [(24, 30), (96, 120), (31, 77)])
 def test_resize_equals_pillow(interpolation, height, width):
-    images, how = real_images(), PILLOW[interpolation]
-    found = resize(pixels_of(images), height, width, interpolation)
-    expected = [i.resize((width, i.height), how).resize((width, height), how) for i in images]
-    difference = (found.int() - pixels_of(expected).int()).abs()
+    images, mode = real_images(), PILLOW[interpolation]
+    result = resize(pixels_of(images), height, width, interpolation)
+    expected = [i.resize((width, i.height), mode).resize((width, height), mode) for i in images]
+    difference = (result.int() - pixels_of(expected).int()).abs()
     assert difference.max() <= 2
     assert (difference > 0).double().mean() < 0.1
 
@@ -74,9 +74,9 @@ def test_flipped_boxes_equal_flipped_results(source, size):
     boxes[5] = torch.tensor([source - 1, source - 1, 1, 1])
     flipped = torch.tensor([True, False, True, False, True, True])
     plain = resize_boxes(pixels, boxes, size, "bicubic")
-    found = resize_boxes(pixels, boxes, size, "bicubic", flipped)
-    for one, other, mirrored in zip(found, plain, flipped.tolist()):
-        assert torch.equal(one, other.flip(-1) if mirrored else other)
+    result = resize_boxes(pixels, boxes, size, "bicubic", flipped)
+    for item, other, mirrored in zip(result, plain, flipped.tolist()):
+        assert torch.equal(item, other.flip(-1) if mirrored else other)
 
 
 def test_resize_ignores_matmul_precision_and_autocast():
@@ -130,5 +130,5 @@ def test_filter_sums_are_exact_in_float32():
 
 def test_one_pixel_box_is_that_pixel():
     image = torch.randint(256, (1, 3, 6, 6), dtype=torch.uint8)
-    found = resize_boxes(image, torch.tensor([[2, 3, 1, 1]]), 4, "bicubic")
-    assert torch.equal(found, image[:, :, 2:3, 3:4].expand(1, 3, 4, 4))
+    result = resize_boxes(image, torch.tensor([[2, 3, 1, 1]]), 4, "bicubic")
+    assert torch.equal(result, image[:, :, 2:3, 3:4].expand(1, 3, 4, 4))

@@ -1,12 +1,12 @@
-"""Rows spread over the classes: counts by hand, the same for a seed and stream."""
+"""Stratified indices: class counts by hand, reproducible for a seed and stream."""
 
 import torch
 
 from deit.datasets.splits import stratified_indices
 
 
-def rows_of(labels, number, *, seed=0, stream="x"):
-    return stratified_indices(labels, number, seed=seed, stream=stream)
+def rows_of(labels, count, *, seed=0, stream="x"):
+    return stratified_indices(labels, count, seed=seed, stream=stream)
 
 
 def test_stratified_indices_balance_classes():

@@ -1,4 +1,4 @@
-"""Classes that a student never sees: left out of training, kept in the test, told apart."""
+"""Unseen classes: removed from training, kept in the test split, reported separately."""
 
 import struct
 from pathlib import Path
@@ -29,9 +29,9 @@ def test_unseen_classes_have_no_training_images_and_others_keep_their_split():
     assert part.class_names == whole.class_names
     for name in ("train", "validation"):
         before, now = getattr(whole, name), getattr(part, name)
-        kept = before.labels < 6
-        assert torch.equal(now.labels, before.labels[kept])
-        assert torch.equal(now.pixels, before.pixels[kept])
+        remaining = before.labels < 6
+        assert torch.equal(now.labels, before.labels[remaining])
+        assert torch.equal(now.pixels, before.pixels[remaining])
     assert torch.equal(part.test.pixels, whole.test.pixels)
     assert torch.equal(part.test.labels, whole.test.labels)
     assert part.fingerprint != whole.fingerprint
@@ -51,15 +51,15 @@ def test_unseen_classes_of_folder_have_no_training_images(tmp_path, storage):
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "result"),
     [
         (("six",), ("data.unseen_classes", "'six'")),
         (tuple("123456789"), ("data.unseen_classes", "10 classes")),
         (("@nowhere.txt",), ("data.unseen_classes", "@nowhere.txt")),
     ],
 )
-def test_invalid_unseen_classes_raise(names, told):
-    with raises(DataError, *told):
+def test_invalid_unseen_classes_raise(names, result):
+    with raises(DataError, *result):
         load_splits(DataConfig(source="digits", image_size=8, unseen_classes=names))
 
 
@@ -74,11 +74,13 @@ def test_teacher_recipe_trains_unseen_classes():
 
 
 def test_custom_recipe_has_data_of_its_teacher():
-    """A recipe of a file: whatever it says of the images, its teacher should have learned from."""
-    own = digits().replace(data={"train_fraction": 0.5, "image_size": 16, "unseen_classes": UNSEEN})
-    typed = own.replace(data={"split_seed": 3})
+    """The teacher of a recipe in a file is trained with the same data settings."""
+    trained = digits().replace(
+        data={"train_fraction": 0.5, "image_size": 16, "unseen_classes": UNSEEN}
+    )
+    typed = trained.replace(data={"split_seed": 3})
     run = Experiment("mine.py:recipe", typed, None)
-    ground = BaseRuns(run, typed, Path("out"), recipe_config=own)
+    ground = BaseRuns(run, typed, Path("out"), recipe_config=trained)
     ground.with_local_paths(typed)
     (teacher,) = ground.runs.values()
     changed = {"train_fraction": 0.5, "split_seed": 3}
@@ -92,40 +94,40 @@ def test_evaluation_reports_seen_and_unseen_classes(tmp_path, capsys):
         optim={"epochs": 3, "warmup_epochs": 0},
     )
     train(small, tmp_path / "run")
-    found = evaluate(tmp_path / "run")
-    assert found["held_out"] == list(UNSEEN)
-    rows = found["per_class"]
+    result = evaluate(tmp_path / "run")
+    assert result["held_out"] == list(UNSEEN)
+    rows = result["per_class"]
     for group, names in (("seen", tuple("012345")), ("unseen", UNSEEN)):
-        number = sum(rows[name]["num_samples"] for name in names)
+        count = sum(rows[name]["num_samples"] for name in names)
         right = sum(rows[name]["class"] * rows[name]["num_samples"] for name in names)
-        assert found[group]["class"] == pytest.approx(right / number)
+        assert result[group]["class"] == pytest.approx(right / count)
     # Labels alone never name a class that they do not hold.
-    assert found["seen"]["class"] > 0.5 > found["unseen"]["class"] == 0
+    assert result["seen"]["class"] > 0.5 > result["unseen"]["class"] == 0
     capsys.readouterr()
-    print_evaluation(found)
-    said = capsys.readouterr().out
-    rows = [line.split("│")[1].strip() for line in said.splitlines() if line[:1] == "│"]
+    print_evaluation(result)
+    output = capsys.readouterr().out
+    rows = [line.split("│")[1].strip() for line in output.splitlines() if line[:1] == "│"]
     assert [row for row in rows if row.isdigit()] == list("012345")  # the others are marked
     assert [row[:1] for row in rows if "unseen" in row and row[:1].isdigit()] == list(UNSEEN)
     assert sum("unseen" in row for row in rows) == len(UNSEEN) + 1  # and all of them together
 
 
 def idx(path, values):
-    """A file as MNIST has it: the type, the dimensions, the bytes."""
+    """Write a file in MNIST's format: type, dimensions, bytes."""
     header = struct.pack(">HBB", 0, 8, values.ndim)
     path.write_bytes(header + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
 
 
 @pytest.fixture
 def mnist(tmp_path):
-    """MNIST's files with 60 training and 20 test images of random grey levels."""
+    """MNIST's files with 60 training and 20 test images of random gray values."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     generator = np.random.default_rng(0)
-    for split, number in (("train", 60), ("t10k", 20)):
-        pixels = generator.integers(256, size=(number, 28, 28), dtype=np.uint8)
+    for split, count in (("train", 60), ("t10k", 20)):
+        pixels = generator.integers(256, size=(count, 28, 28), dtype=np.uint8)
         idx(raw / f"{split}-images-idx3-ubyte", pixels)
-        idx(raw / f"{split}-labels-idx1-ubyte", np.arange(number, dtype=np.uint8) % 10)
+        idx(raw / f"{split}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
     return tmp_path
 
 

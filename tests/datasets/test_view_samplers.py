@@ -1,4 +1,4 @@
-"""What the teacher sees in every teaching mode: beside the student, and for a store alike."""
+"""The teacher's views in every view mode: equal in training and for stored targets."""
 
 import dataclasses
 from dataclasses import asdict
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 
 
 def views_of(mode, **changes):
-    """The recipe's views under a teaching mode (its policy and erasing stay)."""
+    """Return the recipe's views in a view mode; its policy and erasing do not change."""
     fields = VIEW_MODES[mode].fields(asdict(RECIPE))
     return dataclasses.replace(RECIPE, **fields, **changes)
 
@@ -69,30 +69,30 @@ ONLINE = [mode for mode in VIEW_MODES if mode != "fix/ic_ens"]
 @pytest.mark.parametrize("mode", ONLINE)
 def test_teacher_inputs_equal_teacher_images_of_training(mode, storage, repeats, files):
     images = chosen(storage, files)
-    made = loader(images, views_of(mode, aug_repeats=repeats))
+    train_loader = loader(images, views_of(mode, aug_repeats=repeats))
     for epoch in (0, 3):
-        batches = list(made.epoch(epoch))
+        batches = list(train_loader.epoch(epoch))
         images_seen = torch.cat([batch.teacher_images for batch in batches])
-        places = torch.cat([batch.target_rows for batch in batches])
+        rows = torch.cat([batch.target_rows for batch in batches])
         samples = torch.cat([batch.sample_ids for batch in batches])
         assert {batch.epoch for batch in batches} == {epoch}
-        assert places.max() < made.rows_per_epoch
+        assert rows.max() < train_loader.rows_per_epoch
         # In blocks of another size, on other places; as a lone process.
         single_process = loader(
             images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1
         )
-        shown = list(single_process.teacher_inputs(epoch, places, block=10))
-        assert torch.equal(torch.cat([part.images for part in shown]), images_seen)
-        assert torch.equal(torch.cat([part.sample_ids for part in shown]), samples)
-        assert torch.equal(torch.cat([part.target_rows for part in shown]), places)
+        inputs = list(single_process.teacher_inputs(epoch, rows, block=10))
+        assert torch.equal(torch.cat([part.images for part in inputs]), images_seen)
+        assert torch.equal(torch.cat([part.sample_ids for part in inputs]), samples)
+        assert torch.equal(torch.cat([part.target_rows for part in inputs]), rows)
 
 
 @pytest.mark.parametrize("mode", ONLINE)
 def test_view_modes_do_not_depend_on_processes(mode):
     expected = joined(loader(MEMORY, views_of(mode)).epoch(1))
     parts = [list(loader(MEMORY, views_of(mode), process, 3).epoch(1)) for process in range(3)]
-    found = joined(block for blocks in zip(*parts) for block in blocks)
-    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    result = joined(block for blocks in zip(*parts) for block in blocks)
+    assert all(torch.equal(*pair) for pair in zip(result, expected))
 
 
 def student_of(mode, **changes):
@@ -112,17 +112,17 @@ def test_view_modes_differ_as_documented(mode):
 
 
 def test_student_views_do_not_depend_on_teacher_view():
-    ours, theirs = student_of("ind/ic"), student_of("same/ic")
-    assert torch.equal(ours.images, theirs.images)
-    assert not torch.equal(ours.teacher_images, theirs.teacher_images)
+    actual, expected = student_of("ind/ic"), student_of("same/ic")
+    assert torch.equal(actual.images, expected.images)
+    assert not torch.equal(actual.teacher_images, expected.teacher_images)
 
 
 def test_independent_views_change_with_epoch_and_differ_from_student():
-    made = loader(MEMORY, ViewsConfig(crop="padded", teacher_view="independent", flip=0.0))
+    train_loader = loader(MEMORY, ViewsConfig(crop="padded", teacher_view="independent", flip=0.0))
     first, second = ({}, {})
-    for epoch, found in ((0, first), (1, second)):
-        for batch in made.epoch(epoch):
-            found |= dict(zip(batch.sample_ids.tolist(), batch.teacher_images))
+    for epoch, result in ((0, first), (1, second)):
+        for batch in train_loader.epoch(epoch):
+            result |= dict(zip(batch.sample_ids.tolist(), batch.teacher_images))
     both = set(first) & set(second)
     assert sum(torch.equal(first[i], second[i]) for i in both) < len(both) / 4
 
@@ -132,19 +132,19 @@ def test_independent_views_change_with_epoch_and_differ_from_student():
 def test_fixed_teacher_view_is_equal_in_every_epoch(mode, storage, files):
     images = chosen(storage, files)
     seen = {}
-    made = loader(images, views_of(mode, erasing_mode="mean"))
+    train_loader = loader(images, views_of(mode, erasing_mode="mean"))
     for epoch in (0, 1, 7):
-        for batch in made.epoch(epoch):
+        for batch in train_loader.epoch(epoch):
             assert torch.equal(batch.target_rows, batch.sample_ids)
             for sample, view in zip(batch.sample_ids.tolist(), batch.teacher_images):
                 assert torch.equal(seen.setdefault(sample, view), view)
     for sample, view in seen.items():
         if isinstance(images, EncodedImages):
-            picture = open_image(images.read(sample), images.name(sample))
+            image = open_image(images.read(sample), images.name(sample))
             if mode == "fix/cc":
-                expected = center_square(picture, 20)[:, 2:18, 2:18]
+                expected = center_square(image, 20)[:, 2:18, 2:18]
             else:
-                whole = np.array(picture.resize((16, 16), 3))
+                whole = np.array(image.resize((16, 16), 3))
                 expected = torch.from_numpy(whole).permute(2, 0, 1)
         elif mode == "fix/cc":
             expected = evaluation_squares(images.pixels[sample][None], size=16, crop=0.8)[0]
@@ -155,30 +155,30 @@ def test_fixed_teacher_view_is_equal_in_every_epoch(mode, storage, files):
 
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_teacher_crops_differ_and_are_equal_in_every_epoch(storage, files):
-    made = loader(chosen(storage, files), views_of("fix/ic_ens"))
-    places = torch.tensor([3, 4, 30])
+    train_loader = loader(chosen(storage, files), views_of("fix/ic_ens"))
+    rows = torch.tensor([3, 4, 30])
 
-    def crop(number):
-        (shown,) = made.teacher_inputs(0, places, block=3, repeat=number)
-        assert torch.equal(shown.sample_ids, places)
-        return shown.images
+    def crop(index):
+        (inputs,) = train_loader.teacher_inputs(0, rows, block=3, repeat=index)
+        assert torch.equal(inputs.sample_ids, rows)
+        return inputs.images
 
     assert torch.equal(crop(5), crop(5))
-    different = [crop(number)[0] for number in range(12)]
+    different = [crop(index)[0] for index in range(12)]
     assert len({view.numpy().tobytes() for view in different}) == 12
     # Crops and flips alone: no policy, no erased box.
     plain = loader(
         chosen(storage, files),
         views_of("fix/ic_ens", auto_augment="none", erasing_prob=0.0, randaugment_magnitude=9.0),
     )
-    (shown,) = plain.teacher_inputs(0, places, block=3, repeat=5)
-    assert torch.equal(shown.images, crop(5))
+    (inputs,) = plain.teacher_inputs(0, rows, block=3, repeat=5)
+    assert torch.equal(inputs.images, crop(5))
 
 
 def test_rows_per_epoch_do_not_depend_on_batch_without_repeats():
     odd = InMemoryImages(MEMORY.pixels[:39], MEMORY.labels[:39])
 
-    def places(views, batch_size=12):
+    def rows(views, batch_size=12):
         return TrainLoader(
             odd,
             3,
@@ -189,17 +189,17 @@ def test_rows_per_epoch_do_not_depend_on_batch_without_repeats():
             seed=5,
         ).rows_per_epoch
 
-    assert places(ViewsConfig()) == places(ViewsConfig(), 8) == 39
-    assert places(ViewsConfig(mixup_alpha=1.0)) == 38
-    assert places(ViewsConfig(aug_repeats=3)) == 36
-    assert places(ViewsConfig(aug_repeats=3), 8) == 32
-    assert places(ViewsConfig(aug_repeats=3, teacher_view="center")) == 39
+    assert rows(ViewsConfig()) == rows(ViewsConfig(), 8) == 39
+    assert rows(ViewsConfig(mixup_alpha=1.0)) == 38
+    assert rows(ViewsConfig(aug_repeats=3)) == 36
+    assert rows(ViewsConfig(aug_repeats=3), 8) == 32
+    assert rows(ViewsConfig(aug_repeats=3, teacher_view="center")) == 39
 
 
 def test_loader_without_teacher_makes_no_teacher_images():
-    made = loader(MEMORY, views_of("same/ic"), for_teacher=False)
+    train_loader = loader(MEMORY, views_of("same/ic"), for_teacher=False)
     expected = student_of("same/ic")
-    batch = next(made.epoch(0))
+    batch = next(train_loader.epoch(0))
     assert batch.teacher_images is None
     assert torch.equal(batch.images, expected.images)
 

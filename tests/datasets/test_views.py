@@ -1,4 +1,4 @@
-"""Views against torchvision and hand arithmetic, and the whole view to the bit."""
+"""Views against torchvision and hand arithmetic, and complete views bit by bit."""
 
 import math
 import random
@@ -32,26 +32,26 @@ from tests.helpers.images import pixels_of, real_images
 
 KEYS = Keys(0, 0, torch.arange(4000))
 IMAGES = torch.randint(256, (12, 3, 24, 20), dtype=torch.uint8)
-COLOURS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
+CHANNEL_STATS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 
 
 def everything(**changes):
-    """The views of the digits recipe with every augmentation of a preset switched on."""
+    """Return the views of the digits recipe with every augmentation of a preset enabled."""
     fields = {**AUGMENTATIONS["deit"], "rotation": 10, "color_jitter": 0.2, **changes}
     return digits().replace(views={**fields, "flip": 0.5}).views
 
 
 def seen(pixels, keys, views, size):
     drawn = sample_views(keys, views, height=pixels.shape[-2], width=pixels.shape[-1], size=size)
-    return apply_views(pixels, drawn, views, size=size, channel_stats=COLOURS)
+    return apply_views(pixels, drawn, views, size=size, channel_stats=CHANNEL_STATS)
 
 
 def test_padded_crop_equals_pad_and_crop():
     offsets = sample_padded_crop(Keys(0, 0, torch.arange(12)), 3)
     cropped = apply_padded_crop(IMAGES, offsets, 3)
-    for image, (top, left), found in zip(IMAGES, offsets.tolist(), cropped):
+    for image, (top, left), result in zip(IMAGES, offsets.tolist(), cropped):
         expected = functional.crop(functional.pad(image, [3, 3, 3, 3]), top, left, 24, 20)
-        assert torch.equal(found, expected)
+        assert torch.equal(result, expected)
 
 
 def test_padded_crop_offsets_are_uniform():
@@ -98,9 +98,9 @@ def test_flip_equals_torchvision_with_its_probability():
     flipped = sample_flip(KEYS, 0.3)
     assert flipped.double().mean() == pytest.approx(0.3, abs=0.04)
     some = torch.tensor([True, False] * 6)
-    found = apply_flip(IMAGES, some)
-    assert torch.equal(found[0], functional.hflip(IMAGES[0]))
-    assert torch.equal(found[1], IMAGES[1])
+    result = apply_flip(IMAGES, some)
+    assert torch.equal(result[0], functional.hflip(IMAGES[0]))
+    assert torch.equal(result[1], IMAGES[1])
 
 
 def test_erased_boxes_have_configured_probability_area_and_aspect():
@@ -125,14 +125,14 @@ def test_erasing_fills_the_box_only(fill):
     images = torch.full((400, 3, 32, 32), 9, dtype=torch.uint8)
     keys, views = Keys(0, 0, torch.arange(400)), ViewsConfig(erasing_prob=0.5, erasing_mode=fill)
     boxes, noise = sample_erasing(keys, views, 32)
-    found = apply_erasing(images, boxes, noise, views, COLOURS)
+    result = apply_erasing(images, boxes, noise, views, CHANNEL_STATS)
     inside = inside_boxes(boxes, 32, 32) == 255
-    assert (found.permute(0, 2, 3, 1)[~inside] == 9).all()
-    filled = found.permute(0, 2, 3, 1)[inside].double() / 255
+    assert (result.permute(0, 2, 3, 1)[~inside] == 9).all()
+    filled = result.permute(0, 2, 3, 1)[inside].double() / 255
     if fill == "mean":
         assert filled.unique(dim=0).tolist() == [[128 / 255, 102 / 255, 76 / 255]]
         return
-    for channel, (mean, std) in enumerate(zip(*COLOURS)):
+    for channel, (mean, std) in enumerate(zip(*CHANNEL_STATS)):
         values = filled[:, channel]
         # Cut off at black and white, 2.5 deviations away or more.
         assert values.mean() == pytest.approx(mean, abs=0.02)
@@ -203,7 +203,7 @@ def test_views_sampled_ahead_equal_views_sampled_per_batch():
         parts = seen(pixels[rows], Keys(0, 0, torch.arange(12)[rows]), views, 32)
         drawn = ahead.select(rows)
         assert torch.equal(
-            parts, apply_views(pixels[rows], drawn, views, size=32, channel_stats=COLOURS)
+            parts, apply_views(pixels[rows], drawn, views, size=32, channel_stats=CHANNEL_STATS)
         )
 
 

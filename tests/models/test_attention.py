@@ -1,4 +1,4 @@
-"""What tokens look at: the attention a network computes, rolled out by hand; tokens over depth."""
+"""Attention rollout by hand, and the similarity of tokens over depth."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def network(kind="deit_micro", depth=3, **fields):
 def attention_by_timm(kind, images, **fields):
     """What each block of `network` computes, without its fused kernel: [batch, heads, tokens,
     tokens]."""
-    built, found = network(kind, **fields), []
+    built, result = network(kind, **fields), []
     for block in built.blocks:
         block.attn.fused_attn = False
-        block.attn.attn_drop.register_forward_hook(lambda *seen: found.append(seen[-1]))
+        block.attn.attn_drop.register_forward_hook(lambda *seen: result.append(seen[-1]))
     built.forward_features(images)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("kind", ["deit_micro", "vit_micro"])
@@ -68,7 +68,7 @@ def test_rollout_equals_product_by_hand(kind):
 
 
 def test_rollout_of_token_attending_to_one_patch_marks_it():
-    """One block, whose class token's query meets the key of the patch in the second row."""
+    """One block, in which the class token attends to one patch in the second row."""
     built = network(depth=1)
     attention = built.blocks[0].attn
     width = built.embed_dim

@@ -1,4 +1,4 @@
-"""What a network costs: arithmetic against hands, papers and other counters; memory; speed."""
+"""Cost of networks: arithmetic by hand, by papers and by other counters; memory; speed."""
 
 import copy
 import re
@@ -55,14 +55,14 @@ def test_macs_of_timm_networks_match_second_counter(name, capsys):
 
 @pytest.mark.parametrize(("depth", "published"), [("26", 1.7), ("50", 2.7)])
 def test_macs_of_rednets_match_paper(depth, published):
-    """Li et al. 2021, Table 3, one digit behind the point; theirs counts normalization too."""
+    """Li et al. 2021, Table 3, to one decimal; they also count normalization."""
     network = RedNet(1000, depths=DEPTHS[depth]).eval()
     gmacs = macs_of_image(network, torch.rand(1, 3, 224, 224)) / 1e9
     assert published - 0.06 < gmacs < published
 
 
 def test_macs_of_vit_by_hand():
-    """DeiT's own arithmetic: patch embedding, and in each block qkv, attention, projection, MLP."""
+    """Patch embedding, and in each block qkv, attention, projection and MLP."""
     student = StudentConfig(name="deit_micro", image_size=32, patch_size=8, depth=3)
     network = create_network(student, 10)
     width, tokens = 96, 18
@@ -71,11 +71,11 @@ def test_macs_of_vit_by_hand():
     macs = 16 * 3 * 64 * width + 3 * block + 2 * width * 10
     cost = cost_of(network, side=32, batch=4)
     assert cost.gmacs == macs / 1e9
-    assert cost.parameters == sum(one.numel() for one in network.parameters())
+    assert cost.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert cost.spread[0] <= cost.images_per_s <= cost.spread[1]
 
 
-# A second counter: torch's, of the operations behind every layer, with attention taken apart.
+# A second counter: torch's, which counts operations and decomposes attention.
 
 SMALL = StudentConfig(name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=2)
 STUDENTS = {
@@ -100,16 +100,16 @@ def _masked(network: nn.Module) -> None:
     apply({name: ~mask for name, mask in all_ones(prunable(network)).items()}, network)
 
 
-WAYS = {
+VARIANTS = {
     "as it is": lambda network: None,
     "masked": _masked,
     "channels last": lambda network: set_memory_format(network, "channels_last"),
     "attention by products": lambda network: [
-        setattr(one, "fused_attn", False) for one in network.modules()
+        setattr(module, "fused_attn", False) for module in network.modules()
     ],
 }
 if available():
-    WAYS["oneDNN"] = use_onednn
+    VARIANTS["oneDNN"] = use_onednn
 
 
 def counted_by_torch(network: nn.Module, image: torch.Tensor) -> int:
@@ -125,9 +125,9 @@ def test_macs_of_students_match_second_counter(name, capsys):
     built.eval().requires_grad_(False)
     image = torch.rand(1, 3, student.image_size, student.image_size)
     expected = counted_by_torch(built, image)
-    for way in WAYS:
+    for way in VARIANTS:
         other = copy.deepcopy(built)
-        WAYS[way](other.network)
+        VARIANTS[way](other.network)
         assert macs_of_image(other, image) == expected > 0, way
     assert not capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_macs_of_operations_by_hand(of, macs, capsys):
 
 
 def test_macs_of_fused_torch_layers_are_counted():
-    """An encoder layer's fast path, and a network that remembers."""
+    """The fast path of an encoder layer, and recurrent layers."""
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     tokens = 8
     expected = 4 * tokens * 8**2 + 2 * tokens**2 * 8 + 2 * tokens * 8 * 16
@@ -189,7 +189,7 @@ def test_macs_of_fused_torch_layers_are_counted():
 
 
 def test_unknown_products_are_warned_about(capsys):
-    """No counter silently misses what another library or a later version of PyTorch multiplies."""
+    """Products of another library or a later version of PyTorch are not missed silently."""
     with torch.library._scoped_library("deit_test", "FRAGMENT") as library:
         library.define("mixed(Tensor a, Tensor b) -> Tensor")
         library.impl("mixed", lambda a, b: a.clone(), "CPU")
@@ -205,7 +205,7 @@ def test_unknown_products_are_warned_about(capsys):
 
 def test_memory_is_weights_plus_peak_activations():
     class Chain(nn.Module):
-        """Holds input-sized tensors: at most two at once, whatever the depth."""
+        """Allocates tensors of the input's size, at most two at the same time, for any depth."""
 
         def __init__(self, depth):
             super().__init__()
@@ -224,7 +224,7 @@ def test_memory_is_weights_plus_peak_activations():
 
 
 def test_rate_measures_the_network_only(monkeypatch):
-    """By a clock that stands still but within the network."""
+    """With a clock that only advances within the network."""
     clock = [0.0]
     monkeypatch.setattr(cost_module.time, "perf_counter", lambda: clock[0])
 

@@ -1,4 +1,4 @@
-"""What a student starts from: positions resized, tokens put in and left out, heads by name."""
+"""Adapting initial weights: positions resized, tokens added and dropped, heads by name."""
 
 import re
 
@@ -20,12 +20,14 @@ from tests.helpers.weight_files import fitted, found_in, network
 @pytest.mark.parametrize("side", [3, 6, 9])
 def test_resize_keeps_prefix_rows_bit_equal(prefix, side):
     positions = torch.randn(1, prefix + 16, 8)
-    found = resize_positions(positions, prefix=prefix, side=side, kernel="deit")
-    assert found.positions.shape == (1, prefix + side**2, 8)
-    assert torch.equal(found.positions[:, :prefix], positions[:, :prefix])
-    assert found.sides == (4, side)
-    before, after = (p[:, prefix:].norm(dim=-1).mean().item() for p in (positions, found.positions))
-    assert found.norms == pytest.approx((before, after))
+    result = resize_positions(positions, prefix=prefix, side=side, kernel="deit")
+    assert result.positions.shape == (1, prefix + side**2, 8)
+    assert torch.equal(result.positions[:, :prefix], positions[:, :prefix])
+    assert result.sides == (4, side)
+    before, after = (
+        p[:, prefix:].norm(dim=-1).mean().item() for p in (positions, result.positions)
+    )
+    assert result.norms == pytest.approx((before, after))
 
 
 def test_resize_to_same_size_is_bit_equal():
@@ -38,15 +40,15 @@ def test_resize_to_same_size_is_bit_equal():
 @pytest.mark.parametrize("side", [3, 7, 12])
 def test_resize_with_timm_kernel_equals_timm(side):
     positions = torch.randn(1, 18, 8)
-    ours = resize_positions(positions, prefix=2, side=side, kernel="timm").positions
-    theirs = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=2)
-    assert torch.equal(ours, theirs)
+    actual = resize_positions(positions, prefix=2, side=side, kernel="timm").positions
+    expected = resample_abs_pos_embed(positions, [side, side], num_prefix_tokens=2)
+    assert torch.equal(actual, expected)
     other = resize_positions(positions, prefix=2, side=side, kernel="deit").positions
-    assert not torch.allclose(ours, other, atol=1e-2)
+    assert not torch.allclose(actual, other, atol=1e-2)
 
 
 def test_resize_with_deit_kernel_equals_cubic_convolution_by_hand():
-    """Keys' kernel with a = -0.75 at the centres of the new pixels, edges repeated."""
+    """Keys' kernel with a = -0.75 at the centers of the new pixels, edges repeated."""
 
     def weight(distance, a=-0.75):
         d = abs(distance)
@@ -59,19 +61,19 @@ def test_resize_with_deit_kernel_equals_cubic_convolution_by_hand():
     for new in range(after):
         centre = (new + 0.5) * before / after - 0.5
         first = int(torch.tensor(centre).floor())
-        for place in range(first - 1, first + 3):
-            matrix[new, min(max(place, 0), before - 1)] += weight(centre - place)
+        for index in range(first - 1, first + 3):
+            matrix[new, min(max(index, 0), before - 1)] += weight(centre - index)
     grid = torch.randn(before, before)
     expected = matrix @ grid @ matrix.T
     positions = grid.reshape(1, before**2, 1)
-    found = resize_positions(positions, prefix=0, side=after, kernel="deit").positions
-    torch.testing.assert_close(found.reshape(after, after), expected, atol=1e-5, rtol=0)
+    result = resize_positions(positions, prefix=0, side=after, kernel="deit").positions
+    torch.testing.assert_close(result.reshape(after, after), expected, atol=1e-5, rtol=0)
 
 
 def test_resize_of_constant_is_constant_and_wrong_prefix_raises():
     positions = torch.ones(1, 18, 3)
-    found = resize_positions(positions, prefix=2, side=5, kernel="deit")
-    torch.testing.assert_close(found.positions, torch.ones(1, 27, 3))
+    result = resize_positions(positions, prefix=2, side=5, kernel="deit")
+    torch.testing.assert_close(result.positions, torch.ones(1, 27, 3))
     for prefix in (1, 3, 18):
         with raises(CheckpointError, "pos_embed", 18):
             resize_positions(positions, prefix=prefix, side=5, kernel="deit")
@@ -93,13 +95,13 @@ def test_adapt_to_other_resolution_changes_positions_only(kernel):
     notes = fitted(found_in(before), after, InitConfig(weights="here", pos_embed_resize=kernel))
     assert len(notes) == 1
     assert re.search(rf"4 x 4\D+6 x 6.*{kernel}", notes[0])
-    theirs = after.state_dict()
+    reference = after.state_dict()
     for name, value in before.state_dict().items():
         if name != "pos_embed":
-            assert torch.equal(theirs[name], value)
-    assert torch.equal(theirs["pos_embed"][:, :2], before.pos_embed[:, :2])
+            assert torch.equal(reference[name], value)
+    assert torch.equal(reference["pos_embed"][:, :2], before.pos_embed[:, :2])
     expected = resize_positions(before.pos_embed, prefix=2, side=6, kernel=kernel).positions
-    assert torch.equal(theirs["pos_embed"], expected)
+    assert torch.equal(reference["pos_embed"], expected)
 
 
 def test_adapt_adds_and_removes_distillation_token():
@@ -111,7 +113,7 @@ def test_adapt_adds_and_removes_distillation_token():
     assert torch.equal(student.pos_embed[:, 1], plain.pos_embed[:, 0])
     assert torch.equal(student.pos_embed[:, 2:], plain.pos_embed[:, 1:])
     assert torch.equal(student.head_dist.weight, plain.head.weight)
-    # Two equal tokens at one place: both heads answer the same.
+    # Two equal tokens at the same position: both heads have the same logits.
     tokens = student.forward_features(torch.rand(2, 3, 16, 16))
     torch.testing.assert_close(tokens[:, 0], tokens[:, 1])
     (note,) = fitted(found_in(student), again)
@@ -127,18 +129,18 @@ def test_adapt_changes_number_of_distillation_tokens(tokens, into):
     before = network(num_distillation_tokens=tokens)
     after = network(num_distillation_tokens=into, seed=1)
     fitted(found_in(before), after)
-    kept = min(tokens, into)
-    assert torch.equal(after.dist_token[:, :kept], before.dist_token[:, :kept])
-    assert torch.equal(after.pos_embed[:, : 1 + kept], before.pos_embed[:, : 1 + kept])
+    remaining = min(tokens, into)
+    assert torch.equal(after.dist_token[:, :remaining], before.dist_token[:, :remaining])
+    assert torch.equal(after.pos_embed[:, : 1 + remaining], before.pos_embed[:, : 1 + remaining])
     assert torch.equal(after.pos_embed[:, 1 + into :], before.pos_embed[:, 1 + tokens :])
-    for added in range(kept, into):
+    for added in range(remaining, into):
         assert torch.equal(after.dist_token[:, added], before.cls_token[:, 0])
 
     def heads(built):
         return [built.state_dict()[f"{name}.weight"] for name in classifier_names(built)]
 
-    for ours, theirs in zip(heads(after)[: 1 + kept], heads(before)):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(heads(after)[: 1 + remaining], heads(before)):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro", "small_convnet", "rednet_micro"])

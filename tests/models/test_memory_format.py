@@ -1,5 +1,4 @@
-"""The memory format a teacher computes in: chosen by a rule, and without influence on its
-answers."""
+"""The memory format of a teacher: chosen by a rule, without effect on its logits."""
 
 import re
 
@@ -29,8 +28,8 @@ from tests.helpers.trained import trained
 LAST = torch.channels_last
 
 
-class Noting(nn.Module):
-    """A convolution that notes how its images lay."""
+class RecordingNetwork(nn.Module):
+    """A convolution that records the memory format of its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,18 +62,22 @@ def test_auto_is_channels_last_for_convnets(name, device_type, mixed_precision, 
     assert chosen == expected
 
 
-@pytest.mark.parametrize("asked", ["auto", "contiguous", "channels_last"])
-def test_teacher_uses_configured_format(asked, teacher):
-    config = configuration(teacher).replace(teacher={"memory_format": (asked,)})
+@pytest.mark.parametrize("requested", ["auto", "contiguous", "channels_last"])
+def test_teacher_uses_configured_format(requested, teacher):
+    config = configuration(teacher).replace(teacher={"memory_format": (requested,)})
     (built,) = build_teachers(
         config.teacher,
         load_splits(config.data).class_names,
         config.student.image_size,
         build_accelerator(config.run),
     )
-    expected = "channels_last" if asked == "auto" else asked  # on a CPU
+    expected = "channels_last" if requested == "auto" else requested  # on a CPU
     assert built.memory_format == expected
-    weight = next(one for one in built.network.parameters() if one.ndim == 4 and one.shape[1] > 1)
+    weight = next(
+        parameter
+        for parameter in built.network.parameters()
+        if parameter.ndim == 4 and parameter.shape[1] > 1
+    )
     assert weight.is_contiguous(memory_format=LAST) == (expected == "channels_last")
 
 
@@ -83,35 +86,35 @@ def test_teacher_logits_are_equal_in_every_format(name):
     network = create_network(StudentConfig(name=name, image_size=16), 10)
     teacher, images = teacher_of(network), torch.rand(4, 3, 16, 16)
     before, known = teacher(images), teacher.fingerprint()
-    for one in MEMORY_FORMATS:
-        teacher.set_memory_format(one)
-        assert torch.allclose(teacher(images), before, atol=1e-4), one
+    for item in MEMORY_FORMATS:
+        teacher.set_memory_format(item)
+        assert torch.allclose(teacher(images), before, atol=1e-4), item
         assert teacher.fingerprint() == known
 
 
 def test_online_teacher_runs_in_inference_mode_and_logits_are_usable_in_training():
-    network = Noting()
+    network = RecordingNetwork()
     teacher = teacher_of(network)
     teacher.set_memory_format("channels_last")
-    voice = OnlineTeacher(teacher, build_accelerator(digits().run))
+    online_teacher = OnlineTeacher(teacher, build_accelerator(digits().run))
     images = torch.rand(4, 3, 8, 8)
     batch = Batch(images, images, torch.eye(4), torch.arange(4), 0, torch.arange(4))
-    labels, logits = voice(batch)
+    labels, logits = online_teacher(batch)
     assert network.seen == [(True, True)]
     assert not logits.is_inference()
     assert not labels.is_inference()
     student = torch.randn(4, 4, requires_grad=True)
-    answers = TeacherOutput(labels[:, None], logits[:, None])
+    outputs = TeacherOutput(labels[:, None], logits[:, None])
     soft = LossConfig(kind="soft", head="class")
-    loss = distillation_loss(StudentOutput(student), batch.targets, answers, soft, epoch=0.0)
+    loss = distillation_loss(StudentOutput(student), batch.targets, outputs, soft, epoch=0.0)
     loss["total"].backward()
     assert student.grad.isfinite().all()
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    place = tmp_path_factory.mktemp("teacher") / "teacher"
-    return str(trained(digits_teacher().replace(optim={"epochs": 3}), place))
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    return str(trained(digits_teacher().replace(optim={"epochs": 3}), folder))
 
 
 def configuration(teacher, **sections):
@@ -138,8 +141,8 @@ def test_resume_with_other_format_continues_and_logs_it(teacher, tmp_path, monke
             train(config, tmp_path / "run")
     other = config.replace(teacher={"memory_format": ("channels_last",)})
     train(other, tmp_path / "run", resume=True)
-    said = capsys.readouterr().err
-    assert re.search(r"teacher\.memory_format\b.*\bcontiguous\b.*\bchannels_last\b", said)
+    output = capsys.readouterr().err
+    assert re.search(r"teacher\.memory_format\b.*\bcontiguous\b.*\bchannels_last\b", output)
 
 
 def test_formats_of_other_number_of_teachers_raise(teacher, tmp_path):

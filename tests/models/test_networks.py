@@ -83,9 +83,9 @@ def test_parameter_names_equal_timm():
 
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
-@pytest.mark.parametrize("initialisation", ["timm", "scaled"])
-def test_initialization_sets_every_parameter(name, initialisation, monkeypatch):
-    # Every tensor starts as NaN: whatever the initialisation forgets, shows.
+@pytest.mark.parametrize("weight_init", ["timm", "scaled"])
+def test_initialization_sets_every_parameter(name, weight_init, monkeypatch):
+    # Every tensor starts as NaN: a parameter that is not initialized stays NaN.
     empty = torch.empty
 
     def poisoned(*size, **settings):
@@ -93,7 +93,7 @@ def test_initialization_sets_every_parameter(name, initialisation, monkeypatch):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    network = create_network(StudentConfig(name=name, weight_init=initialisation), 5)
+    network = create_network(StudentConfig(name=name, weight_init=weight_init), 5)
     monkeypatch.undo()
     assert all(parameter.isfinite().all() for parameter in network.parameters())
 
@@ -173,8 +173,8 @@ def test_read_weights_unwraps_trainer_checkpoints(tmp_path, container, prefix):
 
 
 def test_read_weights_prefers_averaged_weights(tmp_path):
-    one, other = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
-    torch.save({"state_dict": one, "state_dict_ema": other}, tmp_path / "file.pth")
+    item, other = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    torch.save({"state_dict": item, "state_dict_ema": other}, tmp_path / "file.pth")
     assert read_weights(tmp_path / "file.pth")["w"] == 1
 
 
@@ -227,18 +227,20 @@ def test_load_weights_lists_differences_before_copying(tmp_path):
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_distillation_tokens_have_own_position_and_head(tokens):
     student = dataclasses.replace(MICRO, num_distillation_tokens=tokens)
-    one, many = create_network(MICRO, 3), create_network(student, 3)
+    parameter, many = create_network(MICRO, 3), create_network(student, 3)
     assert many.pos_embed.shape == (1, 16 + 1 + tokens, 24)
-    more = sum(p.numel() for p in many.parameters()) - sum(p.numel() for p in one.parameters())
+    more = sum(p.numel() for p in many.parameters()) - sum(
+        p.numel() for p in parameter.parameters()
+    )
     assert more == (tokens - 1) * (2 * 24 + 24 * 3 + 3)  # token, position, head
     wrapped = Student(many, mean=MEAN, std=STD)
     outputs = wrapped(torch.rand(5, 3, 16, 16))
     assert outputs.distillation_logits.shape == (5, tokens, 3)
     heads = logits_by_head(outputs)
-    everyone = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
-    assert torch.allclose(heads["fused"], sum(everyone) / (1 + tokens), atol=1e-6)
+    all_ids = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
+    assert torch.allclose(heads["fused"], sum(all_ids) / (1 + tokens), atol=1e-6)
     assert torch.equal(heads["distillation_2"], outputs.distillation_logits[:, 1])
-    probabilities = sum(logits.softmax(dim=1) for logits in everyone) / (1 + tokens)
+    probabilities = sum(logits.softmax(dim=1) for logits in all_ids) / (1 + tokens)
     assert torch.allclose(heads["fused_softmax"].exp(), probabilities, atol=1e-6)
     # Each head reads its own token: the gradient of one reaches only its own weights.
     outputs.distillation_logits[:, 0].sum().backward()
@@ -248,16 +250,16 @@ def test_distillation_tokens_have_own_position_and_head(tokens):
 
 def test_saved_distillation_tokens_load_equal(tmp_path):
     student = dataclasses.replace(MICRO, num_distillation_tokens=2, weight_init="scaled")
-    made = build_student(facts(student)).eval()
-    save_student(tmp_path, made.network.state_dict(), facts(student))
+    train_loader = build_student(facts(student)).eval()
+    save_student(tmp_path, train_loader.network.state_dict(), facts(student))
     again, _ = load_student(tmp_path)
     images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(again.eval()(images)[1], made(images)[1])
+    assert torch.equal(again.eval()(images)[1], train_loader(images)[1])
 
 
 def test_dropout_is_placed_as_in_paper_and_off_in_evaluation():
-    """After the position embedding, attention and both layers of the MLP; not in the attention
-    itself and not before the heads."""
+    """After the position embedding, attention and both layers of the MLP; not within attention
+    and not before the heads."""
     network = create_network(StudentConfig(name="deit_micro", dropout=0.25), 10)
     shares = {
         name: module.p for name, module in network.named_modules() if isinstance(module, nn.Dropout)
@@ -273,14 +275,14 @@ def test_dropout_is_placed_as_in_paper_and_off_in_evaluation():
 
 
 def test_dense_network_by_hand():
-    """784, 196 and 10 units for MNIST; grey images whose channels are the same."""
+    """784, 196 and 10 units for MNIST; gray images have equal channels."""
     network = create_network(StudentConfig(name="dense", image_size=28), 10)
-    assert [tuple(one.shape) for one in network.parameters()] == [
+    assert [tuple(parameter.shape) for parameter in network.parameters()] == [
         *((196, 784), (196,), (10, 196), (10,))
     ]
-    grey = torch.rand(2, 1, 28, 28)
-    hidden = (grey.flatten(1) @ network.hidden.weight.T + network.hidden.bias).clamp_min(0)
+    gray = torch.rand(2, 1, 28, 28)
+    hidden = (gray.flatten(1) @ network.hidden.weight.T + network.hidden.bias).clamp_min(0)
     expected = hidden @ network.head.weight.T + network.head.bias
-    assert torch.allclose(network(grey.repeat(1, 3, 1, 1)), expected, atol=1e-5)
+    assert torch.allclose(network(gray.repeat(1, 3, 1, 1)), expected, atol=1e-5)
     with raises(ConfigError, "student.drop_path", 0.1, "dense"):
         create_network(StudentConfig(name="dense", drop_path=0.1), 10)

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the same products, gradients and names as PyTorch's own."""
+"""Linear layers by oneDNN: the same outputs, gradients and names as PyTorch's."""
 
 import copy
 import shutil
@@ -27,23 +27,23 @@ pytestmark = pytest.mark.skipif(not onednn_linear.available(), reason="no oneDNN
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 17), (17, 5), (8, 8), (1, 3)])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (4, 1, 2)])
 def test_onednn_values_and_gradients_match_torch(shape, inputs, outputs, bias):
-    """In float64 by torch, to the precision of float32."""
+    """Compared with torch in float64, to the precision of float32."""
     torch.manual_seed(0)
-    ours = nn.Linear(inputs, outputs, bias=bias)
-    theirs = copy.deepcopy(ours).double()
-    use_onednn(ours)
-    assert type(ours) is OneDNNLinear
-    mine = torch.randn(*shape, inputs, requires_grad=True)
-    other = mine.detach().double().requires_grad_()
-    out, expected = ours(mine), theirs(other)
+    actual = nn.Linear(inputs, outputs, bias=bias)
+    second = copy.deepcopy(actual).double()
+    use_onednn(actual)
+    assert type(actual) is OneDNNLinear
+    own_rows = torch.randn(*shape, inputs, requires_grad=True)
+    other = own_rows.detach().double().requires_grad_()
+    out, expected = actual(own_rows), second(other)
     assert torch.allclose(out.double(), expected, atol=1e-5)
     seed = torch.randn_like(out)
     out.backward(seed)
     expected.backward(seed.double())
-    pairs = [(mine, other), *zip(ours.parameters(), theirs.parameters())]
-    for one, reference in pairs:
-        assert torch.allclose(one.grad.double(), reference.grad, atol=1e-4)
-        assert one.grad.is_contiguous()
+    pairs = [(own_rows, other), *zip(actual.parameters(), second.parameters())]
+    for item, reference in pairs:
+        assert torch.allclose(item.grad.double(), reference.grad, atol=1e-4)
+        assert item.grad.is_contiguous()
 
 
 def test_onednn_with_unusual_strides_matches_torch():
@@ -90,29 +90,29 @@ def test_onednn_under_autocast_uses_torch():
 def test_use_onednn_keeps_names_and_outputs():
     torch.manual_seed(0)
     plain = create_network(StudentConfig(name="deit_micro", depth=2, embed_dim=24), 10).eval()
-    ours = copy.deepcopy(plain)
-    use_onednn(ours)
-    assert list(ours.state_dict()) == list(plain.state_dict())
-    assert sum(type(layer) is OneDNNLinear for layer in ours.modules()) == 2 * 4 + 2
+    actual = copy.deepcopy(plain)
+    use_onednn(actual)
+    assert list(actual.state_dict()) == list(plain.state_dict())
+    assert sum(type(layer) is OneDNNLinear for layer in actual.modules()) == 2 * 4 + 2
     images = torch.rand(3, 3, 32, 32)
-    for one, other in zip(ours.forward_features(images), plain.forward_features(images)):
-        assert torch.allclose(one, other, atol=1e-5)
-    copied = copy.deepcopy(ours)
-    assert torch.equal(copied.forward_features(images), ours.forward_features(images))
+    for item, other in zip(actual.forward_features(images), plain.forward_features(images)):
+        assert torch.allclose(item, other, atol=1e-5)
+    copied = copy.deepcopy(actual)
+    assert torch.equal(copied.forward_features(images), actual.forward_features(images))
 
 
 def test_onednn_product_is_deterministic():
-    """Exact resume stands on it."""
+    """Bit-exact resume depends on it."""
     layer = nn.Linear(96, 288)
     use_onednn(layer)
     inputs = torch.randn(128 * 66, 96)
-    found = []
+    result = []
     for _ in range(2):
         layer.zero_grad()
         out = layer(inputs)
         out.sum().backward()
-        found.append((out.detach(), layer.weight.grad.clone()))
-    assert all(torch.equal(one, other) for one, other in zip(*found))
+        result.append((out.detach(), layer.weight.grad.clone()))
+    assert all(torch.equal(item, other) for item, other in zip(*result))
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,16 @@ def test_cpu_vendor_is_read_from_cpuinfo(cpuinfo, processor, expected, tmp_path,
 
 
 def test_run_with_onednn_trains_resumes_and_evaluates(tmp_path, capsys):
-    """Beside the same run by torch: losses equal to rounding, and what it goes on to as well."""
+    """Compared with the same run by torch: losses are equal up to rounding, also after resuming."""
     small = two_epochs(run={"save_every_steps": 1, "num_checkpoints": 50, "device": "cpu"})
     for way in ("torch", "onednn"):
         train(small.replace(run={"linear_backend": way}), tmp_path / way)
         assert ("oneDNN" in capsys.readouterr().out) == (way == "onednn")
-    ours, theirs = (run_log.read(tmp_path / way / run_log.METRICS) for way in ("onednn", "torch"))
-    for one, other in zip(ours, theirs, strict=True):
-        assert one["train"]["loss"] == pytest.approx(other["train"]["loss"], abs=1e-4)
+    actual, expected = (
+        run_log.read(tmp_path / way / run_log.METRICS) for way in ("onednn", "torch")
+    )
+    for item, other in zip(actual, expected, strict=True):
+        assert item["train"]["loss"] == pytest.approx(other["train"]["loss"], abs=1e-4)
     chain = (tmp_path / "onednn" / run_log.HASH_CHAIN).read_bytes()
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "onednn", stopped)
@@ -175,12 +177,12 @@ def test_run_with_onednn_trains_resumes_and_evaluates(tmp_path, capsys):
         shutil.rmtree(later)
     train(small.replace(run={"linear_backend": "onednn"}), stopped, resume=True)
     assert (stopped / run_log.HASH_CHAIN).read_bytes() == chain
-    found = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
-    assert found[0] == pytest.approx(found[1], abs=0.01)
+    result = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
+    assert result[0] == pytest.approx(result[1], abs=0.01)
 
 
 def test_use_onednn_without_onednn_keeps_layers(monkeypatch):
-    """A run that was trained by it is evaluated on another machine."""
+    """A run that was trained with it can be evaluated on another machine."""
     monkeypatch.setattr(onednn_linear, "available", lambda: False)
     network = nn.Sequential(nn.Linear(4, 4))
     use_onednn(network)

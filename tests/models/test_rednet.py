@@ -9,10 +9,10 @@ from deit.models.rednet import DEPTHS, Involution, RedNet, involve
 
 def reference(features, kernels, stride):
     """Equation 4 as the paper's appendix writes it: unfold, multiply, sum."""
-    batch, groups, places, height, width = kernels.shape
-    side = round(places**0.5)
+    batch, groups, rows, height, width = kernels.shape
+    side = round(rows**0.5)
     columns = unfold(features, side, padding=side // 2, stride=stride)
-    columns = columns.view(batch, groups, features.shape[1] // groups, places, height, width)
+    columns = columns.view(batch, groups, features.shape[1] // groups, rows, height, width)
     return (columns * kernels[:, :, None]).sum(dim=3).flatten(1, 2)
 
 
@@ -27,8 +27,8 @@ def random_case(side, stride, height, width, dtype=torch.float32, channels=6, gr
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 7), (5, 8), (1, 1)])
 def test_involution_equals_unfolded_sum(side, stride, height, width):
     features, kernels = random_case(side, stride, height, width)
-    found = involve(features, kernels, stride=stride)
-    assert torch.allclose(found, reference(features, kernels, stride), atol=1e-5)
+    result = involve(features, kernels, stride=stride)
+    assert torch.allclose(result, reference(features, kernels, stride), atol=1e-5)
 
 
 @pytest.mark.parametrize(("stride", "height"), [(1, 4), (2, 4), (2, 5)])
@@ -49,20 +49,20 @@ def test_involution_kernel_is_shared_within_groups_only():
     kernels[:, 0, 4] = 1.0  # the first group copies the pixel, the second the one above
     kernels[:, 1, 1] = 1.0
     features = torch.randn(1, 4, 3, 3)
-    found = involve(features, kernels)
-    assert torch.equal(found[:, :2], features[:, :2])
-    assert torch.equal(found[:, 2:, 1:], features[:, 2:, :-1])
-    assert torch.equal(found[:, 2:, 0], torch.zeros(1, 2, 3))
+    result = involve(features, kernels)
+    assert torch.equal(result[:, :2], features[:, :2])
+    assert torch.equal(result[:, 2:, 1:], features[:, 2:, :-1])
+    assert torch.equal(result[:, 2:, 0], torch.zeros(1, 2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_involution_of_half_precision_sums_in_float32(dtype):
     features, kernels = random_case(7, 1, 8, 8)
-    found = involve(features.to(dtype), kernels.to(dtype))
-    assert found.dtype == dtype
+    result = involve(features.to(dtype), kernels.to(dtype))
+    assert result.dtype == dtype
     exact = reference(features.to(dtype).float(), kernels.to(dtype).float(), 1)
-    assert torch.equal(found, involve(features.to(dtype).float(), kernels.to(dtype)).to(dtype))
-    assert torch.allclose(found.float(), exact, rtol=0.02, atol=0.02)
+    assert torch.equal(result, involve(features.to(dtype).float(), kernels.to(dtype)).to(dtype))
+    assert torch.allclose(result.float(), exact, rtol=0.02, atol=0.02)
 
 
 def test_rednet_trains_under_autocast():
@@ -79,8 +79,8 @@ def test_rednet_trains_under_autocast():
 @pytest.mark.parametrize(("name", "millions"), [("26", 9.23), ("38", 12.39), ("50", 15.54)])
 def test_rednet_has_published_parameter_count(name, millions):
     network = RedNet(1000, depths=DEPTHS[name])
-    number = sum(parameter.numel() for parameter in network.parameters())
-    assert number / 1e6 == pytest.approx(millions, abs=0.005)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The order of a teacher's classes: found, refused, said; and a teacher at chance."""
+"""The order of a teacher's classes: detected, configured, rejected; and teachers near chance."""
 
 import re
 
@@ -22,12 +22,12 @@ from tests.helpers.recorder_teacher import MEAN, ROOMS, STD, Recorder, recorder_
 
 
 def test_classes_are_set_per_teacher():
-    several = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
-    assert [one.classes for one in teacher_specs(several)] == [None, ("natural",)]
-    assert [single_teacher(several, place).classes for place in range(2)] == [(), ("natural",)]
+    multiple = TeacherConfig(source=("one", "other"), classes=("none", "natural"))
+    assert [item.classes for item in teacher_specs(multiple)] == [None, ("natural",)]
+    assert [single_teacher(multiple, index).classes for index in range(2)] == [(), ("natural",)]
     both = TeacherConfig(source=("one", "other"), classes=("natural",))
-    assert [one.classes for one in teacher_specs(both)] == [("natural",)] * 2
-    for source, classes, wrong in (
+    assert [item.classes for item in teacher_specs(both)] == [("natural",)] * 2
+    for source, classes, errors in (
         (("x", "y"), ("natual",), "natual"),
         (("x", "y"), ("a", "b", "c"), ("a", "b", "c")),
         (("x", "y"), ("a", "natural"), "a"),
@@ -36,8 +36,8 @@ def test_classes_are_set_per_teacher():
         with raises(ConfigError, "teacher.classes") as refused:
             validate(Config().replace(teacher={"source": source, "classes": classes}))
         problem = refused.value.problems[0]
-        assert (problem.field, problem.value) == ("teacher.classes", wrong)
-        if wrong == "natual":
+        assert (problem.field, problem.value) == ("teacher.classes", errors)
+        if errors == "natual":
             assert problem.hint.endswith("natural?")
     none = validate(Config().replace(teacher={"source": ("x",), "classes": "none"}))
     assert none.teacher.classes == ()
@@ -54,7 +54,7 @@ def test_better_class_order_is_found():
 
 @pytest.mark.fault("D2")
 def test_class_order_is_not_found_by_chance():
-    names = tuple(f"room{number}" for number in range(1, 13))
+    names = tuple(f"room{index}" for index in range(1, 13))
     names = tuple(sorted(names))
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(12).repeat(20)
@@ -78,24 +78,24 @@ def test_constant_teacher_fits_no_order_better():
 @pytest.mark.parametrize("order", [ASSUMED, "teacher.classes data"])
 def test_teacher_in_other_class_order_raises_unless_configured(order, capsys):
     labels = torch.arange(3).repeat(10)
-    answers = torch.tensor([0, 2, 1])[labels]
+    outputs = torch.tensor([0, 2, 1])[labels]
     teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
     log_class_order(teacher, ROOMS)
-    said = capsys.readouterr().out
-    assert order in said
-    assert ("--teacher.classes" in said) == (order == ASSUMED)
+    output = capsys.readouterr().out
+    assert order in output
+    assert ("--teacher.classes" in output) == (order == ASSUMED)
     if order != ASSUMED:
-        check_class_order(teacher, answers, labels, ROOMS)
+        check_class_order(teacher, outputs, labels, ROOMS)
         return
     with raises(DataError, "mine", "--teacher.classes natural", 20, "100.0 %"):
-        check_class_order(teacher, answers, labels, ROOMS)
+        check_class_order(teacher, outputs, labels, ROOMS)
 
 
 def judged(right):
-    """Of six images of three classes so many are right; a third is chance."""
+    """Check a teacher with `right` of six images correct; with three classes, chance is a third."""
     labels = torch.arange(6) % 3
-    answers = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
-    logits = nn.functional.one_hot(answers, 3).float()
+    outputs = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
+    logits = nn.functional.one_hot(outputs, 3).float()
     check_accuracy(recorder_teacher(), logits, labels, 1 / 3)
 
 
@@ -103,8 +103,8 @@ def test_teacher_near_chance_raises_or_warns_with_few_images(capsys):
     with raises(DataError, "recorder", "33.3 %", "--teacher.allow_near_chance"):
         judged(2)
     judged(4)
-    said = capsys.readouterr().err
-    assert all(one in said for one in ("recorder", "66.7 %", "33.3 %"))
-    assert re.search(r"\b6 ", said)
+    output = capsys.readouterr().err
+    assert all(item in output for item in ("recorder", "66.7 %", "33.3 %"))
+    assert re.search(r"\b6 ", output)
     judged(6)
     assert not capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Teachers: frozen, in evaluation for ever, their own size and normalisation, matched classes."""
+"""Teachers: frozen, always in evaluation mode, own size and normalization, matched classes."""
 
 import json
 from dataclasses import asdict, replace
@@ -186,7 +186,7 @@ def test_python_file_that_exits_raises_with_name(tmp_path):
 
 @pytest.mark.parametrize(("calls", "exit_code"), [(0, ""), (0, "0"), (0, "'no GPU'"), (1, "0")])
 def test_network_that_exits_raises_with_name(calls, exit_code, tmp_path):
-    """Also where it has answered before: its code 0 would be that of a command that is done."""
+    """Also after successful calls: its exit code 0 would look like that of a finished command."""
     path = tmp_path / "mine.py"
     path.write_text(
         "import sys, torch\n"
@@ -308,7 +308,7 @@ def test_imagenet_teacher_is_matched_by_synsets_from_any_source(kind, outputs, t
 
 def test_thousand_other_classes_are_not_matched_as_synsets(tmp_path):
     _, config = weight_file(tmp_path / "w.pth", 1000)
-    names = tuple(f"class {number:04}" for number in range(1000))
+    names = tuple(f"class {index:04}" for index in range(1000))
     teacher = load_teacher(config, names)
     assert (teacher.class_indices, teacher.class_order) == (None, ASSUMED)
     with raises(DataError, 1000, "--teacher.classes"):

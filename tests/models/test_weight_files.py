@@ -1,4 +1,4 @@
-"""Weight files as people have them: every usual container is read, everything else is named."""
+"""Weight files in practice: every usual container is read, other files raise with their kind."""
 
 import argparse
 import datetime
@@ -42,9 +42,9 @@ def prefixed(weights, prefix):
     return {f"{prefix}{name}": value for name, value in weights.items()}
 
 
-def same(found, weights):
-    assert found.keys() == weights.keys()
-    assert all(torch.equal(found[name].float(), value) for name, value in weights.items())
+def same(result, weights):
+    assert result.keys() == weights.keys()
+    assert all(torch.equal(result[name].float(), value) for name, value in weights.items())
 
 
 NAMES = (
@@ -91,7 +91,7 @@ def test_read_weights_reads_half_precision(weights, kind, tmp_path):
     assert torch.equal(network.stem.weight, weights["stem.weight"].to(kind).float())
 
 
-BESIDE = {
+OTHER_VALUES = {
     "a number of NumPy": np.float64(81.5),
     "an array of NumPy": np.arange(3),
     "a Namespace": argparse.Namespace(lr=1.0, out=pathlib.Path("x")),
@@ -102,9 +102,9 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize("kind", OTHER_VALUES)
 def test_read_weights_ignores_plain_values(weights, kind, zipped, tmp_path):
-    content = {"state_dict": weights, "beside": BESIDE[kind]}
+    content = {"state_dict": weights, "beside": OTHER_VALUES[kind]}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     same(read_weights(tmp_path / "w.pth"), weights)
 
@@ -199,9 +199,9 @@ def test_file_of_other_kind_raises_in_one_line(name, tmp_path):
     (tmp_path / name).write_bytes(make())
     with raises(CheckpointError, tmp_path / name) as no:
         read_weights(tmp_path / name)
-    told = str(no.value).replace(str(tmp_path / name), "")
-    assert all(one in told for one in names), told
-    assert "\n" not in told
+    result = str(no.value).replace(str(tmp_path / name), "")
+    assert all(item in result for item in names), result
+    assert "\n" not in result
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Weights of other projects: read, recognized, refused."""
+"""Weights of other projects: read, recognized or rejected."""
 
 import json
 import re
@@ -42,17 +42,17 @@ def test_timm_networks_without_prefix_positions_adapt():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["deit", "vit"])
 def test_student_config_is_inferred_from_shapes(kind, size):
-    wanted = StudentConfig(name=f"{kind}_{size}", image_size=32, patch_size=8)
-    found = infer_student_config(create_network(wanted, 5).state_dict())
-    assert found == wanted
+    request = StudentConfig(name=f"{kind}_{size}", image_size=32, patch_size=8)
+    result = infer_student_config(create_network(request, 5).state_dict())
+    assert result == request
 
 
 def test_student_config_of_other_shapes_is_none():
     odd = section(embed_dim=80, num_heads=5, num_distillation_tokens=2, patch_size=8)
     built = create_network(odd, 5)
-    found = infer_student_config(built.state_dict(), heads=5)
-    assert create_network(found, 5).state_dict().keys() == built.state_dict().keys()
-    assert (found.embed_dim, found.num_heads, found.patch_size) == (80, 5, 8)
+    result = infer_student_config(built.state_dict(), heads=5)
+    assert create_network(result, 5).state_dict().keys() == built.state_dict().keys()
+    assert (result.embed_dim, result.num_heads, result.patch_size) == (80, 5, 8)
     assert infer_student_config(network("small_convnet", depth=None).state_dict()) is None
     deit3 = timm.create_model("deit3_small_patch16_224", depth=1)
     assert infer_student_config(deit3.state_dict()) is None
@@ -81,11 +81,11 @@ FORMS = {
 def test_load_from_weight_file_of_every_format(name, tmp_path):
     student = saved(tmp_path / "run" / "best")
     torch.save(FORMS[name](student.network.state_dict()), tmp_path / name)
-    found = load_weights_from(str(tmp_path / name))
-    assert found.student == section()
-    assert found.class_names is None
+    result = load_weights_from(str(tmp_path / name))
+    assert result.student == section()
+    assert result.class_names is None
     after = network(seed=1)
-    (note,) = fitted(found, after)  # the classes are taken as they come
+    (note,) = fitted(result, after)  # the classes are taken as they come
     assert re.findall(r"\d+", note) == ["5"]
     assert torch.equal(after.head_dist.weight, student.network.head_dist.weight)
 
@@ -93,19 +93,19 @@ def test_load_from_weight_file_of_every_format(name, tmp_path):
 def test_load_from_run_checkpoint_and_safetensors(tmp_path):
     student = saved(tmp_path / "run" / "best")
     for source in ("run", "run/best"):
-        found = load_weights_from(str(tmp_path / source))
-        assert (found.student, found.class_names) == (section(), NAMES)
-        assert (found.mean, found.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
-    found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
-    assert found.student == section()
-    assert torch.equal(found.weights["cls_token"], student.network.cls_token)
+        result = load_weights_from(str(tmp_path / source))
+        assert (result.student, result.class_names) == (section(), NAMES)
+        assert (result.mean, result.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+    result = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
+    assert result.student == section()
+    assert torch.equal(result.weights["cls_token"], student.network.cls_token)
 
 
 def test_load_from_timm_folder(tmp_path):
     settings = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 60, "num_heads": 5}
     name = "deit_tiny_distilled_patch16_224"
-    theirs = timm.create_model(name, num_classes=5, **settings)
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    expected = timm.create_model(name, num_classes=5, **settings)
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")
     about = {
         "architecture": name,
         "num_classes": 5,
@@ -114,21 +114,21 @@ def test_load_from_timm_folder(tmp_path):
         "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "num_classes": 5},
     }
     (tmp_path / "config.json").write_text(json.dumps(about))
-    found = load_weights_from(str(tmp_path))
-    assert found.class_names == NAMES
-    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (found.student.num_heads, found.student.embed_dim, found.student.depth) == (5, 60, 2)
-    after = create_network(found.student, 5)
-    assert fitted(found, after) == ()
+    result = load_weights_from(str(tmp_path))
+    assert result.class_names == NAMES
+    assert (result.mean, result.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (result.student.num_heads, result.student.embed_dim, result.student.depth) == (5, 60, 2)
+    after = create_network(result.student, 5)
+    assert fitted(result, after) == ()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(after.eval()(images), theirs.eval()(images))
+        assert torch.equal(after.eval()(images), expected.eval()(images))
 
 
 def test_load_from_file_uses_model_json_next_to_it(tmp_path):
     student = saved(tmp_path / "run" / "best", embed_dim=48, num_heads=4)
-    found = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
-    assert (found.student.num_heads, found.heads_known) == (4, True)
+    result = load_weights_from(str(tmp_path / "run" / "best" / "model.safetensors"))
+    assert (result.student.num_heads, result.heads_known) == (4, True)
     save_file(student.network.state_dict(), tmp_path / "alone.safetensors")
     assert not load_weights_from(str(tmp_path / "alone.safetensors")).heads_known
 
@@ -137,8 +137,8 @@ def test_load_from_trainer_checkpoint_ignores_other_values(tmp_path):
     student = saved(tmp_path / "run" / "best")
     content = {"model": student.network.state_dict(), "args": Namespace(lr=1.0), "epoch": 3}
     torch.save(content, tmp_path / "official.pth")
-    found = load_weights_from(str(tmp_path / "official.pth"))
-    assert found.student == section()
+    result = load_weights_from(str(tmp_path / "official.pth"))
+    assert result.student == section()
 
 
 @pytest.mark.fault("B9")
@@ -152,11 +152,11 @@ def test_load_removes_prefixes_in_any_order(tmp_path):
 
 def test_backbone_without_heads_needs_new_heads():
     weights = {n: v for n, v in network("vit_micro").state_dict().items() if "head" not in n}
-    found = LoadedWeights(weights, "a backbone", None, None, None, None)
+    result = LoadedWeights(weights, "a backbone", None, None, None, None)
     after = network(seed=1)
     with raises(CheckpointError, "--init.head"):
-        fitted(found, after)
-    notes = fitted(found, after, InitConfig(weights="here", head="new"))
+        fitted(result, after)
+    notes = fitted(result, after, InitConfig(weights="here", head="new"))
     assert re.findall(r"\d+", notes[-1]) == ["5", "0"]
     assert torch.equal(after.dist_token, weights["cls_token"])
 
@@ -182,7 +182,7 @@ BAD_FOLDERS = {
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
 def test_inconsistent_folder_raises(name, tmp_path):
-    """What it names is neither loaded nor run; torch.load of the file would fail loudly."""
+    """The files and code that it names are neither loaded nor run."""
     torch.save(Runs(), tmp_path / "evil.pth")
     source = timm_folder(tmp_path / "folder", network().state_dict(), **BAD_FOLDERS[name])
     with raises(CheckpointError, source) as refused:
@@ -206,8 +206,8 @@ def test_nonfinite_tensors_raise(name, value, tmp_path):
     facts = ModelInfo(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
 
     def whole():
-        found = load_weights_from(str(tmp_path / "w.safetensors"))
-        init_student(network(seed=1), found, config.init, facts)
+        result = load_weights_from(str(tmp_path / "w.safetensors"))
+        init_student(network(seed=1), result, config.init, facts)
 
     with pytest.raises(CheckpointError):
         whole()
@@ -254,14 +254,14 @@ def test_invalid_source_raises_in_one_line(tmp_path, capsys):
 def test_freeze_except_heads():
     built = network()
     freeze_except(built, "heads")
-    free = {name for name, one in built.named_parameters() if one.requires_grad}
+    free = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
     assert free == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
 def test_freeze_except_attention_and_heads():
     built = network()
     freeze_except(built, "attention")
-    free = {name for name, one in built.named_parameters() if one.requires_grad}
+    free = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
     attention = {f"blocks.0.attn.{p}.{k}" for p in ("qkv", "proj") for k in ("weight", "bias")}
     heads = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     assert free == attention | heads
@@ -301,8 +301,8 @@ def test_frozen_backbone_stays_in_evaluation_mode():
     student.frozen_backbone = True
     assert not student.train().network.training
     images = torch.rand(8, 3, 16, 16)
-    one, other = student(images), student(images)  # no drop path
-    assert torch.equal(one.class_logits, other.class_logits)
+    item, other = student(images), student(images)  # no drop path
+    assert torch.equal(item.class_logits, other.class_logits)
 
 
 def test_missing_blocks_raise_immediately(tmp_path):
@@ -339,14 +339,14 @@ def test_empty_file_raises(tmp_path):
 
 
 def test_other_number_of_attention_heads_raises():
-    own = section(embed_dim=48, num_heads=4)
+    trained = section(embed_dim=48, num_heads=4)
     built = network(embed_dim=48, num_heads=4)
-    found = LoadedWeights(built.state_dict(), "a run", own, NAMES, (0.5,) * 3, (0.5,) * 3)
+    result = LoadedWeights(built.state_dict(), "a run", trained, NAMES, (0.5,) * 3, (0.5,) * 3)
     config = digits().replace(student={"image_size": 16}, init={"weights": "a run"})
     config = config.replace(student=section(embed_dim=48, num_heads=2))
     facts = ModelInfo(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(CheckpointError, "a run", "--student.num_heads 4"):
-        init_student(network(embed_dim=48, num_heads=2), found, config.init, facts)
+        init_student(network(embed_dim=48, num_heads=2), result, config.init, facts)
 
 
 def test_unknown_normalization_is_logged():

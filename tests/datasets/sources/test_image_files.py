@@ -1,4 +1,4 @@
-"""Files in image folders, shards and tars: endings, hidden files, odd names, kinds of images."""
+"""Files in image folders, shards and tars: suffixes, hidden files, unusual names, image modes."""
 
 import io
 import os
@@ -61,8 +61,8 @@ def test_every_source_reads_supported_formats(way, ending, kind, tmp_path):
     elif way == "tar reader":
         write_tar(tmp_path / "train.tar", members)
     else:
-        for name, one in members.items():
-            write_file(tmp_path / "train" / name, one)
+        for name, item in members.items():
+            write_file(tmp_path / "train" / name, item)
     assert split_sizes(source_config(way, tmp_path)) == {"train": 8}
     assert len(load_splits(source_config(way, tmp_path)).mean) == 3
 
@@ -74,10 +74,10 @@ def test_avif_is_decoded_upright_and_animation_raises():
     exif[274] = 6
     buffer = io.BytesIO()
     flat.save(buffer, "AVIF", exif=exif, quality=95)
-    found = decoding.decode_image(buffer.getvalue(), "place/x")
-    assert found.format == "AVIF"
-    assert found.image.size == (8, 16)
-    assert np.abs(np.asarray(found.image).astype(int) - (200, 100, 50)).max() <= 4
+    result = decoding.decode_image(buffer.getvalue(), "place/x")
+    assert result.format == "AVIF"
+    assert result.image.size == (8, 16)
+    assert np.abs(np.asarray(result.image).astype(int) - (200, 100, 50)).max() <= 4
     buffer = io.BytesIO()
     flat.save(buffer, "AVIF", save_all=True, append_images=[random_image(1, (16, 8))])
     with raises(DataError, "place/x: ", "AVIF", " 2 "):
@@ -96,7 +96,7 @@ def test_skipped_files_are_counted_by_suffix(way, tmp_path, monkeypatch, capsys)
         "ant/LICENSE": b"x",
     }
     root = tmp_path / "data"
-    found = write_images(way, root, {"train": "train"})
+    config = write_images(way, root, {"train": "train"})
     if way == "shards":
         write_tar(root / "train" / "1.tar", others)
     elif way == "tar reader":
@@ -104,33 +104,33 @@ def test_skipped_files_are_counted_by_suffix(way, tmp_path, monkeypatch, capsys)
     else:
         for name, content in others.items():
             write_file(root / "train" / name, content)
-    (note,) = skipped_notes(found)
+    (note,) = skipped_notes(config)
     assert re.search(r"\b2 \.heic, 1 \.html, 1 ", note)
-    assert load_splits(found).skipped == (note,)
+    assert load_splits(config).skipped == (note,)
     monkeypatch.chdir(tmp_path)
-    options = ["data", "--source", found.source]
-    options += ["--reader", found.reader] if found.reader else []
+    options = ["data", "--source", config.source]
+    options += ["--reader", config.reader] if config.reader else []
     assert run_command("check-data", options, "deit check-data") == 0
     assert f"{note}\n" in capsys.readouterr().out
 
 
 @pytest.mark.fault("C27")
 def test_class_of_skipped_files_raises(tmp_path):
-    found = write_images("folder", tmp_path, {"train": "train"})
+    config = write_images("folder", tmp_path, {"train": "train"})
     for index in range(3):
         write_file(tmp_path / "train" / "cow" / f"{index}.heic", b"x")
     with raises(DataError, "train/cow: ", "3 .heic"):
-        split_sizes(found)
+        split_sizes(config)
     write_tar(tmp_path / "shards" / "0.tar", {"a.heic": b"x", "a.cls": b"ant"})
     with raises(DataError, "a.cls", "a.heic"):
         split_sizes(source_config("shards", tmp_path / "shards"))
 
 
 def test_long_notes_are_abbreviated():
-    passed = SkippedFiles(paths=[f"place {number}" for number in range(6)])
-    for number in range(12):
-        for _ in range(20 - number):
-            passed.add(f"a.x{number}")
+    passed = SkippedFiles(paths=[f"place {index}" for index in range(6)])
+    for index in range(12):
+        for _ in range(20 - index):
+            passed.add(f"a.x{index}")
     first, *rest = passed.notes()
     assert " 20 .x0, 19 .x1, " in first
     assert re.search(r", 42 [^,.]+$", first)
@@ -177,7 +177,7 @@ def test_user_files_are_not_hidden(name):
 def test_hidden_files_are_neither_read_nor_counted(way, tmp_path):
     junk = {f"ant/{name}": b"x" for name in ("._0.png", "Thumbs.db", "desktop.ini")}
     junk |= {f"{name}/0.png": b"x" for name in ("ant/.ipynb_checkpoints", "__MACOSX", "bee/@eaDir")}
-    found = write_images(way, tmp_path, {"train": "train"})
+    config = write_images(way, tmp_path, {"train": "train"})
     if way == "shards":
         write_tar(tmp_path / "train" / "1.tar", junk)
     elif way == "tar reader":
@@ -185,9 +185,9 @@ def test_hidden_files_are_neither_read_nor_counted(way, tmp_path):
     else:
         for name, content in junk.items():
             write_file(tmp_path / "train" / name, content)
-    assert split_sizes(found) == {"train": 8}
-    assert skipped_notes(found) == ()
-    assert LISTINGS[found.source](found, ()).class_names == CLASSES
+    assert split_sizes(config) == {"train": 8}
+    assert skipped_notes(config) == ()
+    assert LISTINGS[config.source](config, ()).class_names == CLASSES
 
 
 def test_tar_image_outside_folders_raises(tmp_path):
@@ -213,13 +213,13 @@ ODD += (b"#first.png", b' "quoted" .png', b"tab\there.png", "\u2028line.png".enc
 @pytest.mark.parametrize("name", ODD)
 def test_unusual_name_works_in_listing_scan_and_exclude_list(name, tmp_path, monkeypatch, capsys):
     root = tmp_path / "data"
-    found = write_images("folder", root, {"train": "train"})
+    config = write_images("folder", root, {"train": "train"})
     odd = os.fsencode(root / "train" / "ant") + b"/" + name
     try:
         Path(os.fsdecode(odd)).write_bytes(b"no picture")
     except OSError:
         pytest.skip("a file system without such names")
-    assert split_sizes(found) == {"train": 9}
+    assert split_sizes(config) == {"train": 9}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deit.analysis.dataset_scan.info", lambda *line: None)
     assert (
@@ -236,16 +236,16 @@ def test_plain_name_is_unchanged_in_exclude_list():
     assert exclude_list_line("train/a\nb.png") == '"train/a\\nb.png"'
 
 
-# Pictures of every kind.
+# Images of every mode.
 
 
 def write_kinds(folder: Path) -> None:
     folder.mkdir(parents=True)
-    rgb, grey = random_image(9, (60, 50)), random_image(9, (60, 50)).convert("L")
+    rgb, gray = random_image(9, (60, 50)), random_image(9, (60, 50)).convert("L")
     rgb.convert("CMYK").save(folder / "cmyk.jpg")
-    grey.save(folder / "grey.png")
+    gray.save(folder / "grey.png")
     rgb.convert("1").save(folder / "bits.tif")
-    deep = np.asarray(grey).astype("uint16") * 257
+    deep = np.asarray(gray).astype("uint16") * 257
     Image.fromarray(deep).save(folder / "deep.png")
     rgb.quantize(16).save(folder / "palette.png", transparency=bytes(range(0, 256, 16)))
     clear = rgb.copy()
@@ -269,9 +269,9 @@ def test_images_of_every_mode_are_read(tmp_path):
     write_kinds(tmp_path / "train" / "ant")
     for index in range(4):
         write_file(tmp_path / "train" / "bee" / f"{index}.png")
-    number = len(list((tmp_path / "train" / "ant").iterdir()))
+    count = len(list((tmp_path / "train" / "ant").iterdir()))
     splits = load_splits(DataConfig(source="folder", root=str(tmp_path), image_size=8))
-    assert sum(len(split.labels) for split in splits[1:4]) == number + 4
+    assert sum(len(split.labels) for split in splits[1:4]) == count + 4
     assert splits.skipped == ()
 
 
@@ -289,7 +289,7 @@ def test_scan_lists_damaged_images_of_every_kind(tmp_path, monkeypatch, capsys):
     Image.fromarray(np.random.default_rng(0).random((9, 9), "float32")).save(folder / "float.tif")
     monkeypatch.chdir(tmp_path)
     assert run_command("check-data", ["data"], "deit check-data") == 3
-    said = capsys.readouterr()
-    listed = re.findall(r" train/ant/(\S+): ", said.out)
+    output = capsys.readouterr()
+    listed = re.findall(r" train/ant/(\S+): ", output.out)
     assert sorted(listed) == sorted([*bad, "film.gif", "bomb.png", "float.tif"])
-    assert f"data: {len(listed)} " in said.err
+    assert f"data: {len(listed)} " in output.err

@@ -1,4 +1,4 @@
-"""Tar shards: carved into splits, and damaged, hostile or misplaced ones refused by name."""
+"""Tar shards: splits; damaged, hostile or misplaced shards raise errors with their names."""
 
 import gzip
 import io
@@ -48,8 +48,8 @@ def test_repeated_keys_of_shards_are_distinct(tmp_path):
     members = {}
     for index in range(10):
         members |= {f"{index:03}.jpg": IMAGE, f"{index:03}.cls": str(index % 2).encode()}
-    for number in range(4):
-        shard(tmp_path / f"{number}.tar", members)
+    for i in range(4):
+        shard(tmp_path / f"{i}.tar", members)
     config = DataConfig(source="shards", root=str(tmp_path))
     assert len(set(SOURCES["shards"](config, ()).identities.tolist())) == 40
 
@@ -75,7 +75,7 @@ def test_hostile_members_are_neither_read_nor_extracted(tmp_path):
     problems: list[str] = []
     passed = SkippedFiles()
     names = [sample.member for sample in read_index(path, problems.append, passed)]
-    assert names == ["../outside.png", "/absolute.png"]  # bytes of this tar, whatever they say
+    assert names == ["../outside.png", "/absolute.png"]  # only bytes of this tar are read
     (problem,) = problems
     assert problem.startswith(f"{path}: ")
     assert "link.cls" in problem
@@ -84,7 +84,7 @@ def test_hostile_members_are_neither_read_nor_extracted(tmp_path):
 
 
 def flip_header(content: bytes) -> bytes:
-    """Damage the header of the third member, in its checksum."""
+    """Damage the checksum in the header of the third member."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         offset = archive.getmembers()[2].offset
     return content[: offset + 150] + b"99" + content[offset + 152 :]
@@ -104,9 +104,9 @@ BROKEN = {
 @pytest.mark.parametrize("damage", BROKEN)
 def test_damaged_shard_raises_with_name(damage, tmp_path):
     path = shard(tmp_path / "0.tar", GOOD)
-    change, places = BROKEN[damage]
+    change, rows = BROKEN[damage]
     path.write_bytes(change(path.read_bytes()))
-    with raises(DataError, path, *places) as refused:
+    with raises(DataError, path, *rows) as refused:
         load(tmp_path)
     assert ".cls" not in str(refused.value)  # as below, where members are missing in a sound one
 

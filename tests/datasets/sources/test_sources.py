@@ -217,7 +217,7 @@ def key(splits, split, index):
 
 
 def keys(splits):
-    """For each split, the files of its images."""
+    """Return the files of the images of each split."""
     return {
         split: {key(splits, split, index) for index in range(len(getattr(splits, split).labels))}
         for split in ("train", "validation", "test")
@@ -238,7 +238,7 @@ def test_storage_selects_memory_or_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("storage", ["auto", "memory"])
 def test_free_memory_does_not_change_storage(tmp_path, storage):
-    """Processes and resumptions of one run would disagree: it is refused, with the way out."""
+    """Otherwise processes and resumptions of a run would disagree: it raises with the remedy."""
     write_class_folders(tmp_path)
     with raises(SystemFault, "data.storage", "data.image_size"):
         load_splits(folder_data(tmp_path, storage=storage, memory_fraction=1e-12))
@@ -343,8 +343,8 @@ def test_missing_cifar_raises_with_path_and_remedy(tmp_path, source):
 
 def test_images_of_configured_size_keep_their_pixels(tmp_path):
     images = []
-    for number in range(6):
-        images.append(tmp_path / f"{number}.jpg")
+    for index in range(6):
+        images.append(tmp_path / f"{index}.jpg")
         noise = torch.randint(256, (4, 4, 3), dtype=torch.uint8).numpy()
         Image.fromarray(noise).resize((32, 32)).save(images[-1], quality=75)
     for copy in ("train/airplane", "train/bird"):
@@ -356,16 +356,16 @@ def test_images_of_configured_size_keep_their_pixels(tmp_path):
     )
     expected = np.array(Image.open(images[0]).convert("RGB"))
     everywhere = torch.cat([s.pixels for s in splits[1:4]]).permute(0, 2, 3, 1).numpy()
-    assert any(np.array_equal(expected, found) for found in everywhere)
+    assert any(np.array_equal(expected, result) for result in everywhere)
 
 
 @pytest.mark.skipif(not TINY.is_file(), reason=f"no {TINY}")
 def test_tiny_imagenet_folders_are_read(tmp_path):
-    """Train and val of an ImageNet subset: val is the test, validation is carved from train."""
+    """Train and val of an ImageNet subset: val is the test split, validation is part of train."""
     with tarfile.open(TINY) as archive:
-        for number, member in enumerate(archive):
+        for index, member in enumerate(archive):
             archive.extract(member, tmp_path, filter="data")
-            if number == 1900:
+            if index == 1900:
                 break
     root = tmp_path / "tiny-imagenet-200"
     classes = sorted(child.name for child in (root / "train").iterdir())[:2]

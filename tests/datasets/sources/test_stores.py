@@ -1,4 +1,4 @@
-"""The same images from folders, shards and timm's readers: same pixels, labels, names, splits."""
+"""The same images from folders, shards and timm's readers: equal pixels, labels, names, splits."""
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -42,11 +42,11 @@ def test_every_source_has_the_same_images_and_splits(way, tmp_path):
 
 @pytest.mark.parametrize("way", ["shards", "numbered shards", "folder reader"])
 def test_every_source_splits_the_same_images(way, tmp_path):
-    """By the name of the image, which folder and shards share."""
+    """The split depends on the name of an image, which is equal in folders and shards."""
     expected = write_splits("folder", tmp_path / "folder")
     other = write_splits(way, tmp_path / "other")
-    found = [split_contents(load_splits(replace(c, storage="files"))) for c in (expected, other)]
-    assert found[0] == found[1]
+    result = [split_contents(load_splits(replace(c, storage="files"))) for c in (expected, other)]
+    assert result[0] == result[1]
 
 
 @pytest.mark.parametrize("way", LAYOUTS)
@@ -58,8 +58,8 @@ def test_memory_and_files_have_the_same_images(way, tmp_path):
     assert memory.mean == files.mean
     assert memory.std == files.std
     assert memory.fingerprint != files.fingerprint
-    told = [any("data.storage" in note for note in splits.notes) for splits in (memory, files)]
-    assert told == [False, True]
+    result = [any("data.storage" in note for note in splits.notes) for splits in (memory, files)]
+    assert result == [False, True]
 
 
 @pytest.mark.parametrize("way", LAYOUTS)

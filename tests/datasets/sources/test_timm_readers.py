@@ -65,8 +65,8 @@ def test_missing_data_of_reader_raises(tmp_path):
 
 
 def _has_hugging_face() -> bool:
-    found = importlib.util.find_spec("datasets")
-    return found is not None and found.origin is not None
+    result = importlib.util.find_spec("datasets")
+    return result is not None and result.origin is not None
 
 
 def test_nested_tar_is_read_by_offsets(tmp_path):
@@ -97,7 +97,7 @@ def test_timm_readers_skip_hidden_files(tmp_path):
 
 
 class FakeDigits:
-    """A torchvision data set in miniature: pictures, and targets beside them."""
+    """A small replacement of a torchvision dataset: images and targets."""
 
     classes = ("zero", "one")
     targets = [0, 1, 1, 0]
@@ -155,7 +155,7 @@ def leave(*arguments, **options):
 
 
 def test_reader_that_exits_raises_with_name(monkeypatch):
-    """Its code 0 would be that of a command that is done."""
+    """Its exit code 0 would look like that of a finished command."""
     monkeypatch.setattr("timm.data.create_dataset", leave)
     with raises(DataError, "data.reader torch/mnist", "data.root"):
         SOURCES["reader"](DataConfig(source="reader", reader="torch/mnist", root="."), ())

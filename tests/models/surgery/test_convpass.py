@@ -1,4 +1,4 @@
-"""Convpass adapters: what they compute, that they begin as nothing, and are saved alone."""
+"""Convpass adapters: forward pass, initialization, training, interaction with other features."""
 
 import copy
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
 
 pytest.importorskip("sklearn")
-PLACES = {"convpass": ("adapter1", "adapter2"), "convpass_attention": ("adapter1",)}
+ADAPTER_NAMES = {"convpass": ("adapter1", "adapter2"), "convpass_attention": ("adapter1",)}
 """The adapters of a block by student.adapters."""
 TINY = StudentConfig(
     name="deit_micro", image_size=12, patch_size=4, embed_dim=16, depth=2, num_heads=2
@@ -42,8 +42,8 @@ def network_of(student: StudentConfig, **fields) -> nn.Module:
     return create_network(replace(student, **fields), 5)
 
 
-def randomised(network: nn.Module) -> nn.Module:
-    """With adapters as if trained, every tensor of them."""
+def with_random_adapters(network: nn.Module) -> nn.Module:
+    """Return a network whose adapters have random values, as if trained."""
     torch.manual_seed(4)
     for adapter in adapters_of(network).values():
         for parameter in adapter.parameters():
@@ -59,12 +59,12 @@ def by_hand(adapter: Convpass, tokens: torch.Tensor, prefix: int, side: int) -> 
         return x / (1 + torch.exp(-1.702 * x))
 
     hidden = gelu(tokens @ adapter.down.weight.T + adapter.down.bias).transpose(1, 2)
-    images = [hidden[:, :, place, None, None] for place in range(prefix)]
+    images = [hidden[:, :, index, None, None] for index in range(prefix)]
     images.append(hidden[:, :, prefix:].reshape(*hidden.shape[:2], side, side))
     kernel, bias = adapter.convolution.weight, adapter.convolution.bias
     mixed = [conv2d(image, kernel, bias, padding=1).flatten(2) for image in images]
-    found = gelu(torch.cat(mixed, dim=2)).transpose(1, 2)
-    return adapter.scale * (found @ adapter.up.weight.T + adapter.up.bias)
+    result = gelu(torch.cat(mixed, dim=2)).transpose(1, 2)
+    return adapter.scale * (result @ adapter.up.weight.T + adapter.up.bias)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 4])
@@ -78,10 +78,12 @@ def test_convpass_forward_by_hand(prefix, side):
     torch.testing.assert_close(adapter(tokens), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("adapters", PLACES)
+@pytest.mark.parametrize("adapters", ADAPTER_NAMES)
 def test_convpass_block_by_hand(adapters):
-    """Adapters see the normed tokens that attention and MLP see, and are added beside them."""
-    network = randomised(network_of(TINY, adapters=adapters, adapter_scale=0.7)).double().eval()
+    """Adapters take the normalized tokens; their output is added to attention and MLP."""
+    network = (
+        with_random_adapters(network_of(TINY, adapters=adapters, adapter_scale=0.7)).double().eval()
+    )
     block = network.blocks[1]
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     normed = block.norm1(x)
@@ -99,17 +101,17 @@ def test_prefix_tokens_are_not_mixed():
         nn.init.normal_(parameter)
     tokens = torch.randn(1, 3 + 16, 6)
     before = adapter(tokens)
-    for place in range(19):
+    for index in range(19):
         moved = tokens.clone()
-        moved[:, place] += 1
+        moved[:, index] += 1
         changed = (adapter(moved) != before).any(dim=2)[0].nonzero().flatten().tolist()
-        row, column = divmod(place - 3, 4)
+        row, column = divmod(index - 3, 4)
         near = [
             3 + 4 * r + c
             for r in range(max(row - 1, 0), min(row + 2, 4))
             for c in range(max(column - 1, 0), min(column + 2, 4))
         ]
-        assert changed == ([place] if place < 3 else near)
+        assert changed == ([index] if index < 3 else near)
 
 
 def test_non_square_patches_raise():
@@ -122,24 +124,24 @@ def test_non_square_patches_raise():
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-@pytest.mark.parametrize("adapters", PLACES)
+@pytest.mark.parametrize("adapters", ADAPTER_NAMES)
 @pytest.mark.parametrize("training", [False, True])
 def test_untrained_adapters_keep_outputs_bit_equal(name, adapters, training):
-    plain, adapted = (network_of(STUDENTS[name], adapters=one) for one in ("none", adapters))
-    ours, theirs = adapted.state_dict(), plain.state_dict()
-    assert [one for one in ours if "adapter" not in one] == list(theirs)
-    assert all(torch.equal(ours[one], value) for one, value in theirs.items())
-    answers = [one.train(training).forward_features(random_batch()) for one in (plain, adapted)]
-    assert torch.equal(*answers)
-    randomised(adapted)
-    assert not torch.equal(answers[0], adapted.forward_features(random_batch()))
+    plain, adapted = (network_of(STUDENTS[name], adapters=item) for item in ("none", adapters))
+    actual, expected = adapted.state_dict(), plain.state_dict()
+    assert [item for item in actual if "adapter" not in item] == list(expected)
+    assert all(torch.equal(actual[item], value) for item, value in expected.items())
+    outputs = [item.train(training).forward_features(random_batch()) for item in (plain, adapted)]
+    assert torch.equal(*outputs)
+    with_random_adapters(adapted)
+    assert not torch.equal(outputs[0], adapted.forward_features(random_batch()))
 
 
-@pytest.mark.parametrize("adapters", PLACES)
+@pytest.mark.parametrize("adapters", ADAPTER_NAMES)
 def test_adapters_position_and_initialization(adapters):
     network = network_of(TINY, adapters=adapters, adapter_dim=5, adapter_scale=4.0)
-    places = [f"blocks.{block}.{one}" for block in range(2) for one in PLACES[adapters]]
-    assert list(adapters_of(network)) == places
+    rows = [f"blocks.{block}.{module}" for block in range(2) for module in ADAPTER_NAMES[adapters]]
+    assert list(adapters_of(network)) == rows
     for adapter in adapters_of(network).values():
         assert adapter.scale == 4.0
         assert adapter.dropout.p == 0.1
@@ -151,30 +153,34 @@ def test_adapters_position_and_initialization(adapters):
         for zero in (adapter.up.weight, adapter.up.bias, adapter.down.bias):
             assert not zero.any()
         assert not adapter.convolution.bias.any()
-    one, other = (adapters_of(network)[place].down.weight for place in places[:2])
-    assert not torch.equal(one, other)
+    module, other = (adapters_of(network)[index].down.weight for index in rows[:2])
+    assert not torch.equal(module, other)
 
 
-@pytest.mark.parametrize("adapters", PLACES)
+@pytest.mark.parametrize("adapters", ADAPTER_NAMES)
 @pytest.mark.parametrize(("depth", "width", "hidden"), [(12, 768, 8), (3, 48, 5)])
 def test_adapters_parameter_count(adapters, depth, width, hidden):
     student = StudentConfig(name="vit_base", image_size=32, embed_dim=width, depth=depth)
     with torch.device("meta"):
         network = create_network(replace(student, adapters=adapters, adapter_dim=hidden), 10)
-    found = sum(one.numel() for part in adapters_of(network).values() for one in part.parameters())
-    of_block = len(PLACES[adapters])
-    assert found == of_block * depth * ((2 * hidden + 1) * width + 9 * hidden**2 + 2 * hidden)
+    result = sum(
+        parameter.numel()
+        for part in adapters_of(network).values()
+        for parameter in part.parameters()
+    )
+    of_block = len(ADAPTER_NAMES[adapters])
+    assert result == of_block * depth * ((2 * hidden + 1) * width + 9 * hidden**2 + 2 * hidden)
     if adapters == "convpass" and depth == 12:
-        assert found == 327_552  # of ViT-B in the paper: 0.33 M
+        assert result == 327_552  # of ViT-B in the paper: 0.33 M
 
 
-# Beside everything else that is done to a ViT
+# Adapters together with other features of a ViT
 
 
 def test_gradients_reach_adapters_and_heads_only():
     network = network_of(TINY, adapters="convpass")
     freeze_except(network, "adapters")
-    student = Student(randomised(network), mean=(0.5,) * 3, std=(0.5,) * 3)
+    student = Student(with_random_adapters(network), mean=(0.5,) * 3, std=(0.5,) * 3)
     student.frozen_backbone = True
     outputs = student.train()(random_batch())
     (outputs.class_logits.sum() + outputs.distillation_logits.square().sum()).backward()
@@ -203,7 +209,7 @@ def test_trainable_all_keeps_parameters_frozen_by_the_network():
     network = network_of(TINY, adapters="convpass")
     network.pos_embed.requires_grad_(False)
     freeze_except(network, "all")
-    frozen = [name for name, one in network.named_parameters() if not one.requires_grad]
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
     assert frozen == ["pos_embed"]
 
 
@@ -215,14 +221,16 @@ def test_network_without_trainable_part_raises(trained):
 
 
 def test_drop_path_drops_branches_independently():
-    network = randomised(network_of(TINY, depth=5, adapters="convpass", drop_path=0.8))
+    network = with_random_adapters(network_of(TINY, depth=5, adapters="convpass", drop_path=0.8))
     rates = [getattr(block.adapter1.drop_path, "drop_prob", 0) for block in network.blocks]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     block = network.train().blocks[4]
     block.adapter2.eval(), block.drop_path2.eval(), block.adapter1.dropout.eval()
     tokens = torch.randn(1, 11, 16).expand(64, -1, -1)
     seen = block(tokens)
-    assert len({one.sum().item() for one in seen}) == 4  # of attention and adapter either is there
+    assert (
+        len({item.sum().item() for item in seen}) == 4
+    )  # of attention and adapter either is there
 
 
 def test_dropout_precedes_up_projection():
@@ -230,12 +238,12 @@ def test_dropout_precedes_up_projection():
     nn.init.ones_(adapter.up.weight)
     tokens = torch.ones(200, 1, 6)
     values = adapter(tokens)[:, 0]
-    assert torch.equal(values[:, 0], values[:, 5])  # all outputs of a token hear the same channels
+    assert torch.equal(values[:, 0], values[:, 5])  # dropout precedes the last layer
     assert len(values[:, 0].unique()) > 1
 
 
 def test_copied_and_compiled_network_outputs_are_equal():
-    network = randomised(network_of(TINY, adapters="convpass")).eval()
+    network = with_random_adapters(network_of(TINY, adapters="convpass")).eval()
     expected = network(random_batch())
     assert torch.equal(copy.deepcopy(network)(random_batch()), expected)
     whole = torch.compile(network, fullgraph=True, backend="eager")
@@ -243,23 +251,23 @@ def test_copied_and_compiled_network_outputs_are_equal():
 
 
 def test_activation_checkpointing_gradients_are_equal():
-    network = randomised(network_of(TINY, adapters="convpass", drop_path=0.3)).train()
+    network = with_random_adapters(network_of(TINY, adapters="convpass", drop_path=0.3)).train()
     freeze_except(network, "adapters")
-    found = []
+    result = []
     for again in (False, True):
         network.set_grad_checkpointing(again)
         torch.manual_seed(9)
         network.zero_grad()
         network.forward_features(random_batch()).square().sum().backward()
-        found.append({name: one.grad for name, one in network.named_parameters()})
-    kept = [name for name, one in found[0].items() if one is not None]
-    assert len(kept) == 4 * 6
-    assert all(torch.equal(found[0][name], found[1][name]) for name in kept)
+        result.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    remaining = [name for name, parameter in result[0].items() if parameter is not None]
+    assert len(remaining) == 4 * 6
+    assert all(torch.equal(result[0][name], result[1][name]) for name in remaining)
 
 
 @pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
 def test_onednn_outputs_match():
-    network = randomised(network_of(TINY, adapters="convpass")).eval()
+    network = with_random_adapters(network_of(TINY, adapters="convpass")).eval()
     other = copy.deepcopy(network)
     use_onednn(other)
     assert type(other.blocks[0].adapter1.down) is not nn.Linear
@@ -267,7 +275,7 @@ def test_onednn_outputs_match():
 
 
 def test_attention_and_cosines_work_with_adapters():
-    plain, adapted = (network_of(TINY, adapters=one).eval() for one in ("none", "convpass"))
+    plain, adapted = (network_of(TINY, adapters=item).eval() for item in ("none", "convpass"))
     assert all(isinstance(block, ConvpassBlock) for block in adapted.blocks)
     assert torch.equal(rollout(plain, random_batch()).maps, rollout(adapted, random_batch()).maps)
     assert torch.equal(token_cosines(plain, random_batch()), token_cosines(adapted, random_batch()))
@@ -337,8 +345,8 @@ def test_invalid_value_raises(leaf, value):
 
 
 def test_adapter_schedule_matches_paper():
-    own = {"name": "sgd", "momentum": 0.5, "grad_accum_steps": 2, "clip_grad_norm": 1.0}
-    before = digits().replace(init={"weights": "x"}, optim=own)
+    optim = {"name": "sgd", "momentum": 0.5, "grad_accum_steps": 2, "clip_grad_norm": 1.0}
+    before = digits().replace(init={"weights": "x"}, optim=optim)
     tuned = validate(FINETUNE_SCHEDULES["convpass"](before))
     optim, student = tuned.optim, tuned.student
     assert (student.adapters, student.adapter_dim, student.adapter_scale) == ("convpass", 8, 0.1)
@@ -349,14 +357,14 @@ def test_adapter_schedule_matches_paper():
     assert optim.epochs == round(before.optim.epochs / 3)
     assert optim.warmup_epochs == pytest.approx(optim.epochs / 10)
     assert (tuned.loss, tuned.views, tuned.teacher) == (before.loss, before.views, before.teacher)
-    one = before.replace(student={"adapters": "convpass_attention", "adapter_dim": 3})
-    assert FINETUNE_SCHEDULES["convpass"](one).student == one.student
+    item = before.replace(student={"adapters": "convpass_attention", "adapter_dim": 3})
+    assert FINETUNE_SCHEDULES["convpass"](item).student == item.student
 
 
 def test_init_keeps_adapters_of_weights():
-    theirs = replace(TINY, adapters="convpass_attention", adapter_dim=3, adapter_scale=10.0)
-    own = digits().replace(student={"adapters": "convpass"})
-    found = with_init(own, "x", theirs).student
-    fields = (found.adapters, found.adapter_dim, found.adapter_scale)
+    expected = replace(TINY, adapters="convpass_attention", adapter_dim=3, adapter_scale=10.0)
+    config = digits().replace(student={"adapters": "convpass"})
+    result = with_init(config, "x", expected).student
+    fields = (result.adapters, result.adapter_dim, result.adapter_scale)
     assert fields == ("convpass_attention", 3, 10.0)
-    assert with_init(own, "x", TINY).student.adapters == "convpass"
+    assert with_init(config, "x", TINY).student.adapters == "convpass"

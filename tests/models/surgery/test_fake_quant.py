@@ -26,20 +26,20 @@ pytest.importorskip("sklearn")
 
 def test_fake_quant_weight_by_hand():
     weight = torch.tensor([[1.27, -0.014, 0.016], [-2.54, 0.03, 0.0], [0.0, 0.0, 0.0]])
-    found, scale = fake_quant_weight(weight)
+    result, scale = fake_quant_weight(weight)
     torch.testing.assert_close(scale, torch.tensor([0.01, 0.02, 1.0]))
     expected = [[1.27, -0.01, 0.02], [-2.54, 0.04, 0.0], [0.0, 0.0, 0.0]]
-    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(result, torch.tensor(expected))
 
 
 def test_fake_quant_weight_zero_row_stays_zero():
     weight = torch.randn(6, 40)
     weight[torch.rand(6, 40) < 0.5] = 0
-    found, _ = fake_quant_weight(weight)
-    assert not found[weight == 0].any()
-    for place in range(6):
-        assert torch.equal(fake_quant_weight(weight[place : place + 1])[0][0], found[place])
-    assert (found - weight).abs().max() <= weight.abs().max() / 254 + 1e-7
+    result, _ = fake_quant_weight(weight)
+    assert not result[weight == 0].any()
+    for index in range(6):
+        assert torch.equal(fake_quant_weight(weight[index : index + 1])[0][0], result[index])
+    assert (result - weight).abs().max() <= weight.abs().max() / 254 + 1e-7
 
 
 def test_fake_quant_weight_passes_gradient():
@@ -59,8 +59,8 @@ def test_activation_scale_matches_onnx_runtime(low, high):
 
     ends = numpy.float32(low), numpy.float32(high)
     zero, scale = compute_scale_zp(*ends, numpy.array(0, "uint8"), numpy.array(255, "uint8"))
-    found = activation_scale(*map(torch.tensor, ends))
-    assert (found[0].item(), found[1].item()) == (scale.item(), zero.item())
+    result = activation_scale(*map(torch.tensor, ends))
+    assert (result[0].item(), result[1].item()) == (scale.item(), zero.item())
 
 
 def layer_of(low: float, high: float, *, of: int = 4) -> FakeQuantLinear:
@@ -111,11 +111,11 @@ def test_fake_quant_conv_equals_integer_arithmetic():
     low, high = given.min(), given.max()
     torch.testing.assert_close(layer.range, torch.stack([low, high]))
     steps, zero = activation_scale(low, high)
-    heard = (((given / steps).round() + zero).clamp(0, 255) - zero) * steps
+    quantized = (((given / steps).round() + zero).clamp(0, 255) - zero) * steps
     scales = layer.weight.abs().amax(dim=(1, 2, 3)) / 127
     weights = (layer.weight / scales.view(-1, 1, 1, 1)).round() * scales.view(-1, 1, 1, 1)
     bias = (layer.bias / (steps * scales)).round() * steps * scales
-    expected = nn.functional.conv2d(heard, weights, bias, stride=2)
+    expected = nn.functional.conv2d(quantized, weights, bias, stride=2)
     torch.testing.assert_close(holder(given), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -138,8 +138,8 @@ def test_fake_quant_under_autocast_uses_float32(precision):
         mock.patch.object(layer, "product", wraps=layer.product) as product,
         torch.autocast("cpu", dtype=precision),
     ):
-        found = layer(values.to(precision))
-    assert found.dtype == precision
-    torch.testing.assert_close(found.float(), layer(values), atol=0.02, rtol=0.02)
-    heard, *_ = product.call_args.args
-    assert heard.dtype == torch.float32
+        result = layer(values.to(precision))
+    assert result.dtype == precision
+    torch.testing.assert_close(result.float(), layer(values), atol=0.02, rtol=0.02)
+    quantized, *_ = product.call_args.args
+    assert quantized.dtype == torch.float32

@@ -69,17 +69,17 @@ def network_of(student: StudentConfig = TINY, **fields) -> nn.Module:
     return create_network(replace(student, **fields), 5)
 
 
-def asked(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
-    """What all heads of a network answer, [images, heads * classes]."""
+def all_logits(network: nn.Module, given: torch.Tensor) -> torch.Tensor:
+    """Return the logits of all heads, [images, heads * classes]."""
     outputs = Student(network, mean=(0.0,) * 3, std=(1.0,) * 3).forward(given)
-    return torch.cat([one.flatten(1) for one in outputs if one is not None], dim=1)
+    return torch.cat([item.flatten(1) for item in outputs if item is not None], dim=1)
 
 
-def taught(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
-    """With ranges, of one update."""
+def with_ranges(network: nn.Module, given: torch.Tensor | None = None) -> nn.Module:
+    """Train a network for one step, so that its ranges are set."""
     ranges = ActivationRanges(network)
     with torch.no_grad():
-        asked(network.train(), random_batch(8, 64) if given is None else given)
+        all_logits(network.train(), random_batch(8, 64) if given is None else given)
     ranges.update()
     return network.eval()
 
@@ -104,34 +104,36 @@ def test_update_sets_then_moves_ranges():
     assert torch.equal(layer.range, before)
     assert layer.observed.tolist() == [-math.inf, -math.inf]
     holder.train()(torch.tensor([[-9.0, 9.0]]))
-    ActivationRanges(holder)  # what was heard before a training begins is forgotten
+    ActivationRanges(holder)  # ranges observed before a training are reset
     assert layer.observed.tolist() == [-math.inf, -math.inf]
 
 
 def test_ranges_do_not_depend_on_micro_batches_or_repeats():
-    found, given = [], random_batch(8, 12)
+    result, given = [], random_batch(8, 12)
     for sizes in ([12], [4, 8], [12, 12]):
-        network = taught(network_of())  # so that roundings are the same
+        network = with_ranges(network_of())  # so that roundings are the same
         ranges = ActivationRanges(network)
         network.train()
         for part in given.split(sizes) if sum(sizes) == 12 else (given, given):
-            asked(network, part)
+            all_logits(network, part)
         ranges.update()
-        found.append(torch.stack([one.range for one in fake_quant_layers(network).values()]))
-    assert torch.equal(found[0], found[2])
-    torch.testing.assert_close(found[0], found[1])
-    moved = torch.stack([one.range for one in fake_quant_layers(taught(network_of())).values()])
-    assert (moved != found[0]).any(dim=1).all()
+        result.append(torch.stack([layer.range for layer in fake_quant_layers(network).values()]))
+    assert torch.equal(result[0], result[2])
+    torch.testing.assert_close(result[0], result[1])
+    moved = torch.stack(
+        [layer.range for layer in fake_quant_layers(with_ranges(network_of())).values()]
+    )
+    assert (moved != result[0]).any(dim=1).all()
 
 
 def test_unknown_range_uses_range_of_batch():
-    """In evaluation as in training; never zeros."""
+    """In evaluation as in training; the output is never zero."""
     network = network_of().eval()
-    found = asked(network, random_batch(8))
-    ranged = taught(network_of(), random_batch(8))
-    torch.testing.assert_close(found, asked(ranged, random_batch(8)))
-    assert found.abs().min() > 0
-    assert asked(network, torch.zeros(2, 3, 8, 8)).isfinite().all()
+    result = all_logits(network, random_batch(8))
+    ranged = with_ranges(network_of(), random_batch(8))
+    torch.testing.assert_close(result, all_logits(ranged, random_batch(8)))
+    assert result.abs().min() > 0
+    assert all_logits(network, torch.zeros(2, 3, 8, 8)).isfinite().all()
 
 
 # The network
@@ -142,84 +144,85 @@ def test_enable_keeps_names_weights_and_decay_groups(name):
     student = STUDENTS[name]
     rounded, plain = network_of(student), network_of(student, qat="none")
     kinds = (nn.Linear, nn.Conv2d)
-    layers = [key for key, one in plain.named_modules() if isinstance(one, kinds)]
+    layers = [key for key, module in plain.named_modules() if isinstance(module, kinds)]
     assert list(fake_quant_layers(rounded)) == layers
-    ours, theirs = rounded.state_dict(), plain.state_dict()
-    assert range_names(ours) == {f"{key}.range" for key in layers} == set(ours) - set(theirs)
-    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    actual, expected = rounded.state_dict(), plain.state_dict()
+    assert range_names(actual) == {f"{key}.range" for key in layers} == set(actual) - set(expected)
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
     groups = [
-        [len(group["params"]) for group in parameter_groups(one, 0.1)] for one in (rounded, plain)
+        [len(group["params"]) for group in parameter_groups(module, 0.1)]
+        for module in (rounded, plain)
     ]
     assert groups[0] == groups[1]
-    taught(rounded)
-    before, found = asked(plain.eval(), random_batch(8)), asked(rounded, random_batch(8))
-    assert 20 < signal_to_noise(before, found) < 60
+    with_ranges(rounded)
+    before, result = all_logits(plain.eval(), random_batch(8)), all_logits(rounded, random_batch(8))
+    assert 20 < signal_to_noise(before, result) < 60
     disable_fake_quant(rounded)
     assert str(rounded) == str(plain)
     assert set(vars(rounded.head)) == set(vars(plain.head))
-    assert list(rounded.state_dict()) == list(theirs)
-    assert torch.equal(asked(rounded, random_batch(8)), before)
+    assert list(rounded.state_dict()) == list(expected)
+    assert torch.equal(all_logits(rounded, random_batch(8)), before)
 
 
 def test_copied_network_has_separate_ranges():
-    network = taught(network_of(STUDENTS["plain"]))
+    network = with_ranges(network_of(STUDENTS["plain"]))
     other = copy.deepcopy(network)
     expected = network(random_batch(8))
     assert torch.equal(other(random_batch(8)), expected)
     for layer in fake_quant_layers(other).values():
         layer.range.fill_(0)
-    taught(other, 5 * random_batch(8))
+    with_ranges(other, 5 * random_batch(8))
     assert not torch.equal(other(random_batch(8)), expected)
     assert torch.equal(network(random_batch(8)), expected)
 
 
 def test_compiled_network_outputs_are_equal(command_server, tmp_path):
-    """In a process of its own: where something was compiled or exported before, PyTorch 2.15 may
-    find no kernel for shapes alone for its own roundings."""
-    script = tmp_path / "alike.py"
-    script.write_text(f"from {__name__} import compiled_alike\n\ncompiled_alike()\n")
+    """In a separate process: after other compilations or exports, PyTorch 2.15 may find no kernel
+    for its fake quantization of meta tensors."""
+    script = tmp_path / "compiled.py"
+    script.write_text(f"from {__name__} import check_compiled\n\ncompiled_alike()\n")
     done = command_server.run(script=str(script))
     assert done.code == 0, done.err
 
 
-def compiled_alike():
-    """Assert that a compiled network answers, and notes extremes, as the network itself."""
-    network = taught(network_of(STUDENTS["plain"]))
+def check_compiled():
+    """Assert that a compiled network has the same outputs and observed ranges."""
+    network = with_ranges(network_of(STUDENTS["plain"]))
     traced = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(random_batch(8)), network(random_batch(8)))
     seen, twin = [], copy.deepcopy(network)
-    for one in (network, twin):
-        one.train()
-        (torch.compile(one, fullgraph=True, backend="eager") if one is twin else one)(
+    for module in (network, twin):
+        module.train()
+        (torch.compile(module, fullgraph=True, backend="eager") if module is twin else module)(
             random_batch(8)
         )
-        seen.append(torch.stack([layer.observed for layer in fake_quant_layers(one).values()]))
+        seen.append(torch.stack([layer.observed for layer in fake_quant_layers(module).values()]))
     torch.testing.assert_close(seen[0], seen[1])
 
 
 def test_activation_checkpointing_gradients_and_ranges_are_equal():
-    found = []
+    result = []
     for again in (False, True):
-        network = taught(network_of(drop_path=0.3)).train()
+        network = with_ranges(network_of(drop_path=0.3)).train()
         network.set_grad_checkpointing(again)
         ranges = ActivationRanges(network)
         torch.manual_seed(9)
-        asked(network, random_batch(8)).square().sum().backward()
+        all_logits(network, random_batch(8)).square().sum().backward()
         ranges.update()
-        kept = {name: one.grad for name, one in network.named_parameters()}
-        found.append(kept | dict(network.named_buffers()))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+        result.append(gradients | dict(network.named_buffers()))
+    assert all(torch.equal(result[0][name], result[1][name]) for name in result[0])
 
 
 @pytest.mark.skipif(not available(), reason="no oneDNN in this torch")
 def test_onednn_outputs_match():
-    network = taught(network_of())
+    network = with_ranges(network_of())
     other = copy.deepcopy(network)
     use_onednn(other)
     with mock.patch("deit.models.onednn_linear.product", wraps=fake_quant.linear) as product:
-        found = other(random_batch(8))
+        result = other(random_batch(8))
     assert product.call_count == len(fake_quant_layers(other)) - 1
-    torch.testing.assert_close(found, network(random_batch(8)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, network(random_batch(8)), rtol=1e-4, atol=1e-5)
 
 
 def test_ddp_does_not_broadcast_ranges():
@@ -228,7 +231,7 @@ def test_ddp_does_not_broadcast_ranges():
 
 
 def test_token_merging_works_with_fake_quant():
-    network = taught(network_of())
+    network = with_ranges(network_of())
     merging = with_merging(network, 2)
     assert len(fake_quant_layers(merging)) == len(fake_quant_layers(network))
     assert merging(random_batch(8)).isfinite().all()
@@ -236,14 +239,14 @@ def test_token_merging_works_with_fake_quant():
 
 
 def test_structured_pruning_keeps_ranges():
-    network = taught(network_of(depth=2, num_heads=4))
+    network = with_ranges(network_of(depth=2, num_heads=4))
     scores = magnitudes(network)
-    kept = KeptUnits(
+    units = KeptUnits(
         select_top(scores.heads, 4, scope="global"), select_top(scores.hidden, 32, scope="global")
     )
-    student = pruned_config(replace(TINY, num_heads=4), kept)
+    student = pruned_config(replace(TINY, num_heads=4), units)
     smaller = create_network(student, 5)
-    load_weights(smaller, slice_weights(network.state_dict(), kept, head_width=4), origin="cut")
+    load_weights(smaller, slice_weights(network.state_dict(), units, head_width=4), origin="cut")
     assert student.qat == "int8"
     assert smaller.eval()(random_batch(8)).isfinite().all()
     assert torch.equal(smaller.blocks[0].mlp.fc2.range, network.blocks[0].mlp.fc2.range)
@@ -254,33 +257,34 @@ def test_structured_pruning_keeps_ranges():
 
 @pytest.mark.parametrize("name", [name for name in STUDENTS if name != "scaled"])
 def test_exported_file_matches_network(name, tmp_path):
-    """But where a value lies on the edge between two steps: there the last bits of a float, which
-    sums in another order differ in, decide."""
+    """Except for values halfway between two steps, where float rounding of sums decides."""
     pytest.importorskip("onnxruntime")
     facts = ModelInfo(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(3)
     bare, _ = split_normalization(build_student(facts))
-    taught(bare.network, random_batch(8, 128))
+    with_ranges(bare.network, random_batch(8, 128))
     given = random_batch(8, 128, seed=6)
     with torch.no_grad():
-        ours = dict(zip(outputs_of(bare), Graph(bare)(given)))
+        actual = dict(zip(outputs_of(bare), Graph(bare)(given)))
     ranges = {key: layer.range for key, layer in fake_quant_layers(bare.network).items()}
     disable_fake_quant(bare.network)
     write_onnx_with_metadata(tmp_path, bare, facts)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
     chosen = choose(layers, method="static", attention=False, exclude=None)
     assert set(chosen) == set(ranges)
-    told = ranges_from_training(tmp_path / "prepared.onnx", layers, ranges)
+    result = ranges_from_training(tmp_path / "prepared.onnx", layers, ranges)
     target = tmp_path / "int8.onnx"
-    write_int8(tmp_path / "prepared.onnx", target, layers, chosen, ranges=told, reduce_range=False)
-    theirs, floats = (
+    write_int8(
+        tmp_path / "prepared.onnx", target, layers, chosen, ranges=result, reduce_range=False
+    )
+    expected, floats = (
         int8_inference_fn(target)(given),
         onnx_inference_fn(tmp_path / "model.onnx")(given),
     )
-    for head, logits in theirs.items():
-        near = (ours[head] - logits).abs().amax(dim=1) < 1e-5 * logits.abs().max()
+    for head, logits in expected.items():
+        near = (actual[head] - logits).abs().amax(dim=1) < 1e-5 * logits.abs().max()
         assert near.double().mean() > 0.9, head
-        ratio = signal_to_noise(ours[head], logits)
+        ratio = signal_to_noise(actual[head], logits)
         assert ratio > 12 + signal_to_noise(floats[head], logits), head
 
 
@@ -338,7 +342,7 @@ def test_qat_schedule(reference):
 
 
 def test_init_does_not_change_qat():
-    """As of drop path: the configuration does."""
+    """Like drop path, it is set by the configuration only."""
     assert with_init(digits(), "x", TINY).student.qat == "none"
-    own = digits().replace(student={"qat": "int8"})
-    assert with_init(own, "x", replace(TINY, qat="none")).student.qat == "int8"
+    config = digits().replace(student={"qat": "int8"})
+    assert with_init(config, "x", replace(TINY, qat="none")).student.qat == "int8"

@@ -1,4 +1,4 @@
-"""Runs whose layers round: ranges in every file, the same bits again, the int8 file."""
+"""Runs with fake quantization: ranges in every file, bit-exact resume, the int8 file."""
 
 import json
 import re
@@ -47,8 +47,8 @@ QUICK = {"epochs": 2, "batch_size": 64, "warmup_epochs": 1, "ema_epochs": 0.5, "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A student that does not round, and one that was fine-tuned from it and does."""
+def runs(tmp_path_factory) -> Path:
+    """Runs of a float student, and of one fine-tuned from it with fake quantization."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("rounding")
     train(base_config(), folder / "base")
@@ -79,51 +79,53 @@ def ranges_of(file: Path) -> torch.Tensor:
     return torch.stack([weights[name] for name in sorted(range_names(weights))])
 
 
-def test_checkpoints_store_ranges_containing_zero(place):
-    newest = run_folder.latest_checkpoint(place / "int8")
-    files = [place / "int8" / "best" / "model.safetensors"]
+def test_checkpoints_store_ranges_containing_zero(runs):
+    newest = run_folder.latest_checkpoint(runs / "int8")
+    files = [runs / "int8" / "best" / "model.safetensors"]
     files += [newest / f"{name}.safetensors" for name in ("model", "average")]
     for file in files:
-        found = ranges_of(file)
-        assert found.shape == (11, 2)
-        assert (found[:, 0] <= 0).all()
-        assert (found[:, 1] > 0).all()
+        result = ranges_of(file)
+        assert result.shape == (11, 2)
+        assert (result[:, 0] <= 0).all()
+        assert (result[:, 1] > 0).all()
         assert not any(name.endswith(".observed") for name in load_file(file))
     model, average = map(ranges_of, files[1:])
     torch.testing.assert_close(model, average, rtol=0.1, atol=0.02)
-    notes = json.loads((place / "int8" / "init.json").read_text())["notes"]
+    notes = json.loads((runs / "int8" / "init.json").read_text())["notes"]
     assert [re.findall(r"\d+", note) for note in notes] == [["11"]]
 
 
-def test_run_starts_with_outputs_of_init_weights(place):
-    began = build_run(config_of(place)).student.eval()(random_batch(8, 8)).class_logits
-    before = load_student(place / "base" / "best")[0].eval()(random_batch(8, 8)).class_logits
+def test_run_starts_with_outputs_of_init_weights(runs):
+    began = build_run(config_of(runs)).student.eval()(random_batch(8, 8)).class_logits
+    before = load_student(runs / "base" / "best")[0].eval()(random_batch(8, 8)).class_logits
     assert 20 < signal_to_noise(before, began) < 60
 
 
 @pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
-def test_qat_run_resumes_bit_equal(place, tmp_path, fault):
-    stop_and_go_on(config_of(place), tmp_path / "run", fault)
-    same_end(tmp_path / "run", place / "int8")
+def test_qat_run_resumes_bit_equal(runs, tmp_path, fault):
+    stop_and_go_on(config_of(runs), tmp_path / "run", fault)
+    same_end(tmp_path / "run", runs / "int8")
 
 
-def test_skipped_step_does_not_move_ranges(place, tmp_path):
-    found = []
+def test_skipped_step_does_not_move_ranges(runs, tmp_path):
+    result = []
     for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
-        stop_at(config_of(place), tmp_path / name, fault)
-        found.append(ranges_of(run_folder.latest_checkpoint(tmp_path / name) / "model.safetensors"))
-    stop_at(config_of(place), tmp_path / "before", "update:2:term")
+        stop_at(config_of(runs), tmp_path / name, fault)
+        result.append(
+            ranges_of(run_folder.latest_checkpoint(tmp_path / name) / "model.safetensors")
+        )
+    stop_at(config_of(runs), tmp_path / "before", "update:2:term")
     before = ranges_of(run_folder.latest_checkpoint(tmp_path / "before") / "model.safetensors")
-    assert torch.equal(found[1], before)
-    assert not torch.equal(found[0], before)
+    assert torch.equal(result[1], before)
+    assert not torch.equal(result[0], before)
 
 
-def test_pruning_masks_hold_with_fake_quant(place, tmp_path):
-    weights = load_file(place / "base" / "best" / "model.safetensors")
+def test_pruning_masks_hold_with_fake_quant(runs, tmp_path):
+    weights = load_file(runs / "base" / "best" / "model.safetensors")
     name = "blocks.0.mlp.fc1.weight"
     masks = {name: torch.rand(weights[name].shape) > 0.5}
     save_weights(tmp_path / "m.safetensors", masks)
-    config = config_of(place, init={"pruning_masks": str(tmp_path / "m.safetensors")})
+    config = config_of(runs, init={"pruning_masks": str(tmp_path / "m.safetensors")})
     train(config.replace(optim={"epochs": 1, "warmup_epochs": 0}), tmp_path / "run")
     best = tmp_path / "run" / "best"
     assert (best / MASKS).is_file()
@@ -134,64 +136,64 @@ def test_pruning_masks_hold_with_fake_quant(place, tmp_path):
     assert rounded[masks[name]].count_nonzero() > 0.9 * masks[name].sum()
 
 
-def test_trainable_attention_updates_ranges(place, tmp_path):
-    config = config_of(place, optim={"trainable": "attention", "epochs": 1, "warmup_epochs": 0})
+def test_trainable_attention_updates_ranges(runs, tmp_path):
+    config = config_of(runs, optim={"trainable": "attention", "epochs": 1, "warmup_epochs": 0})
     train(config, tmp_path / "run")
-    found = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
-    assert (found[:, 1] > 0).all()
+    result = ranges_of(tmp_path / "run" / "best" / "model.safetensors")
+    assert (result[:, 1] > 0).all()
 
 
-def test_init_keeps_or_drops_ranges(place, tmp_path):
-    start = str(place / "int8")
-    config = with_init(config_of(place), start, load_weights_from(start).student)
+def test_init_keeps_or_drops_ranges(runs, tmp_path):
+    start = str(runs / "int8")
+    config = with_init(config_of(runs), start, load_weights_from(start).student)
     on = build_run(config)
     assert on.init_report["notes"] == []
-    own = load_file(place / "int8" / "best" / "model.safetensors")
-    for name in range_names(own):
-        assert torch.equal(on.student.network.state_dict()[name], own[name])
+    saved = load_file(runs / "int8" / "best" / "model.safetensors")
+    for name in range_names(saved):
+        assert torch.equal(on.student.network.state_dict()[name], saved[name])
     config = config.replace(student={"qat": "none"})
     off = build_run(config)
     assert [re.findall(r"\d+", note) for note in off.init_report["notes"]] == [["11"]]
     assert not range_names(off.student.network.state_dict())
-    wider = config_of(place, init={"weights": start, "head": "new"}).replace(
+    wider = config_of(runs, init={"weights": start, "head": "new"}).replace(
         student={"num_distillation_tokens": 1, "image_size": 16, "name": "vit_micro"},
         data={"image_size": 16, "classes": ("1", "3", "7")},
     )
     fitted = build_run(wider).student.network
-    assert torch.equal(fitted.head.range, own["head.range"])
-    assert infer_student_config(own).name == "deit_micro"
+    assert torch.equal(fitted.head.range, saved["head.range"])
+    assert infer_student_config(saved).name == "deit_micro"
 
 
-def test_qat_model_json_loads(place, tmp_path):
-    shutil.copytree(place / "base" / "best", tmp_path / "best")
+def test_qat_model_json_loads(runs, tmp_path):
+    shutil.copytree(runs / "base" / "best", tmp_path / "best")
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
     facts = json.loads(path.read_text())
     del facts["student"]["qat"]
     path.write_text(json.dumps(facts))
-    assert load_student(tmp_path / "best")[1] == load_student(place / "base" / "best")[1]
+    assert load_student(tmp_path / "best")[1] == load_student(runs / "base" / "best")[1]
 
 
-def test_qat_student_as_teacher_matches_its_export(place):
-    student = load_student(place / "int8" / "best")[0].eval()
+def test_qat_student_as_teacher_matches_its_export(runs):
+    student = load_student(runs / "int8" / "best")[0].eval()
     assert fake_quant_layers(student.network)
-    (member,) = teacher_specs(digits().replace(teacher={"source": (str(place / "int8"),)}).teacher)
+    (member,) = teacher_specs(digits().replace(teacher={"source": (str(runs / "int8"),)}).teacher)
     teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
     assert fake_quant_layers(teacher.network)
-    found = evaluate(place / "int8")["heads"]["fused"]["top1"]
-    assert found > evaluate(place / "base")["heads"]["fused"]["top1"] - 0.1
+    result = evaluate(runs / "int8")["heads"]["fused"]["top1"]
+    assert result > evaluate(runs / "base")["heads"]["fused"]["top1"] - 0.1
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_float_export_formats_raise(place, tmp_path, form):
-    with raises(ConfigError, place / "int8", "student.qat", "'int8'", "quantize") as error:
-        export(place / "int8", tmp_path / "out", format=form)
+def test_float_export_formats_raise(runs, tmp_path, form):
+    with raises(ConfigError, runs / "int8", "student.qat", "'int8'", "quantize") as error:
+        export(runs / "int8", tmp_path / "out", format=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_loss_landscape_of_qat_run_raises(place):
-    one = LandscapePoint("one", place / "int8", place / "int8" / "best")
+def test_loss_landscape_of_qat_run_raises(runs):
+    item = LandscapePoint("one", runs / "int8", runs / "int8" / "best")
     with raises(ConfigError, "one:", "student.qat", "'int8'"):
         load_landscape_data([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
 
@@ -205,17 +207,17 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("option", OTHERWISE)
-def test_quantize_with_other_settings_raises(place, tmp_path, option):
+def test_quantize_with_other_settings_raises(runs, tmp_path, option):
     pytest.importorskip("onnxruntime")
-    with raises(ConfigError, option, place / "int8", "student.qat") as error:
-        quantize(place / "int8", tmp_path / "out", OTHERWISE[option])
+    with raises(ConfigError, option, runs / "int8", "student.qat") as error:
+        quantize(runs / "int8", tmp_path / "out", OTHERWISE[option])
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_quantize_with_unknown_ranges_raises(place, tmp_path):
+def test_quantize_with_unknown_ranges_raises(runs, tmp_path):
     pytest.importorskip("onnxruntime")
-    shutil.copytree(place / "int8", tmp_path / "run")
+    shutil.copytree(runs / "int8", tmp_path / "run")
     best = tmp_path / "run" / "best"
     student, facts = load_student(best)
     weights = student.network.state_dict()
@@ -233,8 +235,8 @@ def test_quantize_with_unknown_ranges_raises(place, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_accuracy_drop_message_suggests_qat(place, tmp_path):
-    """Of a student without fake quantization; the other message is tested below."""
+def test_accuracy_drop_message_suggests_qat(runs, tmp_path):
+    """For a student without fake quantization; the other message is tested below."""
     pytest.importorskip("onnxruntime")
     with (
         mock.patch(
@@ -242,17 +244,25 @@ def test_accuracy_drop_message_suggests_qat(place, tmp_path):
         ),
         pytest.raises(CheckpointError) as error,
     ):
-        quantize(place / "base", tmp_path / "out", QuantizeOptions())
-    told = str(error.value)
-    run = place / "base"
-    assert f"deit finetune --from {run} --schedule int8 --out {run}-int8" in told
-    assert "--calibration-method percentile" in told
+        quantize(runs / "base", tmp_path / "out", QuantizeOptions())
+    result = str(error.value)
+    run = runs / "base"
+    assert f"deit finetune --from {run} --schedule int8 --out {run}-int8" in result
+    assert "--calibration-method percentile" in result
 
 
-def test_qat_commands_from_run_to_int8_file(place, command_server, tmp_path, capsys, monkeypatch):
-    """The commands; the file answers as the run does, its weights without roundings otherwise."""
+def test_qat_commands_from_run_to_int8_file(runs, command_server, tmp_path, capsys, monkeypatch):
+    """The int8 file matches the run; without quantization its weights give other outputs."""
     pytest.importorskip("onnxruntime")
-    arguments = ["finetune", "--from", place / "base", "--schedule", "int8", "--optim.epochs", "1"]
+    arguments = [
+        "finetune",
+        "--from",
+        runs / "base",
+        "--schedule",
+        "int8",
+        "--optim.epochs",
+        "1",
+    ]
     done = command_server.run(
         *arguments, "--optim.warmup_epochs", "0", "--out", "run", cwd=tmp_path
     )
@@ -263,36 +273,36 @@ def test_qat_commands_from_run_to_int8_file(place, command_server, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     with mock.patch("deit.deploy.quantize.check_accuracy_drop", wraps=check_accuracy_drop) as drop:
         assert run_command("quantize", ["run", "--max-drop", "100"], "deit quantize") == 0
-    (known, _, *others), how = drop.call_args
+    (known, _, *others), mode = drop.call_args
     with pytest.raises(CheckpointError) as refused:
-        check_accuracy_drop(known, -100, *others, **how)
-    told = str(refused.value)
-    assert "--exclude" in told
-    assert not any(word in told for word in ("finetune", "--calibration-method", "dynamic"))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "fake quantization" in said
-    found = json.loads(Path("run/quantized-static/quantization.json").read_text())
-    assert f"{found['as_the_run']['sqnr_db']['fused']:.1f} dB" in said
-    assert found["calibration"]["how"] == "learnt"
+        check_accuracy_drop(known, -100, *others, **mode)
+    lines = str(refused.value)
+    assert "--exclude" in lines
+    assert not any(word in lines for word in ("finetune", "--calibration-method", "dynamic"))
+    output = " ".join(capsys.readouterr().out.split())
+    assert "fake quantization" in output
+    result = json.loads(Path("run/quantized-static/quantization.json").read_text())
+    assert f"{result['as_the_run']['sqnr_db']['fused']:.1f} dB" in output
+    assert result["calibration"]["how"] == "learnt"
     evaluated = evaluate(Path("run"))["heads"]
     assert "fake quantization" in Path("run/quantized-static/README.md").read_text()
     # Weights have 7 bits where sums of 8-bit products saturate: not those that were trained.
-    assert found["reduce_range"] is int8_sums_saturate(int8_flags())
-    if found["reduce_range"]:
-        assert min(found["as_the_run"]["agreement"].values()) > 0.9
+    assert result["reduce_range"] is int8_sums_saturate(int8_flags())
+    if result["reduce_range"]:
+        assert min(result["as_the_run"]["agreement"].values()) > 0.9
         return
-    for head, row in found["int8"]["heads"].items():
+    for head, row in result["int8"]["heads"].items():
         assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
-        assert found["as_the_run"]["agreement"][head] > 0.995
-        assert found["as_the_run"]["sqnr_db"][head] > 12 + found["sqnr_db"][head]
+        assert result["as_the_run"]["agreement"][head] > 0.995
+        assert result["as_the_run"]["sqnr_db"][head] > 12 + result["sqnr_db"][head]
 
 
 @pytest.mark.slow
-def test_two_processes_learn_the_ranges_of_one(place, command_server, tmp_path):
+def test_two_processes_learn_the_ranges_of_one(runs, command_server, tmp_path):
     arguments = [
         "finetune",
         "--from",
-        place / "base",
+        runs / "base",
         "--schedule",
         "int8",
         "--student.drop_path",
@@ -306,14 +316,14 @@ def test_two_processes_learn_the_ranges_of_one(place, command_server, tmp_path):
         "--run.linear_backend",
         "torch",
     ]
-    for number in (1, 2):
+    for count in (1, 2):
         done = command_server.run_processes(
-            *arguments, "--out", str(number), processes=number, cwd=tmp_path
+            *arguments, "--out", str(count), processes=count, cwd=tmp_path
         )
-        assert [one.code for one in done] == [0] * number, done[0].err + done[-1].err
+        assert [process.code for process in done] == [0] * count, done[0].err + done[-1].err
     for file in ("model", "average"):
-        names = [tmp_path / str(number) for number in (1, 2)]
-        one, two = (
+        names = [tmp_path / str(count) for count in (1, 2)]
+        process, two = (
             ranges_of(run_folder.latest_checkpoint(out) / f"{file}.safetensors") for out in names
         )
-        torch.testing.assert_close(one, two, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(process, two, rtol=0.02, atol=0.02)

@@ -1,4 +1,4 @@
-"""Training with pruning masks: zeros hold in files, resumed runs, fine-tuning and processes."""
+"""Training with pruning masks: zeros stay zero in files, resumed runs and fine-tuning."""
 
 import json
 from pathlib import Path
@@ -32,8 +32,8 @@ EPOCHS = 3
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A teacher, a dense run that kept its updates 0, 5 and 7, and masks of its end."""
+def runs(tmp_path_factory) -> Path:
+    """Runs of a teacher and of a dense student with steps 0, 5 and 7 kept, and masks of its end."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("masks")
     teacher = digits_teacher().replace(optim={"epochs": 3}, data={"train_fraction": 0.2})
@@ -41,8 +41,10 @@ def place(tmp_path_factory) -> Path:
     config = config_of(folder)
     assert train(config.replace(run={"keep_steps": (5, 7)}), folder / "dense")["step"] == 12
     ends = load_file(run_folder.latest_checkpoint(folder / "dense") / "model.safetensors")
-    kept = [name for name in ends if name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))]
-    scores = {name: ends[name].abs() for name in kept if name.startswith("blocks")}
+    remaining = [
+        name for name in ends if name.endswith(("qkv.weight", "proj.weight", "fc1.weight"))
+    ]
+    scores = {name: ends[name].abs() for name in remaining if name.startswith("blocks")}
     masks = prune_in("global")(scores, all_ones(scores), 0.4)
     save_weights(folder / "masks.safetensors", masks)
     return folder
@@ -66,17 +68,16 @@ def ticket(folder: Path, **more: dict) -> Config:
     return config_of(folder, init=start, **more)
 
 
-def test_keep_steps_are_kept_with_the_latest(place):
-    steps = [step for step, _ in run_folder.list_checkpoints(place / "dense")]
+def test_keep_steps_are_kept_with_the_latest(runs):
+    steps = [step for step, _ in run_folder.list_checkpoints(runs / "dense")]
     assert steps == [12, 8, 7, 5]
 
 
-def test_rewound_run_starts_from_dense_checkpoint(place):
-    """The weights of that update to the bit, but for the masks; its learning rate, its views; no
-    moments."""
-    run = build_run(ticket(place))
-    masks = read_masks(place / "masks.safetensors")
-    before = load_file(place / "dense" / "checkpoint-00000005" / "model.safetensors")
+def test_rewound_run_starts_from_dense_checkpoint(runs):
+    """It has the weights of that step (masked), its learning rate and views, but no moments."""
+    run = build_run(ticket(runs))
+    masks = read_masks(runs / "masks.safetensors")
+    before = load_file(runs / "dense" / "checkpoint-00000005" / "model.safetensors")
     assert (run.state.step, run.state.epoch) == (5, 1)
     for name, value in run.student.network.state_dict().items():
         expected = before[name] * masks[name] if name in masks else before[name]
@@ -87,13 +88,13 @@ def test_rewound_run_starts_from_dense_checkpoint(place):
 
 
 @pytest.fixture(scope="module")
-def pruned(place) -> Path:
-    train(ticket(place), place / "pruned")
-    return place / "pruned"
+def pruned(runs) -> Path:
+    train(ticket(runs), runs / "pruned")
+    return runs / "pruned"
 
 
-def test_pruned_weights_are_zero_in_every_file(place, pruned):
-    masks = read_masks(place / "masks.safetensors")
+def test_pruned_weights_are_zero_in_every_file(runs, pruned):
+    masks = read_masks(runs / "masks.safetensors")
     folders = [pruned / "best", *(path for _, path in run_folder.list_checkpoints(pruned))]
     files = [file for folder in folders for file in folder.glob("*.safetensors")]
     assert {file.name for file in files} == {
@@ -101,7 +102,7 @@ def test_pruned_weights_are_zero_in_every_file(place, pruned):
     }
     for folder in folders:
         assert all(
-            torch.equal(masks[name], one) for name, one in read_masks(folder / MASKS).items()
+            torch.equal(masks[name], item) for name, item in read_masks(folder / MASKS).items()
         )
         assert is_masked(masks, load_file(folder / "model.safetensors"))
     for folder in folders[1:]:
@@ -110,34 +111,36 @@ def test_pruned_weights_are_zero_in_every_file(place, pruned):
         for kind in ("exp_avg", "exp_avg_sq"):
             assert is_masked(masks, {name: moments[f"{kind}/{name}"] for name in masks})
     # And the others have moved.
-    dense_start = load_file(place / "dense" / "checkpoint-00000005" / "model.safetensors")
+    dense_start = load_file(runs / "dense" / "checkpoint-00000005" / "model.safetensors")
     after = load_file(folders[1] / "model.safetensors")
     for name, mask in masks.items():
         assert (after[name] != dense_start[name])[mask].float().mean() > 0.99
 
 
-def test_rewound_run_has_schedule_order_and_views_of_dense_run(place, pruned):
-    ours, theirs = (run_log.read(out / run_log.METRICS) for out in (pruned, place / "dense"))
-    config = ticket(place)
-    assert [row["step"] for row in ours] == [8, 12]
-    for mine, dense_row in zip(ours, theirs[1:]):
-        assert mine["step"] == dense_row["step"]
-        assert mine["epoch"] == dense_row["epoch"]
-        assert mine["train"]["lr"] == dense_row["train"]["lr"]
-        assert mine["train"]["lr"] == lr_at(mine["step"] - 1, optim=config.optim, steps_per_epoch=4)
-    # The teacher, who does not change, said the same of the whole third epoch's views.
-    assert ours[1]["train"]["teacher_top1"] == theirs[2]["train"]["teacher_top1"]
+def test_rewound_run_has_schedule_order_and_views_of_dense_run(runs, pruned):
+    actual, expected = (run_log.read(out / run_log.METRICS) for out in (pruned, runs / "dense"))
+    config = ticket(runs)
+    assert [row["step"] for row in actual] == [8, 12]
+    for own_rows, dense_row in zip(actual, expected[1:]):
+        assert own_rows["step"] == dense_row["step"]
+        assert own_rows["epoch"] == dense_row["epoch"]
+        assert own_rows["train"]["lr"] == dense_row["train"]["lr"]
+        assert own_rows["train"]["lr"] == lr_at(
+            own_rows["step"] - 1, optim=config.optim, steps_per_epoch=4
+        )
+    # The teacher, which does not change, has the same outputs for the views of the third epoch.
+    assert actual[1]["train"]["teacher_top1"] == expected[2]["train"]["teacher_top1"]
     result = run_folder.read_result(pruned)
     assert result["step"] == 12
     assert result["samples_seen"] == 7 * 64
 
 
-def test_all_ones_masks_train_bit_equal(place, tmp_path):
-    every = {name: torch.ones_like(mask) for name, mask in read_masks(place / MASKS).items()}
+def test_all_ones_masks_train_bit_equal(runs, tmp_path):
+    every = {name: torch.ones_like(mask) for name, mask in read_masks(runs / MASKS).items()}
     save_weights(tmp_path / MASKS, every)
-    start = {"weights": str(place / "dense" / "checkpoint-00000007"), "start_step": 7}
+    start = {"weights": str(runs / "dense" / "checkpoint-00000007"), "start_step": 7}
     for name, masks in (("masked", str(tmp_path / MASKS)), ("plain", "keep")):
-        train(config_of(place, init={**start, "pruning_masks": masks}), tmp_path / name)
+        train(config_of(runs, init={**start, "pruning_masks": masks}), tmp_path / name)
     ends = [
         run_folder.latest_checkpoint(tmp_path / name) / "model.safetensors"
         for name in ("masked", "plain")
@@ -146,59 +149,63 @@ def test_all_ones_masks_train_bit_equal(place, tmp_path):
 
 
 @pytest.mark.parametrize("step", [6, 8, 11])
-def test_pruned_run_resumes_bit_equal(place, pruned, tmp_path, step):
+def test_pruned_run_resumes_bit_equal(runs, pruned, tmp_path, step):
     out = tmp_path / "run"
-    stop_at(ticket(place), out, f"update:{step - 5}:term")
+    stop_at(ticket(runs), out, f"update:{step - 5}:term")
     # The file it began with may be gone.
-    lost = ticket(place, run={"device": "cpu"})
-    (place / "masks.safetensors").rename(place / "gone")
+    lost = ticket(runs, run={"device": "cpu"})
+    (runs / "masks.safetensors").rename(runs / "gone")
     try:
         train(lost, out, resume=True)
     finally:
-        (place / "gone").rename(place / "masks.safetensors")
+        (runs / "gone").rename(runs / "masks.safetensors")
     same_end(out, pruned)
 
 
-def test_fine_tuning_keeps_pruned_weights_unless_configured(place, pruned):
+def test_fine_tuning_keeps_pruned_weights_unless_configured(runs, pruned):
     start = {"weights": str(pruned), "pruning_masks": "keep", "start_step": 0}
-    run = build_run(config_of(place, init=start))
+    run = build_run(config_of(runs, init=start))
     masks = read_masks(pruned / "best" / MASKS)
     assert run.masks is not None
     assert all(torch.equal(masks[name], mask) for name, mask in run.masks.masks.items())
-    assert build_run(config_of(place, init={**start, "pruning_masks": "none"})).masks is None
+    assert build_run(config_of(runs, init={**start, "pruning_masks": "none"})).masks is None
 
 
-def test_masks_of_other_network_raise_before_writing(place, tmp_path):
+def test_masks_of_other_network_raise_before_writing(runs, tmp_path):
     save_file({"blocks.9.mlp.fc1.weight": torch.ones(2, 2).bool()}, tmp_path / "m.safetensors")
-    config = ticket(place).replace(init={"pruning_masks": str(tmp_path / "m.safetensors")})
+    config = ticket(runs).replace(init={"pruning_masks": str(tmp_path / "m.safetensors")})
     with raises(CheckpointError, "init.pruning_masks", "m.safetensors", "blocks.9.mlp.fc1.weight"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_start_step_after_end_raises(place, tmp_path):
+def test_start_step_after_end_raises(runs, tmp_path):
     with raises(ConfigError, "init.start_step = 12"):
-        train(config_of(place, init={"start_step": 12}), tmp_path / "run")
+        train(config_of(runs, init={"start_step": 12}), tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_pruned_weights_stay_zero_with_two_processes(command_server, tmp_path, shard):
-    """Divided or not, both write what one mask says."""
+    """Sharded or not, both processes keep the same weights at zero."""
     arguments = ("train", *SMALL, "--run.sharding", shard, "--run.timeout_s", "30", "--out")
     single_process = command_server.run(
         *arguments, tmp_path / "dense", "--run.sharding", "none", cwd=tmp_path
     )
     assert single_process.code == 0, single_process.err
     ends = load_file(run_folder.latest_checkpoint(tmp_path / "dense") / "model.safetensors")
-    scores = {name: one.abs() for name, one in ends.items() if ".mlp.fc" in name and one.ndim == 2}
+    scores = {
+        name: process.abs()
+        for name, process in ends.items()
+        if ".mlp.fc" in name and process.ndim == 2
+    }
     masks = prune_in("global")(scores, all_ones(scores), 0.3)
     save_weights(tmp_path / MASKS, masks)
     pruned = ("--init.pruning_masks", tmp_path / MASKS, "--init.weights", tmp_path / "dense")
     done = command_server.run_processes(
         *arguments, tmp_path / "two", *pruned, processes=2, of_node=2, cwd=tmp_path
     )
-    assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
+    assert [process.code for process in done] == [0, 0], done[0].err + done[1].err
     folder = run_folder.latest_checkpoint(tmp_path / "two")
     assert is_masked(masks, load_file(folder / "model.safetensors"))
     moments = load_file(folder / "optimizer.safetensors")

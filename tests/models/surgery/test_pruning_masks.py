@@ -1,4 +1,4 @@
-"""Pruning masks: which weights may be pruned, exact counts, nested levels, random controls."""
+"""Pruning masks: prunable weights, exact counts, nested levels, random controls."""
 
 import pytest
 import torch
@@ -39,10 +39,10 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro"])
 def test_prunable_of_vit_is_four_layers_per_block(name):
     network = create_network(Config().replace(student={"name": name}).student, 10)
-    found = prunable(network)
+    result = prunable(network)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert list(found) == [f"blocks.{at}.{layer}.weight" for at in range(6) for layer in layers]
-    assert sum(one.numel() for one in found.values()) == 6 * 12 * 96**2
+    assert list(result) == [f"blocks.{at}.{layer}.weight" for at in range(6) for layer in layers]
+    assert sum(item.numel() for item in result.values()) == 6 * 12 * 96**2
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_prunable_of_vit_is_four_layers_per_block(name):
 def test_prunable_excludes_first_layer_and_heads(name):
     network = create_network(Config().replace(student={"name": name}).student, 10)
     layers = [
-        f"{place}.weight"
-        for place, layer in network.named_modules()
+        f"{index}.weight"
+        for index, layer in network.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     assert list(prunable(network)) == layers[1:-1]
@@ -70,17 +70,17 @@ def test_prunable_lists_shared_weight_once():
 
 def test_prune_largest_by_hand():
     scores = {"a": torch.tensor([[3.0, 1.0], [2.0, 5.0]]), "b": torch.tensor([[4.0, 0.5]])}
-    found = keep_largest(scores, all_ones(scores), 3)
-    assert found["a"].tolist() == [[True, False], [False, True]]
-    assert found["b"].tolist() == [[True, False]]
+    result = keep_largest(scores, all_ones(scores), 3)
+    assert result["a"].tolist() == [[True, False], [False, True]]
+    assert result["b"].tolist() == [[True, False]]
 
 
-@pytest.mark.parametrize("number", range(9))
-def test_prune_of_equal_scores_keeps_the_first(number):
+@pytest.mark.parametrize("count", range(9))
+def test_prune_of_equal_scores_keeps_the_first(count):
     scores = {"a": torch.ones(2, 2), "b": torch.zeros(4, 1)}
-    found = keep_largest(scores, all_ones(scores), number)
-    flat = torch.cat([one.flatten() for one in found.values()])
-    assert flat.tolist() == [True] * number + [False] * (8 - number)
+    result = keep_largest(scores, all_ones(scores), count)
+    flat = torch.cat([item.flatten() for item in result.values()])
+    assert flat.tolist() == [True] * count + [False] * (8 - count)
 
 
 def test_prune_ranks_kept_zero_before_pruned_weight():
@@ -93,11 +93,11 @@ def test_prune_ranks_kept_zero_before_pruned_weight():
 
 @pytest.mark.parametrize("scope", EVERY_SCOPE)
 def test_pruned_levels_are_nested_and_exact(scope):
-    found = weights()
-    masks = all_ones(found)
+    result = weights()
+    masks = all_ones(result)
     total = num_remaining(masks)
     for density in densities_of(scope, levels=11, rate=0.2):
-        scores = {name: torch.randn_like(one).abs() for name, one in found.items()}
+        scores = {name: torch.randn_like(item).abs() for name, item in result.items()}
         after = prune_in(scope)(scores, masks, density)
         assert all((~masks[name] & after[name]).sum() == 0 for name in masks)
         if scope == "global":
@@ -106,8 +106,8 @@ def test_pruned_levels_are_nested_and_exact(scope):
             for mask in after.values():
                 assert mask.sum() == round(mask.numel() * density)
         masks = after
-    gone = prune_in("global")(found, masks, 0.0)
-    assert num_remaining(gone) == 0
+    removed = prune_in("global")(result, masks, 0.0)
+    assert num_remaining(removed) == 0
 
 
 def test_prune_with_density_one_keeps_everything():
@@ -118,11 +118,11 @@ def test_prune_with_density_one_keeps_everything():
 
 def test_prune_groups_keeps_largest_of_each_group():
     row = torch.tensor([[1.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0]])
-    found = prune_in("2:4")({"a": row}, all_ones({"a": row}), 0.5)["a"]
-    assert found.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+    result = prune_in("2:4")({"a": row}, all_ones({"a": row}), 0.5)["a"]
+    assert result.int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
     kernels = torch.randn(3, 8, 5, 5).abs()
-    found = prune_in("1:4")({"a": kernels}, all_ones({"a": kernels}), 0.25)["a"]
-    groups = found.movedim(1, -1).reshape(-1, 4)
+    result = prune_in("1:4")({"a": kernels}, all_ones({"a": kernels}), 0.25)["a"]
+    groups = result.movedim(1, -1).reshape(-1, 4)
     assert groups.sum(dim=1).tolist() == [1] * len(groups)
     chosen = kernels.movedim(1, -1).reshape(-1, 4)[groups]
     assert torch.equal(chosen, kernels.movedim(1, -1).reshape(-1, 4).amax(dim=1))
@@ -149,35 +149,35 @@ def test_levels_of_groups_decrease_one_by_one():
 
 @pytest.mark.parametrize("scope", EVERY_SCOPE)
 def test_random_masks_have_the_same_counts_in_every_layer(scope):
-    found = weights()
-    scores = {name: one.abs() for name, one in found.items()}
-    masks = prune_in(scope)(scores, all_ones(found), 1 / 3)
-    one, same, other = (random_like(masks, scope, seed=seed) for seed in (0, 0, 1))
+    result = weights()
+    scores = {name: item.abs() for name, item in result.items()}
+    masks = prune_in(scope)(scores, all_ones(result), 1 / 3)
+    item, same, other = (random_like(masks, scope, seed=seed) for seed in (0, 0, 1))
     for name, mask in masks.items():
-        assert one[name].sum() == mask.sum()
-        assert torch.equal(one[name], same[name])
-        assert not torch.equal(one[name], mask)
-        assert not torch.equal(one[name], other[name])
+        assert item[name].sum() == mask.sum()
+        assert torch.equal(item[name], same[name])
+        assert not torch.equal(item[name], mask)
+        assert not torch.equal(item[name], other[name])
         if groups_of(scope) is not None:
             size = int(scope[-1])
-            assert set(one[name].view(-1, size).sum(dim=1).tolist()) == {round(size / 3)}
+            assert set(item[name].view(-1, size).sum(dim=1).tolist()) == {round(size / 3)}
 
 
 def test_random_masks_are_random():
     masks = {"a": torch.arange(40_000).view(200, 200) < 10_000}
-    found = random_like(masks, "global", seed=3)["a"].float()
+    result = random_like(masks, "global", seed=3)["a"].float()
     # Means of 200 draws with probability 1/4 have a deviation of 0.031.
-    assert (found.mean(dim=0) - 0.25).abs().max() < 0.031 * 4.5
-    assert (found.mean(dim=1) - 0.25).abs().max() < 0.031 * 4.5
+    assert (result.mean(dim=0) - 0.25).abs().max() < 0.031 * 4.5
+    assert (result.mean(dim=1) - 0.25).abs().max() < 0.031 * 4.5
 
 
 def test_mask_summary_by_hand():
     qkv = torch.ones(6, 4, dtype=torch.bool)
     qkv[1], qkv[4, :2] = False, False
-    told = mask_summary({"blocks.0.attn.qkv.weight": qkv, "fc.weight": torch.zeros(3, 2).bool()})
-    assert told["kept"] == 18
-    assert told["total"] == 30
-    assert told["layers"] == {
+    result = mask_summary({"blocks.0.attn.qkv.weight": qkv, "fc.weight": torch.zeros(3, 2).bool()})
+    assert result["kept"] == 18
+    assert result["total"] == 30
+    assert result["layers"] == {
         "blocks.0.attn.qkv.q": {"kept": 4, "total": 8, "dead_rows": 1},
         "blocks.0.attn.qkv.k": {"kept": 8, "total": 8, "dead_rows": 0},
         "blocks.0.attn.qkv.v": {"kept": 6, "total": 8, "dead_rows": 0},
@@ -192,7 +192,7 @@ def network_and_masks() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 2))
     masks = prune_in("global")(
-        {name: one.abs() for name, one in prunable(network).items()},
+        {name: item.abs() for name, item in prunable(network).items()},
         all_ones(prunable(network)),
         0.5,
     )

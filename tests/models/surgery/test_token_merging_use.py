@@ -1,4 +1,4 @@
-"""Token merging in use: cost, precision, evaluation, and what is refused."""
+"""Token merging in use: cost, precision, evaluation, and errors."""
 
 import json
 import re
@@ -42,28 +42,28 @@ def _no_gradients():
 def test_attend_weights_token_by_size(fused):
     attention = Attention(12, num_heads=3, qkv_bias=True).eval()
     attention.fused_attn = fused
-    several = torch.randn(2, 6, 12)
-    several[:, 3:] = several[:, 3:4]
-    expected, keys = attend(attention, several, None)
-    assert torch.equal(expected, attention(several))
+    multiple = torch.randn(2, 6, 12)
+    multiple[:, 3:] = multiple[:, 3:4]
+    expected, keys = attend(attention, multiple, None)
+    assert torch.equal(expected, attention(multiple))
     sizes = torch.tensor([1.0, 1.0, 1.0, 3.0]).expand(2, -1)
-    found, fewer = attend(attention, several[:, :4], sizes)
-    torch.testing.assert_close(found, expected[:, :4])
+    result, fewer = attend(attention, multiple[:, :4], sizes)
+    torch.testing.assert_close(result, expected[:, :4])
     torch.testing.assert_close(fewer, keys[:, :, :4])
-    unweighted, _ = attend(attention, several[:, :4], None)
-    assert not torch.allclose(unweighted, found, atol=1e-4)
+    unweighted, _ = attend(attention, multiple[:, :4], None)
+    assert not torch.allclose(unweighted, result, atol=1e-4)
     assert not attention.k_norm._forward_hooks
 
 
 @pytest.mark.parametrize("kind", ["distilled", "class token", "layer scale", "normalised keys"])
 def test_merging_equal_patches_changes_nothing(kind):
-    """An image of one colour, patches without positions: all are the same token in every block."""
+    """For an image of one color without positions, all patches are equal in every block."""
     built = network(kind)
     built.pos_embed[:, built.num_prefix_tokens :] = 0
     plain = torch.rand(2, 3, 1, 1).expand(2, 3, 16, 16)
-    for number in (3, 8):
-        found = with_merging(built, number)(plain)
-        torch.testing.assert_close(found, built(plain), rtol=1e-4, atol=1e-4)
+    for count in (3, 8):
+        result = with_merging(built, count)(plain)
+        torch.testing.assert_close(result, built(plain), rtol=1e-4, atol=1e-4)
 
 
 # Other ways of computing
@@ -83,24 +83,24 @@ def test_merge_in_half_precision_keeps_sizes_exact_and_dtype():
     tokens = torch.randn(1, 9, 4).bfloat16()
     sizes = torch.tensor([[1.0, 300.0, 301.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
     keys = torch.ones(1, 1, 9, 2).bfloat16()
-    found, sums = merge(tokens, sizes, keys, count=1, prefix=1)
-    assert found.dtype == torch.bfloat16
+    result, sums = merge(tokens, sizes, keys, count=1, prefix=1)
+    assert result.dtype == torch.bfloat16
     assert 601 in sums.tolist()[0]
     built = network()
     expected = with_merging(built, 2)(images())
     with torch.autocast("cpu", torch.bfloat16):
         assert with_merging(built, 0)(images()).equal(built(images()))
-        found = with_merging(built, 2)(images())
-    assert torch.cosine_similarity(found.float(), expected).min() > 0.95
+        result = with_merging(built, 2)(images())
+    assert torch.cosine_similarity(result.float(), expected).min() > 0.95
 
 
 def test_merge_under_autocast_ranks_in_float32():
-    """Two cosines that are one in bfloat16."""
+    """Two cosines that are equal in bfloat16."""
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [0.0, 1.0]]).view(1, 1, 4, 2)
     tokens = torch.arange(4.0).view(1, 4, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = merge(tokens, None, keys, count=1, prefix=0)
-    assert found.flatten().tolist() == [0, 1, 2.5]
+        result, _ = merge(tokens, None, keys, count=1, prefix=0)
+    assert result.flatten().tolist() == [0, 1, 2.5]
 
 
 def test_cost_counts_remaining_tokens():
@@ -112,7 +112,7 @@ def test_cost_counts_remaining_tokens():
         macs += ((before - 2) // 2) ** 2 * width / 3  # cosines
     cost = cost_of(with_merging(built, 4), side=16, batch=2)
     assert cost.gmacs * 1e9 == pytest.approx(macs, rel=1e-6)
-    assert cost.parameters == sum(one.numel() for one in built.parameters())
+    assert cost.parameters == sum(parameter.numel() for parameter in built.parameters())
 
 
 def test_token_cosines_of_merging_network():
@@ -122,7 +122,7 @@ def test_token_cosines_of_merging_network():
     for block in merging.blocks:
         block.norm1.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
     seen.append(merging.forward_features(images()))
-    expected = [torch.cosine_similarity(one[:, 0], one[:, 1]) for one in seen]
+    expected = [torch.cosine_similarity(item[:, 0], item[:, 1]) for item in seen]
     torch.testing.assert_close(token_cosines(merging, images()), torch.stack(expected, dim=1))
 
 
@@ -145,7 +145,7 @@ def differential():
     return timm.create_model("vit_tiny_patch16_224", **SHAPE, attn_layer="diff")
 
 
-def ours(**section):
+def small_vit(**section):
     shape = {"image_size": 16, "patch_size": 4, "depth": 3, "embed_dim": 48, "num_heads": 3}
     return create_network(StudentConfig(name="deit_tiny", **shape, **section), 6)
 
@@ -164,9 +164,9 @@ REFUSED = {
         1,
         ("--merge-tokens", "VisionTransformerDistilled", "deit_*"),
     ),
-    "adapters": (lambda: ours(adapters="convpass"), 1, ("--merge-tokens", "student.adapters")),
+    "adapters": (lambda: small_vit(adapters="convpass"), 1, ("--merge-tokens", "student.adapters")),
     "shared blocks": (
-        lambda: ours(shared_block_size=3),
+        lambda: small_vit(shared_block_size=3),
         1,
         ("--merge-tokens", "student.shared_block_size"),
     ),
@@ -188,7 +188,7 @@ def test_unsupported_network_raises(what):
 
 
 def test_network_with_grad_checkpointing_merges():
-    """timm's blocks are computed again one by one, without what merging hands on."""
+    """timm's checkpointing would recompute blocks one by one, without token sizes."""
     plain, again = network().eval(), network().eval()
     again.set_grad_checkpointing(True)
     expected = with_merging(plain, 2)(images())
@@ -207,7 +207,7 @@ def test_merging_in_training_mode_raises():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A student of two blocks and its teacher, which is no ViT."""
+    """Runs of a student of two blocks and of its teacher, a ConvNet."""
     folder = tmp_path_factory.mktemp("runs")
     with torch.enable_grad():
         train(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
@@ -224,10 +224,10 @@ def test_several_merge_counts_make_one_table(runs, tmp_path, capsys):
     arguments = [str(runs / "student"), "--merge-tokens", "0,2,8", "--teacher", "none"]
     arguments += ["--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "f.json")]
     assert run_command("evaluate", arguments, "evaluate") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     rows = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert list(rows) == ["student, merge 0", "student, merge 2", "student, merge 8"]
-    assert all(name in said for name in rows)
+    assert all(name in output for name in rows)
     assert [row["merge"] for row in rows.values()] == [0, 2, 8]
     assert [row["tokens"] for row in rows.values()] == [[18, 18], [16, 14], [10, 6]]
     plain = evaluate(runs / "student", cost=True, teacher="none")
@@ -238,8 +238,8 @@ def test_several_merge_counts_make_one_table(runs, tmp_path, capsys):
     assert eight["cost"]["gmacs"] < two["cost"]["gmacs"] < none["cost"]["gmacs"]
     assert eight["heads"] != none["heads"]
     assert two["heads"] == evaluate(runs / "student", merge_tokens=2, teacher="none")["heads"]
-    with Image.open(tmp_path / "p.png") as picture:
-        assert picture.width > 500
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.width > 500
 
 
 def test_single_merge_count_is_in_title(command_server, runs, tmp_path):
@@ -248,9 +248,9 @@ def test_single_merge_count_is_in_title(command_server, runs, tmp_path):
     assert done.code == 0, done.err
     assert re.search(r"\b8 px\b.*\b4 tokens\b", " ".join(done.out.split()))
     assert "14, 10" in done.out
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert (found["merge"], found["tokens"]) == (4, [14, 10])
-    assert len(found["token_cosine"]) == 3
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert (result["merge"], result["tokens"]) == (4, [14, 10])
+    assert len(result["token_cosine"]) == 3
 
 
 def test_higher_resolution_allows_more_merging(runs, tmp_path):
@@ -286,17 +286,17 @@ def test_invalid_merge_counts_raise_in_one_line(arguments, names, runs, capsys):
     first, *rest = arguments
     arguments = [f"{first}={rest[0]}", *rest[1:]]
     assert run_command("evaluate", [str(runs / "student"), *arguments], "evaluate") == 2
-    said = capsys.readouterr()
-    assert all(name in said.err for name in names), said.err
-    assert len(said.err.strip().splitlines()) == 1
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert all(name in output.err for name in names), output.err
+    assert len(output.err.strip().splitlines()) == 1
+    assert output.out == ""
 
 
 @pytest.mark.parametrize("numbers", ["0", "0,1"])
 def test_merging_of_convnet_run_raises_immediately(numbers, runs, capsys):
     arguments = [str(runs / "student"), str(runs / "teacher"), "--merge-tokens", numbers]
-    for asked in (arguments, arguments[1:]):
-        assert run_command("evaluate", asked, "evaluate") == 2
-        said = capsys.readouterr()
-        assert "--merge-tokens: SmallConvNet" in said.err
-        assert said.out == ""
+    for requested in (arguments, arguments[1:]):
+        assert run_command("evaluate", requested, "evaluate") == 2
+        output = capsys.readouterr()
+        assert "--merge-tokens: SmallConvNet" in output.err
+        assert output.out == ""

@@ -1,4 +1,4 @@
-"""Blocks that share their weights: by hand, counted, learnt, saved and exported once."""
+"""Blocks with shared weights: counts and outputs by hand, training, saving and exporting."""
 
 import copy
 import dataclasses
@@ -54,7 +54,9 @@ def test_shared_weights_are_registered_once():
     """By hand: of four blocks two keep 12 d^2 + 9 d weights of attention and MLP... each."""
     width, heads = 24, 3
     of_layers = 12 * width**2 + (3 + 1 + 4 + 1) * width
-    whole, shared = (sum(one.numel() for one in network_of(n).parameters()) for n in (1, 2))
+    whole, shared = (
+        sum(parameter.numel() for parameter in network_of(n).parameters()) for n in (1, 2)
+    )
     assert whole - shared == 2 * of_layers - 4 * 2 * heads**2
     names = [name for name in network_of(2).state_dict() if name.startswith("blocks.1.")]
     assert names == [
@@ -62,17 +64,17 @@ def test_shared_weights_are_registered_once():
         *("blocks.1.attn.after", "blocks.1.norm2.weight", "blocks.1.norm2.bias"),
     ]
     tiny = StudentConfig(name="deit_tiny", image_size=224, patch_size=16, shared_block_size=2)
-    number = sum(one.numel() for one in create_network(tiny, 1000).parameters())
-    assert 3.2e6 < number < 3.3e6  # Mini-DeiT-Ti, 3 M, with a second token and head
+    count = sum(parameter.numel() for parameter in create_network(tiny, 1000).parameters())
+    assert 3.2e6 < count < 3.3e6  # Mini-DeiT-Ti, 3 M, with a second token and head
 
 
 def with_copies(shared: torch.nn.Module) -> torch.nn.Module:
-    """Unmixed heads: the network with every second block's attention and MLP copied."""
+    """Return a network without head mixing whose blocks have copies of the shared weights."""
     plain, weights = network_of(1).eval(), dict(shared.state_dict())
     for name in list(plain.state_dict()):
         if name not in weights:
-            place = int(name.split(".")[1])
-            weights[name] = weights[name.replace(f"blocks.{place}.", f"blocks.{place - 1}.")]
+            folder = int(name.split(".")[1])
+            weights[name] = weights[name.replace(f"blocks.{folder}.", f"blocks.{folder - 1}.")]
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
     return plain
 
@@ -82,19 +84,19 @@ def test_initial_outputs_equal_blocks_with_equal_weights():
     plain = with_copies(shared)
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        expected, found = plain.forward_features(images), shared.forward_features(images)
-    assert (expected - found).abs().max() < 1e-5
+        expected, result = plain.forward_features(images), shared.forward_features(images)
+    assert (expected - result).abs().max() < 1e-5
 
 
 def test_heads_are_mixed_before_and_after_the_softmax():
-    """One token's answer by loops, in float64."""
+    """The output for one token by loops, in float64."""
     network = network_of(2).double().eval()
     attention = network.blocks[1].attn
     with torch.no_grad():
         attention.before.normal_()
         attention.after.normal_()
         tokens = torch.randn(1, 6, 24, dtype=torch.float64)
-        found = attention(tokens)
+        result = attention(tokens)
         core = network.blocks[0].attn
         queries, keys, values = core.qkv(tokens)[0].view(6, 3, 3, 8).permute(1, 2, 0, 3)
         logits = torch.stack([queries[h] @ keys[h].T / 8**0.5 for h in range(3)])
@@ -105,23 +107,23 @@ def test_heads_are_mixed_before_and_after_the_softmax():
         maps = torch.stack(
             [sum(attention.after[g, h] * maps[h] for h in range(3)) for g in range(3)]
         )
-        heard = torch.cat([maps[h] @ values[h] for h in range(3)], dim=-1)
-        expected = core.proj(heard)
-    assert (found[0] - expected).abs().max() < 1e-12
+        quantized = torch.cat([maps[h] @ values[h] for h in range(3)], dim=-1)
+        expected = core.proj(quantized)
+    assert (result[0] - expected).abs().max() < 1e-12
 
 
 def test_shared_weight_gradient_is_sum_over_uses():
-    """Against a network whose blocks have copies of their own."""
+    """Compared with a network whose blocks have copies of the weights."""
     shared = network_of(2).double().eval()
     plain = with_copies(shared).double()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     for network in (shared, plain):
         network(images).square().sum().backward()
-    for place in (0, 2):
-        blocks = shared.blocks[place], plain.blocks[place], plain.blocks[place + 1]
+    for folder in (0, 2):
+        blocks = shared.blocks[folder], plain.blocks[folder], plain.blocks[folder + 1]
         for path in ("attn.qkv", "mlp.fc2"):
-            ours, first, second = (one.get_submodule(path).weight.grad for one in blocks)
-            assert (ours - first - second).abs().max() < 1e-10
+            actual, first, second = (item.get_submodule(path).weight.grad for item in blocks)
+            assert (actual - first - second).abs().max() < 1e-10
 
 
 def test_copied_network_shares_within_itself_only():
@@ -130,18 +132,18 @@ def test_copied_network_shares_within_itself_only():
     assert len(list(other.parameters())) == len(list(network.parameters()))
     tokens = torch.randn(1, 18, 24)
     for part in ("attn", "mlp"):
-        ours, copied = (one.blocks[1].get_submodule(part) for one in (network, other))
+        actual, copied = (item.blocks[1].get_submodule(part) for item in (network, other))
         with torch.no_grad():
-            before = ours(tokens)
+            before = actual(tokens)
             assert torch.equal(copied(tokens), before)
             for parameter in other.blocks[0].get_submodule(part).parameters():
                 parameter.add_(1)
-            assert torch.equal(ours(tokens), before)
+            assert torch.equal(actual(tokens), before)
             assert not torch.equal(copied(tokens), before)
 
 
 def test_sharing_keeps_macs():
-    """As much as without sharing, and the mixing of the heads."""
+    """The same as without sharing, plus the mixing of heads."""
     costs = [cost_of(network_of(share).eval(), side=16, batch=2) for share in (1, 2)]
     tokens = 18
     mixing = 4 * 2 * 3 * 3 * tokens**2
@@ -153,7 +155,7 @@ def test_prunable_weights_and_decay():
     network = network_of(2)
     assert len(prunable(network)) == 2 * 4
     groups = {group["weight_decay"]: group["params"] for group in parameter_groups(network, 0.05)}
-    still = {id(one) for one in groups[0.0]}
+    still = {id(item) for item in groups[0.0]}
     for block in network.blocks:
         assert id(block.attn.before) in still
         assert id(block.attn.after) in still
@@ -161,13 +163,13 @@ def test_prunable_weights_and_decay():
 
 def test_activation_checkpointing_gradients_are_equal():
     images = torch.randn(2, 3, 16, 16)
-    found = []
+    result = []
     for recompute in (False, True):
         network = network_of(2)
         network.set_grad_checkpointing(recompute)
         network.eval()(images).square().sum().backward()
-        found.append([one.grad for one in network.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+        result.append([parameter.grad for parameter in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*result))
 
 
 def test_attention_of_shared_blocks_raises_and_cosines_work():
@@ -221,18 +223,18 @@ def test_shared_weights_are_saved_and_exported_once(tmp_path):
         student, folder = build_student(facts_of(share)).eval(), tmp_path / str(share)
         folder.mkdir()
         save_student(folder, student.network.state_dict(), facts_of(share))
-        there, _ = load_student(folder)
-        bare, normalise = split_normalization(student)
+        copied, _ = load_student(folder)
+        bare, normalize = split_normalization(student)
         FORMATS["onnx"].write(folder, bare, facts_of(share))
-        found = FORMATS["onnx"].load["onnxruntime"](folder)(normalise(images))
+        result = FORMATS["onnx"].load["onnxruntime"](folder)(normalize(images))
         with torch.no_grad():
-            expected = there.eval()(images).class_logits
-        assert (found["class_logits"] - expected).abs().max() < 1e-5
+            expected = copied.eval()(images).class_logits
+        assert (result["class_logits"] - expected).abs().max() < 1e-5
         weights = onnx.load(folder / "model.onnx").graph.initializer
-        bytes_of[share] = sum(len(one.raw_data) for one in weights)
-        parameters[share] = sum(one.numel() for one in student.parameters())
-    for share, number in parameters.items():
-        assert bytes_of[share] == pytest.approx(4 * number, rel=0.1)
+        bytes_of[share] = sum(len(parameter.raw_data) for parameter in weights)
+        parameters[share] = sum(parameter.numel() for parameter in student.parameters())
+    for share, count in parameters.items():
+        assert bytes_of[share] == pytest.approx(4 * count, rel=0.1)
     assert bytes_of[4] < 0.35 * bytes_of[1]
 
 
@@ -284,8 +286,8 @@ def test_shared_run_learns_resumes_bit_equal_and_averages(tmp_path, command_serv
     )
     moved = [
         name
-        for name, one in weights.items()
-        if name.endswith((".before", ".after")) and not torch.equal(one, torch.eye(2))
+        for name, item in weights.items()
+        if name.endswith((".before", ".after")) and not torch.equal(item, torch.eye(2))
     ]
     assert len(moved) == 2 * 4
     student, _ = load_student(tmp_path / "uninterrupted" / "best")
@@ -295,7 +297,7 @@ def test_shared_run_learns_resumes_bit_equal_and_averages(tmp_path, command_serv
     )
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "e.json").read_text())["cost"]["parameters"] == sum(
-        one.numel() for one in weights.values()
+        item.numel() for item in weights.values()
     )
 
 
