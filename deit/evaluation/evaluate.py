@@ -17,7 +17,7 @@ from deit.core.metrics import agreement, calibration_error, confusion, topk_accu
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.splits import digest_of_images, held_out
+from deit.datasets.splits import digest_of_images, unseen_labels
 from deit.distill.build import build_accelerator
 from deit.distill.inference import evaluation_batches, predict_split
 from deit.evaluation.load_run import (

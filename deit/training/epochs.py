@@ -75,7 +75,9 @@ def _train_epoch(
     view_epoch = epoch if run.num_view_epochs is None else epoch % run.num_view_epochs
     accumulate = config.optim.grad_accum_steps
     batches = progress(
-        interruption.micro_batches(loader.epoch(view_epoch, done=steps_done), per_step=accumulate),
+        interruption.micro_batches(
+            loader.epoch(view_epoch, start_step=steps_done), per_step=accumulate
+        ),
         total=steps * accumulate,
         done=steps_done * accumulate,
         title=f"epoch {epoch + 1}/{config.optim.epochs}",

@@ -333,7 +333,7 @@ def test_pruned_base_stays_pruned(runs, tmp_path):
     )
     sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
     assert sizes[0] - sizes[1] == (~masks[name]).sum()
-    (plain,) = landscape_points([place / "adapted"], LandscapeOptions())
+    (plain,) = landscape_points([runs / "adapted"], LandscapeOptions())
     assert plain.masks() == {}
 
 
