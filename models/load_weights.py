@@ -18,7 +18,14 @@ from deit.core.file_reading import missing_file_reason, read_text
 from deit.core.json_io import load_json_as
 from deit.core.user_code import HUB_PREFIXES, address_hint
 from deit.models.adapt_weights import LoadedWeights, Weights, adapt_weights, num_distillation_tokens
-from deit.models.metadata import FACTS, WEIGHTS, ModelInfo, find_base, find_saved_model, read_base
+from deit.models.metadata import (
+    MODEL_INFO,
+    WEIGHTS,
+    ModelInfo,
+    find_base,
+    find_saved_model,
+    read_base,
+)
 from deit.models.networks import create_network
 from deit.models.parameters import trainable_parameters
 from deit.models.pos_embed import grid_side
@@ -65,7 +72,7 @@ def _load(source: str) -> LoadedWeights:
             f"init.weights {source}: holds no trained network (no best/model.safetensors of a run, "
             "no config.json of timm or transformers); let the run finish first"
         )
-    if path.is_file() and path.name == WEIGHTS and (path.parent / FACTS).is_file():
+    if path.is_file() and path.name == WEIGHTS and (path.parent / MODEL_INFO).is_file():
         return _from_run(path.parent, source)
     if path.is_file():
         weights = read_weights(path)
@@ -83,26 +90,29 @@ def _load(source: str) -> LoadedWeights:
 
 
 def _from_run(folder: Path, source: str) -> LoadedWeights:
-    facts = load_json_as(folder / FACTS, ModelInfo)
-    names, mean, std = facts.class_names, facts.mean, facts.std
-    description = f"{facts.student.name} from {source}"
+    model_info = load_json_as(folder / MODEL_INFO, ModelInfo)
+    names, mean, std = model_info.class_names, model_info.mean, model_info.std
+    description = f"{model_info.student.name} from {source}"
     masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
     weights, base = read_weights(folder / WEIGHTS), read_base(folder)
     if base is not None:
         base_weights = find_base(folder, base, load_weights_from)
-        weights, masks = _on_base(weights, base_weights, base.kernel, facts), base_weights.masks
-    return LoadedWeights(weights, description, facts.student, names, mean, std, masks=masks)
+        weights, masks = (
+            _on_base(weights, base_weights, base.kernel, model_info),
+            base_weights.masks,
+        )
+    return LoadedWeights(weights, description, model_info.student, names, mean, std, masks=masks)
 
 
-def saved_weights(folder: Path, facts: ModelInfo) -> Weights:
+def saved_weights(folder: Path, model_info: ModelInfo) -> Weights:
     """Read all weights of a saved student, including those that only its base stores.
 
     Raises CheckpointError.
     """
-    return reader_of(folder, facts)(WEIGHTS)
+    return reader_of(folder, model_info)(WEIGHTS)
 
 
-def reader_of(folder: Path, facts: ModelInfo) -> Callable[[str], Weights]:
+def reader_of(folder: Path, model_info: ModelInfo) -> Callable[[str], Weights]:
     """Return a function that reads all weights of a saved student, given a file name in `folder`.
 
     The file is model.safetensors or another one with the same tensors. A base is loaded and
@@ -112,17 +122,20 @@ def reader_of(folder: Path, facts: ModelInfo) -> Callable[[str], Weights]:
     if base is None:
         return lambda file: read_weights(folder / file)
     base_weights = find_base(folder, base, load_weights_from)
-    return lambda file: _on_base(read_weights(folder / file), base_weights, base.kernel, facts)
+    return lambda file: _on_base(read_weights(folder / file), base_weights, base.kernel, model_info)
 
 
 def _on_base(
-    saved: Weights, base_weights: LoadedWeights, kernel: PosEmbedKernel, facts: ModelInfo
+    saved: Weights, base_weights: LoadedWeights, kernel: PosEmbedKernel, model_info: ModelInfo
 ) -> Weights:
     """Combine saved adapters and heads with the other weights, taken from the base."""
     with torch.device("meta"):
-        network = create_network(facts.student, len(facts.class_names))
+        network = create_network(model_info.student, len(model_info.class_names))
     adapted = adapt_weights(
-        base_weights, network, facts.class_names, InitConfig(head="new", pos_embed_resize=kernel)
+        base_weights,
+        network,
+        model_info.class_names,
+        InitConfig(head="new", pos_embed_resize=kernel),
     )
     trained = trainable_parameters(network, "adapters")  # `saved` has their values
     return {name: value for name, value in adapted.weights.items() if name not in trained} | saved

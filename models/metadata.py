@@ -17,7 +17,7 @@ from deit.core.json_io import load_json_as
 from deit.models.weight_files import digest_of
 
 WEIGHTS = "model.safetensors"
-FACTS = "model.json"
+MODEL_INFO = "model.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find_saved_model(folder: str | Path) -> Path | None:
     """Return `folder` if it holds a saved student, or `folder/best` if that does, or None."""
     folder = Path(folder)
     for candidate in (folder, folder / "best"):
-        if (candidate / FACTS).is_file() and (candidate / WEIGHTS).is_file():
+        if (candidate / MODEL_INFO).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
     return None
 

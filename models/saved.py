@@ -10,35 +10,37 @@ from torch import Tensor
 from deit.core import manifest
 from deit.core.json_io import load_json_as
 from deit.models.load_weights import saved_weights
-from deit.models.metadata import FACTS, WEIGHTS, ModelInfo
+from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo
 from deit.models.networks import create_network
 from deit.models.student import Student
 from deit.models.weight_files import load_weights
 
 
-def build_student(facts: ModelInfo) -> Student:
+def build_student(model_info: ModelInfo) -> Student:
     """Return a new student with random weights from torch's generator.
 
     Raises ConfigError as `create_network`.
 
     >>> from deit.config.student_section import StudentConfig
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
-    >>> facts = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
-    >>> build_student(facts).network.head.weight.shape
+    >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    >>> build_student(model_info).network.head.weight.shape
     torch.Size([2, 96])
     """
-    network = create_network(facts.student, len(facts.class_names))
-    return Student(network, mean=facts.mean, std=facts.std)
+    network = create_network(model_info.student, len(model_info.class_names))
+    return Student(network, mean=model_info.mean, std=model_info.std)
 
 
-def save_student(folder: str | Path, weights: dict[str, Tensor], facts: ModelInfo) -> None:
+def save_student(folder: str | Path, weights: dict[str, Tensor], model_info: ModelInfo) -> None:
     """Write model.safetensors and model.json into an existing folder.
 
     weights: by their names in `student.network`.
     """
     folder = Path(folder)
     save_weights(folder / WEIGHTS, weights)
-    (folder / FACTS).write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+    (folder / MODEL_INFO).write_text(
+        json.dumps(asdict(model_info), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def save_weights(path: str | Path, weights: dict[str, Tensor]) -> None:
@@ -63,17 +65,17 @@ def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
     >>> from tempfile import TemporaryDirectory
     >>> from deit.config.student_section import StudentConfig
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
-    >>> facts = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
     >>> with TemporaryDirectory() as folder:
-    ...     save_student(folder, build_student(facts).network.state_dict(), facts)
+    ...     save_student(folder, build_student(model_info).network.state_dict(), model_info)
     ...     student, loaded = load_student(folder)
-    >>> loaded == facts, student.network.num_classes
+    >>> loaded == model_info, student.network.num_classes
     (True, 2)
     """
     folder = Path(folder)
     if (folder / manifest.MANIFEST).is_file():
         manifest.verify_dir(folder)
-    facts = load_json_as(folder / FACTS, ModelInfo)
-    student = build_student(facts)
-    load_weights(student.network, saved_weights(folder, facts), origin=str(folder / WEIGHTS))
-    return student, facts
+    model_info = load_json_as(folder / MODEL_INFO, ModelInfo)
+    student = build_student(model_info)
+    load_weights(student.network, saved_weights(folder, model_info), origin=str(folder / WEIGHTS))
+    return student, model_info

@@ -142,18 +142,18 @@ class _FusedLogits(nn.Module):
 
 
 def _from_run(folder: Path, source: str) -> LoadedNetwork:
-    student, facts = load_student(folder)
-    mean, std = facts.mean, facts.std
+    student, model_info = load_student(folder)
+    mean, std = model_info.mean, model_info.std
     # The Teacher normalizes; the student within it must not do so again.
     student.mean.zero_()
     student.std.fill_(1)
     return LoadedNetwork(
         _FusedLogits(student),
-        f"{facts.student.name} from {source}",
-        facts.student.image_size,
+        f"{model_info.student.name} from {source}",
+        model_info.student.image_size,
         mean,
         std,
-        facts.class_names,
+        model_info.class_names,
     )
 
 

@@ -14,31 +14,31 @@ from deit.models.networks import check_plain_blocks
 from deit.models.parameters import classifier_names
 
 
-def timm_config(facts: ModelInfo, network: nn.Module) -> dict[str, Any]:
+def timm_config(model_info: ModelInfo, network: nn.Module) -> dict[str, Any]:
     """Return the config.json that timm's `local-dir:` and transformers' TimmWrapper read.
 
     The number of classes is not in `model_args`, because transformers passes it as well. Raises
     ConfigError if timm has no such network.
     """
-    architecture, settings = timm_name(facts.student)
+    architecture, settings = timm_name(model_info.student)
     pretrained_cfg = timm.get_pretrained_cfg(architecture).to_dict()
     heads = classifier_names(network)
-    side = facts.student.image_size
+    side = model_info.student.image_size
     return {
         "architecture": architecture,
-        "num_classes": len(facts.class_names),
+        "num_classes": len(model_info.class_names),
         "num_features": network.num_features,
-        "label_names": list(facts.class_names),
+        "label_names": list(model_info.class_names),
         "model_args": settings,
         "pretrained_cfg": {
             "input_size": [3, side, side],
             "fixed_input_size": bool(pretrained_cfg.get("fixed_input_size")),
             "interpolation": "bicubic",
-            "crop_pct": _crop_pct(side, facts.evaluation_crop),
+            "crop_pct": _crop_pct(side, model_info.evaluation_crop),
             "crop_mode": "center",
-            "mean": list(facts.mean),
-            "std": list(facts.std),
-            "num_classes": len(facts.class_names),
+            "mean": list(model_info.mean),
+            "std": list(model_info.std),
+            "num_classes": len(model_info.class_names),
             "pool_size": None,
             "first_conv": pretrained_cfg.get("first_conv"),
             # Both heads, because timm replaces those named here for another number of classes.

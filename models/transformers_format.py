@@ -100,12 +100,12 @@ def from_transformers(weights: Weights) -> Weights:
     return converted
 
 
-def transformers_config(facts: ModelInfo) -> dict[str, Any]:
+def transformers_config(model_info: ModelInfo) -> dict[str, Any]:
     """Return the config.json of DeiTForImageClassificationWithTeacher or ViTForImageClassification.
 
     Raises ConfigError if transformers has no such network.
     """
-    student = facts.student
+    student = model_info.student
     if not student.is_transformer:
         raise ConfigError(
             f"student.name = {student.name!r}: transformers has no such network of its own; "
@@ -136,32 +136,32 @@ def transformers_config(facts: ModelInfo) -> dict[str, Any]:
         "patch_size": student.patch_size,
         "num_channels": 3,
         "qkv_bias": True,
-        "id2label": {str(label): name for label, name in enumerate(facts.class_names)},
-        "label2id": {name: label for label, name in enumerate(facts.class_names)},
+        "id2label": {str(label): name for label, name in enumerate(model_info.class_names)},
+        "label2id": {name: label for label, name in enumerate(model_info.class_names)},
         "dtype": "float32",
     }
 
 
-def preprocessor_config(facts: ModelInfo) -> dict[str, Any]:
+def preprocessor_config(model_info: ModelInfo) -> dict[str, Any]:
     """Return the preprocessor_config.json: resize the shorter side, crop the center, normalize.
 
     It uses CLIP's processor. DeiT's supports a shorter side from transformers 5 on only; with a
     fixed height and width it would distort images that are not square.
     """
-    side = facts.student.image_size
+    side = model_info.student.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(side / facts.evaluation_crop)},
+        "size": {"shortest_edge": round(side / model_info.evaluation_crop)},
         "resample": 3,  # bicubic
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(facts.mean),
-        "image_std": list(facts.std),
+        "image_mean": list(model_info.mean),
+        "image_std": list(model_info.std),
     }
 
 

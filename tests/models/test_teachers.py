@@ -63,11 +63,11 @@ def test_teacher_resizes_to_its_input_size():
 @pytest.fixture
 def run(tmp_path):
     student = StudentConfig(name="deit_micro", image_size=16, embed_dim=24, depth=1)
-    facts = ModelInfo(student, NAMES, MEAN, STD, 1.0)
+    model_info = ModelInfo(student, NAMES, MEAN, STD, 1.0)
     folder = tmp_path / "run" / "best"
     folder.mkdir(parents=True)
-    built = build_student(facts)
-    save_student(folder, built.network.state_dict(), facts)
+    built = build_student(model_info)
+    save_student(folder, built.network.state_dict(), model_info)
     return tmp_path / "run", built.eval()
 
 

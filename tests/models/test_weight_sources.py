@@ -59,11 +59,11 @@ def test_student_config_of_other_shapes_is_none():
 
 
 def saved(folder, seed=0, **fields):
-    facts = ModelInfo(section(**fields), NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 1.0)
+    model_info = ModelInfo(section(**fields), NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 1.0)
     torch.manual_seed(seed)
-    student = build_student(facts)
+    student = build_student(model_info)
     folder.mkdir(parents=True)
-    save_student(folder, student.network.state_dict(), facts)
+    save_student(folder, student.network.state_dict(), model_info)
     return student.eval()
 
 
@@ -203,11 +203,11 @@ def test_inconsistent_folder_raises(name, tmp_path):
 def test_nonfinite_tensors_raise(name, value, tmp_path):
     save_file({**network().state_dict(), name: value}, tmp_path / "w.safetensors")
     config = digits().replace(student=section(), init={"weights": "here"})
-    facts = ModelInfo(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+    model_info = ModelInfo(section(), NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
 
     def whole():
         result = load_weights_from(str(tmp_path / "w.safetensors"))
-        init_student(network(seed=1), result, config.init, facts)
+        init_student(network(seed=1), result, config.init, model_info)
 
     with pytest.raises(CheckpointError):
         whole()
@@ -295,8 +295,8 @@ def test_classifier_names_of_several_distillation_heads():
 
 
 def test_frozen_backbone_stays_in_evaluation_mode():
-    facts = ModelInfo(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
-    student = build_student(facts)
+    model_info = ModelInfo(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
+    student = build_student(model_info)
     assert student.train().network.training
     student.frozen_backbone = True
     assert not student.train().network.training
@@ -344,16 +344,16 @@ def test_other_number_of_attention_heads_raises():
     result = LoadedWeights(built.state_dict(), "a run", trained, NAMES, (0.5,) * 3, (0.5,) * 3)
     config = digits().replace(student={"image_size": 16}, init={"weights": "a run"})
     config = config.replace(student=section(embed_dim=48, num_heads=2))
-    facts = ModelInfo(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
+    model_info = ModelInfo(config.student, NAMES, (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(CheckpointError, "a run", "--student.num_heads 4"):
-        init_student(network(embed_dim=48, num_heads=2), result, config.init, facts)
+        init_student(network(embed_dim=48, num_heads=2), result, config.init, model_info)
 
 
 def test_unknown_normalization_is_logged():
     built = network()
     config = digits().replace(student=section(), init={"weights": "w.pth"})
-    facts = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
-    notes = init_student(built, found_in(built), config.init, facts)["notes"]
+    model_info = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
+    notes = init_student(built, found_in(built), config.init, model_info)["notes"]
     assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)
 
 

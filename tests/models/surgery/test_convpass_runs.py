@@ -149,10 +149,10 @@ def test_adapter_model_json_loads(runs, tmp_path):
     shutil.copytree(runs / "base" / "best", tmp_path / "best")
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
-    facts = json.loads(path.read_text())
+    model_info = json.loads(path.read_text())
     for name in ("adapters", "adapter_dim", "adapter_scale"):
-        del facts["student"][name]
-    path.write_text(json.dumps(facts))
+        del model_info["student"][name]
+    path.write_text(json.dumps(model_info))
     assert load_student(tmp_path / "best")[1] == load_student(runs / "base" / "best")[1]
 
 
@@ -266,13 +266,13 @@ def test_adapters_with_other_resolution_classes_and_tokens(runs, tmp_path):
         loss=LOSS_PRESETS["none"],
     )
     train(config, tmp_path / "run")
-    student, facts = load_student(tmp_path / "run" / "best")
+    student, model_info = load_student(tmp_path / "run" / "best")
     run = build_run(config)
     began = run.student.network.state_dict()
     for name, value in student.network.state_dict().items():
         is_trained = name in trainable_parameters(student.network, "adapters")
         assert torch.equal(value, began[name]) != is_trained, name
-    assert facts.class_names == ("1", "3", "7")
+    assert model_info.class_names == ("1", "3", "7")
     assert read_base(tmp_path / "run" / "best").kernel == "timm"
     larger, _ = student_at_resolution(runs / "adapted" / "best", 16)
     assert larger.eval()(random_batch(16)).class_logits.shape == (3, 10)

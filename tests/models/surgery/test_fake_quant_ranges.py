@@ -259,16 +259,16 @@ def test_structured_pruning_keeps_ranges():
 def test_exported_file_matches_network(name, tmp_path):
     """Except for values halfway between two steps, where float rounding of sums decides."""
     pytest.importorskip("onnxruntime")
-    facts = ModelInfo(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    model_info = ModelInfo(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(3)
-    bare, _ = split_normalization(build_student(facts))
+    bare, _ = split_normalization(build_student(model_info))
     with_ranges(bare.network, random_batch(8, 128))
     given = random_batch(8, 128, seed=6)
     with torch.no_grad():
         actual = dict(zip(outputs_of(bare), Graph(bare)(given)))
     ranges = {key: layer.range for key, layer in fake_quant_layers(bare.network).items()}
     disable_fake_quant(bare.network)
-    write_onnx_with_metadata(tmp_path, bare, facts)
+    write_onnx_with_metadata(tmp_path, bare, model_info)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")
     chosen = choose(layers, method="static", attention=False, exclude=None)
     assert set(chosen) == set(ranges)

@@ -168,9 +168,9 @@ def test_qat_model_json_loads(runs, tmp_path):
     shutil.copytree(runs / "base" / "best", tmp_path / "best")
     (tmp_path / "best" / "manifest.json").unlink()
     path = tmp_path / "best" / "model.json"
-    facts = json.loads(path.read_text())
-    del facts["student"]["qat"]
-    path.write_text(json.dumps(facts))
+    model_info = json.loads(path.read_text())
+    del model_info["student"]["qat"]
+    path.write_text(json.dumps(model_info))
     assert load_student(tmp_path / "best")[1] == load_student(runs / "base" / "best")[1]
 
 
@@ -219,10 +219,10 @@ def test_quantize_with_unknown_ranges_raises(runs, tmp_path):
     pytest.importorskip("onnxruntime")
     shutil.copytree(runs / "int8", tmp_path / "run")
     best = tmp_path / "run" / "best"
-    student, facts = load_student(best)
+    student, model_info = load_student(best)
     weights = student.network.state_dict()
     save_student(
-        best, {n: 0 * w if n in range_names(weights) else w for n, w in weights.items()}, facts
+        best, {n: 0 * w if n in range_names(weights) else w for n, w in weights.items()}, model_info
     )
     (best / "manifest.json").unlink()
     with (

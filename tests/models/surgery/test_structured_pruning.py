@@ -98,9 +98,9 @@ def test_invalid_shapes_raise(student, names):
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_export_of_pruned_network_to_other_libraries_raises(name):
-    facts = ModelInfo(pruned_config(SMALL, UNITS), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    model_info = ModelInfo(pruned_config(SMALL, UNITS), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
     with raises(ConfigError, "student.heads_per_block", "student.mlp_hidden_per_block", "--format"):
-        FORMATS[name].check(build_student(facts), facts)
+        FORMATS[name].check(build_student(model_info), model_info)
 
 
 # The cut
@@ -137,11 +137,11 @@ def test_slice_of_all_units_is_identity():
 
 
 def test_saved_pruned_student_loads_equal(tmp_path):
-    facts = ModelInfo(pruned_config(SMALL, UNITS), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    student = build_student(facts)
-    save_student(tmp_path, student.network.state_dict(), facts)
+    model_info = ModelInfo(pruned_config(SMALL, UNITS), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
+    student = build_student(model_info)
+    save_student(tmp_path, student.network.state_dict(), model_info)
     copied, known = load_student(tmp_path)
-    assert known == facts
+    assert known == model_info
     images = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         actual, expected = student.eval()(images), copied.eval()(images)

@@ -210,9 +210,9 @@ def test_sharing_with_fsdp_raises():
 
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_export_of_shared_blocks_to_other_libraries_raises(name):
-    facts = facts_of(2)
+    model_info = facts_of(2)
     with raises(ConfigError, "student.shared_block_size = 2", "--format"):
-        FORMATS[name].check(build_student(facts), facts)
+        FORMATS[name].check(build_student(model_info), model_info)
 
 
 @pytest.mark.slow
@@ -239,12 +239,12 @@ def test_shared_weights_are_saved_and_exported_once(tmp_path):
 
 
 def test_init_from_unshared_student(tmp_path):
-    facts = facts_of(1)
+    model_info = facts_of(1)
     torch.manual_seed(1)
-    save_student(tmp_path, build_student(facts).network.state_dict(), facts)
+    save_student(tmp_path, build_student(model_info).network.state_dict(), model_info)
     network = network_of(2)
     fitted = adapt_weights(
-        load_weights_from(str(tmp_path)), network, facts.class_names, Config().init
+        load_weights_from(str(tmp_path)), network, model_info.class_names, Config().init
     )
     assert fitted.weights.keys() == network.state_dict().keys()
     before = load_file(tmp_path / "model.safetensors")
@@ -319,10 +319,10 @@ def test_structured_pruning_of_shared_blocks_raises(tmp_path, command_server):
 
 
 def test_weights_of_other_sharing_raise_with_names(tmp_path):
-    facts = facts_of(2)
-    save_student(tmp_path, build_student(facts).network.state_dict(), facts)
+    model_info = facts_of(2)
+    save_student(tmp_path, build_student(model_info).network.state_dict(), model_info)
     fitted = adapt_weights(
-        load_weights_from(str(tmp_path)), network_of(1), facts.class_names, Config().init
+        load_weights_from(str(tmp_path)), network_of(1), model_info.class_names, Config().init
     )
     with raises(CheckpointError, "x:", "blocks.1.attn.qkv.weight"):
         load_weights(network_of(1), fitted.weights, origin="x")
