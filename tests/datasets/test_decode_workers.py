@@ -213,7 +213,7 @@ def test_required_shared_memory_counts_batches_ahead(file_images, monkeypatch):
             decode_workers.shutil, "disk_usage", lambda path, free=free: Usage(free)
         )
         reader = Reader(file_images, (CenterSquare(4), CenterSquare(5)), workers=2, pin=False)
-        assert reader._has_room(6) == fits
+        assert reader._can_share(6) == fits
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not decode_workers.fits_shared_memory(needed)
 
