@@ -14,7 +14,6 @@ from deit.core.console import info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
 from deit.datasets.decoding import decode_image, map_threads
 from deit.datasets.images import ImageStore
-from deit.datasets.listing import SkippedFiles
 from deit.datasets.sources import LISTINGS, exclude_list_line, is_excluded
 
 _EXAMPLES = 3
@@ -228,7 +227,7 @@ def print_scan(report: ScanReport) -> None:
         if duplicates.count:
             examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
             warn(f"duplicate images: {duplicates.count} {where} ({examples})")
-    for note in PassedOver(Counter(report.passed_over), report.not_read).notes(most=None):
+    for note in SkippedFiles(Counter(report.passed_over), report.not_read).notes(most=None):
         info(note)
     if report.excluded:
         info(f"skipped {report.excluded} images of the exclude list")

@@ -195,7 +195,7 @@ def test_float_export_formats_raise(runs, tmp_path, form):
 def test_loss_landscape_of_qat_run_raises(runs):
     item = LandscapePoint("one", runs / "int8", runs / "int8" / "best")
     with raises(ConfigError, "one:", "student.qat", "'int8'"):
-        load_landscape_data([one], LandscapeOptions(), root=None, device=torch.device("cpu"))
+        load_landscape_data([item], LandscapeOptions(), root=None, device=torch.device("cpu"))
 
 
 OTHERWISE = {
