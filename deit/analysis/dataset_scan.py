@@ -14,6 +14,7 @@ from deit.core.console import info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
 from deit.datasets.decoding import decode_image, map_threads
 from deit.datasets.images import ImageStore
+from deit.datasets.listing import SkippedFiles
 from deit.datasets.sources import LISTINGS, exclude_list_line, is_excluded
 
 _EXAMPLES = 3

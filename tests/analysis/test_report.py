@@ -231,8 +231,7 @@ def test_report_replaces_an_unfinished_page_but_no_other_folder(report_folder, c
     (site / "index.html").write_text("my own")
     done = command_server.run("report", "run", "--out", "site", "--force", cwd=report_folder)
     assert done.code == 2, done.err
-    for name in ("--out site", "report.json"):
-        assert name in done.err
+    assert all(name in done.err for name in ("--out site", "report.json")), done.err
     assert (site / "index.html").read_text() == "my own"
     shutil.rmtree(site)
 
@@ -304,8 +303,7 @@ def test_report_without_force_keeps_the_existing_page(report_folder, command_ser
     before = (report_folder / "one" / "index.html").read_bytes()
     done = command_server.run("report", "run", "--out", "one", cwd=report_folder)
     assert done.code == 5, done.err
-    for name in ("--out one", "--force"):
-        assert name in done.err
+    assert all(name in done.err for name in ("--out one", "--force")), done.err
     assert (report_folder / "one" / "index.html").read_bytes() == before
 
 
@@ -338,8 +336,7 @@ def test_report_of_unfinished_run_names_the_resume_option(report_folder, command
     done = command_server.run("report", "half", "--out", "of-half", cwd=report_folder)
     shutil.rmtree(report_folder / "half")
     assert done.code == 4, done.err
-    for name in ("half", "--resume"):
-        assert name in done.err
+    assert all(name in done.err for name in ("half", "--resume")), done.err
     assert not (report_folder / "of-half").exists()
 
 
@@ -392,17 +389,11 @@ def test_report_without_images_or_metrics_has_the_other_sections(
     next((tmp_path / "moved" / "test" / "a").iterdir()).unlink()
     done = command_server.run(*moved, "--out", "page", "--force", cwd=tmp_path)
     assert done.code == 0, done.err
-    new_provenance = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"][
-        "provenance"
-    ]
-    assert [name for name in new_provenance if new_provenance[name] != provenance[name]] == [
-        "images"
-    ]
+    new = json.loads((tmp_path / "page" / "run.evaluation.json").read_text())["value"]["provenance"]
+    assert [name for name in new if new[name] != provenance[name]] == ["images"]
 
 
-def test_report_without_matplotlib_writes_nothing(
-    report_folder, command_server, monkeypatch, tmp_path
-):
+def test_report_without_matplotlib_writes_nothing(report_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(charts, "find_spec", lambda name: None)
     with raises(SystemFault, "'deit[plot]'"):
         report.report([report_folder / "run"], tmp_path / "page")
