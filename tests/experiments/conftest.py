@@ -1,4 +1,4 @@
-"""Experiments that several files of tests look at: trained once for each file."""
+"""Experiments that several test files use; trained once per file."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from tests.helpers.sweeps import LOTTERY
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory, command_server):
-    """A folder with a lottery of two levels and two seeds, every control; the command that ran."""
-    place = tmp_path_factory.mktemp("tickets")
+def finished_lottery(tmp_path_factory, command_server):
+    """Return the folder and command of a lottery with two levels, two seeds and all controls."""
+    workdir = tmp_path_factory.mktemp("tickets")
     done = command_server.run(
-        *LOTTERY, "--seeds", "0,1", "--parallel", "2", "--out", "out", cwd=place
+        *LOTTERY, "--seeds", "0,1", "--parallel", "2", "--out", "out", cwd=workdir
     )
     assert done.code == 0, done.err
-    return place, done
+    return workdir, done

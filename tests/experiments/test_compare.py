@@ -15,30 +15,30 @@ SMALL = (
 
 
 @pytest.mark.parametrize("file", ["config.json", "ant/1.png", "sweep.json"])
-def test_a_folder_that_holds_something_else_is_left_as_it_is(file, tmp_path):
-    place = tmp_path / "out" / file
-    place.parent.mkdir(parents=True)
-    place.write_text(json.dumps({"sweep": "teacher", "recipe": "mnist"}))
+def test_compare_folder_with_other_content_is_refused_unchanged(file, tmp_path):
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"sweep": "teacher", "recipe": "mnist"}))
     before = tree(tmp_path)
     done = run_in(tmp_path, "deit", "compare", "digits", "--out", "out")
     assert_refused(done, 2, "--out out", "sweep")
     assert tree(tmp_path) == before
 
 
-def test_the_sweep_of_the_study_goes_on_with_its_runs(command_server, tmp_path):
-    """Either command finds what the other has trained, for arms and seeds that are the same."""
+def test_compare_and_sweep_of_a_study_share_runs(command_server, tmp_path):
+    """Each command reuses the runs of the other with the same arms and seeds."""
     pytest.importorskip("sklearn")
     trained(two_epochs(loss={"kind": "none"}), tmp_path / "teacher")
-    taught = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
-    arguments = ("compare", "digits", *SMALL, *taught, "--out", tmp_path / "out")
+    teacher = ("--teacher.source", tmp_path / "teacher", "--teacher.allow_near_chance")
+    arguments = ("compare", "digits", *SMALL, *teacher, "--out", tmp_path / "out")
     done = command_server.run(*arguments, "--arms", "undistilled")
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(result["rows"]) == ["undistilled"]
     (folder,) = result["rows"]["undistilled"]["folders"]
     assert f"deit evaluate {folder}" in done.out
-    again = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0", *arguments[2:])
-    done = command_server.run(*again)
+    sweep = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0", *arguments[2:])
+    done = command_server.run(*sweep)
     assert done.code == 0, done.err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert list(rows) == ["distilled", "undistilled"]
@@ -46,13 +46,13 @@ def test_the_sweep_of_the_study_goes_on_with_its_runs(command_server, tmp_path):
     assert "1 of 2 runs are finished already" in done.out
 
 
-def test_a_dry_run_lists_the_runs_and_writes_nothing(command_server, tmp_path):
+def test_compare_dry_run_lists_runs_and_writes_nothing(command_server, tmp_path):
     done = command_server.run("compare", "digits", "--dry-run", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert all(name in done.out for name in ("teacher", "distilled", "undistilled"))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_objective_without_a_teacher_has_nothing_to_compare(command_server, tmp_path):
+def test_compare_loss_without_teacher_is_refused(command_server, tmp_path):
     done = command_server.run("compare", "digits-teacher", "--out", tmp_path / "out")
     assert (done.code, "loss.kind" in done.err) == (2, True), done.err

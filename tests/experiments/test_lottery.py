@@ -1,4 +1,4 @@
-"""Lottery tickets: which runs, under which masks, going back to where; what is told of them."""
+"""Lottery experiments: the planned runs, their masks, rewinding, resumption and results."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits
+from deit.config.schema import Config
 from deit.config.validation import load_config
 from deit.core import manifest, run_folder, run_log
 from deit.core.errors import CheckpointError
@@ -40,78 +41,78 @@ pytest.importorskip("sklearn")
 TRAINED = ("model", "average", "optimizer", "masks")
 
 
-def test_a_level_goes_back_to_the_dense_runs_weights_and_update(tmp_path):
-    plan, found = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
+def test_lottery_runs_rewind_to_the_weights_and_step_of_the_dense_run(tmp_path):
+    plan, runs = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
     assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
     names = ["level-0", "level-1", "random-1", "re-initialised-1"]
     names += ["level-2", "random-2", "re-initialised-2", "one-shot-2"]
-    assert [one.spec.out.name for one in found] == names
-    assert found[0].spec.config.run.keep_steps == (6,)
-    assert found[0].spec.config.init == digits().init
-    for one in found[1:]:
-        start, seed = one.spec.config.init, one.spec.config.run.seed
-        kind = "level" if one.kind in ("ticket", REINITIALIZED) else one.kind
-        assert start.pruning_masks == str(
-            tmp_path / "seed-3" / "masks" / f"{kind}-{one.level}.safetensors"
+    assert [run.spec.out.name for run in runs] == names
+    assert runs[0].spec.config.run.keep_steps == (6,)
+    assert runs[0].spec.config.init == digits().init
+    for run in runs[1:]:
+        init, seed = run.spec.config.init, run.spec.config.run.seed
+        kind = "level" if run.kind in ("ticket", REINITIALIZED) else run.kind
+        assert init.pruning_masks == str(
+            tmp_path / "seed-3" / "masks" / f"{kind}-{run.level}.safetensors"
         )
-        if one.kind == REINITIALIZED:
-            assert (start.weights, start.start_step) == (None, 0)
+        if run.kind == REINITIALIZED:
+            assert (init.weights, init.start_step) == (None, 0)
             assert seed != 3
-            assert one.spec.config.views.seed == 3
+            assert run.spec.config.views.seed == 3
         else:
-            assert start.weights == str(tmp_path / "seed-3" / "level-0" / "checkpoint-00000006")
-            assert (start.start_step, seed, one.spec.config.views.seed) == (6, 3, None)
+            assert init.weights == str(tmp_path / "seed-3" / "level-0" / "checkpoint-00000006")
+            assert (init.start_step, seed, run.spec.config.views.seed) == (6, 3, None)
 
 
-def test_by_itself_it_goes_back_to_where_warm_up_ends(tmp_path):
+def test_plan_lottery_default_rewinds_to_the_end_of_warm_up(tmp_path):
     plan, _ = planned_lottery(tmp_path)
     assert plan.rewind == 2 * 4
     assert plan.densities == pytest.approx((0.8, 0.64, 0.512, 0.4096, 0.32768, 0.262144, 0.2097152))
 
 
-def test_the_initial_weights_come_from_the_seed(tmp_path):
-    _, found = planned_lottery(tmp_path, levels=1, rewind=0)
-    assert found[0].spec.config.run.keep_steps == ()
-    start = found[1].spec.config.init
-    assert (start.weights, start.start_step) == (None, 0)
-    assert found[1].spec.config.run == found[0].spec.config.run
+def test_lottery_runs_rewind_to_step_0_uses_the_seed(tmp_path):
+    _, runs = planned_lottery(tmp_path, levels=1, rewind=0)
+    assert runs[0].spec.config.run.keep_steps == ()
+    init = runs[1].spec.config.init
+    assert (init.weights, init.start_step) == (None, 0)
+    assert runs[1].spec.config.run == runs[0].spec.config.run
 
 
-def test_controls_only_where_they_are_asked_for(tmp_path):
-    _, found = planned_lottery(
+def test_lottery_runs_have_controls_at_the_requested_levels_only(tmp_path):
+    _, runs = planned_lottery(
         tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), control_levels=(1, 3)
     )
-    told = [(one.kind, one.level) for one in found]
-    assert told == [
+    kinds = [(run.kind, run.level) for run in runs]
+    assert kinds == [
         *(("dense", 0), ("ticket", 1), (RANDOM, 1), ("ticket", 2)),
         *(("ticket", 3), (RANDOM, 3), (ONE_SHOT, 3)),
     ]
 
 
-def test_fine_tuned_tickets_start_where_their_dense_run_does(tmp_path):
-    start = {"weights": "weights.pth", "head": "new", "pos_embed_resize": "timm"}
-    config = digits().replace(init=start)
-    _, found = planned_lottery(tmp_path, config, levels=1, rewind=0)
-    starts = {one.kind: one.spec.config.init for one in found}
-    assert starts["dense"] == config.init
-    assert (starts["ticket"].weights, starts["ticket"].head) == ("weights.pth", "new")
+def test_lottery_runs_of_fine_tuning_start_from_the_same_weights(tmp_path):
+    init = {"weights": "weights.pth", "head": "new", "pos_embed_resize": "timm"}
+    config = digits().replace(init=init)
+    _, runs = planned_lottery(tmp_path, config, levels=1, rewind=0)
+    inits = {run.kind: run.spec.config.init for run in runs}
+    assert inits["dense"] == config.init
+    assert (inits["ticket"].weights, inits["ticket"].head) == ("weights.pth", "new")
     assert (
-        starts[REINITIALIZED].weights,
-        starts[REINITIALIZED].head,
-        starts[REINITIALIZED].pos_embed_resize,
+        inits[REINITIALIZED].weights,
+        inits[REINITIALIZED].head,
+        inits[REINITIALIZED].pos_embed_resize,
     ) == (None, "keep", "deit")
-    _, found = planned_lottery(tmp_path, config, levels=1, rewind=1)
-    assert found[1].spec.config.init.head == "keep"  # the dense run has heads by then
+    _, runs = planned_lottery(tmp_path, config, levels=1, rewind=1)
+    assert runs[1].spec.config.init.head == "keep"  # the dense run's heads are trained
 
 
-def test_all_runs_of_a_seed_ask_their_teacher_the_same(tmp_path):
+def test_lottery_runs_of_a_seed_share_the_teacher_query_key(tmp_path):
     config = digits().replace(views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
-    _, found = planned_lottery(tmp_path, config, levels=2)
-    assert len({json.dumps(teacher_query_key(one.spec.config)) for one in found}) == 1
+    _, runs = planned_lottery(tmp_path, config, levels=2)
+    assert len({json.dumps(teacher_query_key(run.spec.config)) for run in runs}) == 1
 
 
 def runs_listed(done: Completed) -> tuple[int, ...]:
-    """How many runs a command begins with, of how many epochs, and how many are finished."""
+    """Return the number of runs that a command lists, their epochs, and how many are finished."""
     (line,) = [line for line in done.out.splitlines() if re.match(r"runs\b", line)]
     return tuple(map(int, re.findall(r"\d+", line)))
 
@@ -120,124 +121,126 @@ def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(run_folder.latest_checkpoint(run) / f"{name}.safetensors")
 
 
-def test_every_run_is_told_with_its_sparsity(searched):
-    place, done = searched
-    found = result(place / "out")
+def test_lottery_results_name_every_run_with_its_sparsity(finished_lottery):
+    workdir, done = finished_lottery
+    results = result(workdir / "out")
     names = ["dense", "ticket, 50.0 %", "ticket, 75.0 %"]
     names += ["random, 75.0 %", "re-initialised, 75.0 %", "one-shot, 75.0 %"]
-    assert list(found["rows"]) == ["teacher", *names]
-    assert all(found["rows"][name]["seeds"] == [0, 1] for name in names)
-    text = (place / "out" / "results.csv").read_text()
+    assert list(results["rows"]) == ["teacher", *names]
+    assert all(results["rows"][name]["seeds"] == [0, 1] for name in names)
+    text = (workdir / "out" / "results.csv").read_text()
     lines = list(csv.DictReader(text.splitlines()))
     assert len(lines) == 2 * len(names)
-    told = {(line["point"], line["run"], line["sparsity %"]) for line in lines}
-    assert told == {("dense", "dense", "0.0")} | {
+    points = {(line["point"], line["run"], line["sparsity %"]) for line in lines}
+    assert points == {("dense", "dense", "0.0")} | {
         (name, *name.removesuffix(" %").split(", ")) for name in names[1:]
     }
     assert runs_listed(done) == (12, 3, 0)
-    assert runs_over(done.out)[-1] == (13, 13)  # the teacher is one
-    assert (place / "out" / "tickets.png").stat().st_size > 10_000
-    page = (place / "out" / "results.md").read_text()
+    assert runs_over(done.out)[-1] == (13, 13)  # with the teacher
+    assert (workdir / "out" / "tickets.png").stat().st_size > 10_000
+    page = (workdir / "out" / "results.md").read_text()
     assert "| ticket, 75.0 % | 768 | 3,072 | 75.0 |" in page
-    assert matching_line(found) in page
+    assert matching_line(results) in page
 
 
-def test_masks_are_nested_exact_and_of_the_end_before(searched):
-    place, _ = searched
+def test_masks_keep_the_largest_final_weights_of_the_level_before(finished_lottery):
+    workdir, _ = finished_lottery
     for seed in (0, 1):
-        folder = place / "out" / f"seed-{seed}"
+        folder = workdir / "out" / f"seed-{seed}"
         masks = {path.stem: read_masks(path) for path in (folder / "masks").iterdir()}
-        kept = {name: num_kept(one) for name, one in masks.items()}
-        assert kept == {"level-1": 1536, "level-2": 768, "random-2": 768, "one-shot-2": 768}
-        # By hand: the largest of all, and the largest of what level 1 kept.
-        ends = final_weights(folder / "level-0")
-        ranked = torch.cat([one.abs().flatten() for one in ends.values()])
-        least = {number: ranked.topk(number).values[-1] for number in (1536, 768)}
-        for name, one in ends.items():
-            assert torch.equal(masks["level-1"][name], one.abs() >= least[1536])
-            assert torch.equal(masks["one-shot-2"][name], one.abs() >= least[768])
+        counts = {name: num_kept(mask) for name, mask in masks.items()}
+        assert counts == {"level-1": 1536, "level-2": 768, "random-2": 768, "one-shot-2": 768}
+        # The largest of all weights, and the largest of those that level 1 kept.
+        final = final_weights(folder / "level-0")
+        ranked = torch.cat([weight.abs().flatten() for weight in final.values()])
+        thresholds = {count: ranked.topk(count).values[-1] for count in (1536, 768)}
+        for name, weight in final.items():
+            assert torch.equal(masks["level-1"][name], weight.abs() >= thresholds[1536])
+            assert torch.equal(masks["one-shot-2"][name], weight.abs() >= thresholds[768])
             assert not (masks["level-2"][name] & ~masks["level-1"][name]).any()
-            mine, theirs = masks["random-2"][name], masks["level-2"][name]
-            assert mine.sum() == theirs.sum()
-            assert not torch.equal(mine, theirs)
-        ends = final_weights(folder / "level-1")
-        kept_before = torch.cat([ends[name][masks["level-1"][name]].abs() for name in ends])
-        least_kept = kept_before.topk(768).values[-1]
-        for name, one in ends.items():
-            asked = masks["level-1"][name] & (one.abs() >= least_kept)
-            assert torch.equal(masks["level-2"][name], asked)
+            drawn, ticket = masks["random-2"][name], masks["level-2"][name]
+            assert drawn.sum() == ticket.sum()
+            assert not torch.equal(drawn, ticket)
+        final = final_weights(folder / "level-1")
+        left = torch.cat([final[name][masks["level-1"][name]].abs() for name in final])
+        threshold = left.topk(768).values[-1]
+        for name, weight in final.items():
+            expected = masks["level-1"][name] & (weight.abs() >= threshold)
+            assert torch.equal(masks["level-2"][name], expected)
 
 
-def test_every_file_of_every_run_holds_its_masks(searched):
-    place, _ = searched
-    runs = [path.parent for path in place.glob("out/seed-*/*/result.json")]
+def test_masks_hold_in_every_file_of_every_run(finished_lottery):
+    workdir, _ = finished_lottery
+    runs = [path.parent for path in workdir.glob("out/seed-*/*/result.json")]
     assert len(runs) == 12
     for run in runs:
         if run.name == "level-0":
             continue
         name = run.name.replace("re-initialised", "level")
         masks = read_masks(run.parent / "masks" / f"{name}.safetensors")
-        assert all(torch.equal(masks[name], one) for name, one in weights(run, "masks").items())
+        assert all(torch.equal(masks[name], mask) for name, mask in weights(run, "masks").items())
         for file in ("model", "average"):
             assert is_masked(masks, weights(run, file))
         assert is_masked(masks, load_file(run / "best" / "model.safetensors"))
 
 
-def test_a_re_initialised_control_has_other_weights_from_the_first_update(searched, tmp_path):
-    """Every surviving weight: held against the dense run's initial ones, by their seeds."""
-    place, _ = searched
-    folder = place / "out" / "seed-0"
+def test_reinitialized_control_starts_from_other_weights(finished_lottery, tmp_path):
+    """Every kept weight differs from the initial weight of the dense run."""
+    workdir, _ = finished_lottery
+    folder = workdir / "out" / "seed-0"
     _, facts = load_student(folder / "level-0" / "best")
-    drawn = {}
+    initial = {}
     for run in ("level-0", "re-initialised-2"):
         torch.manual_seed(load_config(folder / run / "config.json").run.seed)
-        drawn[run] = dict(build_student(facts).network.named_parameters())
+        initial[run] = dict(build_student(facts).network.named_parameters())
     for name, mask in read_masks(folder / "masks" / "level-2.safetensors").items():
-        same = drawn["level-0"][name] == drawn["re-initialised-2"][name]
+        same = initial["level-0"][name] == initial["re-initialised-2"][name]
         assert not same[mask].any()
 
 
-def test_the_runs_of_a_seed_share_one_store(searched):
-    place, _ = searched
-    assert len(list((place / "out" / "targets").iterdir())) == 2
+def test_lottery_runs_of_a_seed_share_one_target_store(finished_lottery):
+    workdir, _ = finished_lottery
+    assert len(list((workdir / "out" / "targets").iterdir())) == 2
     for seed in (0, 1):
-        runs = place.glob(f"out/seed-{seed}/*/config.json")
-        taught = {json.loads(path.read_text())["teacher"]["target_stores"][0] for path in runs}
-        assert len(taught) == 1
+        runs = workdir.glob(f"out/seed-{seed}/*/config.json")
+        stores = {json.loads(path.read_text())["teacher"]["target_stores"][0] for path in runs}
+        assert len(stores) == 1
 
 
-def test_the_same_command_trains_nothing_again(searched, command_server):
-    place, _ = searched
-    before = {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")}
-    told = result(place / "out")["rows"]
-    done = command_server.run(*LOTTERY, "--seeds", "0,1", "--out", "out", cwd=place)
+def test_lottery_same_command_trains_nothing_again(finished_lottery, command_server):
+    workdir, _ = finished_lottery
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("out/**/model.safetensors")}
+    before_rows = result(workdir / "out")["rows"]
+    done = command_server.run(*LOTTERY, "--seeds", "0,1", "--out", "out", cwd=workdir)
     assert done.code == 0, done.err
     assert runs_listed(done) == (12, 3, 12)
-    assert {path: path.stat().st_mtime_ns for path in place.glob("out/**/model.safetensors")} == (
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("out/**/model.safetensors")} == (
         before
     )
-    assert "out/seed-" not in done.err  # as those that are not asked for are named
-    after = result(place / "out")["rows"]
+    assert "out/seed-" not in done.err  # no warning of ignored runs
+    after = result(workdir / "out")["rows"]
     assert {name: row["top1"] for name, row in after.items()} == {
-        name: row["top1"] for name, row in told.items()
+        name: row["top1"] for name, row in before_rows.items()
     }
 
 
-def test_runs_that_are_there_and_not_asked_for_are_named(searched, command_server):
-    place, _ = searched
-    done = command_server.run(*LOTTERY, "--seeds", "1", "--out", "out", "--dry-run", cwd=place)
+def test_lottery_warns_of_existing_runs_that_are_not_requested(finished_lottery, command_server):
+    workdir, _ = finished_lottery
+    done = command_server.run(*LOTTERY, "--seeds", "1", "--out", "out", "--dry-run", cwd=workdir)
     assert done.code == 0, done.err
     assert re.search(r"\b6\b.*\bout/seed-0/level-0\b", done.err)
 
 
 @pytest.mark.slow
-def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, command_server, tmp_path):
-    """Killed in the second level of the second seed, which then goes on from its checkpoint."""
-    place, _ = searched
-    shutil.copytree(place / "out", tmp_path / "out")
+def test_lottery_killed_in_a_level_resumes_to_the_same_bits(
+    finished_lottery, command_server, tmp_path
+):
+    """It is killed in level 2 of the second seed, which then resumes from its checkpoint."""
+    workdir, _ = finished_lottery
+    shutil.copytree(workdir / "out", tmp_path / "out")
     level = tmp_path / "out" / "seed-1" / "level-2"
     files = [f"{name}.safetensors" for name in TRAINED]
-    kept = {file: (run_folder.latest_checkpoint(level) / file).read_bytes() for file in files}
+    contents = {file: (run_folder.latest_checkpoint(level) / file).read_bytes() for file in files}
     chain = run_log.read(level / run_log.HASH_CHAIN)
     for run in ("level-2", "random-2"):
         shutil.rmtree(level.with_name(run))
@@ -253,20 +256,20 @@ def test_interrupted_in_a_level_it_goes_on_to_the_same_bits(searched, command_se
         == chain[: len(run_log.read(level / run_log.HASH_CHAIN))]
     )
     assert run_folder.read_result(level) is None
-    told = result(tmp_path / "out")["rows"]["ticket, 75.0 %"]
-    assert (told["seeds"], list(told["failed"])) == ([0], ["1"])
+    row = result(tmp_path / "out")["rows"]["ticket, 75.0 %"]
+    assert (row["seeds"], list(row["failed"])) == ([0], ["1"])
     done = command_server.run(*arguments, cwd=tmp_path)
     assert done.code == 0, done.err
     assert run_log.read(level / run_log.HASH_CHAIN) == chain
     assert {
         file: (run_folder.latest_checkpoint(level) / file).read_bytes() for file in files
-    } == kept
+    } == contents
 
 
 @pytest.mark.slow
-def test_more_levels_and_seeds_go_on_from_what_there_is(searched, command_server, tmp_path):
-    place, _ = searched
-    shutil.copytree(place / "out", tmp_path / "out")
+def test_lottery_more_levels_reuse_existing_runs(finished_lottery, command_server, tmp_path):
+    workdir, _ = finished_lottery
+    shutil.copytree(workdir / "out", tmp_path / "out")
     more = [*LOTTERY, "--seeds", "0,1", "--controls", "none", "--out", "out"]
     more[more.index("--rounds") + 1] = "3"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
@@ -275,70 +278,72 @@ def test_more_levels_and_seeds_go_on_from_what_there_is(searched, command_server
     after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/result.json")}
     assert {path.parent.name for path in after.keys() - before.keys()} == {"level-3"}
     assert before.items() <= after.items()
-    masks = [read_masks(tmp_path / f"out/seed-0/masks/level-{at}.safetensors") for at in (2, 3)]
-    assert [num_kept(one) for one in masks] == [768, 384]
+    masks = [
+        read_masks(tmp_path / f"out/seed-0/masks/level-{level}.safetensors") for level in (2, 3)
+    ]
+    assert [num_kept(mask) for mask in masks] == [768, 384]
 
 
-def test_a_level_that_fails_bars_those_behind_it_of_its_seed(monkeypatch, tmp_path):
-    asked = []
+def test_failed_level_blocks_later_levels_of_its_seed(monkeypatch, tmp_path):
+    started = []
 
-    def train_all(work, **_):
-        asked.extend(run.name for run in work.runs)
+    def train_all(sweep_plan, **_):
+        started.extend(run.name for run in sweep_plan.runs)
         failed = [
             FailedRun(run, 1, "a reason", tmp_path / "log")
-            for run in work.runs
+            for run in sweep_plan.runs
             if run.name == "ticket of level 1, seed 0"
         ]
         return SweepFailures(failed, {})
 
     monkeypatch.setattr(lottery, "train_all", train_all)
-    monkeypatch.setattr(lottery, "write_masks", lambda ticket, plan: None)
+    monkeypatch.setattr(lottery, "write_masks", lambda run, plan: None)
     config = digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
     plan = plan_lottery(LotteryOptions(levels=3, controls=(RANDOM,)), config, steps_per_epoch=4)
-    found = [one for seed in (0, 1) for one in lottery_runs(plan, config, seed, tmp_path)]
-    runs = [one.spec for one in found]
-    work = SweepPlan(BaseRuns(arguments_of(config), config, tmp_path), [], [], [], runs)
-    mishaps = lottery._train(plan, work, found, parallel=1, retries=0)
-    missing = {run.name for run in runs} - set(asked)
-    assert missing == {
+    runs = [run for seed in (0, 1) for run in lottery_runs(plan, config, seed, tmp_path)]
+    specs = [run.spec for run in runs]
+    sweep_plan = SweepPlan(BaseRuns(experiment_of(config), config, tmp_path), [], [], [], specs)
+    failures = lottery._train(plan, sweep_plan, runs, parallel=1, retries=0)
+    skipped = {run.name for run in specs} - set(started)
+    assert skipped == {
         f"{kind} of level {level}, seed 0" for kind in ("ticket", RANDOM) for level in (2, 3)
     }
-    barred = {out.name: reason for out, reason in mishaps.blocked.items()}
-    assert set(barred) == {"level-2", "random-2", "level-3", "random-3"}
-    assert str(tmp_path / "seed-0" / "level-1") in barred["level-2"]
-    assert [one.reason for one in mishaps.failed] == ["a reason"]
+    blocked = {out.name: reason for out, reason in failures.blocked.items()}
+    assert set(blocked) == {"level-2", "random-2", "level-3", "random-3"}
+    assert str(tmp_path / "seed-0" / "level-1") in blocked["level-2"]
+    assert [run.reason for run in failures.failed] == ["a reason"]
 
 
-def arguments_of(config):
+def experiment_of(config: Config) -> Experiment:
     return Experiment("digits", config, Path("out"))
 
 
-def test_weights_that_say_other_masks_than_a_run_was_trained_under(
-    searched, command_server, tmp_path
-):
-    place, _ = searched
-    shutil.copytree(place / "out", tmp_path / "out")
+def test_lottery_run_with_other_masks_is_refused(finished_lottery, command_server, tmp_path):
+    workdir, _ = finished_lottery
+    shutil.copytree(workdir / "out", tmp_path / "out")
     folder = run_folder.latest_checkpoint(tmp_path / "out/seed-0/level-1")
-    save_weights(folder / MASKS, {n: one.flip(0) for n, one in read_masks(folder / MASKS).items()})
+    save_weights(
+        folder / MASKS, {n: mask.flip(0) for n, mask in read_masks(folder / MASKS).items()}
+    )
     names = {path.name for path in folder.iterdir()} - {manifest.MANIFEST}
     manifest.write_manifest(
         folder, manifest.digests(folder, names), step=run_folder.checkpoint_step(folder)
     )
-    for _ in range(2):  # it stays refused
+    for _ in range(2):  # the first refusal changes nothing
         done = command_server.run(*LOTTERY, "--out", "out", cwd=tmp_path)
         assert done.code == 4
         assert re.search(rf"\bout/seed-0/level-1: .*\b{MASKS}\b", done.err)
-        # Its level 2 followed from it, and is not told.
-        told = result(tmp_path / "out")["rows"]
-        assert told["dense"]["seeds"] == [0]
+        # Level 2 depends on it, so it is not reported either.
+        rows = result(tmp_path / "out")["rows"]
+        assert rows["dense"]["seeds"] == [0]
         for name in ("ticket, 50.0 %", "ticket, 75.0 %", "random, 75.0 %"):
-            assert list(told[name]["failed"]) == ["0"]
+            assert list(rows[name]["failed"]) == ["0"]
 
 
-def test_a_run_whose_end_is_damaged_is_not_pruned_further(searched, tmp_path):
-    place, _ = searched
+def test_final_weights_of_damaged_checkpoint_raise(finished_lottery, tmp_path):
+    workdir, _ = finished_lottery
     run = tmp_path / "level-1"
-    shutil.copytree(place / "out/seed-0/level-1", run)
+    shutil.copytree(workdir / "out/seed-0/level-1", run)
     assert final_weights(run)
     (run_folder.latest_checkpoint(run) / "model.safetensors").write_bytes(b"cut off")
     with raises(CheckpointError, run):

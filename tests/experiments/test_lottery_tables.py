@@ -1,4 +1,4 @@
-"""Lottery tickets: which sparsity matches the dense run; picture, report, and what is refused."""
+"""Lottery experiments: tickets that match the dense run, plot, report, and refused options."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def row(kind: str, *shares: float, sparsity: str = "50.0") -> dict:
     return {"values": values, "seeds": list(range(len(shares))), "top1": top1, "failed": {}}
 
 
-def test_what_matches_the_dense_run_by_hand():
+def test_matching_compares_the_means_with_the_tolerance():
     rows = {
         "teacher": {**row("", 0.9, 0.9), "values": {}},
         "dense": row("dense", 0.80, 0.90, sparsity="0.0"),  # 85 %
@@ -50,13 +50,13 @@ def test_what_matches_the_dense_run_by_hand():
     assert matching({"ticket": row("ticket", 1.0)}, 1.0) == []
 
 
-def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
+def test_ticket_curve_has_a_line_per_kind_and_the_dense_run(finished_lottery):
     from matplotlib.figure import Figure
 
-    place, _ = searched
-    found = result(place / "out")
+    workdir, _ = finished_lottery
+    results = result(workdir / "out")
     axes = Figure().subplots()
-    ticket_curve(found)(axes)
+    ticket_curve(results)(axes)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names[1:] == ["ticket", *CONTROLS]
     assert names[0].startswith("dense, ")
@@ -66,15 +66,17 @@ def test_the_curve_has_a_line_a_kind_and_the_level_of_the_dense_run(searched):
     )
     for kind in ("ticket", *CONTROLS):
         for x, y in drawn[kind]:
-            sparsity = min((50.0, 75.0), key=lambda one, x=x: abs(one - x))
-            top1 = [one["fused"] for one in found["rows"][f"{kind}, {sparsity} %"]["top1"]]
+            sparsity = min((50.0, 75.0), key=lambda level, x=x: abs(level - x))
+            top1 = [seed["fused"] for seed in results["rows"][f"{kind}, {sparsity} %"]["top1"]]
             assert abs(sparsity - x) < 1
             assert y == pytest.approx(100 * sum(top1) / 2)
 
 
-@pytest.mark.parametrize(("kinds", "moved"), [(("ticket",), False), (("ticket", RANDOM), True)])
-def test_a_picture_says_where_points_stand_beside_their_sparsity(kinds, moved):
-    """And only there."""
+@pytest.mark.parametrize(
+    ("kinds", "is_shifted"), [(("ticket",), False), (("ticket", RANDOM), True)]
+)
+def test_ticket_curve_notes_shifted_points(kinds, is_shifted):
+    """The label of the axis has the note only if there are several kinds."""
     figure = pytest.importorskip("matplotlib.figure").Figure
 
     def drawn(*kinds):
@@ -84,25 +86,25 @@ def test_a_picture_says_where_points_stand_beside_their_sparsity(kinds, moved):
         return axes
 
     axes = drawn(*kinds)
-    places = [bars.lines[0].get_xydata()[0][0] for bars in axes.containers]
-    assert (places != [50.0] * len(kinds)) == moved
-    assert (axes.get_xlabel() != drawn("ticket").get_xlabel()) == moved
+    xs = [bars.lines[0].get_xydata()[0][0] for bars in axes.containers]
+    assert (xs != [50.0] * len(kinds)) == is_shifted
+    assert (axes.get_xlabel() != drawn("ticket").get_xlabel()) == is_shifted
 
 
-def test_a_picture_without_a_finished_dense_run(searched, tmp_path):
-    place, _ = searched
-    found = result(place / "out")
-    del found["rows"]["dense"]
-    assert [path.name for path in draw_sweep(found, tmp_path)] == ["tickets.png"]
+def test_draw_sweep_without_finished_dense_run_draws_tickets(finished_lottery, tmp_path):
+    workdir, _ = finished_lottery
+    results = result(workdir / "out")
+    del results["rows"]["dense"]
+    assert [path.name for path in draw_sweep(results, tmp_path)] == ["tickets.png"]
 
 
-def test_the_report_shows_curve_masks_and_layers(searched, command_server, tmp_path):
-    place, _ = searched
-    done = command_server.run("report", "out", "--out", tmp_path / "page", cwd=place)
+def test_report_of_lottery_has_curve_masks_and_layers(finished_lottery, command_server, tmp_path):
+    workdir, _ = finished_lottery
+    done = command_server.run("report", "out", "--out", tmp_path / "page", cwd=workdir)
     assert done.code == 0, done.err
-    text = (tmp_path / "page" / "index.html").read_text()
-    for told in ("re-initialised", "attn.qkv.q", f"<b>{sparsest(result(place / 'out'))}</b>"):
-        assert told in text
+    page = (tmp_path / "page" / "index.html").read_text()
+    for text in ("re-initialised", "attn.qkv.q", f"<b>{sparsest(result(workdir / 'out'))}</b>"):
+        assert text in page
     names = {path.name for path in (tmp_path / "page").iterdir()}
     assert {"out-tickets.png", "out-masks.csv", "out-layers.csv", "out-results.csv"} <= names
     layers = list(csv.reader((tmp_path / "page" / "out-layers.csv").read_text().splitlines()))
@@ -112,17 +114,14 @@ def test_the_report_shows_curve_masks_and_layers(searched, command_server, tmp_p
     ]
 
 
-# Refusals
-
-
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a command in this process, from a folder: none of these trains anything."""
+    """Return a function that runs a command in this process, from a folder, without training."""
 
     def run(name, *arguments, cwd):
         monkeypatch.chdir(cwd)
         capsys.readouterr()
-        code = run_command(name, [str(word) for word in arguments], f"deit {name}")
+        code = run_command(name, [str(argument) for argument in arguments], f"deit {name}")
         return Completed(code, *capsys.readouterr())
 
     return run
@@ -152,7 +151,7 @@ def command(monkeypatch, capsys):
         (("--resume",), ("deit lottery", "--resume")),
     ],
 )
-def test_a_mistake_is_told_before_the_work(command, tmp_path, arguments, names):
+def test_lottery_invalid_option_is_refused_before_training(command, tmp_path, arguments, names):
     done = command(*LOTTERY, *arguments, "--out", "out", cwd=tmp_path)
     assert done.code == 2
     for name in names:
@@ -161,10 +160,10 @@ def test_a_mistake_is_told_before_the_work(command, tmp_path, arguments, names):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
-    place, _ = searched
-    start = ("--init.weights", place / "out/seed-0/level-0", "--optim.trainable", "heads")
-    done = command(*LOTTERY, *start, "--out", "out", cwd=tmp_path)
+def test_lottery_of_partly_trained_student_is_refused(command, tmp_path, finished_lottery):
+    workdir, _ = finished_lottery
+    init = ("--init.weights", workdir / "out/seed-0/level-0", "--optim.trainable", "heads")
+    done = command(*LOTTERY, *init, "--out", "out", cwd=tmp_path)
     assert (done.code, "optim.trainable = 'heads'" in done.err) == (2, True), done.err
 
 
@@ -179,14 +178,16 @@ def test_what_is_not_trained_whole_has_no_tickets(command, tmp_path, searched):
         (("--loss", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),
     ],
 )
-def test_another_search_in_the_folder_is_refused(searched, command, arguments, differs):
-    place, _ = searched
-    done = command(*LOTTERY, *arguments, "--out", "out", cwd=place)
+def test_lottery_folder_of_another_lottery_is_refused(
+    finished_lottery, command, arguments, differs
+):
+    workdir, _ = finished_lottery
+    done = command(*LOTTERY, *arguments, "--out", "out", cwd=workdir)
     assert done.code == 2, done.err
     assert re.search(rf"--out out\b.*\b{differs}\b", done.err), done.err
 
 
-def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
+def test_lottery_scope_that_does_not_divide_a_layer_is_refused(command, tmp_path):
     arguments = ("lottery", "digits", *WITH_AVERAGE, "--scope", "3:5", "--out", "out")
     done = command(*arguments, cwd=tmp_path)
     assert done.code == 2
@@ -195,42 +196,42 @@ def test_groups_that_do_not_fit_are_told_before_the_work(command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_updates_that_are_left_and_their_time_by_hand(tmp_path):
-    _, found = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
-    runs = [one.spec for one in found]
-    # Eight runs of 10 epochs of 4 updates; all but the dense one and two re-initialised ones begin
-    # at update 6.
-    assert numbers_in(lottery._time_left(runs, 4)) == [8 * 40 - 5 * 6]  # and nothing of their time
+def test_time_left_counts_steps_and_estimates_seconds(tmp_path):
+    _, lottery_runs = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    runs = [run.spec for run in lottery_runs]
+    # Eight runs of 10 epochs of 4 steps; all but the dense run and two re-initialized ones start
+    # at step 6. Without a finished run there is no time.
+    assert numbers_in(lottery._time_left(runs, 4)) == [8 * 40 - 5 * 6]
     (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
     assert numbers_in(lottery._time_left(runs, 4)) == [8 * 40 - 4 * 6 - 20]
     shutil.rmtree(runs[7].out)
     best = {"epoch": 10, "top1": 0.5, "class_top1": 0.5}
     result = asdict(run_folder.Result(10, 0, 0, 60.0, 0, None, best, "", "", [], []))
-    for one, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
-        one.out.mkdir(parents=True)
-        (one.out / run_folder.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
-    each = 120 / 74
-    told = lottery._time_left(runs, 4)
-    assert numbers_in(told)[0] == 8 * 40 - 5 * 6 - 74
-    assert format_duration(216 * each) in told
-    assert "1.62 s" in told  # an update of the runs that are finished
+    for run, samples in ((runs[0], 40 * 32), (runs[1], 34 * 32)):
+        run.out.mkdir(parents=True)
+        (run.out / run_folder.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
+    step_seconds = 120 / 74
+    line = lottery._time_left(runs, 4)
+    assert numbers_in(line)[0] == 8 * 40 - 5 * 6 - 74
+    assert format_duration(216 * step_seconds) in line
+    assert "1.62 s" in line  # per step of the finished runs
     assert numbers_in(lottery._time_left(runs[:2], 4)) == [0]
 
 
 def numbers_in(text: str) -> list[float]:
-    return [float(one.replace(",", "")) for one in re.findall(r"\d[\d,.]*", text)]
+    return [float(match.replace(",", "")) for match in re.findall(r"\d[\d,.]*", text)]
 
 
-def test_weights_that_are_standardised_have_no_tickets(command, tmp_path):
+def test_lottery_of_standardized_weights_is_refused(command, tmp_path):
     arguments = ("--student.name", "timm:resnetv2_50x1_bit", "--student.patch_size", "4")
     arguments = ("lottery", "digits-teacher", *arguments, "--out", "out", "--dry-run")
     done = command(*arguments, cwd=tmp_path)
     assert done.code == 2
     assert "student.name = 'timm:resnetv2_50x1_bit'" in done.err
-    assert len(done.err.splitlines()) == 1  # no problem of the configuration, which has two
+    assert len(done.err.splitlines()) == 1  # without the two problems of the configuration
 
 
-def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
+def test_lottery_sparsities_of_close_levels_stay_distinct(command, tmp_path):
     arguments = (
         "lottery",
         "digits",
@@ -244,11 +245,11 @@ def test_levels_of_nearly_the_same_sparsity_keep_apart(command, tmp_path):
     )
     done = command(*arguments, "--out", "out", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
-    told = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
-    assert len(told) == len(set(told)) == 12
+    sparsities = [line.split()[3] for line in done.out.splitlines() if " ticket " in line]
+    assert len(sparsities) == len(set(sparsities)) == 12
 
 
-def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
+def test_lottery_folder_with_other_content_is_refused(command, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     done = command(*LOTTERY, "--out", "out", cwd=tmp_path)
@@ -258,14 +259,19 @@ def test_a_folder_that_holds_something_else_is_refused(command, tmp_path):
 
 
 @pytest.mark.parametrize("scope", [*SCOPES, "2:4"])
-def test_a_dry_run_lists_every_scopes_runs(command, tmp_path, scope):
-    own = () if scope in SCOPES else ("--scope", "2:4")
-    arguments = ("lottery", "digits", *WITH_AVERAGE, *(own or ("--scope", scope, "--rounds", "2")))
+def test_lottery_dry_run_lists_runs_of_each_scope(command, tmp_path, scope):
+    options = () if scope in SCOPES else ("--scope", "2:4")
+    arguments = (
+        "lottery",
+        "digits",
+        *WITH_AVERAGE,
+        *(options or ("--scope", scope, "--rounds", "2")),
+    )
     done = command(*arguments, "--out", "out", "--dry-run", cwd=tmp_path)
     assert done.code == 0, done.err
-    sparse = "25.0, 50.0 %" if own else "20.0, 36.0 %"
-    assert re.search(rf"^levels\b.*\b{sparse}.*\b{scope}\b", done.out, re.MULTILINE)
+    sparsities = "25.0, 50.0 %" if options else "20.0, 36.0 %"
+    assert re.search(rf"^levels\b.*\b{sparsities}.*\b{scope}\b", done.out, re.MULTILINE)
     assert "seed-0/level-2" in done.out
-    # 8 runs of 12 updates, all but two from update 4 on.
+    # 8 runs of 12 steps; all but two start at step 4.
     assert re.search(r"^time\b[^\d\n]*\b76\b[^\d\n]*$", done.out, re.MULTILINE)
     assert not (tmp_path / "out").exists()

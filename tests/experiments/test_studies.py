@@ -1,4 +1,4 @@
-"""Every study of every recipe with a teacher consists of valid configurations at equal budget."""
+"""Studies of all recipes with a teacher, and the base runs that they depend on."""
 
 import math
 from pathlib import Path
@@ -25,18 +25,18 @@ TAUGHT = [name for name, recipe in RECIPES.items() if recipe().loss.kind != "non
 
 @pytest.mark.parametrize("study", STUDIES)
 @pytest.mark.parametrize("name", TAUGHT)
-def test_every_arm_is_valid_and_has_the_same_budget(name, study):
+def test_study_arms_are_valid_and_have_equal_budget(name, study):
     config = RECIPES[name]()
     taught_by = recipe_of_path(config.teacher.source[0])
-    impossible = {
+    invalid = {
         "table-2": (taught_by is None, "teacher.source"),
         "table-3": (not config.student.name.startswith("deit_"), "student.name"),
         "table-4": (not config.student.name.startswith("deit_"), "student.name"),
         "ensemble": (len(config.teacher.source) < 2, "teacher.source"),
         "resolution": (config.init.weights is None, "init.weights"),
     }
-    cannot, field = impossible.get(study, (False, ""))
-    if cannot:
+    is_invalid, field = invalid.get(study, (False, ""))
+    if is_invalid:
         with raises(ConfigError, f"--study {study}", field):
             STUDIES[study](config)
         return
@@ -50,14 +50,14 @@ def test_every_arm_is_valid_and_has_the_same_budget(name, study):
             assert arm.optim == config.optim
 
 
-def test_the_arms_of_a_study_can_be_named_on_a_command_line():
+def test_study_arm_names_have_no_comma():
     config = digits_ensemble().replace(init={"weights": "checkpoints/digits"})
     for study in STUDIES.values():
         for name in study(config):
             assert "," not in name
 
 
-def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
+def test_resolution_study_compares_teachers_before_and_after_fine_tuning():
     arms = STUDIES["resolution"](digits_finetune())
     seen = {name: (arm.teacher.source, arm.teacher.image_size) for name, arm in arms.items()}
     assert seen == {
@@ -70,7 +70,7 @@ def test_a_teacher_fitted_to_the_resolution_is_compared_with_itself_before():
     assert "teacher fitted" not in STUDIES["resolution"](cifar10_finetune())
 
 
-def test_patience_scales_what_is_counted_in_epochs():
+def test_epochs_study_scales_warm_up_and_averaging():
     config = digits().replace(loss={"distillation_warmup_epochs": 30.0}, optim={"ema_epochs": 40.0})
     arms = STUDIES["epochs"](config)
     assert [arm.optim.epochs for arm in arms.values()] == [15, 15, 30, 30, 60, 60, 120, 120]
@@ -79,7 +79,7 @@ def test_patience_scales_what_is_counted_in_epochs():
     assert all(validate(arm) for arm in arms.values())
 
 
-def test_a_teacher_alone_keeps_what_was_said_of_it():
+def test_ensemble_study_single_teacher_keeps_its_fields():
     config = digits_ensemble().replace(
         student={"num_distillation_tokens": 1},
         teacher={
@@ -94,73 +94,73 @@ def test_a_teacher_alone_keeps_what_was_said_of_it():
         },
     )
     arms = STUDIES["ensemble"](validate(config))
-    one, two = arms["only runs/x/best"], arms["only runs/y/best"]
-    for place, arm in enumerate((one, two)):
+    first, second = arms["only runs/x/best"], arms["only runs/y/best"]
+    for index, arm in enumerate((first, second)):
         assert validate(arm)
         (member,) = teacher_specs(arm.teacher)
-        assert member == teacher_specs(config.teacher)[place]._replace(weight=1.0)
-    assert (one.teacher.target_stores, two.teacher.target_stores) == ((), ("store",))
-    assert isinstance(one.teacher, TeacherConfig)
+        assert member == teacher_specs(config.teacher)[index]._replace(weight=1.0)
+    assert (first.teacher.target_stores, second.teacher.target_stores) == ((), ("store",))
+    assert isinstance(first.teacher, TeacherConfig)
 
 
-def ground(arguments, folder, seed=3):
+def base_runs_of(arguments, folder, seed=3):
     run = parse_run(arguments, program="compare", about="")
     return BaseRuns(run, run.config.replace(run={"seed": seed}), folder), run.config
 
 
-def test_a_recipe_of_ones_own_brings_its_teacher_to_a_comparison(tmp_path):
+def test_base_runs_of_user_recipe_are_empty(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from deit.config.recipes import find_recipe\n\n\n"
         "def recipe():\n    return find_recipe('digits')\n"
     )
-    prepared, config = ground([str(file)], tmp_path)
-    assert prepared.with_local_paths(config) == config
-    assert prepared.runs == {}
+    base_runs, config = base_runs_of([str(file)], tmp_path)
+    assert base_runs.with_local_paths(config) == config
+    assert base_runs.runs == {}
 
 
-def test_a_teacher_that_was_named_is_not_trained(tmp_path):
-    prepared, config = ground(["digits", "--teacher.source", "mine"], tmp_path)
-    assert prepared.with_local_paths(config).teacher.source == ("mine",)
-    assert prepared.runs == {}
+def test_base_runs_do_not_train_a_teacher_of_the_command_line(tmp_path):
+    base_runs, config = base_runs_of(["digits", "--teacher.source", "mine"], tmp_path)
+    assert base_runs.with_local_paths(config).teacher.source == ("mine",)
+    assert base_runs.runs == {}
 
 
-def test_the_one_teacher_of_a_recipe_is_called_so(tmp_path):
-    prepared, config = ground(["digits", "--data.train_fraction", "0.5"], tmp_path)
-    assert prepared.with_local_paths(config).teacher.source == (str(tmp_path / "teacher"),)
-    (teacher,) = prepared.runs.values()
+def test_base_runs_single_teacher_is_named_teacher(tmp_path):
+    base_runs, config = base_runs_of(["digits", "--data.train_fraction", "0.5"], tmp_path)
+    assert base_runs.with_local_paths(config).teacher.source == (str(tmp_path / "teacher"),)
+    (teacher,) = base_runs.runs.values()
     assert teacher.data.train_fraction == 0.5
     assert teacher.run.seed == 3
-    assert prepared.teachers == {"teacher"}
+    assert base_runs.teachers == {"teacher"}
 
 
-def test_a_fine_tuning_builds_on_runs_that_build_on_others(tmp_path):
-    prepared, config = ground(["digits-finetune", "--data.train_fraction", "0.5"], tmp_path)
-    arms = [prepared.with_local_paths(arm) for arm in STUDIES["resolution"](config).values()]
-    assert list(prepared.runs) == ["digits-teacher", "digits-finetune-teacher", "digits"]
-    folders = {name: str(tmp_path / name) for name in prepared.runs}
-    fitted = prepared.runs["digits-finetune-teacher"]
+def test_base_runs_of_fine_tuning_include_their_dependencies(tmp_path):
+    base_runs, config = base_runs_of(["digits-finetune", "--data.train_fraction", "0.5"], tmp_path)
+    arms = [base_runs.with_local_paths(arm) for arm in STUDIES["resolution"](config).values()]
+    assert list(base_runs.runs) == ["digits-teacher", "digits-finetune-teacher", "digits"]
+    folders = {name: str(tmp_path / name) for name in base_runs.runs}
+    fitted = base_runs.runs["digits-finetune-teacher"]
     assert fitted.init.weights == folders["digits-teacher"]
-    assert prepared.runs["digits"].teacher.source == (folders["digits-teacher"],)
+    assert base_runs.runs["digits"].teacher.source == (folders["digits-teacher"],)
     assert {arm.init.weights for arm in arms} == {folders["digits"]}
     assert arms[0].teacher.source == (folders["digits-finetune-teacher"],)
     assert arms[1].teacher.source == (folders["digits-teacher"],)
-    assert prepared.teachers == {"digits-teacher", "digits-finetune-teacher"}
-    sizes = {name: run.data.image_size for name, run in prepared.runs.items()}
+    assert base_runs.teachers == {"digits-teacher", "digits-finetune-teacher"}
+    sizes = {name: run.data.image_size for name, run in base_runs.runs.items()}
     assert sizes == {"digits-teacher": 8, "digits-finetune-teacher": 16, "digits": 8}
-    assert all(run.data.train_fraction == 0.5 for run in prepared.runs.values())
-    assert all(run.run.seed == 3 for run in prepared.runs.values())
+    assert all(run.data.train_fraction == 0.5 for run in base_runs.runs.values())
+    assert all(run.run.seed == 3 for run in base_runs.runs.values())
 
 
-def test_table_3_is_the_papers():
-    """Rows of the DeiT paper's Table 3: the first three have no distillation token."""
+def test_table_3_study_has_the_rows_of_the_paper():
+    """In the DeiT paper's Table 3 the first three rows have no distillation token."""
     config = digits().replace(student={"name": "deit_tiny"})
     arms = STUDIES["table-3"](config)
-    told = {
+    methods = {
         name: (arm.student.name, arm.loss.kind, arm.loss.head if arm.loss.kind != "none" else "")
         for name, arm in arms.items()
     }
-    assert told == {
+    assert methods == {
         "none": ("vit_tiny", "none", ""),
         "soft": ("vit_tiny", "soft", "class"),
         "hard": ("vit_tiny", "hard", "class"),
@@ -171,7 +171,7 @@ def test_table_3_is_the_papers():
     assert STUDIES["table-4"](config) == {"undistilled": arms["none"], "distilled": arms["token"]}
 
 
-def test_table_2_has_the_teachers_that_there_are():
+def test_table_2_study_has_the_teachers_of_the_recipe_family():
     arms = STUDIES["table-2"](digits())
     assert {name: arm.teacher.source for name, arm in arms.items()} == {
         "ConvNet": ("checkpoints/digits-teacher",),
@@ -184,7 +184,7 @@ def test_table_2_has_the_teachers_that_there_are():
     assert "transformer" not in STUDIES["table-2"](RECIPES["tiny-imagenet"]())
 
 
-def test_table_8_changes_one_thing_at_a_time():
+def test_table_8_study_changes_one_component_per_arm():
     arms = STUDIES["table-8"](digits())
     whole = to_dict(arms["DeiT"])
     assert arms["DeiT"].views.auto_augment == "randaugment"
@@ -214,8 +214,8 @@ def test_table_8_changes_one_thing_at_a_time():
 
 
 @pytest.mark.parametrize(("independent", "decay"), [(False, 0.05), (True, 1e-3)])
-def test_its_sgd_decays_as_its_adamw_does(independent, decay):
-    """Without gradients, once momentum has gathered: the same share of the weights an update."""
+def test_table_8_study_sgd_decays_weights_like_adamw(independent, decay):
+    """Without gradients, SGD and AdamW shrink the weights by the same share per step."""
     config = digits().replace(
         optim={"independent_weight_decay": independent, "weight_decay": decay}
     )
@@ -236,17 +236,17 @@ def test_its_sgd_decays_as_its_adamw_does(independent, decay):
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10-micro"])
-def test_a_comparison_trains_the_teachers_that_a_study_names(name):
+def test_base_runs_include_the_teachers_of_study_arms(name):
     config = RECIPES[name]()
-    run = Experiment(name, config, None)
+    experiment = Experiment(name, config, None)
     arms = STUDIES["table-2"](config)
-    ground = BaseRuns(run, config, Path("out"), arms=arms.values())
-    sources = {arm: ground.with_local_paths(one).teacher.source for arm, one in arms.items()}
+    base_runs = BaseRuns(experiment, config, Path("out"), arms=arms.values())
+    sources = {arm: base_runs.with_local_paths(arms[arm]).teacher.source for arm in arms}
     assert sources["transformer"] == (f"out/{name}-transformer-teacher",)
-    assert ground.teachers == set(ground.runs) >= {f"{name}-teacher"}
+    assert base_runs.teachers == set(base_runs.runs) >= {f"{name}-teacher"}
     typed = config.replace(teacher={"source": ("mine",)})
-    ground = BaseRuns(run, typed, Path("out"), arms=arms.values())
+    base_runs = BaseRuns(experiment, typed, Path("out"), arms=arms.values())
     assert (
-        ground.with_local_paths(arms["transformer"]).teacher.source
+        base_runs.with_local_paths(arms["transformer"]).teacher.source
         == arms["transformer"].teacher.source
     )

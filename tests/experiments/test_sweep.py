@@ -38,7 +38,7 @@ def swept(tmp_path_factory, command_server):
     return place, done
 
 
-def test_every_point_and_seed_is_trained_and_told(swept):
+def test_sweep_trains_and_reports_every_point_and_seed(swept):
     place, done = swept
     found = result(place / "out")
     assert list(found["rows"]) == ["teacher", "temperature 1", "temperature 3"]
@@ -71,7 +71,7 @@ def result_of(folder, place):
     return run_folder.read_result(place / folder)
 
 
-def test_results_that_no_sweep_writes_are_named(swept, tmp_path, monkeypatch):
+def test_report_names_the_file_of_invalid_results(swept, tmp_path, monkeypatch):
     """They make a page where it needs nothing of what was changed; else the file is named."""
     axes = MagicMock()
     axes.get_legend_handles_labels.return_value = ([], [])
@@ -92,7 +92,7 @@ def test_results_that_no_sweep_writes_are_named(swept, tmp_path, monkeypatch):
         assert "results.json" in str(error), what
 
 
-def test_runs_of_one_seed_share_their_answers(swept):
+def test_sweep_runs_of_a_seed_share_a_target_store(swept):
     place, _ = swept
     stores = {}
     for path in (place / "out" / "runs").glob("*/config.json"):
@@ -104,7 +104,7 @@ def test_runs_of_one_seed_share_their_answers(swept):
     assert len(list((place / "out" / "targets").iterdir())) == 2
 
 
-def test_a_run_of_a_sweep_is_the_run_alone(swept, command_server):
+def test_sweep_run_is_bit_identical_to_a_single_run(swept, command_server):
     place, _ = swept
     inside = next((place / "out" / "runs").glob("temperature-3-seed-1-*/config.json"))
     done = command_server.run("train", inside, "--out", place / "alone", cwd=place)
@@ -113,7 +113,7 @@ def test_a_run_of_a_sweep_is_the_run_alone(swept, command_server):
     assert (place / "alone" / run_log.HASH_CHAIN).read_bytes() == ours
 
 
-def test_what_is_finished_is_kept_whatever_it_is_called(swept, command_server, tmp_path):
+def test_sweep_finished_runs_are_kept_under_new_names(swept, command_server, tmp_path):
     place = shutil.copytree(swept[0], tmp_path / "place")
     before = states(place / "out")
     done = command_server.run("sweep", "heat.json", "--out", "out", cwd=place)
@@ -139,7 +139,7 @@ def test_what_is_finished_is_kept_whatever_it_is_called(swept, command_server, t
     ]
 
 
-def test_a_teacher_of_other_images_is_not_taken(swept, command_server):
+def test_sweep_teacher_of_another_split_is_refused(swept, command_server):
     place, _ = swept
     arguments = ("--data.split_seed", "5")
     done = command_server.run("sweep", "heat.json", "--out", "out", *arguments, cwd=place)
@@ -147,9 +147,7 @@ def test_a_teacher_of_other_images_is_not_taken(swept, command_server):
     assert re.search(r"out/teacher\b.*\bdata\.split_seed\b.*\bNone\b.*\b5\b", done.err)
 
 
-def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(
-    swept, command_server, tmp_path
-):
+def test_sweep_finished_run_of_other_images_or_teacher_is_refused(swept, command_server, tmp_path):
     place, _ = swept
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     heat = ("sweep", "heat.json", "--out", "out")
@@ -179,7 +177,7 @@ def test_a_finished_run_of_other_images_or_another_teacher_is_not_taken(
     assert (again["top1"], again["agreement"]) == (first["top1"], first["agreement"])
 
 
-def test_a_teacher_that_is_code_is_asked_in_evaluation_too(command_server, tmp_path):
+def test_sweep_evaluates_with_a_teacher_from_code(command_server, tmp_path):
     """Whoever names it to a sweep has said that it may run; a report of the same runs does not."""
     (tmp_path / "mine.py").write_text(
         "import torch\nclass Ink(torch.nn.Module):\n"
@@ -202,7 +200,7 @@ def test_a_teacher_that_is_code_is_asked_in_evaluation_too(command_server, tmp_p
     assert "mine.py:teacher" not in done.err  # as a warning names one that is left out
 
 
-def test_an_evaluation_that_fails_is_told_beside_the_others(swept, command_server, tmp_path):
+def test_sweep_reports_a_failed_evaluation(swept, command_server, tmp_path):
     place, _ = swept
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     (run,) = (tmp_path / "out" / "runs").glob("temperature-3-seed-1-????????????")
@@ -217,7 +215,7 @@ def test_an_evaluation_that_fails_is_told_beside_the_others(swept, command_serve
         assert f"{run.name}/best/model.safetensors" in told
 
 
-def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, command_server, tmp_path):
+def test_sweep_moved_folder_resumes_with_its_stores(swept, command_server, tmp_path):
     """Half a run, whose configuration names the store where it was."""
     place, _ = swept
     shutil.copytree(place, tmp_path / "there", dirs_exist_ok=True)
@@ -242,9 +240,7 @@ def test_a_moved_sweep_goes_on_with_the_stores_it_has(swept, command_server, tmp
     assert (tmp_path / "there" / store).is_dir()
 
 
-def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(
-    command_server, tmp_path
-):
+def test_sweep_store_content_without_the_needed_records_is_refused(command_server, tmp_path):
     grid = {"loss.temperature": [1, 3]}
     student = {**SMALL["student"], "name": "vit_micro"}
     soft = {**SMALL, "student": student, "loss": "class-soft"}
@@ -256,7 +252,7 @@ def test_records_that_an_objective_cannot_do_with_are_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, command_server, tmp_path):
+def test_sweep_folder_with_other_content_is_refused(swept, command_server, tmp_path):
     place, _ = swept
     write(tmp_path / "other.json", grid={"loss.temperature": [1, 3]})
     done = command_server.run("sweep", tmp_path / "other.json", "--out", place / "out")
@@ -272,7 +268,9 @@ def test_another_sweep_or_something_else_in_the_folder_is_refused(swept, command
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_that_fails_stops_no_other_and_is_tried_again(command_server, tmp_path):
+def test_sweep_failed_run_stops_no_other_and_is_retried_by_the_next_command(
+    command_server, tmp_path
+):
     runs = {"good": {}, "lost": {"data.source": "folder", "data.root": str(tmp_path / "images")}}
     more = {"loss": "none", "data.train_fraction": 1.0}
     (tmp_path / "images").mkdir()  # and nothing in it

@@ -26,7 +26,7 @@ pytest.importorskip("sklearn")
 @pytest.mark.parametrize(
     ("code", "times"), [(2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (-9, 3), (7, 3)]
 )
-def test_what_may_pass_is_tried_again_so_often(code, times, tmp_path, monkeypatch):
+def test_train_all_retries_transient_failures_only(code, times, tmp_path, monkeypatch):
     asked = trained_by(monkeypatch, tmp_path, {"bad": code})
     runs = [RunSpec(name, digits(), tmp_path / name) for name in ("bad", "good")]
     mishaps = train_all(work([], [], runs), finished=FinishedRunChecker(), parallel=1, retries=2)
@@ -60,7 +60,7 @@ def trained_by(monkeypatch, tmp_path, codes):
     return asked
 
 
-def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
+def test_train_all_failure_blocks_only_dependent_runs(tmp_path, monkeypatch):
     """Two teachers, the first fails: neither what is fine-tuned from it nor its store is begun."""
     asked = trained_by(monkeypatch, tmp_path, {"first": 3})
     written = []
@@ -104,7 +104,7 @@ def test_what_fails_stops_only_the_runs_that_need_it(tmp_path, monkeypatch):
     assert "why" in reasons["c"]
 
 
-def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatch):
+def test_train_all_failed_store_blocks_only_its_runs(tmp_path, monkeypatch):
     asked = trained_by(monkeypatch, tmp_path, {})
 
     def fails(store):
@@ -123,7 +123,7 @@ def test_a_store_that_cannot_be_written_stops_only_its_runs(tmp_path, monkeypatc
     assert "no space left" in mishaps.blocked[tmp_path / "a"]
 
 
-def test_one_process_evaluates_runs_of_several_precisions():
+def test_build_accelerator_changes_precision_in_one_process():
     """As a sweep over run.precision does; Accelerate by itself knows only the first."""
     for precision, name in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
         config = digits().replace(run={"precision": precision, "device": "cpu"})
@@ -139,7 +139,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("asked", CODE.values(), ids=CODE)
-def test_code_that_only_the_file_names_is_not_run(asked, command_server, tmp_path):
+def test_sweep_code_named_only_in_the_file_is_not_run(asked, command_server, tmp_path):
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     write(tmp_path / "s.json", **asked)
     for arguments in ((), ("--dry-run",)):
@@ -149,7 +149,7 @@ def test_code_that_only_the_file_names_is_not_run(asked, command_server, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_images_that_move_between_two_calls_are_found_by_the_command_line(command_server, tmp_path):
+def test_sweep_moved_images_are_found_by_data_root(command_server, tmp_path):
     for split, number in (("train", 6), ("test", 2)):
         for label in "ab":
             (tmp_path / "pictures" / split / label).mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_images_that_move_between_two_calls_are_found_by_the_command_line(comman
     }
 
 
-def test_a_teacher_that_is_not_there_is_told_before_the_work(command_server, tmp_path):
+def test_sweep_missing_teacher_is_refused_before_training(command_server, tmp_path):
     runs = {"a": {}, "b": {"teacher.source": "checkpoints/nothing"}}
     file = write(tmp_path / "s.json", runs=runs)
     done = command_server.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
@@ -233,7 +233,9 @@ APART = {
 
 
 @pytest.mark.parametrize(("asked", "names"), APART.values(), ids=APART)
-def test_runs_that_would_be_mixed_up_are_refused(asked, names, command_server, tmp_path):
+def test_sweep_points_that_must_not_share_a_sweep_are_refused(
+    asked, names, command_server, tmp_path
+):
     done = command_server.run(
         "sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out"
     )
@@ -243,7 +245,7 @@ def test_runs_that_would_be_mixed_up_are_refused(asked, names, command_server, t
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_of_a_launcher_are_refused(command_server, tmp_path):
+def test_sweep_under_torchrun_is_refused(command_server, tmp_path):
     done = command_server.run(
         "sweep", "teacher", "--out", tmp_path / "out", WORLD_SIZE="2", RANK="0"
     )
@@ -251,7 +253,7 @@ def test_processes_of_a_launcher_are_refused(command_server, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_teacher_that_no_run_asks_is_not_trained(command_server, tmp_path):
+def test_sweep_trains_no_unused_teacher(command_server, tmp_path):
     file = write(
         tmp_path / "t.json", grid={"teacher.source": ["checkpoints/digits-involution-teacher"]}
     )
@@ -263,7 +265,9 @@ def test_a_teacher_that_no_run_asks_is_not_trained(command_server, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "names"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_before_the_work(arguments, names, command_server, tmp_path):
+def test_sweep_invalid_option_is_refused_before_training(
+    arguments, names, command_server, tmp_path
+):
     done = command_server.run("sweep", *arguments, cwd=tmp_path)
     assert done.code == 2
     for name in names:

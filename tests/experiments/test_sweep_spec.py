@@ -37,7 +37,7 @@ def read(folder, text, name="s.yaml"):
     return read_sweep(write(folder, text, name))
 
 
-def test_a_grid_is_every_combination_the_last_field_fastest(tmp_path):
+def test_grid_has_every_combination_with_the_last_field_fastest(tmp_path):
     sweep = read(tmp_path, "grid: {loss.temperature: [1, 3], optim: {lr: [1e-3, 2e-3]}}")
     points = points_of(sweep, digits())
     told = [(point.config.loss.temperature, point.config.optim.lr) for point in points]
@@ -48,7 +48,7 @@ def test_a_grid_is_every_combination_the_last_field_fastest(tmp_path):
     assert points[1].config == same
 
 
-def test_runs_are_trained_for_each_combination(tmp_path):
+def test_runs_are_combined_with_the_grid(tmp_path):
     text = """
     grid: {data.split_seed: [3, 4]}
     runs:
@@ -66,25 +66,25 @@ def test_runs_are_trained_for_each_combination(tmp_path):
     assert points[5].config == digits().replace(data={"split_seed": 4})
 
 
-def test_a_list_of_runs_is_called_by_what_they_change(tmp_path):
+def test_listed_runs_are_named_by_their_fields(tmp_path):
     sweep = read(tmp_path, {"runs": [{"optim.lr": 0.01}, {}, {"loss": "none"}]}, "s.json")
     assert list(sweep.runs) == ["lr 0.01", "as it is", "loss none"]
 
 
-def test_fields_that_end_alike_are_told_in_full(tmp_path):
+def test_point_name_has_full_names_for_fields_with_equal_leaves(tmp_path):
     sweep = read(tmp_path, "grid: {student.image_size: [8], data.image_size: [8]}")
     (point,) = points_of(sweep, digits())
     assert point.name == "student.image_size 8, data.image_size 8"
 
 
-def test_presets_come_before_the_fields_beside_them():
+def test_with_fields_applies_presets_first():
     fields = {"loss.temperature": 7, "loss": "deit-soft", "view_mode": "same/ic"}
     config = with_fields(digits(), fields, where="here")
     assert (config.loss.temperature, config.loss.distillation_weight) == (7, 0.1)
     assert config.views.crop == "random_resized"
 
 
-def test_the_arms_of_a_study_for_each_combination(tmp_path):
+def test_study_arms_are_combined_with_the_grid(tmp_path):
     sweep = read(tmp_path, "{study: teacher, grid: {loss.temperature: [1, 5]}, seeds: [0, 4]}")
     points = points_of(sweep, digits())
     assert [point.values for point in points] == [
@@ -97,7 +97,7 @@ def test_the_arms_of_a_study_for_each_combination(tmp_path):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_named_sweep_is_one_of_its_recipe(name):
+def test_built_in_sweep_has_valid_distinct_points(name):
     sweep = find_sweep(name)
     base = RECIPES[sweep.recipe]()
     if name == "ensemble":
@@ -110,7 +110,7 @@ def test_every_named_sweep_is_one_of_its_recipe(name):
     assert STUDIES.keys() <= SWEEPS.keys()
 
 
-def test_a_study_may_be_of_some_of_its_arms(tmp_path):
+def test_study_can_be_limited_to_some_arms(tmp_path):
     sweep = read(tmp_path, "{study: table-3, arms: [token, none]}")
     assert [point.name for point in points_of(sweep, digits())] == ["token", "none"]
     sweep = read(tmp_path, "{study: table-3, arms: [tokn]}")
@@ -181,7 +181,7 @@ BAD = {
 
 @pytest.mark.fault("E11")
 @pytest.mark.parametrize(("text", "names"), BAD.values(), ids=BAD)
-def test_a_mistake_in_the_file_is_one_line_with_its_name(text, names, tmp_path):
+def test_read_sweep_error_is_one_line_with_the_file_and_field(text, names, tmp_path):
     with raises(ConfigError, tmp_path / "s.yaml", *names) as refused:
         read(tmp_path, text)
     assert "\n" not in str(refused.value)
@@ -203,14 +203,14 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize(("text", "names"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_a_point_that_cannot_be_is_named(text, names, tmp_path):
+def test_points_of_invalid_point_is_named(text, names, tmp_path):
     sweep = read(tmp_path, text)
     with raises(ConfigError, *names):
         points_of(sweep, digits())
 
 
 @pytest.mark.fault("E11")
-def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
+def test_points_of_reports_all_invalid_points(tmp_path):
     grid = "{optim.lr: [1.0e-3, -1], loss.temperature: [1, -3]}"
     with raises(ConfigError, "lr -1, temperature 1", "lr 0.001, temperature -3") as refused:
         points_of(read(tmp_path, f"grid: {grid}"), digits())
@@ -218,7 +218,7 @@ def test_every_point_that_cannot_be_is_named_at_once(tmp_path):
     assert sorted(found) == [("loss.temperature", -3)] * 2 + [("optim.lr", -1)] * 2
 
 
-def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
+def test_with_command_line_replaces_fields_of_runs_but_not_of_the_grid(tmp_path):
     asked = digits()
     typed = asked.replace(optim={"epochs": 3, "warmup_epochs": 1})
     sweep = read(tmp_path, "runs: {a: {optim.epochs: 70, optim.lr: 1.0e-2}, b: {}}")
@@ -230,7 +230,7 @@ def test_the_command_line_goes_over_runs_and_not_over_what_varies(tmp_path):
             with_command_line(read(tmp_path, text), asked, typed)
 
 
-def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
+def test_boundary_points_combine_values_that_are_invalid_alone(tmp_path):
     """Five heads do not divide a width of 96, so they come with one of 100; what goes
     with nothing is refused."""
     fields = (
@@ -250,24 +250,24 @@ def test_the_corners_of_a_search_go_together_with_what_they_need(tmp_path):
         boundary_points(bad, wide)
 
 
-def test_a_name_that_is_no_file_is_told_what_there_is():
+def test_find_sweep_unknown_name_lists_the_sweeps():
     with raises(ConfigError, "view-mode", *SWEEPS) as raised:
         find_sweep("view-mode")
     assert str(raised.value).count("view-modes") == 2  # in the list, and as the nearest
 
 
-def test_a_recipe_in_the_place_of_a_sweep_is_told_apart():
+def test_find_sweep_recipe_name_suggests_recipe_option():
     with raises(ConfigError, "--recipe"):
         find_sweep("cifar10-micro")
 
 
-def test_classes_called_by_numbers_need_no_quotes(tmp_path):
+def test_numeric_class_names_need_no_quotes(tmp_path):
     sweep = read(tmp_path, "grid: {data.unseen_classes: [[6, 7], [8]]}")
     found = points_of(sweep, digits())
     assert [point.config.data.unseen_classes for point in found] == [("6", "7"), ("8",)]
 
 
-def test_what_a_point_changes_is_told_by_field(tmp_path):
+def test_point_changes_are_the_fields_of_its_run(tmp_path):
     sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
     plain, other = points_of(sweep, digits())
     assert (plain.changes, other.changes) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
@@ -278,7 +278,7 @@ def test_what_a_point_changes_is_told_by_field(tmp_path):
     assert alone.changes is None
 
 
-def test_points_are_configurations_that_can_be_written_down(tmp_path):
+def test_points_are_valid_and_serializable_configurations(tmp_path):
     sweep = read(
         tmp_path, 'grid: {views.crop_scale: ["0.3,1", [0.5, 1]], data.unseen_classes: ["7", []]}'
     )
@@ -290,7 +290,7 @@ def test_points_are_configurations_that_can_be_written_down(tmp_path):
     ]
 
 
-def test_the_file_of_the_documentation_is_one(tmp_path):
+def test_read_sweep_files_of_the_documentation(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
     text, searching = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert read(tmp_path, searching).search.trials == 30
@@ -300,7 +300,7 @@ def test_the_file_of_the_documentation_is_one(tmp_path):
     assert named >= set(SWEEPS)
 
 
-def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
+def test_search_range_is_whole_for_integer_fields(tmp_path):
     text = """
     search:
       trials: 7
@@ -321,7 +321,7 @@ def test_a_searched_field_is_whole_where_the_configuration_says_so(tmp_path):
 
 
 @pytest.mark.fault("E11")
-def test_points_that_are_the_same_run_are_told(tmp_path):
+def test_duplicate_points_are_reported(tmp_path):
     sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
     trials = make_trials(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
     (told,) = duplicate_points(trials)
@@ -330,13 +330,13 @@ def test_points_that_are_the_same_run_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_few_epochs_fit_every_sweep_that_has_a_name(name):
+def test_built_in_sweep_fits_one_epoch(name):
     """Their recipes warm up for longer than that."""
     base = run_of(SWEEPS[name].recipe, "--optim.epochs", "1")
     assert points_of(SWEEPS[name], base)
 
 
-def test_a_warm_up_that_fits_few_epochs_may_still_vary(tmp_path):
+def test_warm_up_fitted_to_few_epochs_can_vary(tmp_path):
     typed = run_of("digits", "--optim.epochs", "4")
     assert typed.optim.warmup_epochs == 2
     sweep = read(tmp_path, "grid: {optim.warmup_epochs: [0, 1]}")

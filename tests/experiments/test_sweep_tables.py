@@ -82,7 +82,7 @@ def told():
     }
 
 
-def test_the_table_by_hand(told):
+def test_cells_have_mean_std_and_gain(told):
     assert columns(told)[:3] == ["temperature", "lr", "class head"]
     teacher, a, b, c, d = cells(told)
     assert teacher[:3] == ["teacher", "", "90.0"]
@@ -95,7 +95,7 @@ def test_the_table_by_hand(told):
     assert d[2:] == ["failed", "-", "-", "-", "-", "-", "-"]
 
 
-def test_classes_held_out_are_told_apart(told):
+def test_cells_of_held_out_classes_have_their_own_columns(told):
     classes = {"held_out": ["b"], "seen": 0.9, "unseen": 0.2, "per_class": {"a": 0.9, "b": 0.2}}
     told["rows"]["a"]["classes"] = [classes, {**classes, "unseen": 0.4}]
     heads, rows = columns(told), cells(told)
@@ -108,7 +108,7 @@ def test_classes_held_out_are_told_apart(told):
     assert "| a | 90.0 +- 0.0 | 20.0 +- 0.0 |" in lines
 
 
-def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_marks(told):
+def test_points_with_different_held_out_classes_are_marked_and_not_ranked(told):
     shares = {"a": 0.9, "b": 0.2, "c": None}
     for name, held in (("a", ["b"]), ("b", ["a", "b"])):
         one = {"held_out": held, "seen": 0.9, "unseen": 0.2, "per_class": shares}
@@ -127,7 +127,7 @@ def test_where_points_held_out_different_classes_none_is_best_and_each_has_its_m
 
 
 @pytest.mark.parametrize("field", ["optim.lr", "student.depth"])
-def test_accuracy_is_drawn_against_time_and_of_other_students_against_speed(field, told, tmp_path):
+def test_sections_plot_accuracy_over_time_and_throughput(field, told, tmp_path):
     told["fields"][1] = field
     for one in told["rows"].values():
         if one["values"]:
@@ -138,7 +138,7 @@ def test_accuracy_is_drawn_against_time_and_of_other_students_against_speed(fiel
     assert ("images/s" in whole) == (field == "student.depth")
 
 
-def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
+def test_sections_mark_unseen_classes(told, tmp_path):
     shares = {"a": 0.9, "b": 0.2, "c": None}
     for name, held in (("a", ["b"]), ("b", ["a"])):
         one = {"held_out": held, "seen": 0.9, "unseen": 0.2, "per_class": shares}
@@ -151,7 +151,7 @@ def test_a_page_marks_what_each_point_did_not_see(told, tmp_path):
     assert best_summary(told).capitalize() in whole
 
 
-def test_points_that_held_nothing_out_stand_beside_those_that_did(told, tmp_path):
+def test_points_with_and_without_held_out_classes_share_a_table(told, tmp_path):
     """Under a class that only some left out, the mark is beside the number."""
     shares = {"per_class": {"a": 0.9, "b": 0.2}}
     some = {"held_out": ["b"], "seen": 0.9, "unseen": 0.2, **shares}
@@ -166,19 +166,19 @@ def test_points_that_held_nothing_out_stand_beside_those_that_did(told, tmp_path
     assert ">20*</td>" in "".join(sections_of_sweep(told, tmp_path, "mine"))
 
 
-def test_the_best_are_those_of_the_validation_split(told):
+def test_best_of_ranks_by_validation(told):
     """Of those with the most seeds: the one seed of c that did not fail is the best of all."""
     assert told["best"] == ["b", "a"]
     assert best_of(told["rows"], 9) == ["b", "a"]
 
 
-def test_points_that_nothing_tells_apart_are_told(told):
+def test_best_summary_counts_ties(told):
     assert not re.search(r"\d", best_summary(told))
     told["rows"]["a"]["validation"] = [0.3 + 0.1 + 0.1, 0.8999999999999999]
     assert re.findall(r"\d+", best_summary(told)) == ["2"]
 
 
-def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
+def test_stopped_trials_are_in_every_file(told, tmp_path):
     told["search"] = {"trials": 5, "finished": 3, "stopped": 1, "failed": 1}
     values = {"loss.temperature": "9", "optim.lr": "0.3"}
     told["fields"].insert(0, "run")
@@ -210,7 +210,7 @@ def test_trials_that_were_stopped_are_in_every_file(told, tmp_path):
     assert shown == [[[1, 1, 3], [9]], [[0.1, 0.2, 0.1], [0.3]]]
 
 
-def test_what_each_run_sets_is_told(told, tmp_path):
+def test_changes_list_the_fields_of_each_run(told, tmp_path):
     assert changes(told) == {}
     told["fields"] = ["run", "optim.lr"]
     for name, own in {"a": {"loss.kind": "none", "optim.epochs": "9"}, "b": {}}.items():
@@ -229,7 +229,7 @@ def test_what_each_run_sets_is_told(told, tmp_path):
     assert changes(told) == {}
 
 
-def test_a_table_as_a_file_has_means_and_deviations_apart(told, tmp_path):
+def test_csv_table_has_separate_mean_and_std_columns(told, tmp_path):
     sections_of_sweep(told, tmp_path, "mine")
     with (tmp_path / "mine-results.csv").open() as file:
         heads, teacher, a, *_ = csv.reader(file)
@@ -239,7 +239,7 @@ def test_a_table_as_a_file_has_means_and_deviations_apart(told, tmp_path):
     assert (teacher[at : at + 2], a[at : at + 2]) == (["100.0", ""], ["60.0", spread])
 
 
-def test_a_remark_beside_a_number_has_a_column_of_its_own(tmp_path):
+def test_csv_table_has_a_column_for_remarks(tmp_path):
     rows = [["a (b)", "10 +- 0 (1 of 3 seeds failed)", "-"], ["c", "failed", "2"]]
     html.table(("", "seconds", "x"), rows, csv_path=tmp_path / "t.csv")
     with (tmp_path / "t.csv").open() as file:
@@ -252,7 +252,7 @@ def test_a_remark_beside_a_number_has_a_column_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_names_of_points_cover_neither_each_other_nor_a_point(seed):
+def test_point_labels_overlap_neither_labels_nor_points(seed):
     generator = random.Random(seed)
     places = {
         f"point {number}" + "n" * generator.randrange(20): (
@@ -273,7 +273,7 @@ def test_names_of_points_cover_neither_each_other_nor_a_point(seed):
         assert a[1] <= b[0] or b[1] <= a[0] or abs(a[2] - b[2]) >= height - 1e-9, (one, other)
 
 
-def test_markdown_and_csv_keep_their_columns(told, tmp_path):
+def test_markdown_and_csv_escape_cells(told, tmp_path):
     lines = markdown(told).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
@@ -291,7 +291,7 @@ def said(labels, **answers):
     return CachedEvaluation({}, {}, {k: list(v) for k, v in answers.items()}, {}, list(labels))
 
 
-def test_who_answers_otherwise_than_whom_by_hand(told):
+def test_disagreement_matrix_has_heads_and_teacher(told):
     """As in the DeiT paper's Table 4: of few runs every head, and the teacher once."""
     with_token = said(
         "0120", teacher="0121", **{"class": "0120"}, distillation="0111", fused="0110"
@@ -311,7 +311,7 @@ def test_who_answers_otherwise_than_whom_by_hand(told):
     assert "| undistilled | 25.0 | 50.0 | 25.0 | 75.0 | 50.0 | 0.0 |" in text.splitlines()
 
 
-def test_a_heat_map_is_the_mean_over_seeds_and_over_what_else_varies(told):
+def test_heat_map_averages_seeds_and_other_fields(told):
     down, across, means = heat_map(told, "loss.temperature", "optim.lr")
     assert (down, across) == (["1", "3"], ["0.1", "0.2"])
     assert means[0] == pytest.approx([60, 80])
@@ -330,7 +330,7 @@ def test_a_heat_map_is_the_mean_over_seeds_and_over_what_else_varies(told):
         (["loss.temperature", "optim.lr"], ["loss.temperature-optim.lr.png"]),
     ],
 )
-def test_pictures_by_what_varies(told, fields, drawn, tmp_path):
+def test_draw_sweep_plots_depend_on_the_varied_fields(told, fields, drawn, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = {"run": "abcd", "optim.lr": ["0.1", "1", "0.1", "1"], "loss.temperature": "1122"}
     for place, name in enumerate("abcd"):
@@ -340,13 +340,13 @@ def test_pictures_by_what_varies(told, fields, drawn, tmp_path):
     assert all(path.stat().st_size > 5000 for path in paths)
 
 
-def test_without_a_finished_run_nothing_is_drawn(told, tmp_path):
+def test_draw_sweep_without_finished_run_draws_nothing(told, tmp_path):
     for one in told["rows"].values():
         one["seeds"] = []
     assert draw_sweep(told, tmp_path) == []
 
 
-def test_runs_of_two_machines_are_told_by_both(tmp_path):
+def test_environment_of_runs_on_two_machines_names_both(tmp_path):
     """A sweep that was begun on one machine and finished on another."""
     folders = []
     for name, version in (("a", "2.14.1"), ("b", "2.15.0"), ("c", "2.14.1")):
