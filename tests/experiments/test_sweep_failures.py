@@ -27,53 +27,55 @@ pytest.importorskip("sklearn")
     ("code", "times"), [(2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (-9, 3), (7, 3)]
 )
 def test_train_all_retries_transient_failures_only(code, times, tmp_path, monkeypatch):
-    asked = trained_by(monkeypatch, tmp_path, {"bad": code})
+    calls = mock_training(monkeypatch, tmp_path, {"bad": code})
     runs = [RunSpec(name, digits(), tmp_path / name) for name in ("bad", "good")]
-    mishaps = train_all(work([], [], runs), finished=FinishedRunChecker(), parallel=1, retries=2)
-    assert [one.run.name for one in mishaps.failed] == ["bad"]
-    assert asked == [["bad", "good"], *[["bad"]] * (times - 1)]
-    number = len(runs) + times - 1  # a run that is tried again counts again
-    assert runs_over(asked.told[-1]) == [(number, number)]
+    failures = train_all(
+        plan_of([], [], runs), finished=FinishedRunChecker(), parallel=1, retries=2
+    )
+    assert [failure.run.name for failure in failures.failed] == ["bad"]
+    assert calls == [["bad", "good"], *[["bad"]] * (times - 1)]
+    total = len(runs) + times - 1  # each retry counts as a run
+    assert runs_over(calls.progress[-1]) == [(total, total)]
 
 
-def work(below, stores, runs):
-    return SweepPlan(None, below, [], stores, runs)
+def plan_of(base_runs, stores, runs):
+    return SweepPlan(None, base_runs, [], stores, runs)
 
 
-class Asked(list):
-    """told: of the progress, for each run of the last call."""
+class Calls(list):
+    """The names of the runs of each call. progress: a line for each run of the last call."""
 
-    told: list[str]
+    progress: list[str]
 
 
-def trained_by(monkeypatch, tmp_path, codes):
-    """Stand in for training: these runs fail with these codes. Returns who was asked, in turn."""
-    asked = Asked()
+def mock_training(monkeypatch, tmp_path, codes):
+    """Replace training: the runs named in `codes` fail with their codes. Returns the calls."""
+    calls = Calls()
 
-    def beside(runs, *, num_parallel, progress):
-        asked.append([run.name for run in runs])
-        asked.told = [progress.ended() for _ in runs]
+    def run_parallel(runs, *, num_parallel, progress):
+        calls.append([run.name for run in runs])
+        calls.progress = [progress.ended() for _ in runs]
         failing = [run for run in runs if run.name in codes]
         return [FailedRun(run, codes[run.name], "why", tmp_path) for run in failing]
 
-    monkeypatch.setattr(sweep_execute, "run_parallel", beside)
-    return asked
+    monkeypatch.setattr(sweep_execute, "run_parallel", run_parallel)
+    return calls
 
 
 def test_train_all_failure_blocks_only_dependent_runs(tmp_path, monkeypatch):
-    """Two teachers, the first fails: neither what is fine-tuned from it nor its store is begun."""
-    asked = trained_by(monkeypatch, tmp_path, {"first": 3})
+    """The first of two teachers fails, so its store and a run fine-tuned from it do not start."""
+    calls = mock_training(monkeypatch, tmp_path, {"first": 3})
     written = []
     monkeypatch.setattr(shared_targets, "write", written.append)
 
-    def one(name, **sections):
+    def spec(name, **sections):
         return RunSpec(name, digits().replace(**sections), tmp_path / name)
 
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    below = [
-        one("first", teacher={"source": ()}),
-        one("second", teacher={"source": ()}),
-        one("larger", init={"weights": first}, teacher={"source": ()}),
+    base_runs = [
+        spec("first", teacher={"source": ()}),
+        spec("second", teacher={"source": ()}),
+        spec("larger", init={"weights": first}, teacher={"source": ()}),
     ]
     stores = [
         TargetStorePlan(
@@ -83,29 +85,31 @@ def test_train_all_failure_blocks_only_dependent_runs(tmp_path, monkeypatch):
     ]
     labels = dataclasses.replace(digits(), loss=LOSS_PRESETS["none"])
     runs = [
-        one("a", teacher={"source": (first,), "target_stores": (str(tmp_path / "of-first"),)}),
-        one("b", teacher={"source": (second,), "target_stores": (str(tmp_path / "of-second"),)}),
-        one("c", teacher={"source": (first,)}),
-        one("d", teacher={"source": (second,)}),
-        one("e", init={"weights": str(tmp_path / "larger")}, teacher={"source": (second,)}),
+        spec("a", teacher={"source": (first,), "target_stores": (str(tmp_path / "of-first"),)}),
+        spec("b", teacher={"source": (second,), "target_stores": (str(tmp_path / "of-second"),)}),
+        spec("c", teacher={"source": (first,)}),
+        spec("d", teacher={"source": (second,)}),
+        spec("e", init={"weights": str(tmp_path / "larger")}, teacher={"source": (second,)}),
         RunSpec("f", labels.replace(teacher={"source": (first,)}), tmp_path / "f"),
     ]
-    mishaps = train_all(
-        work(below, stores, runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    failures = train_all(
+        plan_of(base_runs, stores, runs), finished=FinishedRunChecker(), parallel=1, retries=1
     )
-    assert asked == [["first"], ["second"], ["b", "d", "f"]]
-    # Two of three teachers and three of six runs: the others cannot begin.
-    assert [runs_over(told) for told in asked.told] == [[(number, 5)] for number in (3, 4, 5)]
+    assert calls == [["first"], ["second"], ["b", "d", "f"]]
+    # Two of three teachers and three of six runs can start.
+    assert [runs_over(line) for line in calls.progress] == [
+        [(num_done, 5)] for num_done in (3, 4, 5)
+    ]
     assert [store.path.name for store in written] == ["of-second"]
-    assert [one.run.name for one in mishaps.failed] == ["first"]
-    reasons = {path.name: reason for path, reason in mishaps.reasons().items()}
+    assert [failure.run.name for failure in failures.failed] == ["first"]
+    reasons = {path.name: reason for path, reason in failures.reasons().items()}
     assert {name for name in reasons if len(name) == 1} == {"a", "c", "e"}
     assert first in reasons["c"]
     assert "why" in reasons["c"]
 
 
 def test_train_all_failed_store_blocks_only_its_runs(tmp_path, monkeypatch):
-    asked = trained_by(monkeypatch, tmp_path, {})
+    calls = mock_training(monkeypatch, tmp_path, {})
 
     def fails(store):
         raise SystemFault("no space left")
@@ -114,17 +118,17 @@ def test_train_all_failed_store_blocks_only_its_runs(tmp_path, monkeypatch):
     taught = digits().replace(teacher={"target_stores": (str(tmp_path / "store"),)})
     runs = [RunSpec("a", taught, tmp_path / "a"), RunSpec("b", digits(), tmp_path / "b")]
     store = TargetStorePlan(tmp_path / "store", digits(), 1, "full", None)
-    mishaps = train_all(
-        work([], [store], runs), finished=FinishedRunChecker(), parallel=1, retries=1
+    failures = train_all(
+        plan_of([], [store], runs), finished=FinishedRunChecker(), parallel=1, retries=1
     )
-    assert asked == [["b"]]
-    (failed,) = mishaps.failed
+    assert calls == [["b"]]
+    (failed,) = failures.failed
     assert (failed.code, failed.reason) == (5, "no space left")
-    assert "no space left" in mishaps.blocked[tmp_path / "a"]
+    assert "no space left" in failures.blocked[tmp_path / "a"]
 
 
 def test_build_accelerator_changes_precision_in_one_process():
-    """As a sweep over run.precision does; Accelerate by itself knows only the first."""
+    """A sweep over run.precision does this; Accelerate alone would keep the first precision."""
     for precision, name in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
         config = digits().replace(run={"precision": precision, "device": "cpu"})
         assert build_accelerator(config.run).mixed_precision == name
@@ -138,10 +142,10 @@ CODE = {
 }
 
 
-@pytest.mark.parametrize("asked", CODE.values(), ids=CODE)
-def test_sweep_code_named_only_in_the_file_is_not_run(asked, command_server, tmp_path):
+@pytest.mark.parametrize("content", CODE.values(), ids=CODE)
+def test_sweep_code_named_only_in_the_file_is_not_run(content, command_server, tmp_path):
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    write(tmp_path / "s.json", **asked)
+    write(tmp_path / "s.json", **content)
     for arguments in ((), ("--dry-run",)):
         done = command_server.run("sweep", "s.json", "--out", "out", *arguments, cwd=tmp_path)
         assert done.code == 2, done.err
@@ -150,12 +154,12 @@ def test_sweep_code_named_only_in_the_file_is_not_run(asked, command_server, tmp
 
 
 def test_sweep_moved_images_are_found_by_data_root(command_server, tmp_path):
-    for split, number in (("train", 6), ("test", 2)):
+    for split, num_images in (("train", 6), ("test", 2)):
         for label in "ab":
             (tmp_path / "pictures" / split / label).mkdir(parents=True)
-            for place in range(number):
+            for index in range(num_images):
                 pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
-                file = tmp_path / "pictures" / split / label / f"{place}.png"
+                file = tmp_path / "pictures" / split / label / f"{index}.png"
                 Image.fromarray(pixels).save(file)
     more = {"loss": "none", "data.source": "folder", "optim.batch_size": 4}
     small = {**SMALL, "optim": {"epochs": 1, "warmup_epochs": 0}, **more}
@@ -198,10 +202,10 @@ MISTAKES = {
     "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "--teacher.source")),
     "seed": (("teacher", "--run.seed", "3"), ("--run.seed 3", "--seeds")),
 }
-APART = {
+INCOMPATIBLE = {
     "the same run": ({"runs": {"a": {"run.compile": "default"}, "b": {}}}, ("run.compile",)),
     "splits": ({"grid": {"data.split_seed": [0, 1]}}, ("split seed 1", "data.split_seed")),
-    "unanswered": (
+    "crops without store": (
         {"study": "view-modes", "share_targets": False},
         ("fix/ic_ens", "--teacher.target_stores"),
     ),
@@ -225,19 +229,19 @@ APART = {
         {"search": {"fields": {"loss.temperature": [1, 3]}}, "content": "hard"},
         ("content: hard", "loss.kind 'soft'"),
     ),
-    "called a teacher": (
+    "teacher name": (
         {"runs": {"teacher": {}, "b": {"optim.lr": 1}}},
         ("sweep a, teacher: ",),
     ),
 }
 
 
-@pytest.mark.parametrize(("asked", "names"), APART.values(), ids=APART)
+@pytest.mark.parametrize(("content", "names"), INCOMPATIBLE.values(), ids=INCOMPATIBLE)
 def test_sweep_points_that_must_not_share_a_sweep_are_refused(
-    asked, names, command_server, tmp_path
+    content, names, command_server, tmp_path
 ):
     done = command_server.run(
-        "sweep", write(tmp_path / "a.json", **asked), "--out", tmp_path / "out"
+        "sweep", write(tmp_path / "a.json", **content), "--out", tmp_path / "out"
     )
     assert done.code == 2, done.err
     for name in names:
@@ -260,8 +264,8 @@ def test_sweep_trains_no_unused_teacher(command_server, tmp_path):
     done = command_server.run("sweep", file, "--out", tmp_path / "out", "--dry-run")
     assert done.code == 0, done.err
     listed = [line.split("│")[1].strip() for line in done.out.splitlines() if line[:1] == "│"]
-    own = "digits-involution-teacher"
-    assert listed == [own, f"source checkpoints/{own}, seed 0"]
+    teacher = "digits-involution-teacher"
+    assert listed == [teacher, f"source checkpoints/{teacher}, seed 0"]
 
 
 @pytest.mark.parametrize(("arguments", "names"), MISTAKES.values(), ids=MISTAKES)

@@ -1,4 +1,4 @@
-"""A sweep file: what it may say, which configurations follow, and every mistake in one line."""
+"""Sweep files: parsing, expansion into points, and error messages."""
 
 import json
 import re
@@ -40,8 +40,8 @@ def read(folder, text, name="s.yaml"):
 def test_grid_has_every_combination_with_the_last_field_fastest(tmp_path):
     sweep = read(tmp_path, "grid: {loss.temperature: [1, 3], optim: {lr: [1e-3, 2e-3]}}")
     points = points_of(sweep, digits())
-    told = [(point.config.loss.temperature, point.config.optim.lr) for point in points]
-    assert told == [(1, 1e-3), (1, 2e-3), (3, 1e-3), (3, 2e-3)]
+    values = [(point.config.loss.temperature, point.config.optim.lr) for point in points]
+    assert values == [(1, 1e-3), (1, 2e-3), (3, 1e-3), (3, 2e-3)]
     assert points[1].name == "temperature 1, lr 2e-3"
     assert points[1].values == {"loss.temperature": "1", "optim.lr": "2e-3"}
     same = digits().replace(loss={"temperature": 1.0}, optim={"lr": 2e-3})
@@ -214,36 +214,36 @@ def test_points_of_reports_all_invalid_points(tmp_path):
     grid = "{optim.lr: [1.0e-3, -1], loss.temperature: [1, -3]}"
     with raises(ConfigError, "lr -1, temperature 1", "lr 0.001, temperature -3") as refused:
         points_of(read(tmp_path, f"grid: {grid}"), digits())
-    found = [(problem.field, problem.value) for problem in refused.value.problems]
-    assert sorted(found) == [("loss.temperature", -3)] * 2 + [("optim.lr", -1)] * 2
+    problems = [(problem.field, problem.value) for problem in refused.value.problems]
+    assert sorted(problems) == [("loss.temperature", -3)] * 2 + [("optim.lr", -1)] * 2
 
 
 def test_with_command_line_replaces_fields_of_runs_but_not_of_the_grid(tmp_path):
-    asked = digits()
-    typed = asked.replace(optim={"epochs": 3, "warmup_epochs": 1})
+    recipe_config = digits()
+    typed = recipe_config.replace(optim={"epochs": 3, "warmup_epochs": 1})
     sweep = read(tmp_path, "runs: {a: {optim.epochs: 70, optim.lr: 1.0e-2}, b: {}}")
-    points = points_of(with_command_line(sweep, asked, typed), typed)
+    points = points_of(with_command_line(sweep, recipe_config, typed), typed)
     assert [point.config.optim.epochs for point in points] == [3, 3]
     assert points[0].config.optim.lr == 1e-2
     for text in ("grid: {optim.epochs: [5, 6]}", "search: {fields: {optim.epochs: [5, 6]}}"):
         with raises(ConfigError, "--optim.epochs"):
-            with_command_line(read(tmp_path, text), asked, typed)
+            with_command_line(read(tmp_path, text), recipe_config, typed)
 
 
 def test_boundary_points_combine_values_that_are_invalid_alone(tmp_path):
-    """Five heads do not divide a width of 96, so they come with one of 100; what goes
-    with nothing is refused."""
+    """Five heads do not divide a width of 96, so they are combined with a width of 100. A value
+    that is invalid with all others is refused."""
     fields = (
         "student.embed_dim: [96, 100], student.num_heads: [4, 5], optim.lr: {low: 1e-3, high: 1}"
     )
     sweep = read(tmp_path, f"search: {{fields: {{{fields}}}}}")
     wide = digits().replace(student={"embed_dim": 96, "num_heads": 4})
-    found = boundary_points(sweep, wide)
-    assert [point.name for point in found] == [
+    points = boundary_points(sweep, wide)
+    assert [point.name for point in points] == [
         *("the first", "embed dim 96", "embed dim 100", "num heads 4", "num heads 5"),
         *("lr 0.001", "lr 1"),
     ]
-    sides = [(point.config.student.embed_dim, point.config.student.num_heads) for point in found]
+    sides = [(point.config.student.embed_dim, point.config.student.num_heads) for point in points]
     assert sides == [(96, 4), (96, 4), (100, 4), (96, 4), (100, 5), (96, 4), (96, 4)]
     bad = read(tmp_path, "search: {fields: {student.num_heads: [4, 7]}}")
     with raises(ConfigError, "num heads 7", "student.num_heads"):
@@ -253,7 +253,7 @@ def test_boundary_points_combine_values_that_are_invalid_alone(tmp_path):
 def test_find_sweep_unknown_name_lists_the_sweeps():
     with raises(ConfigError, "view-mode", *SWEEPS) as raised:
         find_sweep("view-mode")
-    assert str(raised.value).count("view-modes") == 2  # in the list, and as the nearest
+    assert str(raised.value).count("view-modes") == 2  # in the list, and as the suggestion
 
 
 def test_find_sweep_recipe_name_suggests_recipe_option():
@@ -263,8 +263,8 @@ def test_find_sweep_recipe_name_suggests_recipe_option():
 
 def test_numeric_class_names_need_no_quotes(tmp_path):
     sweep = read(tmp_path, "grid: {data.unseen_classes: [[6, 7], [8]]}")
-    found = points_of(sweep, digits())
-    assert [point.config.data.unseen_classes for point in found] == [("6", "7"), ("8",)]
+    points = points_of(sweep, digits())
+    assert [point.config.data.unseen_classes for point in points] == [("6", "7"), ("8",)]
 
 
 def test_point_changes_are_the_fields_of_its_run(tmp_path):
@@ -272,10 +272,10 @@ def test_point_changes_are_the_fields_of_its_run(tmp_path):
     plain, other = points_of(sweep, digits())
     assert (plain.changes, other.changes) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
     text = "{grid: {loss: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
-    own = [point.changes for point in points_of(read(tmp_path, text), digits())]
-    assert own == [{}, {"loss.kind": "none"}] * 2
-    (alone,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
-    assert alone.changes is None
+    changes = [point.changes for point in points_of(read(tmp_path, text), digits())]
+    assert changes == [{}, {"loss.kind": "none"}] * 2
+    (point,) = points_of(read(tmp_path, "grid: {optim.lr: [0.5]}"), digits())
+    assert point.changes is None
 
 
 def test_points_are_valid_and_serializable_configurations(tmp_path):
@@ -324,14 +324,14 @@ def test_search_range_is_whole_for_integer_fields(tmp_path):
 def test_duplicate_points_are_reported(tmp_path):
     sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
     trials = make_trials(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
-    (told,) = duplicate_points(trials)
-    assert told.startswith("fast: ")
-    assert "quick" in told
+    (message,) = duplicate_points(trials)
+    assert message.startswith("fast: ")
+    assert "quick" in message
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_built_in_sweep_fits_one_epoch(name):
-    """Their recipes warm up for longer than that."""
+    """The warm-up of these recipes is longer than one epoch."""
     base = run_of(SWEEPS[name].recipe, "--optim.epochs", "1")
     assert points_of(SWEEPS[name], base)
 
