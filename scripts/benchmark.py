@@ -1,4 +1,4 @@
-"""Measure our speed beside a peer's in turns: `benchmark.py data`, `targets` or `train`."""
+"""Compare the speed of deit with a baseline: `benchmark.py data`, `targets` or `train`."""
 
 import argparse
 import json
@@ -21,36 +21,40 @@ from scripts.benchmarks.plot import draw_benchmark
 from scripts.benchmarks.targets import targets
 from scripts.benchmarks.train import train
 
-WHAT = {"data": data, "targets": targets, "train": train}
+BENCHMARKS = {"data": data, "targets": targets, "train": train}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "what",
-        choices=tuple(WHAT),
-        help="data: loaders; targets: writing and reading a teacher's answers; train: training "
-        "beside timm's parts",
+        choices=tuple(BENCHMARKS),
+        help="data: loaders; targets: writing and reading stored targets; train: training, "
+        "compared with timm",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (7)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the rows to this file")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: 7)")
     parser.add_argument(
-        "--threads", type=int, help="of each side (1; with train as many as there are cores)"
+        "--seconds", type=float, default=3.0, help="length of a turn in seconds (default: 3)"
     )
-    parser.add_argument("--rows", default="", metavar="TEXT", help="only those whose name holds it")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument(
+        "--threads", type=int, help="threads of each side (default: 1; for train all cores)"
+    )
+    parser.add_argument(
+        "--rows", default="", metavar="TEXT", help="measure only rows whose name contains TEXT"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
     return parser
 
 
 def main() -> None:
-    """Print a table; with --json also write it, with command, machine and commit; --plot draws."""
+    """Print a table. --json writes it with command, machine and commit; --plot plots it."""
     parser = _parser()
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds <= 0 or (options.threads or 1) < 1:
-        given = f"{options.rounds}, {options.seconds:g}, {options.threads}"
-        parser.error(f"--rounds, --seconds, --threads {given}: should be positive")
+        values = f"{options.rounds}, {options.seconds:g}, {options.threads}"
+        parser.error(f"--rounds, --seconds, --threads {values}: should be positive")
     try:
         for name in ("json", "plot"):
             check_file(getattr(options, name), option=f"--{name}", replace=options.force)
@@ -61,13 +65,13 @@ def main() -> None:
     torch.set_num_threads(options.threads or (num_cores() if options.what == "train" else 1))
     threads = torch.get_num_threads()
     raise_malloc_threshold()  # for both sides
-    rows = WHAT[options.what](options.rounds, options.seconds, options.rows)
+    rows = BENCHMARKS[options.what](options.rounds, options.seconds, options.rows)
     if not rows:
-        parser.error(f"--rows {options.rows!r}: no row's name holds it")
+        parser.error(f"--rows {options.rows!r}: no row has a name that contains it")
     table(
-        f"images/s of {threads} thread{'s' * (threads > 1)}, median ratio of the turns (least to "
-        "greatest)",
-        ("what", "ours", "peer", "ratio", "range", "beside"),
+        f"images/s with {threads} thread{'s' * (threads > 1)}, median ratio of the turns (minimum "
+        "to maximum)",
+        ("row", "deit", "baseline", "ratio", "range", "baseline is"),
         [
             (
                 row["name"],
@@ -81,7 +85,7 @@ def main() -> None:
         ],
     )
     device = "auto" if options.what == "train" else "cpu"
-    facts = {
+    result = {
         "command": " ".join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "rounds": options.rounds,
         "seconds": options.seconds,
@@ -91,11 +95,11 @@ def main() -> None:
         "environment": environment_info(build_accelerator(RunConfig(device=device))),
     }
     if options.json is not None:
-        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         info(f"wrote {options.json}")
     if options.plot is not None:
-        draw_benchmark(facts, options.plot)
-        info(f"drew {options.plot}")
+        draw_benchmark(result, options.plot)
+        info(f"wrote {options.plot}")
 
 
 if __name__ == "__main__":

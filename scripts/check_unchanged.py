@@ -38,7 +38,7 @@ from deit.models.saved import load_student  # noqa: E402
 
 _EXACT = ("--run.device", "cpu", "--run.linear_backend", "torch")
 _TWO_EPOCHS = ("--optim.epochs", "2", "--optim.warmup_epochs", "1", *_EXACT)
-_TAUGHT = (
+_TEACHER = (
     "--teacher.source",
     "teacher",
     "--teacher.memory_format",
@@ -48,49 +48,49 @@ _TAUGHT = (
 
 
 def main() -> None:
-    """Record, and compare with a record where one is given."""
+    """Compute and write the record; with --against compare it with another record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record here")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record to this file")
     parser.add_argument(
-        "--against", type=Path, metavar="FILE", help="the record of the version before"
+        "--against", type=Path, metavar="FILE", help="compare with the record in this file"
     )
     options = parser.parse_args()
     before = None if options.against is None else json.loads(options.against.read_bytes())
     with tempfile.TemporaryDirectory() as folder:
-        found = record(Path(folder))
+        after = record(Path(folder))
     if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, digest in found["digests"].items():
+        options.out.write_text(json.dumps(after, indent=1) + "\n", encoding="utf-8")
+    for name, digest in after["digests"].items():
         info(f"{digest[:16]}  {name}")
     if before is not None:
-        compare(before["digests"], found["digests"])
+        compare(before["digests"], after["digests"])
 
 
-def record(place: Path) -> dict[str, Any]:
-    """Compute all there is to record, in a folder."""
-    deit(place, "train", "digits-teacher", *_TWO_EPOCHS, "--out", "teacher")
-    train = ("train", "digits", *_TWO_EPOCHS, *_TAUGHT, "--run.save_every_steps", "2")
-    deit(place, *train, "--out", "straight")
-    deit(place, *train, "--out", "killed", fault="update:5:kill")
-    deit(place, *train, "--out", "killed", "--resume")
-    words = ("targets", "write", "digits", *_TWO_EPOCHS, *_TAUGHT, "--loss", "deit-hard")
-    deit(place, *words, "--content", "hard", "--out", "store")
-    found: dict[str, str] = {}
+def record(folder: Path) -> dict[str, Any]:
+    """Return the record. Runs are written into the folder."""
+    deit(folder, "train", "digits-teacher", *_TWO_EPOCHS, "--out", "teacher")
+    train = ("train", "digits", *_TWO_EPOCHS, *_TEACHER, "--run.save_every_steps", "2")
+    deit(folder, *train, "--out", "straight")
+    deit(folder, *train, "--out", "killed", fault="update:5:kill")
+    deit(folder, *train, "--out", "killed", "--resume")
+    arguments = ("targets", "write", "digits", *_TWO_EPOCHS, *_TEACHER, "--loss", "deit-hard")
+    deit(folder, *arguments, "--content", "hard", "--out", "store")
+    digests: dict[str, str] = {}
     for run in ("straight", "killed"):
-        for weights in sorted((place / run).rglob("*.safetensors")):
-            found[f"{run}: {weights.relative_to(place / run)}"] = digest_of(weights)
-        found[f"{run}: hash chain"] = digest_of(place / run / "state_hashes.jsonl")
-    for file in sorted((place / "store").rglob("*.bin")):
-        found[f"store: {file.relative_to(place / 'store')}"] = digest_of(file)
-    found |= exports(place)
-    words = ("sweep", "table-8", *_EXACT, "--optim.epochs", "1", "--out", "table-8")
-    deit(place, *words)
-    rows = json.loads((place / "table-8" / "results.json").read_bytes())["rows"]
+        for weights in sorted((folder / run).rglob("*.safetensors")):
+            digests[f"{run}: {weights.relative_to(folder / run)}"] = digest_of(weights)
+        digests[f"{run}: hash chain"] = digest_of(folder / run / "state_hashes.jsonl")
+    for file in sorted((folder / "store").rglob("*.bin")):
+        digests[f"store: {file.relative_to(folder / 'store')}"] = digest_of(file)
+    digests |= exports(folder)
+    arguments = ("sweep", "table-8", *_EXACT, "--optim.epochs", "1", "--out", "table-8")
+    deit(folder, *arguments)
+    rows = json.loads((folder / "table-8" / "results.json").read_bytes())["rows"]
     for name, row in rows.items():
         accuracies = json.dumps([row[key] for key in ("top1", "agreement", "validation")])
-        found[f"table 8: {name}"] = hashlib.sha256(accuracies.encode()).hexdigest()
+        digests[f"table 8: {name}"] = hashlib.sha256(accuracies.encode()).hexdigest()
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": subprocess.run(
@@ -98,36 +98,36 @@ def record(place: Path) -> dict[str, Any]:
         ).stdout.strip(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "digests": found,
+        "digests": digests,
     }
 
 
-def exports(place: Path) -> dict[str, str]:
-    """The digests of what the straight run's exports compute, by format, package and output."""
-    found = {}
-    student, _ = load_student(place / "straight" / "best")
+def exports(folder: Path) -> dict[str, str]:
+    """Return digests of the logits of the run's exports, by format, package and output."""
+    digests = {}
+    student, _ = load_student(folder / "straight" / "best")
     _, normalize = split_normalization(student)
-    images = load_splits(load_run_config(place / "straight").data).test.pixels
+    images = load_splits(load_run_config(folder / "straight").data).test.pixels
     inputs = normalize(images.float() / 255)
-    for name, form in FORMATS.items():
-        folder = place / f"export-{name}"
-        deit(place, "export", "straight", "--format", name, "--out", folder.name)
-        for package, load in form.load.items():
+    for name, export_format in FORMATS.items():
+        exported = folder / f"export-{name}"
+        deit(folder, "export", "straight", "--format", name, "--out", exported.name)
+        for package, load in export_format.load.items():
             torch.set_num_threads(1)
-            for output, logits in load(folder)(inputs).items():
+            for output, logits in load(exported)(inputs).items():
                 digest = hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest()
-                found[f"{name} by {package}: {output}"] = digest
-    return found
+                digests[f"{name} by {package}: {output}"] = digest
+    return digests
 
 
-def deit(place: Path, *words: str, fault: str | None = None) -> None:
-    """Run a command in a folder; killed by itself at a fault."""
-    info(f"$ deit {' '.join(words)}")
+def deit(folder: Path, *arguments: str, fault: str | None = None) -> None:
+    """Run a command in a folder. With a fault it has to be killed by that fault."""
+    info(f"$ deit {' '.join(arguments)}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if fault is not None:
         environment["DEIT_FAULT"] = fault
-    command = [sys.executable, "-m", "deit", *words]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "deit", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode != (0 if fault is None else -signal.SIGKILL):
         raise SystemExit(f"{done.stdout}{done.stderr}\nexit code {done.returncode}")
 
@@ -137,7 +137,7 @@ def digest_of(file: Path) -> str:
 
 
 def compare(before: dict[str, str], after: dict[str, str]) -> None:
-    """Exit with 1 and the names of what differs."""
+    """Exit with code 1 and the names of the digests that differ, if any."""
     names = before | after
     differing = [name for name in names if before.get(name) != after.get(name)]
     if differing:

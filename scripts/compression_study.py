@@ -1,4 +1,4 @@
-"""What compression costs: a recipe's run, all that is made smaller of it, and the controls."""
+"""Measure compression: train a recipe, make all of its smaller variants, and their controls."""
 
 import argparse
 import json
@@ -19,75 +19,81 @@ ROOT = Path(__file__).resolve().parents[1]
 TEACHER, RUN, PRUNED, SHARED, ROUNDED = "teacher", "run", "pruned", "shared", "rounded"
 
 
-def deit(*words: str) -> None:
-    """A command, in a process of its own. Raises CalledProcessError where it fails."""
-    info(f"deit {' '.join(words)}")
+def deit(*arguments: str) -> None:
+    """Run a command in its own process. Raises CalledProcessError if it fails."""
+    info(f"deit {' '.join(arguments)}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "deit", *words], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "deit", *arguments], check=True, env=environment)
 
 
-def train(recipe: str, out: Path, *words: str) -> None:
-    """A run of a recipe; one that is finished, and of this configuration, stays."""
-    deit("train", recipe, *words, "--out", str(out), "--resume")
+def train(recipe: str, out: Path, *arguments: str) -> None:
+    """Train a recipe, or resume its run. A finished run of the same configuration is kept."""
+    deit("train", recipe, *arguments, "--out", str(out), "--resume")
 
 
-def quantized(run: Path, methods: Iterable[str] = METHODS) -> dict[str, Any]:
-    """What each way of quantizing came to, by its name, with files that the ladder finds; whatever
-    it costs stays, to be told."""
-    found = {}
+def quantize_with(run: Path, methods: Iterable[str] = METHODS) -> dict[str, Any]:
+    """Quantize a run by each method; return the results by method. The files are written where
+    `deit variants` finds them, whatever the loss of accuracy."""
+    results = {}
     for method in methods:
-        told = run / f"quantized-{method}" / "quantization.json"
-        if not told.is_file():
+        path = run / f"quantized-{method}" / "quantization.json"
+        if not path.is_file():
             deit("quantize", str(run), f"--method={method}", "--max-drop=100")
-        found[method] = json.loads(told.read_text(encoding="utf-8"))
-    return found
+        results[method] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
-def study(recipe: str, seed: int, place: Path, rest: list[str], asked: argparse.Namespace) -> Any:
-    """Everything of one seed: files, controls, ladder."""
-    run, pruned, shared, rounded = (place / name for name in (RUN, PRUNED, SHARED, ROUNDED))
-    words = [f"--teacher.source={place.parent / TEACHER}", f"--run.seed={seed}", *rest]
-    whole = [] if asked.epochs is None else [f"--optim.epochs={asked.epochs}"]
-    train(recipe, run, *words, *whole)
+def study(
+    recipe: str, seed: int, folder: Path, rest: list[str], options: argparse.Namespace
+) -> Any:
+    """Return the results of one seed: quantization, pruning with its controls, and variants."""
+    run, pruned, shared, rounded = (folder / name for name in (RUN, PRUNED, SHARED, ROUNDED))
+    arguments = [f"--teacher.source={folder.parent / TEACHER}", f"--run.seed={seed}", *rest]
+    epochs = [] if options.epochs is None else [f"--optim.epochs={options.epochs}"]
+    train(recipe, run, *arguments, *epochs)
     if not (run / "export-onnx").is_dir():
         deit("export", str(run), "--format=onnx")
-    found = {"quantize": quantized(run)}
-    # Each of its controls is a student of the pruned shape (docs/compression.md).
+    results = {"quantize": quantize_with(run)}
+    # The controls are students of the pruned shape (docs/compression.md).
     deit("prune", str(run), "--ratio=0.5", "--controls=short,long", f"--out={pruned}")
-    found["prune"] = json.loads((pruned / "results.json").read_text(encoding="utf-8"))
-    quantized(pruned / RECOVERED)
-    train(recipe, shared, *words, *whole, "--student.shared_block_size=2")
-    begun = ("--from", str(run), "--schedule=int8")
-    deit("finetune", *begun, *words, "--out", str(rounded), "--resume")
-    quantized(rounded, ["static"])
-    merge = [] if asked.merge is None else [f"--merge-tokens={asked.merge}"]
+    results["prune"] = json.loads((pruned / "results.json").read_text(encoding="utf-8"))
+    quantize_with(pruned / RECOVERED)
+    train(recipe, shared, *arguments, *epochs, "--student.shared_block_size=2")
+    start = ("--from", str(run), "--schedule=int8")
+    deit("finetune", *start, *arguments, "--out", str(rounded), "--resume")
+    quantize_with(rounded, ["static"])
+    merge = [] if options.merge_tokens is None else [f"--merge-tokens={options.merge_tokens}"]
     deit("variants", str(run), str(shared), str(rounded), *merge, "--force")
-    found["variants"] = json.loads((run / "variants" / "variants.json").read_text(encoding="utf-8"))
-    return found
+    results["variants"] = json.loads(
+        (run / "variants" / "variants.json").read_text(encoding="utf-8")
+    )
+    return results
 
 
 def main() -> None:
-    """Train, make smaller, measure; the same command goes on. What is not known here is a field of
-    the configuration, of teacher and students."""
+    """Train, compress, measure. The same command resumes. Unknown options are fields of the
+    configuration, for the teacher and all students."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="of students; its teacher's is RECIPE-teacher")
-    parser.add_argument("--seeds", default="0", help="of students, with commas (0)")
-    parser.add_argument("--epochs", type=int, help="of students (the recipe's)")
     parser.add_argument(
-        "--merge-tokens", help="tokens that are merged in a block, with commas (none)"
+        "recipe", help="recipe of the students; the teacher's recipe is RECIPE-teacher"
+    )
+    parser.add_argument("--seeds", default="0", help="seeds of the students, with commas (0)")
+    parser.add_argument("--epochs", type=int, help="epochs of the students (the recipe's)")
+    parser.add_argument(
+        "--merge-tokens", help="numbers of tokens to merge in each block, with commas (none)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--json", type=Path, required=True, help="file for the numbers")
-    asked, rest = parser.parse_known_args()
-    train(f"{asked.recipe}-teacher", asked.out / TEACHER, *rest)
-    seeds = [int(seed) for seed in asked.seeds.split(",")]
-    found = {
-        str(seed): study(asked.recipe, seed, asked.out / f"seed-{seed}", rest, asked)
+    parser.add_argument("--json", type=Path, required=True, help="write the results to this file")
+    options, rest = parser.parse_known_args()
+    train(f"{options.recipe}-teacher", options.out / TEACHER, *rest)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    results = {
+        str(seed): study(options.recipe, seed, options.out / f"seed-{seed}", rest, options)
         for seed in seeds
     }
     command = shlex.join(["python", "scripts/compression_study.py", *sys.argv[1:]])
-    write_json(asked.json, {"recipe": asked.recipe, "command": command, "seeds": found})
-    info(f"wrote {asked.json}")
+    write_json(options.json, {"recipe": options.recipe, "command": command, "seeds": results})
+    info(f"wrote {options.json}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What scripts/compression_study.py measured, over seeds: a table, the goals, and a picture."""
+"""Table, summary and plot of the results of scripts/compression_study.py, over seeds."""
 
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +22,32 @@ _COLUMNS = (
 )
 
 
-def smaller_table(result: dict[str, Any]) -> str:
-    """Every version that all seeds have as a row: accuracy, size, arithmetic, time; what was cut
-    before its recovery."""
+def compression_table(result: dict[str, Any]) -> str:
+    """Return the variants as Markdown: accuracy, size, compute and latency, over seeds. The pruned
+    student has a row before and after its recovery."""
     rows = []
-    for name, of in _versions(result).items():
+    for name, seed_rows in _variant_rows(result).items():
         size = [
-            f"{_middle(one['parameters'] for one in of):,.0f}",
-            f"{_middle(one['bytes'] for one in of) / 1e3:,.0f}",
-            f"{1000 * _middle(one['gmacs'] for one in of):.1f}",
+            f"{statistics.median(row['parameters'] for row in seed_rows):,.0f}",
+            f"{statistics.median(row['bytes'] for row in seed_rows) / 1e3:,.0f}",
+            f"{1000 * statistics.median(row['gmacs'] for row in seed_rows):.1f}",
         ]
         if name == f"{PRUNED}, {RECOVERED}":
-            cut = [seed["prune"]["rows"][PRUNED] for seed in result["seeds"].values()]
-            rows.append([f"{PRUNED}, not recovered", *_accuracies(cut), "-", *size, "-", "-"])
-        same = mean_std([one["same_answers"] for one in of], scale=100)
-        times = [f"{_time(of, batch):.3g}" for batch in ("1", "64")]
-        rows.append([name, *_accuracies(of), same, *size, *times])
+            pruned = [seed["prune"]["rows"][PRUNED] for seed in result["seeds"].values()]
+            rows.append([f"{PRUNED}, not recovered", *_accuracies(pruned), "-", *size, "-", "-"])
+        agreement = mean_std([row["same_answers"] for row in seed_rows], scale=100)
+        times = [f"{_time(seed_rows, batch):.3g}" for batch in ("1", "64")]
+        rows.append([name, *_accuracies(seed_rows), agreement, *size, *times])
     return markdown_table(_COLUMNS, rows)
 
 
-def _versions(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of each version of the first seed the rows of all; one that some seed left out is none."""
-    ladders = [seed["variants"]["rows"] for seed in result["seeds"].values()]
+def _variant_rows(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of all seeds for each variant that all seeds have."""
+    tables = [seed["variants"]["rows"] for seed in result["seeds"].values()]
     return {
-        name: [rows[name] for rows in ladders]
-        for name in ladders[0]
-        if all(name in rows for rows in ladders)
+        name: [rows[name] for rows in tables]
+        for name in tables[0]
+        if all(name in rows for rows in tables)
     }
 
 
@@ -56,43 +55,41 @@ def _accuracies(rows: list[dict[str, Any]]) -> list[str]:
     return [mean_std([row["top1"][head] for row in rows], scale=100) for head in HEADS]
 
 
-def _middle(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
 def _time(rows: list[dict[str, Any]], batch: str) -> float:
-    """The median over seeds of the medians over turns [ms]."""
-    return _middle(row["latency"][batch]["median_ms"] for row in rows)
+    """Return the median over seeds of the median latencies [ms]."""
+    return statistics.median(row["latency"][batch]["median_ms"] for row in rows)
 
 
-def goals(result: dict[str, Any]) -> str:
-    """What came of the two goals: int8, and heads and hidden units that go."""
+def compression_summary(result: dict[str, Any]) -> str:
+    """Return the top-1 lost by int8, and the epochs of the pruned student and its controls."""
     seeds = list(result["seeds"].values())
-    told = []
+    lines = []
     for method in seeds[0]["quantize"]:
-        of = [seed["quantize"][method] for seed in seeds]
-        drops = ", ".join(f"{one['drop_points']:.2f}" for one in of)
-        share = statistics.mean(one["int8"]["bytes"] / one["float"]["bytes"] for one in of)
-        noise = mean_std([one["sqnr_db"].get("fused", one["sqnr_db"]["class"]) for one in of])
-        told.append(f"{method} {drops} points, {share:.2f} of the float file's bytes, {noise} dB")
+        seed_rows = [seed["quantize"][method] for seed in seeds]
+        drops = ", ".join(f"{row['drop_points']:.2f}" for row in seed_rows)
+        share = statistics.mean(row["int8"]["bytes"] / row["float"]["bytes"] for row in seed_rows)
+        noise = mean_std(
+            [row["sqnr_db"].get("fused", row["sqnr_db"]["class"]) for row in seed_rows]
+        )
+        lines.append(f"{method} {drops} points, {share:.2f} of the float file's bytes, {noise} dB")
     rows = seeds[0]["prune"]["rows"]
-    taught = (RECOVERED, *CONTROLS.values())
-    epochs = ", ".join(f"{name} {rows[name]['epochs']}" for name in taught)
-    return f"Top-1 lost by int8, by seed: {'; '.join(told)}. Epochs: {epochs}."
+    trained = (RECOVERED, *CONTROLS.values())
+    epochs = ", ".join(f"{name} {rows[name]['epochs']}" for name in trained)
+    return f"Top-1 lost by int8, by seed: {'; '.join(lines)}. Epochs: {epochs}."
 
 
-def draw_smaller(result: dict[str, Any], path: Path) -> None:
-    """The ladder of the mean over seeds, as a PNG. Raises SystemFault without matplotlib."""
+def draw_compression(result: dict[str, Any], path: Path) -> None:
+    """Plot the variants, averaged over seeds, as PNG. Raises SystemFault without matplotlib."""
     rows = {
         name: {
             "top1": {
-                "class": statistics.mean(final_head_top1(one["top1"]) for one in of),
+                "class": statistics.mean(final_head_top1(row["top1"]) for row in seed_rows),
                 "fused": None,
             },
-            "bytes": _middle(one["bytes"] for one in of),
-            "latency": {"64": {"median_ms": _time(of, "64")}},
+            "bytes": statistics.median(row["bytes"] for row in seed_rows),
+            "latency": {"64": {"median_ms": _time(seed_rows, "64")}},
         }
-        for name, of in _versions(result).items()
+        for name, seed_rows in _variant_rows(result).items()
     }
-    ladder = next(iter(result["seeds"].values()))["variants"]
-    draw_variants(ladder | {"run": result["recipe"], "rows": rows}, path)
+    first = next(iter(result["seeds"].values()))["variants"]
+    draw_variants(first | {"run": result["recipe"], "rows": rows}, path)

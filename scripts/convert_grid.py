@@ -2,8 +2,8 @@
 
     python scripts/convert_grid.py GRID.json > sweep.json
 
-A run there is {"lr", "classes", "weight", "epochs", "T"}. Its loss is
-(1 - weight) T^2 CE(teacher at T) + weight CE(label), and it never sees the digits that are not in
+A run of that file is {"lr", "classes", "weight", "epochs", "T"}. Its loss is
+(1 - weight) T^2 CE(teacher at T) + weight CE(label), and it never sees digits that are not in
 `classes`; a number n stands for the classes 0 to n. `lr` is AdamW's unless the sweep is run with
 --optim.name sgd.
 """
@@ -22,7 +22,7 @@ def sweep_run(run: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"should have the keys {', '.join(KEYS)}, has {', '.join(run)}")
     seen, weight = run["classes"], run["weight"]
     seen = list(range(seen + 1)) if isinstance(seen, int) else seen
-    if not seen or not all(type(one) is int and one in DIGITS for one in seen):
+    if not seen or not all(type(digit) is int and digit in DIGITS for digit in seen):
         raise ValueError(f"classes {run['classes']}: should be of 0 to 9")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight {weight}: should be between 0 and 1")
@@ -54,7 +54,7 @@ def convert(grid: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Convert the file that is named."""
+    """Convert the file named on the command line; print the sweep."""
     if len(sys.argv) != 2:
         sys.exit("usage: python scripts/convert_grid.py GRID.json > sweep.json")
     try:

@@ -1,4 +1,4 @@
-"""Why narrow students stall: accuracy on whole and on shuffled patches, by initialisation."""
+"""Compare weight initializations of narrow students: accuracy on whole and shuffled images."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ from deit.training.train import train  # noqa: E402
 
 
 def shuffled_patches(images: Tensor, patch: int) -> Tensor:
-    """Each image [batch, 3, side, side] with its patches in an order of its own."""
+    """Return images [B, 3, S, S] with the patches of each in a random order."""
     grid = images.shape[-1] // patch
     split = "b c (h p) (w q) -> b (h w) c p q"
     patches = rearrange(images, split, p=patch, q=patch)
@@ -35,32 +35,33 @@ def shuffled_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def measure(config: Config, student: Student) -> str:
-    """Accuracy on the training images, whole and shuffled, and how loud the positions are."""
+    """Return the accuracy on training images, whole and shuffled, and the standard deviations of
+    position and patch embeddings."""
     images, labels = load_splits(config.data).train
     whole = images.float() / 255
-    found = []
+    accuracies = []
     with torch.no_grad():
         for view in (whole, shuffled_patches(whole, config.student.patch_size)):
-            found.append(topk_accuracy(logits_by_head(student.eval()(view))["fused"], labels))
+            accuracies.append(topk_accuracy(logits_by_head(student.eval()(view))["fused"], labels))
         patches = student.network.patch_embed((whole - student.mean) / student.std).std()
         positions = student.network.pos_embed.std()
     return (
-        f"whole {100 * found[0]:5.1f} %, shuffled {100 * found[1]:5.1f} %, standard deviation of "
-        f"positions {positions:.3f} and of patch embeddings {patches:.2f}"
+        f"whole {100 * accuracies[0]:5.1f} %, shuffled {100 * accuracies[1]:5.1f} %, standard "
+        f"deviation of positions {positions:.3f} and of patch embeddings {patches:.2f}"
     )
 
 
 def main() -> None:
-    """Train digits without a teacher for a few epochs under both initialisations."""
+    """Train digits without a teacher for a few epochs with each initialization."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, nargs="+", default=[6, 12, 24])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    for initialisation in ("timm", "scaled"):
+    for weight_init in ("timm", "scaled"):
         for seed in options.seeds:
             for epochs in options.epochs:
                 config = digits().replace(
-                    student={"weight_init": initialisation},
+                    student={"weight_init": weight_init},
                     views={"mixup_alpha": 0.0, "cutmix_alpha": 0.0},
                     loss=LOSS_PRESETS["none"],
                     optim={"epochs": epochs, "warmup_epochs": 2},
@@ -69,7 +70,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     train(config, Path(folder))
                     student, _ = load_student(run_folder.latest_checkpoint(Path(folder)))
-                print(f"{initialisation}, seed {seed}, {epochs} epochs: {measure(config, student)}")
+                print(f"{weight_init}, seed {seed}, {epochs} epochs: {measure(config, student)}")
 
 
 if __name__ == "__main__":

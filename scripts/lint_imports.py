@@ -1,7 +1,7 @@
-"""Check the layers of .importlinter on a copy of the code that is laid out as a wheel is.
+"""Check the layers of .importlinter on a copy of the code with the layout of a wheel.
 
-In the checkout, models/ and datasets/ lie beside deit/ and have no __init__.py (they could shadow
-Hugging Face's `datasets` otherwise), so import-linter would not find them there.
+In the checkout, models/ and datasets/ are next to deit/ and have no __init__.py, because they would
+shadow Hugging Face's `datasets`. import-linter does not find them there.
 """
 
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Return the exit code of lint-imports: 1 where an import points upwards."""
+    """Return the exit code of lint-imports: 1 if an import violates the layers."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "deit"
         skipped = shutil.ignore_patterns("__pycache__")

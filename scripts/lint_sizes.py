@@ -11,30 +11,30 @@ MODULE_LINES, FUNCTION_LINES, FOLDER_MODULES = 400, 60, 20
 
 def problems() -> list[str]:
     """Return one line for each module, function or folder that is too large."""
-    found = []
+    messages = []
     for folder in FOLDERS:
         for file in sorted((ROOT / folder).rglob("*.py")):
-            found += _of_file(file)
+            messages += _of_file(file)
         for inner in (ROOT / folder, *(ROOT / folder).rglob("*")):
             modules = [] if inner.name == "__pycache__" else list(inner.glob("[!_]*.py"))
             if len(modules) > FOLDER_MODULES:
-                found.append(f"{inner.relative_to(ROOT)}: {len(modules)} modules")
-    return found
+                messages.append(f"{inner.relative_to(ROOT)}: {len(modules)} modules")
+    return messages
 
 
 def _of_file(file: Path) -> list[str]:
     text = file.read_text(encoding="utf-8")
     name, lines = file.relative_to(ROOT), text.count("\n")
-    found = [f"{name}: {lines} lines"] if lines > MODULE_LINES else []
+    messages = [f"{name}: {lines} lines"] if lines > MODULE_LINES else []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             if length > FUNCTION_LINES:
-                found.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
-    return found
+                messages.append(f"{name}:{node.lineno}: {node.name} has {length} lines")
+    return messages
 
 
 if __name__ == "__main__":
-    listed = problems()
-    print("\n".join(listed) or "sizes: fine")
-    sys.exit(bool(listed))
+    messages = problems()
+    print("\n".join(messages) or "sizes: fine")
+    sys.exit(bool(messages))

@@ -1,4 +1,4 @@
-"""Write the tables and pictures of the pages from the JSON files in docs/results/."""
+"""Write the tables and plots of README and docs from the JSON files in docs/results/."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from deit.viz.charts import chart
 from deit.viz.plots import draw_comparison
 from deit.viz.tables import HEADS, markdown_table, mean_std
 from scripts.benchmarks.plot import draw_benchmark
-from scripts.compression_tables import draw_smaller, goals, smaller_table
+from scripts.compression_tables import compression_summary, compression_table, draw_compression
 from scripts.landscape_tables import draw_landscape, draw_seeds, landscape_tables, seeds_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +47,9 @@ SWEEPS = {
     "tiny-imagenet-table-3": "Tiny-ImageNet, 20 classes, 8 epochs: ways of distilling (Table 3)",
     "digits-held-out": "Digits: classes 6, 7, 8 and 9 unseen (temperature, weight, learning rate)",
 }
-DRAWN = ("digits-patience",)  # of the sweeps
+PLOTTED_SWEEPS = ("digits-patience",)
 TICKETS = {"digits-tickets": "Digits: lottery tickets and their controls"}
-SMALLER = {
+COMPRESSION = {
     "digits-smaller": "Digits: one student and its smaller variants",
     "cifar10-smaller": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
 }
@@ -60,12 +60,12 @@ SEEDS = {
         ("digits-landscape", "digits-landscape-1", "digits-landscape-2"),
     )
 }
-"""Landscapes of several seeds, told together."""
+"""Landscapes of several seeds in one table."""
 BENCHMARKS = ("benchmark-data", "benchmark-targets", "benchmark-train")
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:
-    """A row of the comparison table: name, top-1 % by head, agreement with the teacher, seconds."""
+    """Return a row of a comparison: name, top-1 % by head, agreement with the teacher, seconds."""
     shares = [[top1[head] for top1 in row["top1"]] for head in HEADS] + [row["agreement"]]
     return [
         name,
@@ -78,44 +78,45 @@ COLUMNS = ("", "class head", "distillation head", "fused", "agrees with teacher 
 
 
 def section(name: str, result: dict) -> str:
-    """One comparison as Markdown: title, table, how it was measured."""
+    """Return a comparison as Markdown: title, table, and how it was measured."""
     seeds = result["seeds"]
     environment = result["environment"]
     spread = f"mean +- standard deviation of seeds {', '.join(map(str, seeds))}"
-    how = spread if len(seeds) > 1 else f"seed {seeds[0]}"
+    seeds_text = spread if len(seeds) > 1 else f"seed {seeds[0]}"
     threads = environment["threads"]
     rows = [_cells(row, values) for row, values in result["rows"].items()]
     return (
         f"**{TITLES[name]}** ([{name}.json](docs/results/{name}.json))\n\n"
         f"{markdown_table(COLUMNS, rows)}\n\n"
-        f"Test top-1 in %, {result['num_samples']} images, {how}; {environment['device_name']}, "
-        f"{environment['precision']}, {count_noun(threads, 'thread')}, torch "
-        f"{environment['packages']['torch']}, commit {environment['commit']}.\n"
-        f"{shown_command(name, result['command'])}\n"
+        f"Test top-1 in %, {result['num_samples']} images, {seeds_text}; "
+        f"{environment['device_name']}, {environment['precision']}, "
+        f"{count_noun(threads, 'thread')}, torch {environment['packages']['torch']}, "
+        f"commit {environment['commit']}.\n{_command_text(name, result['command'])}\n"
     )
 
 
-def shown_command(name: str, command: str, *more: str) -> str:
-    """The command as anyone would type it: where it wrote to does not change the numbers, nor where
-    its images and lists lay. One that names a teacher of its own is left to the file. more: words
-    that it needs besides."""
+def _command_text(name: str, command: str, *extra: str) -> str:
+    """Return the command of a result with general paths for its outputs and images.
+
+    A command with its own teacher is not shown. extra: arguments to append.
+    """
     if "--teacher.source" in command:
         return f"(The command uses a separately trained teacher: see {name}.json.)"
-    words = shlex.split(command)
+    arguments = shlex.split(command)
     for option in ("--out", "--json"):
-        if option in words:
-            place = words.index(option)
-            del words[place : place + 2]
-    # A folder somewhere on the machine is anybody's own.
-    words = ["DIR" if word.startswith("/") else word for word in words]
-    words = ["@FILE" if word.startswith("@/") else word for word in words]
-    # A comparison takes no folder of a run, and a recipe's run is called like it.
-    out = f"checkpoints/{'compare-' if words[1] == 'compare' else ''}{name}"
-    return f"`{shlex.join([*words, '--out', out, *more])}`"
+        if option in arguments:
+            index = arguments.index(option)
+            del arguments[index : index + 2]
+    # An absolute path exists on the machine of the measurement only.
+    arguments = ["DIR" if argument.startswith("/") else argument for argument in arguments]
+    arguments = ["@FILE" if argument.startswith("@/") else argument for argument in arguments]
+    # checkpoints/NAME is the folder of the recipe's own run, so a comparison has another one.
+    out = f"checkpoints/{'compare-' if arguments[1] == 'compare' else ''}{name}"
+    return f"`{shlex.join([*arguments, '--out', out, *extra])}`"
 
 
 def benchmark_section(name: str, result: dict) -> str:
-    """A benchmark as Markdown."""
+    """Return a benchmark as Markdown."""
     environment = result["environment"]
     if result["rounds"] < 5 or environment["commit"].endswith("-dirty"):
         raise ValueError(f"{name}.json: a claim needs 5 rounds and a committed state")
@@ -132,17 +133,18 @@ def benchmark_section(name: str, result: dict) -> str:
     threads = {1: "one thread", 2: "two threads"}[result.get("threads", 1)]
     columns = (f"images/s, {threads} each", "deit", "baseline", "ratio (range)", "baseline is")
     return (
-        f"{markdown_table(columns, rows)}\n\n{_besides(result['rows'])}"
+        f"{markdown_table(columns, rows)}\n\n{_training_details(result['rows'])}"
         f"Medians (also of the ratios) of {result['rounds']} alternating turns of "
         f"{result['seconds']:g} s, batches of {result['batch_size']}, views normalized on both "
         f"sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
-        f"[{name}.json](docs/results/{name}.json):\n`{_written_here(name, result['command'])}`\n"
+        f"[{name}.json](docs/results/{name}.json):\n"
+        f"`{_regenerating_command(name, result['command'])}`\n"
     )
 
 
-def _besides(rows: list[dict]) -> str:
-    """What whole trainings take besides, where it was measured."""
+def _training_details(rows: list[dict]) -> str:
+    """Return startup time, memory and utilization of training benchmarks; "" for others."""
     whole = [row for row in rows if "ours_memory_mb" in row]
     if not whole:
         return ""
@@ -151,43 +153,48 @@ def _besides(rows: list[dict]) -> str:
     cells = [
         (
             row["name"],
-            *(f"{row[f'ours_{key}']:{how}}, {row[f'peer_{key}']:{how}}" for key, how in keys),
+            *(
+                f"{row[f'ours_{key}']:{number_format}}, {row[f'peer_{key}']:{number_format}}"
+                for key, number_format in keys
+            ),
             f"{100 * row['share_of_peak']:.0f} %",
         )
         for row in whole
     ]
     row = whole[0]
-    ours, theirs = row["losses_of_first_step"]
-    floor = ""
+    deit_loss, timm_loss = row["losses_of_first_step"]
+    limit = ""
     if "floor_images_per_s" in row:
-        floor = (
+        limit = (
             f"Arithmetic and memory traffic ({1e3 * row['gb_of_an_image']:.0f} MB an image, "
             f"{row['copy_gb_s']:.0f} GB/s) limit this machine to "
             f"{row['floor_images_per_s']:,.0f} images/s. "
         )
     return (
         f"{markdown_table(columns, cells)}\n\n"
-        f"Loss of the first step: {ours:.5f} and {theirs:.5f}. Share of peak: the student's "
-        f"arithmetic ({row['gflop_of_an_image']:.2f} GFLOP an image, forward and backward) at the "
-        f"speed of deit, as a share of the speed of matrix products on this machine "
-        f"({row['peak_gflop_s']:,.0f} GFLOP/s). {floor}"
+        f"Loss of the first step: {deit_loss:.5f} and {timm_loss:.5f}. Share of peak: the "
+        f"student's arithmetic ({row['gflop_of_an_image']:.2f} GFLOP an image, forward and "
+        f"backward) at the speed of deit, as a share of the speed of matrix products on this "
+        f"machine ({row['peak_gflop_s']:,.0f} GFLOP/s). {limit}"
     )
 
 
-def _written_here(name: str, command: str) -> str:
-    """A benchmark's command with its file where it lies now, which it is to replace."""
-    words = [word for word in shlex.split(command) if word != "--force"]
-    if "--json" in words:
-        words[words.index("--json") + 1] = f"docs/results/{name}.json"
-        words.append("--force")
-    return shlex.join(words)
+def _regenerating_command(name: str, command: str) -> str:
+    """Return the command of a benchmark that overwrites its file in docs/results/."""
+    arguments = [argument for argument in shlex.split(command) if argument != "--force"]
+    if "--json" in arguments:
+        arguments[arguments.index("--json") + 1] = f"docs/results/{name}.json"
+        arguments.append("--force")
+    return shlex.join(arguments)
 
 
 def sweep_section(name: str, result: dict) -> str:
-    """A sweep as Markdown: title, table, classes, masks, how it was measured."""
+    """Return a sweep as Markdown: title, tables, and how it was measured."""
     environment = result["environment"]
     table = [[cell or " " for cell in row] for row in cells(result)]
-    few = disagreement_table(result) if len(result["disagreement"]) <= _FEW else ""
+    few = (
+        disagreement_table(result) if len(result["disagreement"]) <= _MAX_DISAGREEMENT_ROWS else ""
+    )
     seeds = ", ".join(map(str, result["seeds"]))
     return (
         f"**{(SWEEPS | TICKETS)[name]}** ([{name}.json](results/{name}.json))\n\n"
@@ -195,58 +202,63 @@ def sweep_section(name: str, result: dict) -> str:
         f"{tickets_table(result)}"
         f"Test top-1 in %, {result['num_samples']} images, seeds {seeds}, gains over the first "
         f"point; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}.\n{shown_command(name, result['command'])}\n"
+        f"{environment['commit']}.\n{_command_text(name, result['command'])}\n"
     )
 
 
-def smaller_section(name: str, result: dict) -> str:
-    """A run and all that was made smaller of it as Markdown."""
-    ladder = next(iter(result["seeds"].values()))["variants"]
-    environment = ladder["environment"]
+def compression_section(name: str, result: dict) -> str:
+    """Return a compression study as Markdown."""
+    variants = next(iter(result["seeds"].values()))["variants"]
+    environment = variants["environment"]
     threads = environment["threads"]
     return (
-        f"**{SMALLER[name]}** ([{name}.json](results/{name}.json))\n\n"
-        f"{smaller_table(result)}\n\n{goals(result)}\n\n"
-        f"Test top-1 in %, {ladder['num_samples']} images, seeds {', '.join(result['seeds'])}; "
+        f"**{COMPRESSION[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"{compression_table(result)}\n\n{compression_summary(result)}\n\n"
+        f"Test top-1 in %, {variants['num_samples']} images, seeds {', '.join(result['seeds'])}; "
         f"times: medians of turns, {count_noun(threads, 'thread')}, "
         f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}.\n"
-        f"{shown_command(name, result['command'], '--json', f'docs/results/{name}.json')}\n"
+        f"{_command_text(name, result['command'], '--json', f'docs/results/{name}.json')}\n"
     )
 
 
 def landscape_section(name: str, result: dict) -> str:
-    """A landscape as Markdown: places, lines, how it was measured."""
+    """Return a loss landscape as Markdown: points, lines, and how it was measured."""
     environment = result["environment"]
     return (
         f"**{LANDSCAPES[name]}** ([{name}.json](results/{name}.json))\n\n"
         f"{landscape_tables(result)}\n\n"
         f"Cross-entropy of the fused logits, {result['images']} {result['asked']['split']} images; "
         f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}.\n{shown_command(name, result['command'])}\n"
+        f"{environment['commit']}.\n{_command_text(name, result['command'])}\n"
     )
 
 
 def seeds_section(name: str) -> str:
-    """Landscapes of several seeds as Markdown."""
+    """Return the landscapes of several seeds as Markdown."""
     title, files = SEEDS[name]
     results = load(files)
     links = ", ".join(f"[{file}.json](results/{file}.json)" for file in files)
     first, *others = [result["asked"] for result in results.values()]
-    words = [f"`--run-seed {one['run_seed']} --measure {','.join(one['parts'])}`" for one in others]
+    options = [
+        f"`--run-seed {request['run_seed']} --measure {','.join(request['parts'])}`"
+        for request in others
+    ]
     return (
         f"**{title}** ({links})\n\n{seeds_tables(list(results.values()))}\n\nMean +- standard "
         f"deviation over the seeds; {first['images']} {first['split']} images. The command is that "
-        f"of the table above, with {' and '.join(words)} for the other seeds.\n"
+        f"of the table above, with {' and '.join(options)} for the other seeds.\n"
     )
 
 
-_FEW = 8
+_MAX_DISAGREEMENT_ROWS = 8
 
 
 def _classes(result: dict) -> str:
-    """The classes of a sweep with some of them held out, of each weight of the teacher the point
-    that knows the unseen best, and beside them what others report."""
+    """Return the accuracy by class of a sweep with held-out classes, with the published baseline.
+
+    For each distillation weight, the row is the point with the best accuracy on unseen classes.
+    """
     rows = {
         name: row
         for name, row in result["rows"].items()
@@ -255,37 +267,41 @@ def _classes(result: dict) -> str:
     if not rows:
         return ""
 
-    def unseen(name: str) -> float:
-        return statistics.mean(one["unseen"] for one in rows[name]["classes"])
+    def unseen_accuracy(name: str) -> float:
+        return statistics.mean(run["unseen"] for run in rows[name]["classes"])
 
     weight = {name: row["values"]["loss.distillation_weight"] for name, row in rows.items()}
-    shown = [
-        max((name for name in rows if weight[name] == one), key=unseen)
-        for one in dict.fromkeys(weight.values())
+    best = [
+        max((name for name in rows if weight[name] == value), key=unseen_accuracy)
+        for value in dict.fromkeys(weight.values())
     ]
-    table = class_by_class(result, shown).rstrip("\n")
-    theirs = "| AditMeh/Distillation, dense, MNIST, T 10 | " + " | ".join(
+    table = class_by_class(result, best).rstrip("\n")
+    baseline = "| AditMeh/Distillation, dense, MNIST, T 10 | " + " | ".join(
         ["-"] * 6 + ["98.6", "96.0", "97.3", "97.2"]
     )
     return (
-        f"{table}\n{theirs} |\n\nFor each weight, the point that is best on the unseen classes of "
-        "the test split: an upper bound, because a validation split without these classes cannot "
-        "select it.\n\n"
+        f"{table}\n{baseline} |\n\nFor each weight, the point that is best on the unseen classes "
+        "of the test split: an upper bound, because a validation split without these classes "
+        "cannot select it.\n\n"
     )
 
 
-def written(page: str, texts: dict[str, str]) -> str:
-    """A page with its sections renewed, by name. Raises ValueError without their marks."""
+def renew_sections(page: str, texts: dict[str, str]) -> str:
+    """Return a page with its marked sections replaced, by name. Raises ValueError if a mark is
+    missing."""
     for name, text in texts.items():
-        begin, end = f"<!-- {name}: written by scripts/results.py -->", f"<!-- end of {name} -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = f"{before}{begin}\n\n{text}\n{end}{after}"
+        start_mark, end_mark = (
+            f"<!-- {name}: written by scripts/results.py -->",
+            f"<!-- end of {name} -->",
+        )
+        before, remainder = page.split(start_mark)
+        _, after = remainder.split(end_mark)
+        page = f"{before}{start_mark}\n\n{text}\n{end_mark}{after}"
     return page
 
 
 def load(names: Iterable[str]) -> dict[str, dict]:
-    """Files of docs/results/ by name."""
+    """Return the content of files in docs/results/ by name."""
     folder = ROOT / "docs" / "results"
     return {
         name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names
@@ -293,36 +309,41 @@ def load(names: Iterable[str]) -> dict[str, dict]:
 
 
 def main() -> None:
-    """Write the pages and one picture for each result; `--check` only compares the pages."""
+    """Write the pages and one plot for each result; `--check` only compares the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 if a page is not up to date")
     check = parser.parse_args().check
     results, benchmarks, sweeps = load(TITLES), load(BENCHMARKS), load(SWEEPS)
     tables = {"results": "\n".join(section(name, result) for name, result in results.items())}
     tables |= {name: benchmark_section(name, result) for name, result in benchmarks.items()}
-    told = {"sweeps": "\n".join(sweep_section(name, result) for name, result in sweeps.items())}
-    pages = {ROOT / "README.md": tables, ROOT / "docs" / "sweeps.md": told}
+    sweep_texts = {
+        "sweeps": "\n".join(sweep_section(name, result) for name, result in sweeps.items())
+    }
+    pages = {ROOT / "README.md": tables, ROOT / "docs" / "sweeps.md": sweep_texts}
     tickets = load(TICKETS)
     texts = {name: sweep_section(name, result) for name, result in tickets.items()}
-    smaller = load(SMALLER)
-    texts |= {name: smaller_section(name, result) for name, result in smaller.items()}
+    smaller = load(COMPRESSION)
+    texts |= {name: compression_section(name, result) for name, result in smaller.items()}
     landscapes = load(LANDSCAPES)
     texts |= {name: landscape_section(name, result) for name, result in landscapes.items()}
     texts |= {name: seeds_section(name) for name in SEEDS}
     pages[ROOT / "docs" / "compression.md"] = texts
-    new = {path: written(path.read_text(encoding="utf-8"), texts) for path, texts in pages.items()}
+    new = {
+        path: renew_sections(path.read_text(encoding="utf-8"), texts)
+        for path, texts in pages.items()
+    }
     if check:
         sys.exit(any(text != path.read_text(encoding="utf-8") for path, text in new.items()))
     for path, text in new.items():
         path.write_text(text, encoding="utf-8")
     for name, result in results.items():
         draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
-    for name in DRAWN:
+    for name in PLOTTED_SWEEPS:
         draw_comparison(finished_rows(sweeps[name]), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in tickets.items():
         chart(ticket_curve(result), ROOT / "docs" / "images" / f"{name}.png")
     for name, result in smaller.items():
-        draw_smaller(result, ROOT / "docs" / "images" / f"{name}.png")
+        draw_compression(result, ROOT / "docs" / "images" / f"{name}.png")
     for name, result in landscapes.items():
         draw_landscape(result, ROOT / "docs" / "images" / f"{name}.png")
     for name, (_, files) in SEEDS.items():

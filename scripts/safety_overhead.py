@@ -1,4 +1,4 @@
-"""What it costs that a run can be trusted: of a training step, and of a checkpoint of DeiT-S."""
+"""Measure the overhead of safety checks in a training step, and the time of a checkpoint."""
 
 import argparse
 import json
@@ -32,35 +32,40 @@ from deit.training.save import save_checkpoint
 from deit.training.state import TrainingRun, TrainState
 
 
-def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], TrainingRun]:
-    """A student of CIFAR's or ImageNet's size, without a teacher, and batches of noise for it."""
+def make_job(
+    name: str, image_size: int, batch: int
+) -> tuple[StepContext, list[Batch], TrainingRun]:
+    """Return a student without a teacher, and a batch of noise for it. image_size: in pixels; above
+    64 px the patches are those of ImageNet, otherwise those of CIFAR."""
     config = digits().replace(
-        student=StudentConfig(name=name, image_size=side, patch_size=16 if side > 64 else 4),
+        student=StudentConfig(
+            name=name, image_size=image_size, patch_size=16 if image_size > 64 else 4
+        ),
         loss=LOSS_PRESETS["none"],
         optim={"batch_size": batch, "ema_epochs": 1.0},
         run={"device": "cpu"},
     )
     accelerator = build_accelerator(config.run)
     splits = load_splits(config.data)
-    facts = model_info_from(config.student, config.views, splits)
-    student = build_student(facts)
+    model_info = model_info_from(config.student, config.views, splits)
+    student = build_student(model_info)
     average = EMA(student, horizon=100)
     optimizer = build_optimizer(student, config.optim)
     student, optimizer = accelerator.prepare(student, optimizer)
     loss, optim = config.loss, config.optim
     job = StepContext(accelerator, student, None, optimizer, average, loss, optim, 0)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch, 3, side, side, generator=generator)
+    images = torch.rand(batch, 3, image_size, image_size, generator=generator)
     targets = torch.eye(10)[torch.arange(batch) % 10]
-    places = torch.arange(batch)
-    batches = [Batch(images, None, targets, places, 0, places)]
+    ids = torch.arange(batch)
+    batches = [Batch(images, None, targets, ids, 0, ids)]
     loader = build_train_loader(config, splits, accelerator, teacher_size=None, for_teacher=False)
     run = TrainingRun(
         config=config,
         out=Path(),
         accelerator=accelerator,
         splits=splits,
-        model_info=facts,
+        model_info=model_info,
         teachers=RunTeachers(config.teacher, config.loss),
         ensemble=None,
         loader=loader,
@@ -73,7 +78,7 @@ def job_of(name: str, side: int, batch: int) -> tuple[StepContext, list[Batch], 
 
 
 def guarded(job: StepContext, batches: list[Batch], interruption: GracefulStop) -> Iterator[None]:
-    """Updates as a run makes them: noticed where they are not finite, stopped by signals."""
+    """Make the steps of a run, which detects nonfinite values and stops on signals."""
     endless = (batches[0] for _ in range(10**9))
     for _ in train_epoch(job, endless, MetricAccumulator(job.accelerator, {}), step=0, steps=10**6):
         interruption.pending_signal()
@@ -81,8 +86,8 @@ def guarded(job: StepContext, batches: list[Batch], interruption: GracefulStop) 
 
 
 def bare(job: StepContext, batches: list[Batch]) -> Iterator[None]:
-    """The same updates and the same sums, believed to be finite."""
-    tally, student, optimizer = MetricAccumulator(job.accelerator, {}), job.student, job.optimizer
+    """Make the same steps with the same metrics, without these checks."""
+    metrics, student, optimizer = MetricAccumulator(job.accelerator, {}), job.student, job.optimizer
     student.train()
     for step in range(10**9):
         seed_torch(job, step, 0)
@@ -90,8 +95,8 @@ def bare(job: StepContext, batches: list[Batch]) -> Iterator[None]:
             outputs = student(batches[0].images)
             losses = distillation_loss(outputs, batches[0].targets, None, job.loss, epoch=0.0)
             job.accelerator.backward(losses["total"])
-        tally.add(losses, outputs, batches[0], None)
-        tally.commit(torch.tensor(True))
+        metrics.add(losses, outputs, batches[0], None)
+        metrics.commit(torch.tensor(True))
         set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=10**6))
         optimizer.step()
         optimizer.zero_grad()
@@ -99,10 +104,10 @@ def bare(job: StepContext, batches: list[Batch]) -> Iterator[None]:
         yield
 
 
-def in_turns(
-    ours: Iterator[None], theirs: Iterator[None], rounds: int, seconds: float
+def interleaved_times(
+    guarded_steps: Iterator[None], baseline: Iterator[None], rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """Seconds of an update of each side, in turns, and the share that ours takes more."""
+    """Return the seconds of a step with and without checks, measured in turns, and the overhead."""
 
     def turn(side: Iterator[None]) -> float:
         started, done = time.perf_counter(), 0
@@ -111,75 +116,86 @@ def in_turns(
             done += 1
         return (time.perf_counter() - started) / done
 
-    for side in (ours, theirs):
-        turn(side)  # warm
+    for side in (guarded_steps, baseline):
+        turn(side)  # warm-up
     pairs = []
-    for number in range(rounds):
-        sides = (ours, theirs) if number % 2 else (theirs, ours)
-        took = {id(side): turn(side) for side in sides}
-        pairs.append((took[id(ours)], took[id(theirs)]))
-    shares = [mine / other - 1 for mine, other in pairs]
+    for index in range(rounds):
+        sides = (guarded_steps, baseline) if index % 2 else (baseline, guarded_steps)
+        seconds_of = {id(side): turn(side) for side in sides}
+        pairs.append((seconds_of[id(guarded_steps)], seconds_of[id(baseline)]))
+    shares = [a / b - 1 for a, b in pairs]
     return {
-        "guarded_s": statistics.median(mine for mine, _ in pairs),
-        "bare_s": statistics.median(other for _, other in pairs),
+        "guarded_s": statistics.median(a for a, _ in pairs),
+        "bare_s": statistics.median(b for _, b in pairs),
         "cost": statistics.median(shares),
         "cost_range": [min(shares), max(shares)],
     }
 
 
 def checkpoint_cost(rounds: int) -> dict[str, Any]:
-    """Seconds of a whole checkpoint of DeiT-S at 224 px (weights, AdamW, average): written, synced,
-    read back, verified, the one before the last removed."""
-    job, batches, parts = job_of("deit_small", 224, 2)
+    """Return the seconds of a checkpoint of DeiT-S at 224 px (weights, AdamW, average).
+
+    The checkpoint is written, synced, read back and verified, and an old one is removed.
+    """
+    job, batches, run = make_job("deit_small", 224, 2)
     next(guarded(job, batches, GracefulStop(job.accelerator)))
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        parts.out = Path(folder)
-        took = []
+        run.out = Path(folder)
+        times = []
         for step in range(1, rounds + 3):
-            parts.state.step = step
+            run.state.step = step
             started = time.perf_counter()
-            save_checkpoint(parts, MetricAccumulator(job.accelerator, {}), in_hash_chain=True)
-            took.append(time.perf_counter() - started)
-        newest = max(parts.out.glob("checkpoint-*"))
-        number = sum(path.stat().st_size for path in newest.iterdir())
-    took = took[2:]  # the first two have nothing to remove
-    return {"bytes": number, "seconds": statistics.median(took), "range": [min(took), max(took)]}
+            save_checkpoint(run, MetricAccumulator(job.accelerator, {}), in_hash_chain=True)
+            times.append(time.perf_counter() - started)
+        newest = max(run.out.glob("checkpoint-*"))
+        num_bytes = sum(path.stat().st_size for path in newest.iterdir())
+    times = times[2:]  # the first two have nothing to remove
+    return {
+        "bytes": num_bytes,
+        "seconds": statistics.median(times),
+        "range": [min(times), max(times)],
+    }
 
 
 def main() -> None:
-    """Print both; with --json also write them, with command, machine and commit."""
+    """Print both results. --json writes them with command, machine and commit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (9)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn (4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: 9)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="length of a turn in seconds (default: 4)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     raise_malloc_threshold()
-    found: dict[str, Any] = {"steps": {}}
+    results: dict[str, Any] = {"steps": {}}
     for name, batch in (("deit_micro", 128), ("deit_tiny", 64)):
-        sides: list[Callable[[StepContext, list[Batch]], Iterator[None]]] = []
-        job, batches, _ = job_of(name, 32, batch)
-        other, same, _ = job_of(name, 32, batch)
-        sides = [guarded(job, batches, GracefulStop(job.accelerator)), bare(other, same)]
-        row = in_turns(*sides, rounds=options.rounds, seconds=options.seconds)
-        found["steps"][name] = row
+        iterators: list[Callable[[StepContext, list[Batch]], Iterator[None]]] = []
+        job, batches, _ = make_job(name, 32, batch)
+        bare_job, bare_batches, _ = make_job(name, 32, batch)
+        iterators = [
+            guarded(job, batches, GracefulStop(job.accelerator)),
+            bare(bare_job, bare_batches),
+        ]
+        row = interleaved_times(*iterators, rounds=options.rounds, seconds=options.seconds)
+        results["steps"][name] = row
         low, high = row["cost_range"]
         info(
-            f"{name}, batch {batch}: an update takes {1000 * row['guarded_s']:.1f} ms, unguarded "
+            f"{name}, batch {batch}: a step takes {1000 * row['guarded_s']:.1f} ms, without checks "
             f"{1000 * row['bare_s']:.1f} ms: {100 * row['cost']:+.1f} % "
             f"({100 * low:+.1f} to {100 * high:+.1f}, n = {options.rounds})"
         )
-    row = found["checkpoint"] = checkpoint_cost(options.rounds)
+    row = results["checkpoint"] = checkpoint_cost(options.rounds)
     low, high = row["range"]
     info(
         f"checkpoint of DeiT-S with AdamW and average, {format_bytes(row['bytes'])}: "
         f"{row['seconds']:.2f} s ({low:.2f} to {high:.2f}, n = {options.rounds})"
     )
     if options.json is not None:
-        found["command"] = " ".join(["python", "scripts/safety_overhead.py", *sys.argv[1:]])
-        found["rounds"] = options.rounds
-        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results["command"] = " ".join(["python", "scripts/safety_overhead.py", *sys.argv[1:]])
+        results["rounds"] = options.rounds
+        results["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         info(f"wrote {options.json}")
 
 

@@ -1,4 +1,4 @@
-"""What a sweep saves: twelve runs that share their teacher's answers, against each by itself."""
+"""Compare the time of a sweep, whose runs share stored targets, with that of separate runs."""
 
 import argparse
 import itertools
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 GRID = {"loss.temperature": [1, 3, 10], "loss.distillation_weight": [0.3, 0.5, 0.7, 0.9]}
 
 
-def deit(*words: str, folder: Path) -> float:
-    """Seconds of a command, in a process of its own. Raises where it fails."""
+def deit(*arguments: str, folder: Path) -> float:
+    """Run a command in its own process and return its seconds. Raises CalledProcessError."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "deit", *words],
+        [sys.executable, "-m", "deit", *arguments],
         cwd=folder,
         check=True,
         stdout=subprocess.DEVNULL,
@@ -35,17 +35,17 @@ def deit(*words: str, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def alone(name: str, common: list[str], folder: Path) -> float:
-    """Seconds of the runs one after the other, each asking the teacher itself."""
+def separate_runs(name: str, common: list[str], folder: Path) -> float:
+    """Return the seconds of the runs one after another, each with a live teacher."""
     total = 0.0
-    for number, values in enumerate(itertools.product(*GRID.values())):
+    for index, values in enumerate(itertools.product(*GRID.values())):
         fields = [f"--{field}={value}" for field, value in zip(GRID, values)]
-        total += deit("train", "digits", *common, *fields, f"--out={name}-{number}", folder=folder)
+        total += deit("train", "digits", *common, *fields, f"--out={name}-{index}", folder=folder)
     return total
 
 
-def together(name: str, common: list[str], folder: Path) -> float:
-    """Seconds of the same as a sweep, two at a time, with evaluation and tables."""
+def one_sweep(name: str, common: list[str], folder: Path) -> float:
+    """Return the seconds of the same runs as a sweep, two in parallel, with evaluation."""
     (folder / f"{name}.json").write_text(
         json.dumps({"recipe": "digits", "grid": GRID}), encoding="utf-8"
     )
@@ -53,34 +53,38 @@ def together(name: str, common: list[str], folder: Path) -> float:
 
 
 def main() -> None:
-    """Print the ratio of each turn; with --json also write them, with command, machine, commit."""
+    """Print the ratio of each turn. --json writes them with command, machine and commit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (3)")
-    parser.add_argument("--epochs", type=int, default=20, help="of each run (20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of each run (default: 20)")
     options = parser.parse_args()
     pairs: list[tuple[float, float]] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
         deit("train", "digits-teacher", "--out=teacher", folder=folder)
         common = ["--teacher.source=teacher", f"--optim.epochs={options.epochs}"]
-        common.append("--run.linear_backend=torch")  # not chosen anew by each
+        common.append("--run.linear_backend=torch")  # the same for all runs
         for turn in range(options.rounds):
-            sides = {"runs": alone, "sweep": together}
+            sides = {"runs": separate_runs, "sweep": one_sweep}
             order = list(sides) if turn % 2 else list(reversed(sides))
-            took = {side: sides[side](f"{side}-{turn}", common, folder) for side in order}
-            pairs.append((took["sweep"], took["runs"]))
+            seconds = {side: sides[side](f"{side}-{turn}", common, folder) for side in order}
+            pairs.append((seconds["sweep"], seconds["runs"]))
             info(
-                f"turn {turn + 1}: sweep {took['sweep']:.1f} s, runs {took['runs']:.1f} s, ratio "
-                f"{took['sweep'] / took['runs']:.2f}"
+                f"turn {turn + 1}: sweep {seconds['sweep']:.1f} s, runs {seconds['runs']:.1f} s, "
+                f"ratio {seconds['sweep'] / seconds['runs']:.2f}"
             )
     ratios = [sweep / runs for sweep, runs in pairs]
-    found: dict[str, Any] = {"pairs_s": pairs, "ratio": statistics.median(ratios), "n": len(pairs)}
-    info(f"ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(pairs)})")
+    results: dict[str, Any] = {
+        "pairs_s": pairs,
+        "ratio": statistics.median(ratios),
+        "n": len(pairs),
+    }
+    info(f"ratio {results['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(pairs)})")
     if options.json is not None:
-        found["command"] = " ".join(["python", "scripts/sweep_cost.py", *sys.argv[1:]])
-        found["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
-        write_json(options.json, found)
+        results["command"] = " ".join(["python", "scripts/sweep_cost.py", *sys.argv[1:]])
+        results["environment"] = environment_info(build_accelerator(RunConfig(device="cpu")))
+        write_json(options.json, results)
         info(f"wrote {options.json}")
 
 

@@ -1,10 +1,12 @@
-"""Two hosts, one cut off in mid-epoch: both stop in time and resume to the same bits (Linux, root).
+"""Check that runs on two hosts stop after a network failure and resume to the same bits.
 
-The hosts are two network namespaces of this machine with a cable between them, on one disk.
+The hosts are two network namespaces of this machine, connected by a virtual cable, on one disk.
+Needs Linux and root.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ HOSTS = ("deit-host-a", "deit-host-b")
 CABLE = ("deit-a", "deit-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 TIMEOUT_S = 10
+_LOST_PEER = re.compile(r"another process of th(e|is) run")  # in the error message of a run
 RUN = (
     *(
         "digits",
@@ -36,15 +39,17 @@ RUN = (
 )
 
 
-def ip(*words: str) -> None:
-    """Run `ip`; a refusal ends the script with its reason."""
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+def ip(*arguments: str) -> None:
+    """Run `ip`; exit with its error if it fails."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"this machine refuses network namespaces (ip {' '.join(words)}: {done.stderr})")
+        sys.exit(
+            f"this machine refuses network namespaces (ip {' '.join(arguments)}: {done.stderr})"
+        )
 
 
 def connect() -> None:
-    """Two namespaces and a cable."""
+    """Create two network namespaces and connect them."""
     disconnect()
     for host in HOSTS:
         ip("netns", "add", host)
@@ -57,13 +62,13 @@ def connect() -> None:
 
 
 def disconnect() -> None:
-    """Take away what `connect` made, also what an earlier call left."""
+    """Delete the network namespaces, also those of an earlier call."""
     for host in HOSTS:
         subprocess.run(["ip", "netns", "del", host], capture_output=True, check=False)
 
 
 def start(out: Path) -> list[subprocess.Popen[str]]:
-    """torchrun on both hosts."""
+    """Start torchrun on both hosts."""
     processes = []
     for rank, (host, end) in enumerate(zip(HOSTS, CABLE)):
         command = [
@@ -86,58 +91,57 @@ def start(out: Path) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def ended(processes: list[subprocess.Popen[str]], *, within: float) -> list[tuple[int, str]]:
-    """Exit code and last words of each; a process that takes longer is killed, with code -9."""
-    found = []
-    until = time.monotonic() + within
+def wait_for_all(processes: list[subprocess.Popen[str]], *, within: float) -> list[tuple[int, str]]:
+    """Return exit code and standard error of each process. Kills a process, with code -9, that runs
+    longer than `within` seconds."""
+    results = []
+    deadline = time.monotonic() + within
     for process in processes:
         try:
-            _, said = process.communicate(timeout=max(until - time.monotonic(), 1))
+            _, output = process.communicate(timeout=max(deadline - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
             process.kill()
-            _, said = process.communicate()
-        found.append((process.returncode, said))
-    return found
+            _, output = process.communicate()
+        results.append((process.returncode, output))
+    return results
 
 
 def main() -> int:
-    """Run the three runs and print what came of them; 0 if all is as it should be."""
+    """Run all runs and print the results. Returns 0 if both hosts stopped and the hashes match."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        straight, cut = Path(place) / "straight", Path(place) / "cut"
+    with tempfile.TemporaryDirectory() as name:
+        uninterrupted, cut = Path(name) / "uninterrupted", Path(name) / "cut"
         try:
             connect()
-            for code, said in ended(start(straight), within=300):
+            for code, output in wait_for_all(start(uninterrupted), within=300):
                 if code:
-                    sys.exit(f"the run that nothing happens to failed ({code}):\n{said[-2000:]}")
+                    sys.exit(f"the uninterrupted run failed ({code}):\n{output[-2000:]}")
             processes = start(cut)
             while len(run_folder.list_checkpoints(cut)) < 2:
                 time.sleep(0.02)
             step = max(step for step, _ in run_folder.list_checkpoints(cut))
             ip("-n", HOSTS[1], "link", "set", CABLE[1], "down")
-            moment = time.monotonic()
-            stopped = ended(processes, within=TIMEOUT_S + 60)
-            took = time.monotonic() - moment
-            print(f"cable cut after update {step}: both hosts had stopped {took:.1f} s later")
-            for host, (code, said) in zip(HOSTS, stopped):
-                line = next((one for one in said.splitlines() if "another process" in one), "-")
+            cut_at = time.monotonic()
+            stopped = wait_for_all(processes, within=TIMEOUT_S + 60)
+            seconds = time.monotonic() - cut_at
+            print(f"cable cut after step {step}: both hosts stopped {seconds:.1f} s later")
+            for host, (code, output) in zip(HOSTS, stopped):
+                line = next((line for line in output.splitlines() if _LOST_PEER.search(line)), "-")
                 print(f"  {host}: torchrun's exit code {code}; {line}")
-            heard = all("another process of the run is gone" in said for _, said in stopped)
+            all_noticed = all(_LOST_PEER.search(output) for _, output in stopped)
             ip("-n", HOSTS[1], "link", "set", CABLE[1], "up")
-            resumed = ended(start(cut), within=300)
+            resumed = wait_for_all(start(cut), within=300)
             if any(code for code, _ in resumed):
                 sys.exit(f"resuming failed: {resumed}")
         finally:
             disconnect()
-        chains = [(out / run_log.HASH_CHAIN).read_bytes() for out in (straight, cut)]
+        chains = [(out / run_log.HASH_CHAIN).read_bytes() for out in (uninterrupted, cut)]
         equal = chains[0] == chains[1]
-        print(
-            f"resumed on both: {len(chains[0].splitlines())} links of the chain of hashes, ", end=""
-        )
+        print(f"resumed on both: {len(chains[0].splitlines())} hashes in the chain, ", end="")
         print("all equal to the uninterrupted run" if equal else "NOT equal")
     print(f"{time.monotonic() - started:.0f} s in all")
-    return 0 if heard and equal else 1
+    return 0 if all_noticed and equal else 1
 
 
 if __name__ == "__main__":

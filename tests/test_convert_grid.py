@@ -1,4 +1,4 @@
-"""scripts/convert_grid.py: a grid of AditMeh/Distillation as a sweep."""
+"""scripts/convert_grid.py, which converts a grid of AditMeh/Distillation to a sweep."""
 
 import json
 
@@ -17,7 +17,7 @@ def convert(command_server, tmp_path, grid):
     return command_server.run(file, script="scripts/convert_grid.py", cwd=tmp_path)
 
 
-def test_every_run_becomes_a_run_of_the_sweep(command_server, tmp_path):
+def test_convert_grid_runs_become_runs_of_a_sweep(command_server, tmp_path):
     """L = (1 - w) T^2 CE(teacher at T) + w CE(label), trained without some classes."""
     grid = {
         "warm": RUN,
@@ -56,7 +56,7 @@ def test_every_run_becomes_a_run_of_the_sweep(command_server, tmp_path):
         {"patience": 3},
     ],
 )
-def test_a_mistake_names_its_run(changed, command_server, tmp_path):
+def test_convert_grid_error_names_the_run(changed, command_server, tmp_path):
     done = convert(command_server, tmp_path, {"good": RUN, "bad": {**RUN, **changed}})
     assert (done.code, done.out) == (2, "")
     assert "grid.json: bad: " in done.err

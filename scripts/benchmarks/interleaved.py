@@ -1,4 +1,4 @@
-"""Two sides measured in turns, so that a busy moment of the machine meets both."""
+"""Measure two sides in turns, so that a slow phase of the machine affects both."""
 
 import statistics
 import time
@@ -14,73 +14,76 @@ from deit.core.console import info
 
 
 class Case(NamedTuple):
-    """One row: what is compared, and for each side a function that makes batches without end."""
+    """A row of a benchmark: its name and a function for each side that makes endless batches.
+
+    ahead: batches that are ready at the start of a turn, which are not counted.
+    """
 
     name: str
-    ours: Callable[[], Iterator[int]]
-    theirs: Callable[[], Iterator[int]]
+    deit: Callable[[], Iterator[int]]
+    baseline: Callable[[], Iterator[int]]
     peer: str
-    ahead: int = 0  # batches that lie ready when a turn begins: not counted
+    ahead: int = 0
 
 
 @cache
-def photographs(number: int, side: int) -> np.ndarray:
-    """Real image content without a download: parts of scikit-learn's two photographs, uint8
-    [number, side, side, 3]."""
+def photographs(num_images: int, side: int) -> np.ndarray:
+    """Return random crops of scikit-learn's two photographs, uint8 [num_images, side, side, 3]."""
     from sklearn.datasets import load_sample_images
 
-    pictures = [Image.fromarray(array) for array in load_sample_images().images]
+    photos = [Image.fromarray(array) for array in load_sample_images().images]
     generator = np.random.default_rng(0)
-    parts = []
-    for index in range(number):
-        picture = pictures[index % len(pictures)]
-        extent = int(generator.integers(min(side, 200), min(picture.size)))
-        left = int(generator.integers(picture.width - extent + 1))
-        top = int(generator.integers(picture.height - extent + 1))
-        part = picture.crop((left, top, left + extent, top + extent))
-        parts.append(np.array(part.resize((side, side), Image.Resampling.BICUBIC)))
-    return np.stack(parts)
+    crops = []
+    for index in range(num_images):
+        photo = photos[index % len(photos)]
+        extent = int(generator.integers(min(side, 200), min(photo.size)))
+        left = int(generator.integers(photo.width - extent + 1))
+        top = int(generator.integers(photo.height - extent + 1))
+        crop = photo.crop((left, top, left + extent, top + extent))
+        crops.append(np.array(crop.resize((side, side), Image.Resampling.BICUBIC)))
+    return np.stack(crops)
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:
-    """Images per second over so many seconds, with what a GPU still has to do then."""
-    started, number = time.perf_counter(), 0
+    """Return the images per second over at least `seconds`, including queued work of a GPU."""
+    started, num_images = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        number += next(batches)
+        num_images += next(batches)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return number / (time.perf_counter() - started)
+    return num_images / (time.perf_counter() - started)
 
 
-def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both sides in turns; the ratio of each turn, so that a busy moment meets both. And what the
-    first update (or batch) of each took, with all that is built for it: data, networks, workers,
-    compilation."""
+def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """Measure both sides in turns; return the medians and the ratios of the turns.
+
+    The time to the first step (or batch) includes building data, networks, workers and compilation.
+    """
     starts, sides = [], []
-    for make in (case.ours, case.theirs):
-        began = time.perf_counter()
+    for make in (case.deit, case.baseline):
+        started = time.perf_counter()
         sides.append(make())
         next(sides[-1])
-        starts.append(time.perf_counter() - began)
+        starts.append(time.perf_counter() - started)
     pairs = []
     for _ in range(rounds):
         turns = []
         for side in sides:
-            for _ in range(case.ahead):  # what a worker made while the other side was measured
+            for _ in range(case.ahead):  # made by workers while the other side was measured
                 next(side)
             if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # nor what of it is still queued
+                torch.cuda.synchronize()  # do not count work that is still queued
             turns.append(rate(side, seconds))
         pairs.append(turns)
-    ratios = [one / other for one, other in pairs]
-    mine, other = (statistics.median(values) for values in zip(*pairs))
+    ratios = [a / b for a, b in pairs]
+    deit_rate, peer_rate = (statistics.median(values) for values in zip(*pairs))
     for side in sides:
         side.close()
     return {
         "name": case.name,
         "peer": case.peer,
-        "ours_images_per_s": mine,
-        "peer_images_per_s": other,
+        "ours_images_per_s": deit_rate,
+        "peer_images_per_s": peer_rate,
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
@@ -91,16 +94,16 @@ def measured(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def run_cases(
-    cases: dict[str, Callable[[str], Case]], rounds: int, seconds: float, wanted: str
+    cases: dict[str, Callable[[str], Case]], rounds: int, seconds: float, name_part: str
 ) -> list[dict[str, Any]]:
-    """Measure those cases whose name holds the wanted text, one after the other."""
+    """Measure the cases whose names contain `name_part`, one after another."""
     rows = []
-    cases = {name: case for name, case in cases.items() if wanted in name}
-    for number, (name, case) in enumerate(cases.items(), start=1):
-        row = measured(case(name), rounds=rounds, seconds=seconds)
+    cases = {name: case for name, case in cases.items() if name_part in name}
+    for index, (name, case) in enumerate(cases.items(), start=1):
+        row = measure(case(name), rounds=rounds, seconds=seconds)
         rows.append(row)
         info(
-            f"{number}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
+            f"{index}/{len(cases)} {row['name']}: {row['ours_images_per_s']:.0f} images/s, "
             f"{row['peer']} {row['peer_images_per_s']:.0f}, ratio {row['ratio']:.2f}"
         )
     return rows

@@ -1,4 +1,4 @@
-"""What benchmarks measure: a training of ours as a run builds it, and timm's loader."""
+"""The training steps and batches that benchmarks measure, and timm's loader."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,20 +17,23 @@ from deit.training.loop import MetricAccumulator, train_epoch
 from deit.training.state import TrainingRun
 
 
-def ours(config: Config, *, resident: bool = False) -> Iterator[int]:
-    """Updates of ours, the images of each. resident: always on the same batch."""
+def our_steps(config: Config, *, fixed_batch: bool = False) -> Iterator[int]:
+    """Yield the number of images of each training step, made as a run makes it.
+
+    fixed_batch: use the same batch in all steps.
+    """
     run = build_run(config)
     batches = _endless(run)
-    if resident:
+    if fixed_batch:
         batch = next(batches)
         batches = (batch for _ in range(10**9))
-    tally = MetricAccumulator(run.accelerator, {})
-    for _ in train_epoch(step_context(run), batches, tally, step=0, steps=10**6):
+    metrics = MetricAccumulator(run.accelerator, {})
+    for _ in train_epoch(step_context(run), batches, metrics, step=0, steps=10**6):
         yield config.optim.batch_size
 
 
 def our_batches(config: Config) -> Iterator[int]:
-    """Batches of ours, the images of each; nothing is trained."""
+    """Yield the number of images of each batch of our loader, without training."""
     for batch in _endless(build_run(config)):
         yield len(batch.images)
 
@@ -40,8 +43,8 @@ def _endless(run: TrainingRun) -> Iterator[Batch]:
         yield from run.loader.epoch(epoch % run.config.optim.epochs)
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """What timm's loader reads: Pillow images from memory, or from files."""
+class _PillowImages(torch.utils.data.Dataset):
+    """The dataset of timm's loader: Pillow images from memory or from files."""
 
     def __init__(self, source: np.ndarray | list[Path]) -> None:
         self.source = source
@@ -52,23 +55,23 @@ class _Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         entry = self.source[index]
-        picture = Image.open(entry).convert("RGB") if isinstance(entry, Path) else None
-        picture = picture or Image.fromarray(entry)
-        return self.transform(picture), index % 10
+        image = Image.open(entry).convert("RGB") if isinstance(entry, Path) else None
+        image = image or Image.fromarray(entry)
+        return self.transform(image), index % 10
 
 
 def timm_loader(
-    source: np.ndarray | list[Path], views: ViewsConfig, side: int, *, workers: int, **more: Any
+    source: np.ndarray | list[Path], views: ViewsConfig, side: int, *, workers: int, **options: Any
 ) -> Any:
-    """timm's create_loader with the same augmentation. more: as it takes them."""
+    """Return timm's create_loader with the augmentation of `views`. options: passed on."""
     from timm.data import auto_augment, create_loader
 
-    # Pillow 13 refuses to keep 0 bits, which timm asks for at magnitude 10: at least 1, as ours.
+    # Pillow 13 refuses to keep 0 bits, which timm requests at magnitude 10. Keep 1 bit, as we do.
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = lambda image, bits, **settings: (
         auto_augment.posterize(image, max(bits, 1), **settings)
     )
     return create_loader(
-        _Pictures(source),
+        _PillowImages(source),
         input_size=(3, side, side),
         is_training=True,
         use_prefetcher=True,
@@ -82,5 +85,5 @@ def timm_loader(
         interpolation=views.interpolation,
         num_workers=workers,
         persistent_workers=workers > 0,
-        **more,
+        **options,
     )

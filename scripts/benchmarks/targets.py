@@ -1,4 +1,4 @@
-"""What stored targets cost beside no teacher at all: the rows of `benchmark.py targets`."""
+"""Measure the cost of stored targets and of writing them: the rows of `benchmark.py targets`."""
 
 import dataclasses
 import tempfile
@@ -25,19 +25,19 @@ from deit.distill.target_store import RecordFormat
 from deit.distill.write_targets import encode_block, write_targets
 from deit.models.networks import create_network
 from scripts.benchmarks.interleaved import Case, photographs, run_cases
-from scripts.benchmarks.ours import ours
+from scripts.benchmarks.ours import our_steps
 
-_NUMBER = 2048  # images
+_NUM_IMAGES = 2048  # images
 
 
 def target_config(folder: Path, student: str) -> Config:
-    """CIFAR-10's shape and recipe on scikit-learn's photographs, in class folders."""
+    """Return CIFAR-10's recipe on crops of scikit-learn's photographs, in class folders."""
     root = folder / "pictures"
     if not root.exists():
-        for index, array in enumerate(photographs(_NUMBER, 32)):
-            place = root / f"class {index % 10}"
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(place / f"{index:05d}.png")
+        for index, array in enumerate(photographs(_NUM_IMAGES, 32)):
+            class_folder = root / f"class {index % 10}"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(class_folder / f"{index:05d}.png")
     return cifar10_micro().replace(
         data={"source": "folder", "root": str(root), "test_fraction": 0.05},
         student={"name": student},
@@ -48,23 +48,25 @@ def target_config(folder: Path, student: str) -> Config:
 
 
 def regnet() -> torch.nn.Module:
-    """A teacher of CIFAR's size with random weights: its answers do not matter here."""
+    """Return a teacher for CIFAR images with random weights, which do not affect the speed."""
     torch.manual_seed(0)
     return create_network(StudentConfig(name="regnety_002_small_stem", image_size=32), 10)
 
 
 def stored_case(name: str, student: str, folder: Path) -> Case:
-    """Training with stored hard targets beside training without any teacher."""
+    """Compare training with stored hard targets with training without a teacher."""
     config = target_config(folder, student)
     store = folder / f"store-{student}"
     write_targets(config, store)
-    taught = config.replace(teacher={"source": (), "target_stores": (str(store),)})
-    alone = dataclasses.replace(config, loss=LOSS_PRESETS["none"])
-    return Case(name, lambda: ours(taught), lambda: ours(alone), "no teacher at all")
+    with_store = config.replace(teacher={"source": (), "target_stores": (str(store),)})
+    labels_only = dataclasses.replace(config, loss=LOSS_PRESETS["none"])
+    return Case(
+        name, lambda: our_steps(with_store), lambda: our_steps(labels_only), "no teacher at all"
+    )
 
 
 def writing_case(name: str, folder: Path) -> Case:
-    """Writing targets beside the teacher's bare forward pass on a batch that is there already."""
+    """Compare writing targets with the teacher's forward pass on a fixed batch."""
     config = target_config(folder, "deit_micro")
     splits = load_splits(config.data)
     accelerator = build_accelerator(config.run)
@@ -73,38 +75,38 @@ def writing_case(name: str, folder: Path) -> Case:
     )
     loader = build_train_loader(config, splits, accelerator, teacher_size=None, all_ranks=True)
 
-    def written() -> Iterator[int]:
+    def writing() -> Iterator[int]:
         ensemble = build_online_ensemble([teacher], config.teacher, splits, accelerator)
-        answer = teacher_query(loader, ensemble)
-        layout = RecordFormat("hard", 10, config.optim.epochs, loader.rows_per_epoch, False)
-        for unit in range(10**9):
-            for epoch, first, last in layout.epoch_ranges(unit % layout.num_shards):
-                places = torch.arange(first, last)
-                for shown in loader.teacher_inputs(epoch, places, block=config.run.eval_batch_size):
-                    encode_block(layout, shown, answer(shown))
-                    yield len(shown.target_rows)
+        query = teacher_query(loader, ensemble)
+        record_format = RecordFormat("hard", 10, config.optim.epochs, loader.rows_per_epoch, False)
+        for shard in range(10**9):
+            for epoch, first, last in record_format.epoch_ranges(shard % record_format.num_shards):
+                rows = torch.arange(first, last)
+                for inputs in loader.teacher_inputs(epoch, rows, block=config.run.eval_batch_size):
+                    encode_block(record_format, inputs, query(inputs))
+                    yield len(inputs.target_rows)
 
-    def bare() -> Iterator[int]:
+    def forward_only() -> Iterator[int]:
         block = config.run.eval_batch_size
-        shown = next(loader.teacher_inputs(0, torch.arange(block), block=block))
+        inputs = next(loader.teacher_inputs(0, torch.arange(block), block=block))
         while True:
-            teacher(shown.images)
+            teacher(inputs.images)
             yield block
 
-    return Case(name, written, bare, "the teacher's forward pass")
+    return Case(name, writing, forward_only, "the teacher's forward pass")
 
 
-def targets(rounds: int, seconds: float, wanted: str = "") -> list[dict[str, Any]]:
-    """The rows of `benchmark.py targets` whose name holds the wanted text."""
+def targets(rounds: int, seconds: float, name_part: str = "") -> list[dict[str, Any]]:
+    """Measure the rows of `benchmark.py targets` whose names contain `name_part`."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        path = Path(folder)
         cases: dict[str, Callable[[str], Case]] = {
             "training deit_micro with stored hard targets": lambda name: stored_case(
-                name, "deit_micro", place
+                name, "deit_micro", path
             ),
             "training deit_tiny with stored hard targets": lambda name: stored_case(
-                name, "deit_tiny", place
+                name, "deit_tiny", path
             ),
-            "writing targets of RegNetY-200MF": lambda name: writing_case(name, place),
+            "writing targets of RegNetY-200MF": lambda name: writing_case(name, path),
         }
-        return run_cases(cases, rounds, seconds, wanted)
+        return run_cases(cases, rounds, seconds, name_part)

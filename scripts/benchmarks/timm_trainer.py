@@ -1,8 +1,8 @@
-"""Both sides of a training: the same student, teacher and views; ours, and one of timm's own parts.
+"""The configuration of training benchmarks, and the same training made of timm's parts.
 
-timm's side is its TokenDistillationTask, its loader and its optimizer factory, called in the order
-of its train script, and read as that script does: the loss at every update. Once as it comes, once
-with its best settings for the machine.
+timm's side has its TokenDistillationTask, its loader and its optimizer factory. They are called in
+the order of its train script, which reads the loss at every step. It is measured with the default
+settings and with the fastest settings for the machine.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ from scripts.benchmarks.interleaved import photographs
 from scripts.benchmarks.ours import timm_loader
 
 TIMM_WORKERS = 4
-"""Of the loader, as timm's train script comes."""
-PIXELS = 6400 * 32**2  # of all images: at 32 px fifty updates of 128 an epoch
+"""Workers of the loader by default in timm's train script."""
+PIXELS = 6400 * 32**2  # of all images: at 32 px an epoch has 50 steps of 128 images
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 VIEWS = ViewsConfig(
     crop="random_resized",
@@ -45,31 +45,31 @@ _ON_GPU = {"precision": "bf16", "compile": "default"}
 
 
 def teacher() -> nn.Module:
-    """ResNet-18 with random weights: how it answers does not matter for the speed."""
+    """Return ResNet-18 with random weights, which do not affect the speed."""
     torch.manual_seed(0)
     network = timm.create_model("resnet18", num_classes=10)
     network.pretrained_cfg.update(mean=MEAN, std=STD)
     return network.eval()
 
 
-def number_of(side: int) -> int:
-    """How many images of a side [px] a training has: as many pixels, but at least 2,560 images."""
+def num_images(side: int) -> int:
+    """Return the number of training images of a size [px]: PIXELS in all, at least 2,560 images."""
     return max(PIXELS // side**2, 2560)
 
 
 def configuration(folder: Path, *, student: str, batch: int, device: str, side: int = 32) -> Config:
-    """CIFAR-10's or ImageNet's shape and DeiT's augmentation, on scikit-learn's photographs in
-    class folders."""
+    """Return a recipe for CIFAR's or ImageNet's image size with DeiT's augmentation, on crops of
+    scikit-learn's photographs in class folders."""
     root = folder / f"pictures-{side}"
     if not root.exists():
-        for index, array in enumerate(photographs(number_of(side), side)):
-            place = root / "train" / f"class {index % 10}"
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(place / f"{index:05d}.png")
+        for index, array in enumerate(photographs(num_images(side), side)):
+            class_folder = root / "train" / f"class {index % 10}"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(class_folder / f"{index:05d}.png")
             if index < 320:
-                place = root / "validation" / f"class {index % 10}"
-                place.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array).save(place / f"{index:05d}.png")
+                class_folder = root / "validation" / f"class {index % 10}"
+                class_folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(class_folder / f"{index:05d}.png")
     return cifar10_micro().replace(
         data={"source": "folder", "root": str(root), "image_size": side, "storage": "memory"},
         views=VIEWS,
@@ -93,20 +93,20 @@ def configuration(folder: Path, *, student: str, batch: int, device: str, side: 
 
 
 def our_student(config: Config) -> Student:
-    """The student that both sides start from."""
+    """Return the student with the initial weights of both sides."""
     names = tuple(f"class {label}" for label in range(10))
     torch.manual_seed(0)
     return build_student(ModelInfo(config.student, names, MEAN, STD, 1.0))
 
 
 def timm_batches(config: Config, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mixed batches of timm's loader without end."""
+    """Yield mixed batches of timm's loader, endlessly."""
     from timm.data import FastCollateMixup
 
     views, device = config.views, torch.device(config.run.device)
     side = config.student.image_size
     loader = timm_loader(
-        photographs(number_of(side), side),
+        photographs(num_images(side), side),
         views,
         side,
         workers=workers,
@@ -127,7 +127,7 @@ def timm_batches(config: Config, *, workers: int) -> Iterator[tuple[Tensor, Tens
 
 
 class TimmTrainer(NamedTuple):
-    """What timm's train script trains with. autocast: whether forward passes are in bf16."""
+    """The parts of timm's train script. autocast: whether forward passes are in bf16."""
 
     task: nn.Module
     optimizer: torch.optim.Optimizer
@@ -136,15 +136,15 @@ class TimmTrainer(NamedTuple):
 
 
 def timm_side(config: Config, *, best: bool) -> TimmTrainer:
-    """timm's parts, with the weights our student starts from. best: with the settings that are
-    fastest for it on this kind of machine, else as they come."""
+    """Return timm's parts with the initial weights of our student. best: use the fastest settings
+    for this kind of machine instead of the defaults."""
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.task import TokenDistillationTask
 
     device = torch.device(config.run.device)
-    own = our_student(config).network
-    width, depth = own.embed_dim, len(own.blocks)
+    network = our_student(config).network
+    width, depth = network.embed_dim, len(network.blocks)
     model = timm.create_model(
         "deit_tiny_distilled_patch16_224",
         num_classes=10,
@@ -152,10 +152,10 @@ def timm_side(config: Config, *, best: bool) -> TimmTrainer:
         patch_size=config.student.patch_size,
         embed_dim=width,
         depth=depth,
-        num_heads=own.blocks[0].attn.num_heads,
+        num_heads=network.blocks[0].attn.num_heads,
         drop_path_rate=config.student.drop_path,
     )
-    model.load_state_dict(own.state_dict())
+    model.load_state_dict(network.state_dict())
     model.pretrained_cfg.update(mean=MEAN, std=STD)
     model.to(device)
     task = TokenDistillationTask(
@@ -175,41 +175,46 @@ def timm_side(config: Config, *, best: bool) -> TimmTrainer:
     return TimmTrainer(task, optimizer, device, device.type == "cuda")
 
 
-def theirs(
-    config: Config, *, best: bool, resident: bool, alone: bool = False, workers: int = 1
+def timm_steps(
+    config: Config, *, best: bool, fixed_batch: bool, labels_only: bool = False, workers: int = 1
 ) -> Iterator[int]:
-    """Updates of timm's, the images of each. alone: the student's own, on labels. workers: of its
-    loader."""
-    side = timm_side(config, best=best)
+    """Yield the number of images of each training step of timm.
+
+    fixed_batch: use the same batch in all steps. labels_only: train without the teacher. workers:
+    of the loader.
+    """
+    trainer = timm_side(config, best=best)
     batches = timm_batches(config, workers=workers)
-    if resident:
+    if fixed_batch:
         batch = next(batches)
         batches = (batch for _ in range(10**9))
-    side.task.train()
+    trainer.task.train()
     for images, targets in batches:
-        with torch.autocast(side.device.type, torch.bfloat16, enabled=side.autocast):
-            if alone:
-                found = sum(side.task.trainable_module(images)) / 2
-                loss = side.task.criterion(found, targets)
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.autocast):
+            if labels_only:
+                logits = sum(trainer.task.trainable_module(images)) / 2
+                loss = trainer.task.criterion(logits, targets)
             else:
-                loss = side.task(images, targets)["loss"]
+                loss = trainer.task(images, targets)["loss"]
         loss.backward()
-        side.optimizer.step()
-        loss.item()  # its loop adds up the loss of every update
-        side.optimizer.zero_grad()
+        trainer.optimizer.step()
+        loss.item()  # timm's loop reads the loss of every step
+        trainer.optimizer.zero_grad()
         yield len(images)
 
 
 def first_losses(config: Config) -> tuple[float, float]:
-    """The loss of the first step of either side, on one batch of ours, without drop path."""
+    """Return the losses of our and timm's first step, on the same batch without drop path."""
     config = config.replace(student={"drop_path": 0.0})
     run = build_run(config)
-    batch, job = next(run.loader.epoch(0)), step_context(run)
-    job.student.train()
+    batch, context = next(run.loader.epoch(0)), step_context(run)
+    context.student.train()
     losses = distillation_loss(
-        job.student(batch.images), batch.targets, job.teacher(batch), job.loss
+        context.student(batch.images), batch.targets, context.teacher(batch), context.loss
     )
     task = timm_side(config, best=False).task.train()
     mean, std = (torch.tensor(v, device=batch.images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    smoothed = batch.targets * (1 - job.loss.label_smoothing) + job.loss.label_smoothing / 10
+    smoothed = (
+        batch.targets * (1 - context.loss.label_smoothing) + context.loss.label_smoothing / 10
+    )
     return losses["total"].item(), task((batch.images - mean) / std, smoothed)["loss"].item()
