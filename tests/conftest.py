@@ -1,4 +1,4 @@
-"""What every test shares: one thread, a fixed generator, no network."""
+"""Fixtures of every test: one thread, a fixed seed, no network, fast commands."""
 
 import platform
 import signal
@@ -14,14 +14,18 @@ from tests.helpers.command_server import forked_runs, shared_server, short_timin
 
 _NAMED = ("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "pillow")
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background; programs inherit it
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # ignored in background jobs, and child processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # for fixtures of whole files, which come before that of a test
+torch.set_num_threads(1)  # for fixtures of wider scope, which are set up before those of a test
 
 
 def pytest_report_header() -> str:
-    """The versions and the machine, as docs/versions.md records them."""
-    versions = {one.metadata["Name"].lower(): one.version for one in metadata.distributions()}
+    """Return the versions and the processor, as docs/versions.md records them."""
+    versions = {
+        package.metadata["Name"].lower(): package.version for package in metadata.distributions()
+    }
     named = [f"{name} {versions[name]}" for name in _NAMED if name in versions]
     return ", ".join([f"Python {platform.python_version()}", *named, cpu_name()])
 
@@ -33,14 +37,14 @@ def _short_timings() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
+def _deterministic_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
     connect = socket.socket.connect
 
     def refuse(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX:  # the workers of a DataLoader hand over files by it
+        if self.family != socket.AF_UNIX:  # the workers of a DataLoader pass file descriptors by it
             raise AssertionError(f"a test opened a network connection: {address}")
         connect(self, address)
 
@@ -49,11 +53,11 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def command_server():
-    """Starts commands without the seconds of their imports."""
+    """Return a server that starts commands without the seconds that imports take."""
     return shared_server()
 
 
 @pytest.fixture
 def fork_runs(command_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs beside each other that the test's own process starts come without these seconds too."""
+    """Make the runs that this process starts in parallel forks of the command server as well."""
     monkeypatch.setattr("deit.experiments.runner.subprocess", forked_runs(command_server.socket))

@@ -74,10 +74,13 @@ def folder(tmp_path_factory):
     from tests.helpers.images import write_class_folders
 
     folder = tmp_path_factory.mktemp("readme")
-    write_class_folders(folder / "pictures", number=12)
-    write_class_folders(folder / "data" / "cifar10", number=48, size=(32, 32))
+    write_class_folders(folder / "pictures", images_per_class=12)
+    write_class_folders(folder / "data" / "cifar10", images_per_class=48, size=(32, 32))
     write_class_folders(
-        folder / "data" / "tiny-imagenet-200", number=48, size=(64, 64), splits=("train", "val")
+        folder / "data" / "tiny-imagenet-200",
+        images_per_class=48,
+        size=(64, 64),
+        splits=("train", "val"),
     )
     (folder / "names.txt").write_text("ant\nbee\n")
     recipe = re.search(r"```python\n(# mine\.py\n.*?)```", README, re.DOTALL).group(1)

@@ -24,7 +24,7 @@ HEADER = LINE + 2 * GAP
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_image_folder(tmp_path_factory.mktemp("data") / "images", number=8)
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", images_per_class=8)
 
 
 def configuration(root, storage="memory", **views):
@@ -154,7 +154,7 @@ def test_truncate_shortens_lines_to_the_width(width):
 
 def test_sheet_with_long_class_names_keeps_the_gaps_empty(tmp_path):
     names = ("a" * 90, "b" * 90)
-    root = write_image_folder(tmp_path / "images", classes=names, number=8)
+    root = write_image_folder(tmp_path / "images", classes=names, images_per_class=8)
     config = configuration(root, mixup_alpha=0.0)
     draw_view_sheet(config, tmp_path / "long.png", num_views=4)
     sheet = np.asarray(Image.open(tmp_path / "long.png"))

@@ -16,7 +16,7 @@ from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
 from tests.helpers.process_setup import Gate
 from tests.helpers.processes import Completed
-from tests.helpers.small_runs import STEPS, same
+from tests.helpers.small_runs import STEPS, assert_same_run
 
 pytest.importorskip("sklearn")
 # As many steps with fewer images.
@@ -116,7 +116,7 @@ def test_kill_after_writing_the_best_gives_no_warning(command_server, uninterrup
     run(command_server, out, "metrics:1:kill")
     done = run(command_server, out)
     assert (done.code, done.err) == (0, "")
-    same(out, uninterrupted_run)
+    assert_same_run(out, uninterrupted_run)
 
 
 @pytest.mark.fault("B21", "E7")

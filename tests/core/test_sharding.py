@@ -20,7 +20,7 @@ from deit.models.saved import load_student
 from tests.helpers.command_server import CommandServer
 from tests.helpers.errors import raises
 from tests.helpers.processes import Completed, last_json, output_of
-from tests.helpers.small_runs import SMALL, STEPS, same
+from tests.helpers.small_runs import SMALL, STEPS, assert_same_run
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = (
@@ -137,7 +137,7 @@ def test_stopped_and_resumed_sharded_run_is_bit_identical(command_server, runs, 
     stopped(command_server, out, "fsdp", "update@1:3:term")
     assert 3 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
     done(command_server, out, "--run.sharding", "fsdp")
-    same(out, runs["fsdp"])
+    assert_same_run(out, runs["fsdp"])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -230,7 +230,7 @@ def test_hsdp_shards_within_each_node(command_server, runs, tmp_path):
 def test_one_process_is_not_sharded(command_server, tmp_path):
     for kind in ("none", "fsdp"):
         done(command_server, tmp_path / kind, "--run.sharding", kind, processes=1)
-    same(tmp_path / "fsdp", tmp_path / "none")
+    assert_same_run(tmp_path / "fsdp", tmp_path / "none")
 
 
 MEMORY = """

@@ -1,4 +1,9 @@
-"""Commands in processes of their own, forked from one that has imported everything already."""
+"""Run commands in processes that are forked from a server that has imported everything already.
+
+Imports take seconds, so a forked command starts much faster than a new interpreter. Two environment
+variables change what a process does, each as MODULE:FUNCTION: SETUP_FUNCTION is called before the
+command, MAIN_FUNCTION in its place.
+"""
 
 import atexit
 import faulthandler
@@ -26,46 +31,46 @@ from tests.helpers.processes import ROOT, Completed, wait_until
 
 
 class Running:
-    """A command under way."""
+    """A command that is running."""
 
     def __init__(self, server: "CommandServer", pid: int, out: Path, err: Path) -> None:
         self.server, self.pid, self.out, self.err = server, pid, out, err
-        self.store: Any = None  # in which it meets others
+        self.store: Any = None  # kept alive for the process group that meets in it
 
-    def signal(self, number: int) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, number)
+    def signal(self, signum: int) -> None:
+        """Send a signal to the process."""
+        os.kill(self.pid, signum)
 
     def wait(self, *, timeout: float = 600) -> Completed:
-        """Wait for its end; where that takes too long it is aborted, and says where it was."""
+        """Wait for its end; after `timeout` seconds abort it with a traceback of every thread."""
         code = wait_for(self.server.socket, self.pid, timeout=timeout)
         return Completed(code, self.out.read_text(), self.err.read_text())
 
 
-def ask(path: Path, question: dict[str, Any]) -> Any:
-    """One question to the server that listens at a path, one answer."""
+def send_request(path: Path, request: dict[str, Any]) -> Any:
+    """Send one request to the server with the socket `path`; return its response."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(path))
-        connection.sendall(json.dumps(question).encode() + b"\n")
+        connection.sendall(json.dumps(request).encode() + b"\n")
         return _receive(connection)
 
 
 def wait_for(path: Path, pid: int, *, timeout: float) -> int:
-    """The exit code of a process that the server at a path started."""
-    end, left = time.monotonic() + timeout, [signal.SIGABRT, signal.SIGKILL]
-    while (code := ask(path, {"wait": pid})) is None:
-        if time.monotonic() > end and left:
-            os.kill(pid, left.pop(0))
+    """Return the exit code of a process that the server with the socket `path` has started."""
+    end, signals = time.monotonic() + timeout, [signal.SIGABRT, signal.SIGKILL]
+    while (code := send_request(path, {"wait": pid})) is None:
+        if time.monotonic() > end and signals:
+            os.kill(pid, signals.pop(0))
             end = time.monotonic() + 10
         time.sleep(0.005)
     return code
 
 
-def places(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
-    """The store in which processes meet, and the environment of each, as torchrun makes it.
+def process_environments(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
+    """Return the store in which processes meet, and the environment of each, as torchrun sets it.
 
-    The store is kept by this process, as torchrun's is by its agent: none of theirs serves it, and
-    no other process can have taken its port meanwhile. It is there as long as somebody holds it.
+    The store is served by this process, as torchrun's agent does. So none of the processes serves
+    it, and no other program can take its port. It exists while a reference to it is kept.
     """
     if processes == 1:
         return None, [{}]
@@ -87,18 +92,20 @@ def places(processes: int, of_node: int) -> tuple[Any, list[dict[str, str]]]:
 
 
 class CommandServer:
-    """Forks a process for each command. It runs no operation of torch itself, whose threads a
-    fork would not take along."""
+    """Forks a process for each command.
+
+    The server itself runs no operation of torch: a fork does not copy the threads of torch.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.socket = folder / "socket"
-        self.number = 0
-        self.held: Any = None  # what is there as long as this is
+        self.num_started = 0
+        self.temporary_folder: Any = None  # removed with the last reference to it
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment["HF_HUB_OFFLINE"] = "1"  # read once, when it is imported
-        environment["TMPDIR"] = str(folder)  # what processes that are killed leave goes with it
-        folder.chmod(0o1777)  # also for commands that gave up what root may
+        environment["TMPDIR"] = str(folder)  # the files of killed processes are removed with it
+        folder.chmod(0o1777)  # for commands that have given up the rights of root
         environment.pop("DEIT_FAULT", None)
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(self.socket), str(os.getpid())],
@@ -106,7 +113,7 @@ class CommandServer:
             env=environment,
         )
         wait_until(lambda: self.process.poll() is not None or self.socket.exists())
-        assert self.socket.exists(), "the process that forks ended at its start"
+        assert self.socket.exists(), "the command server ended at its start"
 
     def start(
         self,
@@ -121,9 +128,9 @@ class CommandServer:
         as_program: the process exits as a real program does, which is slower, and leads a session
         of its own.
         """
-        self.number += 1
-        out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
-        question = {
+        self.num_started += 1
+        out, err = (self.folder / f"{self.num_started}.{name}" for name in ("out", "err"))
+        request = {
             "script": script,
             "as_program": as_program,
             "arguments": [str(argument) for argument in arguments],
@@ -134,7 +141,7 @@ class CommandServer:
         }
         out.touch()
         err.touch()
-        return Running(self, ask(self.socket, question), out, err)
+        return Running(self, send_request(self.socket, request), out, err)
 
     def run(
         self,
@@ -143,7 +150,7 @@ class CommandServer:
         script: str | None = None,
         **environment: str,
     ) -> Completed:
-        """Run `deit ARGUMENTS`, or a root script of that name, to its end."""
+        """Run `deit ARGUMENTS`, or the root script of that name, and wait for its end."""
         return self.start(*arguments, cwd=cwd, script=script, **environment).wait()
 
     def start_processes(
@@ -151,14 +158,16 @@ class CommandServer:
         *arguments: object,
         processes: int = 2,
         of_node: int | None = None,
-        **how: Any,
+        **options: Any,
     ) -> list[Running]:
-        """Start the processes of a command or script as torchrun would, on nodes of so many (None:
-        one node)."""
-        store, environments = places(processes, of_node or processes)
-        started = [self.start(*arguments, **how, **place) for place in environments]
-        for one in started:
-            one.store = store
+        """Start the processes of a command or script as torchrun would.
+
+        of_node: number of processes of a node. Default: all on one node.
+        """
+        store, environments = process_environments(processes, of_node or processes)
+        started = [self.start(*arguments, **options, **environment) for environment in environments]
+        for process in started:
+            process.store = store
         return started
 
     def run_processes(
@@ -170,82 +179,76 @@ class CommandServer:
         script: str | None = None,
         **environment: str,
     ) -> list[Completed]:
-        """The same, to their end."""
+        """Start the processes of a command or script as torchrun would, and wait for their end."""
         started = self.start_processes(
             *arguments, processes=processes, of_node=of_node, cwd=cwd, script=script, **environment
         )
-        return [one.wait() for one in started]
+        return [process.wait() for process in started]
 
     def close(self) -> None:
-        """End the process that forks."""
+        """End the server."""
         self.process.kill()
         self.process.wait()
 
 
 @functools.cache
 def shared_server() -> CommandServer:
-    """The one of this process, started when it is first needed."""
-    # Short, wherever temporary files should lie: the path of a socket has a limit, and commands and
-    # their workers make some in it.
-    short = "/tmp" if os.path.isdir("/tmp") else None
-    folder = TemporaryDirectory(prefix="deit-commands-", dir=short)
+    """Return the command server of this process, started at the first call."""
+    # A short path: the path of a socket has a limit, and commands and their workers make sockets in
+    # this folder.
+    parent = "/tmp" if os.path.isdir("/tmp") else None
+    folder = TemporaryDirectory(prefix="deit-commands-", dir=parent)
     command_server = CommandServer(Path(folder.name))
-    # Held by more than its cleaning up, which a fork by multiprocessing forgets from Python 3.13
-    # on: the folder would be removed with the last reference.
-    command_server.held = folder
+    # A second reference: a fork by multiprocessing forgets that of `atexit` from Python 3.13 on.
+    command_server.temporary_folder = folder
     atexit.register(folder.cleanup)
     atexit.register(command_server.close)
     return command_server
 
 
-def _become(question: dict[str, Any]) -> None:
-    """In the child: run the command and leave."""
-    for number, name in ((1, "out"), (2, "err")):
-        path = question[name]
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if path else 1, number)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # whatever the tests themselves were started with
-    faulthandler.enable()  # a crash, or the end of waiting for it, says where it was
-    os.environ.update(question["environment"])
-    os.chdir(question["cwd"])
-    _first()
-    if other := os.environ.get("MAIN_FUNCTION"):
-        _leave(_named(other)())
+def _run_command(request: dict[str, Any]) -> None:
+    """Run the command in the forked process, and exit."""
+    for descriptor, name in ((1, "out"), (2, "err")):
+        path = request[name]
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if path else 1, descriptor)
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)  # the tests may have been started with other handlers
+    faulthandler.enable()  # print a traceback at a crash or at an abort
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    if name := os.environ.get("SETUP_FUNCTION"):
+        _find_function(name)()
+    if name := os.environ.get("MAIN_FUNCTION"):
+        _exit_fast(_find_function(name)())
     from deit.cli import main, program
     from deit.core import parent_process
 
-    parent_process._PARENT = os.getppid()  # not that of the process that imported it
+    parent_process._PARENT = os.getppid()  # that of the server until here
     parent_process.mark_standalone()
-    sys.argv = [question["script"] or "deit", *question["arguments"]]
-    if question["as_program"]:
+    sys.argv = [request["script"] or "deit", *request["arguments"]]
+    if request["as_program"]:
         os.setsid()
         sys.exit(program())
     try:
-        if question["script"]:
-            path = ROOT / question["script"]
+        if request["script"]:
+            path = ROOT / request["script"]
             sys.path.insert(0, str(path.parent))
             runpy.run_path(str(path), run_name="__main__")
             code = 0
         else:
             code = main()
-    except SystemExit as leaving:
-        code = leaving.code
-    _leave(code)
+    except SystemExit as error:
+        code = error.code
+    _exit_fast(code)
 
 
-def _named(place: str) -> Callable[[], Any]:
-    module, _, name = place.partition(":")
+def _find_function(text: str) -> Callable[[], Any]:
+    module, _, name = text.partition(":")
     return getattr(import_module(module), name)
 
 
-def _first() -> None:
-    """What a process does before it becomes a command, as its environment says."""
-    if place := os.environ.get("SETUP_FUNCTION"):
-        _named(place)()
-
-
-def _leave(code: int) -> None:
-    """End this process without the second that Python takes to tear down what it has imported."""
+def _exit_fast(code: int) -> None:
+    """End this process without Python's teardown of all modules, which takes a second."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -253,54 +256,54 @@ def _leave(code: int) -> None:
 
 class ForkedRun:
     """The part of `subprocess.Popen` that `deit.experiments.runner` uses, for a run that the server
-    forks: it need not import for four seconds what is there."""
+    forks, which saves four seconds of imports."""
 
     def __init__(self, path: Path, arguments: list[str], env: dict[str, str]) -> None:
         self._path = path
         pipe = path.with_name(f"{uuid.uuid4().hex}.pipe")
         os.mkfifo(pipe)
         pipe.chmod(0o666)
-        question = {
+        request = {
             "script": None,
             "as_program": False,
             "arguments": arguments[arguments.index("deit") + 1 :],
             "environment": env,
             "cwd": os.getcwd(),
             "out": str(pipe),
-            "err": None,  # the same
+            "err": None,  # the same as "out"
         }
-        self.pid = ask(path, question)
+        self.pid = send_request(path, request)
         self.stdout = pipe.open(errors="replace")  # waits until the run has opened its end
         pipe.unlink()
 
     def terminate(self) -> None:
-        """Ask it to stop; nothing where it has ended."""
+        """Send SIGTERM, unless the run has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
 
     def wait(self) -> int:
-        """Its exit code, or minus the signal that killed it."""
+        """Return the exit code, or minus the signal that killed the run."""
         return wait_for(self._path, self.pid, timeout=600)
 
 
 def forked_runs(path: Path) -> SimpleNamespace:
-    """A stand-in for `subprocess` in `deit.experiments.runner`, with the server at a path."""
+    """Return a replacement of `subprocess` in deit.experiments.runner that forks from a server."""
 
-    def popen(arguments: list[str], *, env: dict[str, str], **how: Any) -> Any:
-        if env["OMP_NUM_THREADS"] != "1":  # the server has read another number
-            return subprocess.Popen(arguments, env=env, **how)
+    def popen(arguments: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        if env["OMP_NUM_THREADS"] != "1":  # the server runs with one thread
+            return subprocess.Popen(arguments, env=env, **options)
         return ForkedRun(path, arguments, env)
 
     names = ("DEVNULL", "PIPE", "STDOUT")
     return SimpleNamespace(Popen=popen, **{name: getattr(subprocess, name) for name in names})
 
 
-_TIMING_S = {  # constants that say for how long something is timed [s]
+_TIMING_S = {  # constants: how long something is timed [s]
     "deit.models.cost._ROUND_S": 0.01,
     "deit.deploy.variants._TIMED_S": 0.0,
     "deit.deploy.int8_compare._TIMED_S": 0.0,
 }
-# What commands import when they come to it, so that no copy has to.
+# Modules that commands import late, so that no forked process has to.
 _IMPORTED = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "sklearn.datasets"),
     *("optuna", "torch.utils.tensorboard"),
@@ -309,15 +312,15 @@ _IMPORTED = (
 
 @contextmanager
 def short_timings() -> Iterator[None]:
-    """Time for moments instead of seconds: no test asks how exact the times of a table are."""
+    """Shorten all timing of operations: no test depends on how exact the times of a table are."""
     with ExitStack() as stack:
-        for place, seconds in _TIMING_S.items():
-            stack.enter_context(mock.patch(place, seconds))
+        for name, seconds in _TIMING_S.items():
+            stack.enter_context(mock.patch(name, seconds))
         yield
 
 
-def _ours() -> list[str]:
-    """The modules of this project, by their files."""
+def _project_modules() -> list[str]:
+    """Return the names of this project's modules."""
     files = [
         file.relative_to(ROOT / "deit" if folder == "deit" else ROOT).with_suffix("")
         for folder in ("deit", "models", "datasets")
@@ -327,8 +330,8 @@ def _ours() -> list[str]:
     return [".".join(("deit", *file.parts)) for file in files]
 
 
-def _parse() -> None:
-    """Read the command line of a run once, for what its libraries do the first time only."""
+def _parse_once() -> None:
+    """Parse the command line of a run: the libraries do some work at the first time only."""
     from deit.cli.run_args import parse_run
 
     parse_run(["digits"], program="deit", about="")
@@ -337,41 +340,41 @@ def _parse() -> None:
 def _serve(path: Path, parent: int) -> None:
     stack = ExitStack()
     stack.enter_context(short_timings())
-    for name in (*_ours(), *_IMPORTED):
-        with suppress(ImportError):  # it is optional
+    for name in (*_project_modules(), *_IMPORTED):
+        with suppress(ImportError):  # an optional package
             import_module(name)
-    _parse()
+    _parse_once()
     import_module("torch").set_num_threads(1)
-    gc.freeze()  # a copy that collects garbage need not look through all that was imported
+    gc.freeze()  # garbage collection in a forked process skips all that was imported
     runner = import_module("deit.experiments.runner")
     runner.subprocess = forked_runs(path)
-    unfinished = path.with_suffix(".begun")
+    unfinished = path.with_suffix(".starting")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(unfinished))
-    unfinished.chmod(0o777)  # for commands that gave up what root may
+    unfinished.chmod(0o777)  # for commands that have given up the rights of root
     listener.listen(64)
-    unfinished.rename(path)  # whoever finds it can connect
+    unfinished.rename(path)  # a client that finds it can connect
     import_module("deit.core.parent_process").kill_with_parent(parent)
     while True:
         connection = listener.accept()[0]
         with connection:
-            question = _receive(connection)
-            if "wait" in question:
-                ended, status = os.waitpid(question["wait"], os.WNOHANG)
-                answer = os.waitstatus_to_exitcode(status) if ended else None
+            request = _receive(connection)
+            if "wait" in request:
+                ended, status = os.waitpid(request["wait"], os.WNOHANG)
+                response = os.waitstatus_to_exitcode(status) if ended else None
             else:
-                answer = os.fork()
-                if answer == 0:
+                response = os.fork()
+                if response == 0:
                     listener.close()
                     connection.close()
-                    if question["as_program"]:  # so are the runs that it starts
+                    if request["as_program"]:  # its runs are real programs as well
                         runner.subprocess = subprocess
-                    _become(question)
-            connection.sendall(json.dumps(answer).encode() + b"\n")
+                    _run_command(request)
+            connection.sendall(json.dumps(response).encode() + b"\n")
 
 
 def _receive(connection: socket.socket) -> Any:
-    """A line of JSON."""
+    """Read one line of JSON."""
     line = b""
     while not line.endswith(b"\n"):
         line += connection.recv(1 << 16)

@@ -1,4 +1,4 @@
-"""Commands as a user gives them, and what they must not do."""
+"""Run commands as a user does, and check how they are refused."""
 
 import re
 import subprocess
@@ -17,15 +17,14 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
 
 
 def run_in(folder: Path, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a root script or `deit` in a folder, with no GPU visible, in a process that is forked
-    from one with all imports done."""
+    """Run a root script or `deit` in a folder, with no GPU visible, by the command server."""
     script = None if program == "deit" else program
     done = shared_server().run(*arguments, cwd=folder, script=script, **ENVIRONMENT)
     return subprocess.CompletedProcess([program, *arguments], done.code, done.out, done.err)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder: the bytes of files, None for folders."""
+    """Return the contents of a folder by relative path: the bytes of a file, None for a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -33,23 +32,26 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], code: int, *fragments: str) -> None:
-    """One message on stderr, whatever else of it in indented lines, with the words it must name."""
+    """Assert an exit code and one error message that contains `fragments`, without a traceback.
+
+    Only the first line of the message is not indented.
+    """
     assert done.returncode == code, done.stdout + done.stderr
-    first, *others = done.stderr.splitlines()
+    first, *more = done.stderr.splitlines()
     assert first.startswith("deit: error: "), done.stderr
-    assert all(line.startswith("  ") for line in others), done.stderr
+    assert all(line.startswith("  ") for line in more), done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    for word in fragments:
-        assert word in done.stderr
+    for fragment in fragments:
+        assert fragment in done.stderr
 
 
 def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
     """Save a small_convnet that predicts the first class for every image."""
     student = StudentConfig(name="small_convnet", image_size=8)
-    facts = ModelInfo(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
-    weights = build_student(facts).network.state_dict()
+    info = ModelInfo(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
+    weights = build_student(info).network.state_dict()
     folder.mkdir(parents=True)
-    save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, facts)
+    save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, info)
     return folder
 
 

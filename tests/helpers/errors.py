@@ -1,4 +1,4 @@
-"""What an error must be: its class, and what it names. Its sentences may change."""
+"""Check the class of an error and what its message names, not its sentences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,10 @@ from deit.core.errors import DeitError
 
 @contextmanager
 def raises(kind: type[DeitError], *names: object) -> Iterator[pytest.ExceptionInfo[DeitError]]:
-    """Demand an error of this class that names all of `names`: fields (`loss.kind`), options
-    (`--out`), files, values."""
+    """Assert that an error of this class is raised, and that its message contains all `names`.
+
+    names: fields (`loss.kind`), options (`--out`), files, values.
+    """
     with pytest.raises(kind) as raised:
         yield raised
     missing = [str(name) for name in names if str(name) not in str(raised.value)]

@@ -1,4 +1,4 @@
-"""Images that tests read, and what they are read into."""
+"""Images that tests read, and loaders of them."""
 
 import dataclasses
 import random
@@ -20,31 +20,32 @@ PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BIC
 
 
 def real_images(width=60, height=48):
-    """Twelve parts of the two photographs that come with scikit-learn."""
+    """Return twelve crops of the two photographs that come with scikit-learn."""
     datasets = pytest.importorskip("sklearn.datasets")
-    pictures = [Image.fromarray(array) for array in datasets.load_sample_images().images]
-    found = []
-    for number in range(12):
-        picture = pictures[number % 2]
-        left, top = 37 * number, 23 * number
+    photographs = [Image.fromarray(array) for array in datasets.load_sample_images().images]
+    crops = []
+    for index in range(12):
+        left, top = 37 * index, 23 * index
         box = (left, top, left + 3 * width, top + 3 * height)
-        found.append(picture.crop(box).resize((width, height), Image.Resampling.BICUBIC))
-    return found
+        crop = photographs[index % 2].crop(box)
+        crops.append(crop.resize((width, height), Image.Resampling.BICUBIC))
+    return crops
 
 
 def pixels_of(images):
+    """Return Pillow images of one size as uint8 [N, 3, H, W]."""
     return torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images])
 
 
 SIDE = 12
 
 
-def write_image_folder(root, classes=("ant", "bee", "cat"), number=18):
-    """Class folders of JPEG and PNG files of many sizes, smooth so that sizes matter."""
+def write_image_folder(root, classes=("ant", "bee", "cat"), images_per_class=18):
+    """Write class folders of JPEG and PNG files of many sizes; smooth, so that resizing matters."""
     generator = np.random.default_rng(3)
     for label, name in enumerate(classes):
         (root / name).mkdir(parents=True)
-        for index in range(number):
+        for index in range(images_per_class):
             small = generator.integers(256, size=(4, 5, 3), dtype=np.uint8)
             small[..., label % 3] //= 4
             size = tuple(int(side) for side in generator.integers(20, 41, size=2))
@@ -54,50 +55,51 @@ def write_image_folder(root, classes=("ant", "bee", "cat"), number=18):
 
 
 def images_at(root):
-    """The training images, which stay in their files."""
+    """Return the training images of a folder, which are decoded when they are read."""
     config = DataConfig(source="folder", root=str(root), storage="files", image_size=SIDE)
     return load_splits(config).train
 
 
 def joined(blocks):
-    """What several batches hold, each field as one tensor."""
+    """Return the fields of several batches, each as one tensor."""
     fields = ("images", "teacher_images", "targets", "sample_ids", "target_rows")
     blocks = list(blocks)
     return [torch.cat([getattr(block, field) for block in blocks]) for field in fields]
 
 
 def write_class_folders(
-    root, classes=("ant", "bee", "cat"), number=4, size=(10, 8), splits=("train", "test")
+    root, classes=("ant", "bee", "cat"), images_per_class=4, size=(10, 8), splits=("train", "test")
 ):
+    """Write class folders of PNG files of noise, `images_per_class` for each class and split."""
     generator = np.random.default_rng(0)
     for split in splits:
         for name in classes:
-            place = root / split / name
-            place.mkdir(parents=True)
-            for index in range(number):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(images_per_class):
                 pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(place / f"{index}.png")
+                Image.fromarray(pixels).save(folder / f"{index}.png")
     return root
 
 
-def mutate(path: Path, how: random.Random) -> None:
-    """Change a file: a bit, a byte, a stretch; cut it off; append; empty it; remove it."""
+def mutate(path: Path, draw: random.Random) -> None:
+    """Damage a file: change a bit, a byte or a range; truncate, extend, empty or remove it."""
     content = bytearray(path.read_bytes())
-    place = how.randrange(len(content))
-    kind = how.choice(("bit", "byte", "stretch", "cut", "append", "twice", "empty", "remove"))
+    offset = draw.randrange(len(content))
+    kind = draw.choice(("bit", "byte", "stretch", "cut", "append", "twice", "empty", "remove"))
     if kind == "bit":
-        content[place] ^= 1 << how.randrange(8)
+        content[offset] ^= 1 << draw.randrange(8)
     elif kind == "byte":
-        content[place] = (content[place] + how.randrange(1, 256)) % 256
+        content[offset] = (content[offset] + draw.randrange(1, 256)) % 256
     elif kind == "stretch":
-        stretch = bytes(how.randrange(256) for _ in range(how.randrange(1, 20)))
-        content[place : place + len(stretch)] = stretch
+        stretch = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 20)))
+        content[offset : offset + len(stretch)] = stretch
     elif kind == "cut":
-        del content[place:]
+        del content[offset:]
     elif kind == "append":
-        content += bytes(how.randrange(256) for _ in range(how.randrange(1, 9)))
+        content += bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
     elif kind == "twice":
-        content[place:place] = content[place : place + how.randrange(1, 30)]
+        content[offset:offset] = content[offset : offset + draw.randrange(1, 30)]
     elif kind == "empty":
         content.clear()
     if kind == "remove":
@@ -106,12 +108,13 @@ def mutate(path: Path, how: random.Random) -> None:
         path.write_bytes(content)
 
 
-def random_batch(side: int = 12, number: int = 3, seed: int = 5) -> torch.Tensor:
-    """Images of standard normal numbers, float32 [number, 3, side, side]."""
-    return torch.randn(number, 3, side, side, generator=torch.Generator().manual_seed(seed))
+def random_batch(side: int = 12, num_images: int = 3, seed: int = 5) -> torch.Tensor:
+    """Return images of standard normal numbers, float32 [num_images, 3, side, side]."""
+    return torch.randn(num_images, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def folder_data(root, **changes):
+    """Return the configuration of a folder of images at 8 px."""
     return DataConfig(source="folder", root=str(root), image_size=8, **changes)
 
 
@@ -121,6 +124,7 @@ FULL = dataclasses.replace(PLAIN, flip=0.5, **{**AUGMENTATIONS["deit"], "aug_rep
 
 
 def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, views=FULL, workers=0):
+    """Return a loader of three classes at 16 px, with the teacher's images at `SIDE` px."""
     return TrainLoader(
         images,
         3,

@@ -1,4 +1,4 @@
-"""JSON as a careless edit may leave it."""
+"""Make JSON with one wrong or missing value, as a careless edit may leave it."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -6,23 +6,25 @@ from typing import Any
 
 from deit.core.errors import DeitError
 
-WRONG = (7.5, {}, None)
+REPLACEMENTS = (7.5, {}, None)
 
 
 def edits(content: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """The content with one value replaced or left out, and what was done; down to so many levels
-    of objects and lists, of which the first and the last entries."""
+    """Yield a description and the content with one value replaced or removed.
+
+    Edits the first 30 entries and the last one of each object and list, down to `depth` levels.
+    """
     if not isinstance(content, dict | list) or not content or not depth:
         return
     keys = list(content) if isinstance(content, dict) else range(len(content))
     for key in dict.fromkeys([*keys[:30], keys[-1]]):
-        for value in WRONG:
+        for value in REPLACEMENTS:
             if value != content[key]:
                 yield f"{key} = {value!r}", _with(content, key, value)
         if isinstance(content, dict):
             yield f"no {key}", {name: value for name, value in content.items() if name != key}
-        for what, value in edits(content[key], depth - 1):
-            yield f"{key}.{what}", _with(content, key, value)
+        for description, value in edits(content[key], depth - 1):
+            yield f"{key}.{description}", _with(content, key, value)
 
 
 def _with(content: Any, key: Any, value: Any) -> Any:
@@ -32,7 +34,7 @@ def _with(content: Any, key: Any, value: Any) -> Any:
 
 
 def error_of(call: Callable[..., object], *arguments: object) -> DeitError | None:
-    """The mistake that a call is refused for; None where it is not. Raises any other error."""
+    """Return the DeitError that a call raises, or None. Raises any other error."""
     try:
         call(*arguments)
     except DeitError as error:

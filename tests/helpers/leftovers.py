@@ -1,5 +1,7 @@
-"""What is left of processes. One that has ended is gone, also where nobody has waited for it: in a
-container whose first process does not, it stays a zombie."""
+"""Find processes that a test has left running.
+
+A zombie counts as ended: in a container whose first process does not wait for it, it stays one.
+"""
 
 import multiprocessing
 import os
@@ -11,33 +13,38 @@ from tests.helpers.command_server import Running
 from tests.helpers.processes import Completed, wait_until
 
 
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended."""
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
-def left(session: int, of: Callable[[int], int] = os.getsid) -> list[psutil.Process]:
-    """What is still there of a session, which nothing that a process starts leaves; or, with
-    os.getpgid, of a process group."""
-    return [one for one in psutil.process_iter() if _is(one.pid, of, session)]
+def remaining_processes(
+    session: int, group_of: Callable[[int], int] = os.getsid
+) -> list[psutil.Process]:
+    """Return the running processes of a session, or with os.getpgid those of a process group.
+
+    A process that another one starts is in the same session.
+    """
+    return [p for p in psutil.process_iter() if _is_running(p.pid, group_of, session)]
 
 
-def _is(pid: int, of: Callable[[int], int], session: int) -> bool:
+def _is_running(pid: int, group_of: Callable[[int], int], session: int) -> bool:
     try:
-        return of(pid) == session and not is_gone(pid)
+        return group_of(pid) == session and not has_ended(pid)
     except (ProcessLookupError, PermissionError):
         return False
 
 
 def assert_no_leftovers(session: int) -> None:
-    wait_until(lambda: not left(session))
+    """Wait until all processes of a session have ended."""
+    wait_until(lambda: not remaining_processes(session))
 
 
 def assert_ends(running: Running, code: int) -> Completed:
-    """The end of a process, which has this exit code and leaves nothing behind."""
+    """Assert that a process ends with this exit code, prints no traceback and leaves no process."""
     done = running.wait(timeout=300)
     assert done.code == code, done.err
     assert "Traceback" not in done.err
@@ -46,4 +53,5 @@ def assert_ends(running: Running, code: int) -> Completed:
 
 
 def child_processes() -> set[multiprocessing.Process]:
+    """Return the running workers that this process has started by multiprocessing."""
     return set(multiprocessing.active_children())

@@ -1,4 +1,4 @@
-"""A small training run in memory, for tests of the loop."""
+"""A small training run in memory, for tests of the training loop."""
 
 import torch
 from accelerate import Accelerator
@@ -27,21 +27,22 @@ IMAGES = InMemoryImages(
 )
 
 
-class Shown(nn.Module):
-    """A teacher that keeps what it is shown; it has statistics that training would move."""
+class RecordingTeacher(nn.Module):
+    """A teacher that records its inputs; it has statistics that training mode would change."""
 
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm2d(3)
         self.head = nn.Linear(3, CLASSES)
-        self.shown = []
+        self.inputs = []
 
     def forward(self, images):
-        self.shown.append(images.clone())
+        self.inputs.append(images.clone())
         return self.head(self.norm(images).mean(dim=(2, 3)))
 
 
-def panel_of(teacher, accelerator, loss):
+def teacher_ensemble(teacher, accelerator, loss):
+    """Return one teacher as an ensemble."""
     return TeacherEnsemble(
         [OnlineTeacher(teacher, accelerator)],
         weights=(1.0,),
@@ -52,7 +53,7 @@ def panel_of(teacher, accelerator, loss):
     )
 
 
-def make_job(
+def make_step_context(
     loss=LOSS_PRESETS["deit-hard"],
     *,
     optim=None,
@@ -62,6 +63,7 @@ def make_job(
     tokens=1,
     **loader,
 ):
+    """Return the context of training steps of a small student, and the loader of its images."""
     torch.manual_seed(0)
     optim = optim or OptimConfig(
         epochs=40, batch_size=16, lr=3e-3, lr_base_batch_size=None, warmup_epochs=1
@@ -75,10 +77,12 @@ def make_job(
         drop_path=drop_path,
         num_distillation_tokens=tokens,
     )
-    facts = ModelInfo(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
-    student = build_student(facts)
-    teacher = Teacher(LoadedNetwork(Shown(), "shown", None, (0.0,) * 3, (1.0,) * 3, None))
-    panel = None if loss.kind == "none" else panel_of(teacher, accelerator, loss)
+    info = ModelInfo(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    student = build_student(info)
+    teacher = Teacher(
+        LoadedNetwork(RecordingTeacher(), "recording", None, (0.0,) * 3, (1.0,) * 3, None)
+    )
+    ensemble = None if loss.kind == "none" else teacher_ensemble(teacher, accelerator, loss)
     weights = None if average is None else EMA(student, horizon=average)
     optimizer = build_optimizer(student, optim)
     prepared, optimizer = accelerator.prepare(student, optimizer)
@@ -91,5 +95,5 @@ def make_job(
         channel_stats=ChannelStats((0.5,) * 3, (0.25,) * 3),
         seed=0,
     )
-    job = StepContext(accelerator, prepared, panel, optimizer, weights, loss, optim, 0)
-    return job, data
+    context = StepContext(accelerator, prepared, ensemble, optimizer, weights, loss, optim, 0)
+    return context, data

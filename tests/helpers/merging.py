@@ -1,4 +1,4 @@
-"""Small networks whose tokens merge."""
+"""Small networks for tests of token merging."""
 
 import timm
 import torch
@@ -8,7 +8,7 @@ from deit.config.student_section import StudentConfig
 from deit.models.networks import create_network
 
 SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
-OURS = {
+STUDENTS = {
     "distilled": {"name": "deit_micro"},
     "class token": {"name": "vit_micro", "drop_path": 0.3, "dropout": 0.2},
     "two teachers": {"name": "deit_micro", "num_distillation_tokens": 2},
@@ -18,23 +18,23 @@ OURS = {
         "mlp_hidden_per_block": (5, 40, 17),
     },
 }
-TIMM = {
+TIMM_NETWORKS = {
     "layer scale": {"init_values": 0.5},
-    "normalised keys": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "normalized keys": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
     "registers": {"reg_tokens": 3, "no_embed_class": True, "pre_norm": True},
     "no biases": {"qkv_bias": False, "drop_path_rate": 0.3},
 }
 
 
 def network(kind="distilled"):
-    """Sixteen patches, three blocks, six classes; weights large enough for tokens to differ."""
+    """Return a network of 16 patches, three blocks and six classes; its tokens differ clearly."""
     torch.manual_seed(0)
-    if kind in OURS:
+    if kind in STUDENTS:
         section = {"image_size": 16, "patch_size": 4, "depth": 3, "embed_dim": 48, "num_heads": 3}
-        built = create_network(StudentConfig(**section, **OURS[kind]), 6)
+        built = create_network(StudentConfig(**section, **STUDENTS[kind]), 6)
     else:
         built = timm.create_model(
-            "vit_tiny_patch16_224", num_classes=6, **SHAPE, **TIMM.get(kind, {})
+            "vit_tiny_patch16_224", num_classes=6, **SHAPE, **TIMM_NETWORKS.get(kind, {})
         )
     for parameter in built.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -43,6 +43,6 @@ def network(kind="distilled"):
     return built.eval()
 
 
-def images(number=3, side=16):
+def images(count=3, side=16):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(number, 3, side, side, generator=generator)
+    return torch.rand(count, 3, side, side, generator=generator)

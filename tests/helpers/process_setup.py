@@ -8,38 +8,40 @@ from deit.distill import target_store
 from tests.helpers.command_server import wait_until
 
 LEAST_ROWS = 1024
-"""Of a small unit: a few hundred images fill several."""
+"""Rows of a small shard: a few hundred images fill several shards."""
 
 
 class Gate:
-    """Where a process with `Gate.environment` waits, at its fault `slow`, until the test lets it go
-    on, however busy the machine is. place: a folder, which is made."""
+    """Pause a process at its fault `slow`, until the test opens the gate.
 
-    def __init__(self, place: Path) -> None:
-        place.mkdir()
-        self.place = place
-        self.environment = {"SETUP_FUNCTION": f"{__name__}:install_gate", "GATE": str(place)}
+    The process must be started with `Gate.environment`. folder: is made, and holds the state.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.environment = {"SETUP_FUNCTION": f"{__name__}:install_gate", "GATE": str(folder)}
 
     def wait(self) -> None:
-        """Wait until the process is there."""
-        wait_until((self.place / "reached").exists)
+        """Wait until the process has reached the gate."""
+        wait_until((self.folder / "reached").exists)
 
     def open(self) -> None:
-        """Let it go on."""
-        (self.place / "open").touch()
+        """Let the process continue."""
+        (self.folder / "open").touch()
 
 
 def install_gate() -> None:
-    """In the process."""
-    fault_injection.ACTIONS["slow"] = _stay
+    """Make the fault `slow` of this process wait at the gate."""
+    fault_injection.ACTIONS["slow"] = _wait_at_gate
 
 
-def _stay() -> None:
-    place = Path(os.environ["GATE"])
-    (place / "reached").touch()
-    wait_until((place / "open").exists)
+def _wait_at_gate() -> None:
+    folder = Path(os.environ["GATE"])
+    (folder / "reached").touch()
+    wait_until((folder / "open").exists)
 
 
-def make_small_units() -> None:
-    """In the process."""
+def make_small_shards() -> None:
+    """Make this process write and read target stores with small shards."""
     target_store._MIN_ROWS = LEAST_ROWS

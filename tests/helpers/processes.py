@@ -1,4 +1,4 @@
-"""Commands of several processes."""
+"""Run programs in processes of their own, and wait for what they do."""
 
 import json
 import os
@@ -21,23 +21,27 @@ SETTINGS = (
 )
 
 
-def output_of(command_server, number, script, *arguments, cwd):
-    """Return the output of a script run in `number` processes with the environment of torchrun."""
-    done = command_server.run_processes(*arguments, processes=number, script=str(script), cwd=cwd)
-    assert [one.code for one in done] == [0] * number, "".join(one.err for one in done)
-    return "".join(one.out for one in done)
+def output_of(command_server, num_processes, script, *arguments, cwd):
+    """Return the standard output of a script that runs in processes with torchrun's environment."""
+    ends = command_server.run_processes(
+        *arguments, processes=num_processes, script=str(script), cwd=cwd
+    )
+    assert [end.code for end in ends] == [0] * num_processes, "".join(end.err for end in ends)
+    return "".join(end.out for end in ends)
 
 
 def fake_datasets_package(site: Path) -> str:
-    """A stand-in for Hugging Face's distribution, which says when it is imported; the path to put
-    it on."""
-    package, facts = site / "datasets", site / "datasets-9.9.9.dist-info"
+    """Write a package `datasets` that prints when it is imported, in place of Hugging Face's.
+
+    Returns the folder to put on the path.
+    """
+    package, metadata = site / "datasets", site / "datasets-9.9.9.dist-info"
     package.mkdir(parents=True)
-    facts.mkdir()
+    metadata.mkdir()
     (package / "__init__.py").write_text(
         "print('stand-in imported')\nclass Dataset: pass\nclass IterableDataset: pass\n"
     )
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 9.9.9\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 9.9.9\n")
     return str(site)
 
 
@@ -59,10 +63,10 @@ def teacher():
 
 
 def wait_until(condition: Callable[[], object], *, timeout: float = 300) -> None:
-    """Wait for something that another process does; not for ever."""
+    """Wait until a condition holds that another process brings about; fail after `timeout` [s]."""
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, "it never came to that"
+        assert time.monotonic() < end, f"the condition does not hold after {timeout} s"
         time.sleep(0.02)
 
 
@@ -70,7 +74,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Completed(NamedTuple):
-    """How a command ended: its exit code, or minus the signal that killed it."""
+    """The end of a command. code: its exit code, or minus the signal that killed it."""
 
     code: int
     out: str
@@ -78,13 +82,12 @@ class Completed(NamedTuple):
 
 
 def last_json(text: str) -> Any:
-    """The last line that is an object of JSON: libraries say something at any time."""
+    """Return the last line that is a JSON object; libraries may print other lines."""
     return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
 
 
 def run_python(source: str, *arguments: object, path: Path | None = None) -> Completed:
-    """Run a program in an interpreter that has imported nothing. path: a folder it imports from,
-    besides this project."""
+    """Run a Python program in a new interpreter. path: a further folder to import from."""
     done = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
         env={

@@ -15,7 +15,7 @@ from deit.training.train import train
 
 
 def stop_at(config: Config, out: Path, fault: str, **options: object) -> None:
-    """Begin a run that a fault of deit.core.fault_injection stops."""
+    """Start a run that a fault of deit.core.fault_injection stops."""
     fault_injection.install_faults(fault)
     try:
         with pytest.raises(StoppedBySignal) as stop:
@@ -25,24 +25,23 @@ def stop_at(config: Config, out: Path, fault: str, **options: object) -> None:
     assert stop.value.exit_code == 143
 
 
-def stop_and_go_on(config: Config, out: Path, fault: str) -> None:
-    """Begin a run that a fault stops, and go on with it."""
+def stop_and_resume(config: Config, out: Path, fault: str) -> None:
+    """Start a run that a fault stops, and resume it to its end."""
     stop_at(config, out, fault)
     train(config, out, resume=True)
 
 
-def same_end(out: Path, uninterrupted_run: Path) -> None:
-    """Two runs ended with the same bits in every file of tensors, and were the same at every
-    checkpoint before."""
-    ours, theirs = (
-        sorted(run_folder.latest_checkpoint(one).glob("*.safetensors"))
-        for one in (out, uninterrupted_run)
+def assert_same_end(out: Path, uninterrupted_run: Path) -> None:
+    """Assert that two runs have the same last tensors, bit for bit, and the same state hashes."""
+    files, expected = (
+        sorted(run_folder.latest_checkpoint(run).glob("*.safetensors"))
+        for run in (out, uninterrupted_run)
     )
-    assert [file.name for file in ours] == [file.name for file in theirs]
-    for one, other in zip(ours, theirs):
-        assert one.read_bytes() == other.read_bytes(), one.name
-    chains = [(one / run_log.HASH_CHAIN).read_bytes() for one in (out, uninterrupted_run)]
-    assert chains[0] == chains[1]
+    assert [file.name for file in files] == [file.name for file in expected]
+    for file, expected_file in zip(files, expected):
+        assert file.read_bytes() == expected_file.read_bytes(), file.name
+    hashes = [(run / run_log.HASH_CHAIN).read_bytes() for run in (out, uninterrupted_run)]
+    assert hashes[0] == hashes[1]
 
 
 EPOCHS, STEPS = 3, 4
@@ -51,7 +50,7 @@ TIMING = ("seconds", "images_per_s", "memory_mb", "loader")
 
 
 def results(out: Path) -> dict:
-    """What a run leaves behind, without times."""
+    """Return the results of a run without its times: metrics, hashes, weights and tensors."""
     rows = [
         {name: value for name, value in row.items() if name not in TIMING}
         for row in run_log.read(out / run_log.METRICS)
@@ -69,14 +68,14 @@ def results(out: Path) -> dict:
     }
 
 
-def resumes_after(step: int, out: Path, said: str) -> bool:
-    """Whether a run says that it goes on after this update of all of them."""
-    begins = re.escape(str(out))
-    return re.search(rf"^{begins}: .*\b{step}\b.*\b{LAST}\b", said, re.MULTILINE) is not None
+def resumes_after(step: int, out: Path, output: str) -> bool:
+    """Return whether the output of a run reports that it resumes after this step."""
+    prefix = re.escape(str(out))
+    return re.search(rf"^{prefix}: .*\b{step}\b.*\b{LAST}\b", output, re.MULTILINE) is not None
 
 
 def rewrite_manifest(folder: Path, step: int | None = None) -> None:
-    """A manifest for files that were changed."""
+    """Write the manifest of a checkpoint again, after a change of its files."""
     from deit.core import manifest
 
     step = run_folder.checkpoint_step(folder) if step is None else step

@@ -1,4 +1,4 @@
-"""A run of seconds on digits, and how two of them are compared."""
+"""Small runs that take seconds, and checks that two of them are equal."""
 
 from pathlib import Path
 
@@ -32,8 +32,8 @@ SMALL = (
 )
 
 
-def same(out: Path, uninterrupted_run: Path) -> None:
-    """The two runs left the same: every link of the chain, and the best weights."""
+def assert_same_run(out: Path, uninterrupted_run: Path) -> None:
+    """Assert that two runs have the same state hashes and best weights, and no temporary files."""
     for name in (run_log.HASH_CHAIN, "best/model.safetensors"):
         assert (out / name).read_bytes() == (uninterrupted_run / name).read_bytes()
     steps = [row["step"] for row in run_log.read(out / run_log.METRICS)]
@@ -42,6 +42,7 @@ def same(out: Path, uninterrupted_run: Path) -> None:
 
 
 def run(command_server: CommandServer, out: Path, fault: str = "", *more: object) -> Completed:
+    """Run or resume the small training, with a fault of deit.core.fault_injection."""
     return command_server.run("train", *SMALL, "--out", out, "--resume", *more, DEIT_FAULT=fault)
 
 
@@ -72,6 +73,7 @@ ON_IMAGES = (
 
 
 def two_epochs(**sections):
+    """Return the configuration of a small run of two epochs without a teacher."""
     small = digits().replace(
         data={"train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
@@ -83,7 +85,7 @@ def two_epochs(**sections):
 
 
 def image_run_arguments(image_folder: Path, out: Path, workers: int) -> tuple[str, ...]:
-    """A short training on pictures that worker processes read."""
+    """Return the command line of a short training on images that worker processes read."""
     return (
         *("train", "folder", "--data.root", str(image_folder), "--data.num_workers", str(workers)),
         *ON_IMAGES,
@@ -92,7 +94,7 @@ def image_run_arguments(image_folder: Path, out: Path, workers: int) -> tuple[st
 
 
 def image_run_config(image_folder: Path, workers: int):
-    """The configuration of a short training."""
+    """Return the configuration of a short training on images that worker processes read."""
     data = {"root": str(image_folder), "storage": "files", "num_workers": workers, "image_size": 18}
     student = {"name": "vit_micro", "depth": 1, "embed_dim": 16, "num_heads": 2, "image_size": 16}
     return RECIPES["folder"]().replace(

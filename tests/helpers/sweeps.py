@@ -22,22 +22,23 @@ def open_search(
     base = digits().replace(optim={"epochs": epochs, "warmup_epochs": 1})
     space = SearchSpace(fields, trials, prune)
 
-    def by_name(point):
+    def run_by_name(point):
         return RunSpec(point.name, point.config, out / point.name.replace(" ", "-"))
 
-    run_of = run_of or by_name
+    run_of = run_of or run_by_name
     options = {"name": "s", "seed": 0, "search_hash": search_hash, "retries": retries}
     return Search(space, base, out, **options, run_of=run_of)
 
 
-def reach(run, epoch, top1):
-    """The run as it is after an epoch."""
+def add_epoch(run, epoch, top1):
+    """Write the metrics of a run after an epoch."""
     run.out.mkdir(exist_ok=True)
     row = {"epoch": epoch, "step": epoch, "train": {"lr": 0.1}, "seconds": 1.0}
     run_log.append(run.out / run_log.METRICS, {**row, "validation": {"class_top1": top1}})
 
 
 def finish(run, top1):
+    """Write the result of a finished run."""
     run.out.mkdir(exist_ok=True)
     best = {"epoch": 8, "top1": top1, "class_top1": top1}
     result = run_folder.Result(8, 8, 8, 1.0, 0, None, best, "", "", [], [])
@@ -53,11 +54,13 @@ SMALL = {
 
 
 def write(path, **values):
+    """Write a sweep file with the small student."""
     path.write_text(json.dumps({"recipe": "digits", "set": SMALL, **values}))
     return path
 
 
 def result(out):
+    """Return the results of a sweep or lottery."""
     return json.loads((out / "results.json").read_text())
 
 
@@ -65,11 +68,11 @@ LOTTERY = (
     *("lottery", "digits", *WITH_AVERAGE, "--rounds", "2", "--prune-rate", "0.5"),
     *("--rewind-epoch", "0.5", "--control-rounds", "2"),
 )
-"""A lottery of two levels, but for its seeds and its folder."""
+"""The command line of a lottery of two levels, without seeds and output folder."""
 
 
 def planned_lottery(tmp_path, config=None, **options):
-    """The plan of a lottery and its runs with seed 3."""
+    """Return the plan of a lottery and its runs with seed 3."""
     config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
     plan = plan_lottery(LotteryOptions(**options), config, steps_per_epoch=4)
     return plan, lottery_runs(plan, config, 3, tmp_path)

@@ -1,4 +1,4 @@
-"""Stores of targets, and runs that are trained with them."""
+"""Target stores, runs that are trained with them, and damaged copies of them."""
 
 import json
 import re
@@ -22,12 +22,13 @@ from deit.distill.target_store import (
 from deit.training.resolve import resolve
 from tests.helpers.process_setup import LEAST_ROWS
 
-EPOCHS, PLACES = 7, 324  # with small units: three of them
-SMALL_UNITS = {"SETUP_FUNCTION": "tests.helpers.process_setup:make_small_units"}
-"""The environment in which a process makes them."""
+EPOCHS, ROWS_PER_EPOCH = 7, 324  # three small shards
+SMALL_SHARDS = {"SETUP_FUNCTION": "tests.helpers.process_setup:make_small_shards"}
+"""The environment of a process that uses small shards."""
 
 
 def configuration(teacher, **sections):
+    """Return the configuration of a small distilled run."""
     config = digits().replace(
         data={"train_fraction": 0.25},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
@@ -40,20 +41,22 @@ def configuration(teacher, **sections):
 
 
 def content(store):
-    """Every file of a store and its bytes."""
+    """Return the bytes of every file of a store, by relative path."""
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*.*")}
 
 
 def copied(store, tmp_path):
+    """Copy a store, and return the copy."""
     return Path(shutil.copytree(store, tmp_path / "store"))
 
 
 def with_targets(config, *stores):
+    """Return the configuration with stored targets."""
     return config.replace(teacher={"target_stores": tuple(map(str, stores))})
 
 
 def check(config):
-    """Everything a run does before its first step."""
+    """Do all checks before the first step; return loader, teacher ensemble and teachers."""
     resolved = resolve(config)
     accelerator, teachers = resolved.accelerator, resolved.teachers
     splits = load_splits(config.data)
@@ -70,43 +73,46 @@ def check(config):
     return loader, ensemble, teachers
 
 
-def flipped(path, place):
+def flip_bit(path, offset):
+    """Flip one bit of a file."""
     damaged = bytearray(path.read_bytes())
-    damaged[place] ^= 4
+    damaged[offset] ^= 4
     path.write_bytes(damaged)
 
 
 def quick(config, **sections):
+    """Return the configuration with two epochs."""
     return config.replace(optim={"epochs": 2}, **sections)
 
 
-VIEWS = ("pillow", "torchvision")  # named where a view is not what the teacher saw
+VIEW_LIBRARIES = ("pillow", "torchvision")  # named in errors about views that differ
 
 
-def numbers_in(text, place=""):
-    """The numbers of a text in their order, but for those in a path."""
-    return re.findall(r"\b\d+(?:\.\d+)?\b", text.replace(str(place), ""))
+def numbers_in(text, path=""):
+    """Return the numbers of a text in order, without those of `path`."""
+    return re.findall(r"\b\d+(?:\.\d+)?\b", text.replace(str(path), ""))
 
 
-def assert_differs(refused, field, stored, here):
-    """A line about a field, with its value in the store and behind that the one here."""
-    values = ".*".join(rf"(?<!\w){re.escape(value)}(?!\w)" for value in (stored, here))
+def assert_differs(refused, field, stored, current):
+    """Assert that a line of an error names a field, its stored value and then its current one."""
+    values = ".*".join(rf"(?<!\w){re.escape(value)}(?!\w)" for value in (stored, current))
     assert re.search(rf"(?m)^\W*{re.escape(field)}\b.*{values}", str(refused.value)), refused.value
 
 
-def assert_names_shard(refused, unit, store):
-    """A unit, with the epoch and the place that it begins at."""
-    begins = divmod(unit * LEAST_ROWS, PLACES)
-    assert sorted(numbers_in(str(refused.value), store)) == sorted(map(str, (unit, *begins)))
+def assert_names_shard(refused, shard, store):
+    """Assert that an error names a shard, and the epoch and row at which it starts."""
+    start = divmod(shard * LEAST_ROWS, ROWS_PER_EPOCH)
+    assert sorted(numbers_in(str(refused.value), store)) == sorted(map(str, (shard, *start)))
 
 
-def line_about(said, path):
-    """The line of an output that names a path."""
-    (line,) = [line for line in said.splitlines() if str(path) in line]
+def line_about(output, path):
+    """Return the one line of an output that names a path."""
+    (line,) = [line for line in output.splitlines() if str(path) in line]
     return line
 
 
 def write_arguments(teacher, out, *more):
+    """Return the command line that writes a small store."""
     recipe = (
         *("digits", "--loss", "deit-hard", "--teacher.source", teacher, "--out", str(out)),
         *("--student.depth", "1", "--student.embed_dim", "16", "--student.num_heads", "2"),
@@ -117,35 +123,36 @@ def write_arguments(teacher, out, *more):
     return [*recipe, *more]
 
 
-def forged_copy(store, change):
-    """Change a store so that its manifest and checksums still fit: what only views can show."""
+def forge(store, change):
+    """Change the records of a store and make its checksums fit: only views can reveal it."""
     opened = open_store(store)
     layout = opened.layout
     records = np.fromfile(store / TARGETS, layout.dtype)
     records, canaries = change(records.reshape(layout.epochs, -1), opened.canaries.copy())
     records.tofile(store / TARGETS)
     size = layout.rows_per_shard * layout.dtype.itemsize
-    whole = records.tobytes()
-    sums = [zlib.crc32(whole[unit * size : (unit + 1) * size]) for unit in range(layout.num_shards)]
+    content = records.tobytes()
+    sums = [
+        zlib.crc32(content[shard * size : (shard + 1) * size]) for shard in range(layout.num_shards)
+    ]
     checks = np.fromfile(store / CHECKS, "<u4")
     checks[: layout.num_shards] = sums
     checks[layout.num_shards : -2 * layout.num_shards] = canaries.ravel()
     checks.tofile(store / CHECKS)
 
 
-# ---- trained from as if the teacher were there
-
-
 def metric_rows(out):
+    """Return the training metrics of each epoch."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train"] for line in lines]
 
 
 def latest_weights(out):
+    """Return the weights of the latest checkpoint as bytes."""
     return (latest_checkpoint(out) / "model.safetensors").read_bytes()
 
 
 def stores_with(config, *paths):
-    """Open stores as teachers of a configuration."""
+    """Open stores as the teachers of a configuration."""
     stored = with_targets(config, *paths)
     return open_stores(stored.teacher, stored.loss)

@@ -1,4 +1,4 @@
-"""Runs that tests begin with: each configuration is trained once in a test process."""
+"""Finished runs that tests start from: each configuration is trained once per test process."""
 
 import atexit
 import functools
@@ -13,7 +13,7 @@ _RUNS: dict[str, Path] = {}
 
 
 def trained(config: Config, out: Path) -> Path:
-    """Put a finished run of this configuration into the folder `out`; that folder."""
+    """Write a finished run of this configuration to the folder `out`, and return that folder."""
     key = repr(to_dict(config))
     if key not in _RUNS:
         run = Path(_folder().name) / str(len(_RUNS))
@@ -24,7 +24,10 @@ def trained(config: Config, out: Path) -> Path:
 
 @functools.cache
 def _folder() -> TemporaryDirectory:
-    """Held here: a fork by multiprocessing forgets what `atexit` holds, from Python 3.13 on."""
+    """Return the folder of all runs, with a reference that multiprocessing cannot drop.
+
+    From Python 3.13 on, a fork by multiprocessing forgets the references of `atexit`.
+    """
     folder = TemporaryDirectory(prefix="deit-trained-")
     atexit.register(folder.cleanup)
     return folder

@@ -1,4 +1,4 @@
-"""Files of weights, and networks that take them."""
+"""Weights, and small networks that load them."""
 
 import torch
 
@@ -18,16 +18,17 @@ def section(name="deit_micro", **fields):
 def network(name="deit_micro", classes=5, seed=0, **fields):
     torch.manual_seed(seed)
     built = create_network(section(name, **fields), classes)
-    for parameter in built.parameters():  # the heads' biases and more begin at zero
+    for parameter in built.parameters():  # some, such as the biases of the heads, are zero at first
         torch.nn.init.normal_(parameter, std=0.1)
     return built.eval()
 
 
-def found_in(built, names=NAMES):
+def loaded_weights(built, names=NAMES):
     return LoadedWeights(built.state_dict(), "a network", None, names, None, None)
 
 
-def fitted(found, built, start=KEEP, names=NAMES):
-    result = adapt_weights(found, built, names, start)
-    load_weights(built, result.weights, origin="here")
-    return result.notes
+def load_adapted(weights, built, start=KEEP, names=NAMES):
+    """Adapt weights to a network and load them; return the notes on what was changed."""
+    adapted = adapt_weights(weights, built, names, start)
+    load_weights(built, adapted.weights, origin="here")
+    return adapted.notes

@@ -11,7 +11,7 @@ from deit.core.errors import CheckpointError
 from deit.models.parameters import classifier_names
 from deit.models.pos_embed import resize_positions
 from tests.helpers.errors import raises
-from tests.helpers.weight_files import fitted, found_in, network
+from tests.helpers.weight_files import load_adapted, loaded_weights, network
 
 # positions
 
@@ -84,7 +84,7 @@ def test_resize_of_constant_is_constant_and_wrong_prefix_raises():
 
 def test_adapt_to_same_network_is_bit_equal():
     before, after = network(seed=0), network(seed=1)
-    assert fitted(found_in(before), after) == ()
+    assert load_adapted(loaded_weights(before), after) == ()
     for name, value in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], value)
 
@@ -92,7 +92,9 @@ def test_adapt_to_same_network_is_bit_equal():
 @pytest.mark.parametrize("kernel", ["deit", "timm"])
 def test_adapt_to_other_resolution_changes_positions_only(kernel):
     before, after = network(seed=0), network(seed=1, image_size=24)
-    notes = fitted(found_in(before), after, InitConfig(weights="here", pos_embed_resize=kernel))
+    notes = load_adapted(
+        loaded_weights(before), after, InitConfig(weights="here", pos_embed_resize=kernel)
+    )
     assert len(notes) == 1
     assert re.search(rf"4 x 4\D+6 x 6.*{kernel}", notes[0])
     reference = after.state_dict()
@@ -106,7 +108,7 @@ def test_adapt_to_other_resolution_changes_positions_only(kernel):
 
 def test_adapt_adds_and_removes_distillation_token():
     plain, student, again = network("vit_micro"), network(seed=1), network("vit_micro", seed=2)
-    (note,) = fitted(found_in(plain), student)
+    (note,) = load_adapted(loaded_weights(plain), student)
     assert "1 distillation token" in note
     assert torch.equal(student.dist_token, plain.cls_token)
     assert torch.equal(student.pos_embed[:, 0], plain.pos_embed[:, 0])
@@ -116,7 +118,7 @@ def test_adapt_adds_and_removes_distillation_token():
     # Two equal tokens at the same position: both heads have the same logits.
     tokens = student.forward_features(torch.rand(2, 3, 16, 16))
     torch.testing.assert_close(tokens[:, 0], tokens[:, 1])
-    (note,) = fitted(found_in(student), again)
+    (note,) = load_adapted(loaded_weights(student), again)
     assert "1 distillation token" in note
     for name, value in plain.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
@@ -148,7 +150,7 @@ def test_adapt_selects_class_rows_by_name(name):
     size = {} if "_micro" in name and name != "rednet_micro" else {"depth": None}
     before = network(name, classes=5, **size)
     after = network(name, classes=3, seed=1, **size)
-    (note,) = fitted(found_in(before), after, names=("e", "a", "c"))
+    (note,) = load_adapted(loaded_weights(before), after, names=("e", "a", "c"))
     assert re.findall(r"\d+", note) == ["3", "5"]
     images = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
@@ -159,9 +161,9 @@ def test_adapt_selects_class_rows_by_name(name):
 def test_adapt_other_classes_raises_without_new_heads():
     before, after = network(classes=5), network(classes=3, seed=1)
     with raises(CheckpointError, "'x'", "--init.head"):
-        fitted(found_in(before), after, names=("a", "b", "x"))
+        load_adapted(loaded_weights(before), after, names=("a", "b", "x"))
     with raises(CheckpointError, "--init.head") as refused:
-        fitted(found_in(before, names=None), after, names=("a", "b", "c"))
+        load_adapted(loaded_weights(before, names=None), after, names=("a", "b", "c"))
     assert re.findall(r"\d+", str(refused.value)) == ["5", "3"]
     random = {
         name: after.state_dict()[f"{name}.weight"].clone() for name in classifier_names(after)
@@ -184,7 +186,7 @@ def test_load_weights_lists_differences_before_copying():
     after = network(seed=1, embed_dim=48, num_heads=3)
     before = {name: value.clone() for name, value in after.state_dict().items()}
     with raises(CheckpointError, "here", "cls_token", (1, 1, 96), (1, 1, 48), 11) as refused:
-        fitted(found_in(network()), after)
+        load_adapted(loaded_weights(network()), after)
     assert len(str(refused.value).splitlines()) == 12  # ten differences and how many more
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.items())
 
@@ -194,11 +196,11 @@ def test_load_weights_lists_differences_before_copying():
 def test_load_weights_of_other_architecture_raises(other):
     after = network(other, depth=None, seed=1)
     with raises(CheckpointError, "here", next(iter(after.state_dict()))):
-        fitted(found_in(network()), after)
+        load_adapted(loaded_weights(network()), after)
 
 
 def test_adapt_converts_half_precision_to_network_dtype():
     before, after = network().half(), network(seed=1)
-    fitted(found_in(before), after)
+    load_adapted(loaded_weights(before), after)
     assert after.cls_token.dtype == torch.float32
     assert torch.equal(after.cls_token, before.cls_token.float())

@@ -18,7 +18,7 @@ from deit.distill.teacher_check import (
 )
 from deit.models.teachers import ASSUMED, LoadedNetwork, Teacher
 from tests.helpers.errors import raises
-from tests.helpers.recorder_teacher import MEAN, ROOMS, STD, Recorder, recorder_teacher
+from tests.helpers.recorder_teacher import MEAN, ROOM_CLASSES, STD, Recorder, recorder_teacher
 
 
 def test_classes_are_set_per_teacher():
@@ -46,10 +46,10 @@ def test_classes_are_set_per_teacher():
 def test_better_class_order_is_found():
     labels = torch.arange(3).repeat(10)
     taught = torch.tensor([0, 2, 1])  # in natural order: room2 is its class 1
-    better = better_order(taught[labels], labels, ROOMS)
+    better = better_order(taught[labels], labels, ROOM_CLASSES)
     assert (better.order, better.images, better.before, better.after) == ("natural", 20, 0.0, 1.0)
     assert better.luck < 1e-3
-    assert better_order(labels, labels, ROOMS) is None
+    assert better_order(labels, labels, ROOM_CLASSES) is None
 
 
 @pytest.mark.fault("D2")

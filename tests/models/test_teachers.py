@@ -20,7 +20,7 @@ from deit.models.teacher_sources import load_teacher as load_teacher_at
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import ASSUMED
 from tests.helpers.errors import raises
-from tests.helpers.recorder_teacher import MEAN, NAMES, ROOMS, STD, recorder_teacher
+from tests.helpers.recorder_teacher import MEAN, NAMES, ROOM_CLASSES, STD, recorder_teacher
 
 
 def load_teacher(config, class_names, image_size=16):
@@ -328,7 +328,7 @@ def test_class_order_can_be_configured(classes, columns, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfroom2\troom\r\nroom1\r\n\r\nroom10\r\n")
     _, config = weight_file(tmp_path / "w.pth")
-    teacher = load_teacher(replace(config, classes=classes), ROOMS)
+    teacher = load_teacher(replace(config, classes=classes), ROOM_CLASSES)
     assert teacher.class_indices == columns
     assert teacher.class_order == f"teacher.classes {','.join(classes)}"
 

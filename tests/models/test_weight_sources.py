@@ -22,7 +22,7 @@ from deit.models.pos_embed import resize_positions
 from deit.models.saved import ModelInfo, build_student, save_student
 from deit.training.optimizer import read_tensors
 from tests.helpers.errors import raises
-from tests.helpers.weight_files import NAMES, fitted, found_in, network, section
+from tests.helpers.weight_files import NAMES, load_adapted, loaded_weights, network, section
 
 
 def test_timm_networks_without_prefix_positions_adapt():
@@ -30,7 +30,7 @@ def test_timm_networks_without_prefix_positions_adapt():
     name = "deit3_small_patch16_224"  # no_embed_class
     before = timm.create_model(name, **settings, num_classes=5)
     after = timm.create_model(name, **{**settings, "img_size": 64}, num_classes=5)
-    notes = fitted(found_in(before), after)
+    notes = load_adapted(loaded_weights(before), after)
     assert re.search(r"4 x 4\D+8 x 8", notes[0])
     expected = resize_positions(before.pos_embed, prefix=0, side=8, kernel="deit").positions
     assert torch.equal(after.pos_embed, expected)

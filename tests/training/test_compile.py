@@ -14,7 +14,7 @@ from deit.core.errors import StoppedBySignal, SystemFault
 from deit.models import onednn_linear
 from deit.training.train import train
 from tests.helpers.errors import raises
-from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.resume_helpers import assert_same_end, stop_at
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
@@ -126,4 +126,4 @@ def test_compiled_stopped_and_resumed_is_the_same_run(config, tmp_path):
     stop_at(config, tmp_path / "run", "update:7:term")
     torch._dynamo.reset()
     train(config, tmp_path / "run", resume=True)
-    same_end(tmp_path / "run", tmp_path / "uninterrupted")
+    assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")

@@ -121,7 +121,7 @@ def test_accelerate_launch_runs_the_same_script(runs):
 
 
 def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_path):
-    write_image_folder(tmp_path / "images", number=16)
+    write_image_folder(tmp_path / "images", images_per_class=16)
     command = (
         *("train_deit.py", "folder", "--data.root", "images", "--loss", "none"),
         *("--student.name", "vit_micro", "--student.depth", "1", "--student.embed_dim", "16"),
@@ -150,7 +150,7 @@ def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_pat
 @pytest.mark.fault("C1")
 def test_a_file_that_a_worker_cannot_read_is_one_line(command_server, tmp_path):
     for split in ("train", "val", "test"):
-        write_image_folder(tmp_path / "images" / split, number=8)
+        write_image_folder(tmp_path / "images" / split, images_per_class=8)
     broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     done = command_server.run(

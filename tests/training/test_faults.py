@@ -19,10 +19,10 @@ from deit.models import student
 from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.images import write_image_folder
-from tests.helpers.leftovers import is_gone
+from tests.helpers.leftovers import has_ended
 from tests.helpers.process_setup import Gate
 from tests.helpers.processes import wait_until
-from tests.helpers.small_runs import SMALL, STEPS, run, same
+from tests.helpers.small_runs import SMALL, STEPS, assert_same_run, run
 
 pytest.importorskip("sklearn")
 
@@ -41,7 +41,7 @@ def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(
     running.signal(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
     assert run(command_server, out).code == 0
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)
 
 
 @pytest.mark.fault("B19")
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_what_was_saved_before(command_server, undisturbed_ru
         assert [step for step, _ in run_folder.list_checkpoints(out)] == [5]
         assert not list(out.glob(".deit-*"))
         assert run(command_server, out).code == 0
-        same(out, undisturbed_run)
+        assert_same_run(out, undisturbed_run)
 
 
 @pytest.mark.fault("E3")
@@ -126,7 +126,7 @@ def test_a_run_is_moved_as_it_is(command_server, undisturbed_run, tmp_path):
     for path in moved.glob("checkpoint-*/*"):
         path.chmod(0o444)
     assert run(command_server, moved).code == 0
-    same(moved, undisturbed_run)
+    assert_same_run(moved, undisturbed_run)
     assert str(out) not in "".join(
         path.read_text() for path in moved.rglob("*.json") if "environment" not in path.name
     )
@@ -173,7 +173,7 @@ def workers_of(pid: int) -> list[int]:
 @pytest.fixture
 def with_workers(command_server, tmp_path):
     """A run under way whose images are read by two workers."""
-    write_image_folder(tmp_path / "pictures", number=16)
+    write_image_folder(tmp_path / "pictures", images_per_class=16)
     arguments = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
     running = command_server.start("train", *arguments)
     wait_until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
@@ -196,7 +196,7 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(
 @pytest.mark.fault("D10")
 def test_killed_with_workers_alive_the_folder_is_free_at_once(command_server, tmp_path):
     out = tmp_path / "run"
-    image_folder = write_image_folder(tmp_path / "pictures", number=16)
+    image_folder = write_image_folder(tmp_path / "pictures", images_per_class=16)
     arguments = (*PICTURES, "--optim.epochs", "4", "--data.root", image_folder, "--out", out)
     running = command_server.start(
         "train", *arguments, DEIT_FAULT="update:9:hang"
@@ -219,7 +219,7 @@ def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
         os.kill(pid, signal.SIGINT)
     running.signal(signal.SIGTERM)
     assert running.wait().code == 143
-    wait_until(lambda: all(map(is_gone, workers)))
+    wait_until(lambda: all(map(has_ended, workers)))
 
 
 @pytest.mark.fault("B21")
@@ -287,7 +287,7 @@ def test_any_name_of_a_folder_will_do(name, command_server, undisturbed_run, tmp
     assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
     done = run(command_server, out)
     assert done.code == 0, done.err
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)
 
 
 @pytest.mark.fault("E9")
@@ -307,7 +307,7 @@ def test_micro_batches_are_halved_until_one_fits(command_server, tmp_path):
     assert re.search(r"\b64 images\b.*\boptim\.grad_accum_steps 2\b.*\b32 images\b", first)
     assert re.search(r"\b32 images\b.*\boptim\.grad_accum_steps 4\b.*\b16 images\b", second)
     assert run(command_server, given, "", "--optim.grad_accum_steps", "4").code == 0
-    same(fitted, given)
+    assert_same_run(fitted, given)
     plain = tmp_path / "plain"
     assert run(command_server, plain, "", "--run.auto_micro_batch").code == 0
     assert json.loads((plain / "config.json").read_text())["optim"]["grad_accum_steps"] == 1
@@ -346,7 +346,7 @@ def test_of_two_that_start_together_one_has_the_folder(command_server, undisturb
     assert done.code == 2
     assert f"--out {out}" in done.err
     assert "--resume" in done.err
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)
 
 
 @pytest.mark.fault("D11")

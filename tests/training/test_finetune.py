@@ -18,7 +18,7 @@ from deit.models.pos_embed import resize_positions
 from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.finetune_runs import BRIEF, FEW, SMALL, finer, weights
-from tests.helpers.resume_helpers import same_end, stop_and_go_on
+from tests.helpers.resume_helpers import assert_same_end, stop_and_resume
 
 pytest.importorskip("sklearn")
 STILL = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
@@ -84,8 +84,8 @@ def test_held_still_it_resumes_to_the_bit(pretrained, tmp_path):
     config = finer(pretrained, optim={"trainable": "heads", "layer_decay": 0.5})
     uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
     train(config, uninterrupted)
-    stop_and_go_on(config, broken, "metrics:1:term")
-    same_end(broken, uninterrupted)
+    stop_and_resume(config, broken, "metrics:1:term")
+    assert_same_end(broken, uninterrupted)
 
 
 def test_a_resumed_run_needs_its_start_no_more(pretrained, tmp_path):

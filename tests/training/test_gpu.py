@@ -33,7 +33,7 @@ from deit.training.epochs import step_context
 from deit.training.loop import MetricAccumulator, train_epoch
 from deit.training.train import train
 from tests.helpers.images import pixels_of, real_images
-from tests.helpers.resume_helpers import same_end, stop_and_go_on
+from tests.helpers.resume_helpers import assert_same_end, stop_and_resume
 
 COLOURS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 
@@ -264,5 +264,5 @@ def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, comp
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, compile):
     config = speedy(compile=compile)
     train(config, tmp_path / "uninterrupted")
-    stop_and_go_on(config, tmp_path / "run", "update:20:term")
-    same_end(tmp_path / "run", tmp_path / "uninterrupted")
+    stop_and_resume(config, tmp_path / "run", "update:20:term")
+    assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")

@@ -11,7 +11,7 @@ from deit.core import fault_injection, run_folder, run_log
 from deit.core.parent_process import SAME_SIGNAL_S
 from tests.helpers.process_setup import Gate
 from tests.helpers.processes import wait_until
-from tests.helpers.small_runs import SMALL, STEPS, run, same
+from tests.helpers.small_runs import SMALL, STEPS, assert_same_run, run
 
 pytest.importorskip("sklearn")
 
@@ -38,7 +38,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
         )  # it counts already
     done = run(command_server, out)
     assert done.code == 0, done.err
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)
 
 
 @pytest.mark.fault("A2")
@@ -92,7 +92,7 @@ def test_sigterm_from_outside_is_a_checkpoint_and_143(command_server, undisturbe
     assert "--resume" in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert run(command_server, out).code == 0
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)
 
 
 def test_before_the_first_update_there_is_nothing_to_save(command_server, tmp_path):
@@ -122,7 +122,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(
     assert "signal" in done.err
     assert "--resume" not in done.err  # which is said where the first one was obeyed
     assert run(command_server, out).code == 0
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)
 
 
 @pytest.mark.fault("A17")
@@ -136,4 +136,4 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(undisturbed_run, tmp_path):
     finally:
         fault_injection.install_faults(None)
         signal.signal(signal.SIGHUP, before)
-    same(out, undisturbed_run)
+    assert_same_run(out, undisturbed_run)

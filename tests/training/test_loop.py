@@ -14,7 +14,7 @@ from deit.distill.inference import predict
 from deit.training.loop import MetricAccumulator, train_epoch
 from deit.training.optimizer import lr_at
 from tests.helpers.errors import raises
-from tests.helpers.loop_runs import CLASSES, IMAGES, make_job
+from tests.helpers.loop_runs import CLASSES, IMAGES, make_step_context
 
 
 def teacher_of(job):
@@ -32,7 +32,7 @@ def train(job, data, epochs):
 
 
 def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
-    job, data = make_job(LossConfig(kind="hard", label_smoothing=0.0))
+    job, data = make_step_context(LossConfig(kind="hard", label_smoothing=0.0))
     means = train(job, data, 40)
     assert means["class_top1"] == 1.0
     assert means["loss_teacher"] < 0.1
@@ -42,7 +42,7 @@ def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
 @pytest.mark.fault("D3")
 def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
     views = ViewsConfig(crop="padded", crop_padding=2, mixup_alpha=0.8, cutmix_alpha=1.0)
-    job, data = make_job(views=views)
+    job, data = make_step_context(views=views)
     before = copy.deepcopy(teacher_of(job).state_dict())
     seen = []
     job.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
@@ -56,7 +56,7 @@ def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
 
 
 def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
-    job, _ = make_job()
+    job, _ = make_step_context()
     taught = {id(parameter) for parameter in teacher_of(job).parameters()}
     optimised = {id(p) for group in job.optimizer.param_groups for p in group["params"]}
     assert not taught & optimised
@@ -64,7 +64,7 @@ def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
 
 
 def test_without_a_teacher_there_is_no_agreement():
-    job, data = make_job(LOSS_PRESETS["none"])
+    job, data = make_step_context(LOSS_PRESETS["none"])
     means = train(job._replace(teacher=None), data, 1)
     assert "agreement" not in means
     assert {"loss", "class_top1", "distillation_top1", "fused_top1"} <= means.keys()
@@ -73,7 +73,7 @@ def test_without_a_teacher_there_is_no_agreement():
 @pytest.mark.parametrize("name", LOSS_PRESETS)
 def test_every_parameter_of_the_student_learns(name):
     single = LOSS_PRESETS[name].head == "class"
-    job, data = make_job(LOSS_PRESETS[name], name="vit_micro" if single else "deit_micro")
+    job, data = make_step_context(LOSS_PRESETS[name], name="vit_micro" if single else "deit_micro")
     before = copy.deepcopy(dict(job.student.named_parameters()))
     train(job, data, 2)
     for parameter_name, parameter in job.student.named_parameters():
@@ -92,7 +92,7 @@ def test_accumulation_is_the_large_batch():
             clip_grad_norm=0.5,
         )
         views = ViewsConfig(flip=0.5, mixup_alpha=0.8, cutmix_alpha=1.0)
-        job, data = make_job(optim=optim, views=views)
+        job, data = make_step_context(optim=optim, views=views)
         means = train(job, data, 2)
         weights.append((job.student.network.head.weight.detach(), means["loss"]))
     assert torch.allclose(weights[0][0], weights[1][0], atol=1e-5)
@@ -100,7 +100,7 @@ def test_accumulation_is_the_large_batch():
 
 
 def test_the_loop_writes_the_learning_rate_of_its_step():
-    job, data = make_job()
+    job, data = make_step_context()
     tally = MetricAccumulator(job.accelerator, {})
     updates = train_epoch(job, data.epoch(5), tally, step=10, steps=data.steps_per_epoch)
     for step, _ in enumerate(updates, start=10):
@@ -112,7 +112,7 @@ def test_the_loop_writes_the_learning_rate_of_its_step():
 def test_drop_path_is_a_function_of_seed_and_step():
     weights = []
     for waste in (0, 5):
-        job, data = make_job(drop_path=0.5)
+        job, data = make_step_context(drop_path=0.5)
         torch.rand(waste)
         train(job, data, 1)
         weights.append(job.student.network.head.weight.detach().clone())
@@ -121,7 +121,7 @@ def test_drop_path_is_a_function_of_seed_and_step():
 
 def test_clipping_bounds_the_first_step():
     optim = OptimConfig(epochs=2, batch_size=16, lr=1e-3, warmup_epochs=0, clip_grad_norm=1e-3)
-    job, data = make_job(optim=optim)
+    job, data = make_step_context(optim=optim)
     norms = []
     job.optimizer.optimizer.register_step_pre_hook(
         lambda optimizer, *rest: norms.append(
@@ -136,7 +136,7 @@ def test_clipping_bounds_the_first_step():
 
 
 def test_the_average_follows_the_student():
-    job, data = make_job(average=1e9)
+    job, data = make_step_context(average=1e9)
     train(job, data, 1)
     assert job.average.updates == 2
     raw = job.student.network.head.weight
@@ -146,7 +146,7 @@ def test_the_average_follows_the_student():
 
 
 def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
-    job, _ = make_job()
+    job, _ = make_step_context()
     images = IMAGES.pixels.float() / 255
     outputs = predict(job.accelerator, job.student, iter(images.split(5)), 32)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
 
 def test_a_token_for_each_teacher_learns_from_it_alone():
     loss = LOSS_PRESETS["deit-hard"]
-    job, data = make_job(loss, tokens=2)
+    job, data = make_step_context(loss, tokens=2)
     panel = job.teacher
     panel.teachers = [
         lambda batch, answer=answer: (torch.full((16,), answer), None) for answer in (1, 2)
@@ -175,7 +175,7 @@ def test_a_token_for_each_teacher_learns_from_it_alone():
 @pytest.mark.fault("D4")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
-    job, data = make_job()
+    job, data = make_step_context()
     teacher_of(job).network.head.bias.data[2] = value
     before = job.student.network.head.weight.detach().clone()
     with raises(NumericsError, "teacher", "--run.precision fp32") as raised:

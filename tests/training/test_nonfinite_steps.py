@@ -16,7 +16,7 @@ from deit.core.errors import NumericsError
 from deit.core.types import StudentOutput
 from deit.training.loop import MetricAccumulator, StepResult, train_epoch
 from tests.helpers.errors import raises
-from tests.helpers.loop_runs import CLASSES, make_job
+from tests.helpers.loop_runs import CLASSES, make_step_context
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
         warmup_epochs=1,
         clip_grad_norm=clip_norm,
     )
-    job, data = make_job(optim=optim, average=10)
+    job, data = make_step_context(optim=optim, average=10)
     tally = MetricAccumulator(job.accelerator, {})
     bad = iter([False] * accumulate + [True] + [False] * 9)
 
@@ -62,7 +62,7 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
 
 
 def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
-    job, data = make_job()
+    job, data = make_step_context()
     tally = MetricAccumulator(job.accelerator, {})
     batch = next(data.epoch(0))
     logits = torch.zeros(16, CLASSES)
@@ -76,7 +76,7 @@ def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
 
 
 def test_sums_go_on_where_they_were_and_to_other_processes():
-    job, data = make_job()
+    job, data = make_step_context()
     whole, first = MetricAccumulator(job.accelerator, {}), MetricAccumulator(job.accelerator, {})
     logits = torch.randn(16, CLASSES)
     for index, batch in enumerate(data.epoch(0)):
@@ -167,7 +167,7 @@ def test_an_update_asks_the_device_for_nothing(name, average):
         mixup_alpha=0 if name == "dkd" else 0.8,
         cutmix_alpha=0 if name == "dkd" else 1.0,
     )
-    job, data = make_job(
+    job, data = make_step_context(
         LOSS_PRESETS[name],
         optim=optim,
         name="vit_micro" if single else "deit_micro",
@@ -198,7 +198,7 @@ def test_nothing_is_copied_in_a_way_that_a_gpu_waits_for(policy, fill, monkeypat
     erasing = {"erasing_prob": 0.9, "erasing_mode": fill, "rotation": 10.0, "color_jitter": 0.3}
     views = ViewsConfig(crop="random_resized", auto_augment=policy, mixup_alpha=0.8, **erasing)
     optim = OptimConfig(epochs=9, batch_size=16, warmup_epochs=1)
-    job, data = make_job(LOSS_PRESETS["deit-soft"], optim=optim, views=views)
+    job, data = make_step_context(LOSS_PRESETS["deit-soft"], optim=optim, views=views)
     updates = train_epoch(
         job, data.epoch(0), MetricAccumulator(job.accelerator, {}), step=0, steps=4
     )

@@ -19,7 +19,7 @@ from deit.config.recipes.handwriting import digits_teacher
 from deit.core import run_folder, run_log
 from tests.helpers.command_server import CommandServer, Running
 from tests.helpers.processes import ROOT, Completed, fake_datasets_package, wait_until
-from tests.helpers.small_runs import SMALL, STEPS, same
+from tests.helpers.small_runs import SMALL, STEPS, assert_same_run
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")
@@ -72,7 +72,7 @@ def test_a_signal_to_one_stops_both_at_the_same_update(
     assert ours(done[1].err) == []
     assert 2 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
     assert [one.code for one in run(command_server, out)] == [0, 0]
-    same(out, uninterrupted_run)
+    assert_same_run(out, uninterrupted_run)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_killed_after_any_update_both_go_on_to_the_same_bits(
     for done in run(command_server, out, f"update:{step}:kill", *taught):
         assert done.code in (-signal.SIGKILL, 7)
     assert [one.code for one in run(command_server, out, "", *taught)] == [0, 0]
-    same(out, taught_straight)
+    assert_same_run(out, taught_straight)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_of_two_the_one_that_is_left_ends_with_7(command_server, uninterrupted_r
     (line,) = ours(first.err)
     assert re.search(r"\b600 s\b.*--resume\b", line)
     assert [one.code for one in run(command_server, out)] == [0, 0]
-    same(out, uninterrupted_run)
+    assert_same_run(out, uninterrupted_run)
 
 
 @pytest.mark.fault("E5")

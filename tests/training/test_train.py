@@ -294,7 +294,7 @@ def test_every_recipe_takes_a_step(name, tmp_path):
 
     config = RECIPES[name]()
     size = (config.data.image_size, config.data.image_size)
-    write_class_folders(tmp_path / "data", number=12, size=size)
+    write_class_folders(tmp_path / "data", images_per_class=12, size=size)
     stub = tmp_path / "stub.py"
     stub.write_text(
         "import torch\n"

@@ -9,4 +9,4 @@ from tests.helpers.images import write_image_folder
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", number=16)
+    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", images_per_class=16)

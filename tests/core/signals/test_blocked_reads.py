@@ -31,7 +31,10 @@ def replace_by_pipe(path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_run_blocked_on_images_stops_with_a_checkpoint(workers, signum, command_server, tmp_path):
-    image_folder, out = write_image_folder(tmp_path / "pictures", number=8), tmp_path / "run"
+    image_folder, out = (
+        write_image_folder(tmp_path / "pictures", images_per_class=8),
+        tmp_path / "run",
+    )
     given = (*image_run_arguments(image_folder, out, workers), "--optim.epochs", "100000")
     running = command_server.start(*given, as_program=True)
     metrics = out / run_log.METRICS
@@ -115,7 +118,10 @@ def test_blocked_decoding_stops(image_folder, never_read, tmp_path, capfd):
 
 @pytest.mark.fault("E5")
 def test_two_processes_blocked_on_images_stop(command_server, tmp_path):
-    image_folder, out = write_image_folder(tmp_path / "pictures", number=8), tmp_path / "run"
+    image_folder, out = (
+        write_image_folder(tmp_path / "pictures", images_per_class=8),
+        tmp_path / "run",
+    )
     given = (*image_run_arguments(image_folder, out, 1), "--optim.epochs", "100000")
     both = command_server.start_processes(*given, as_program=True)
     wait_until(lambda: run_folder.list_checkpoints(out))

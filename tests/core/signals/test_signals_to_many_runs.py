@@ -14,7 +14,7 @@ import pytest
 from deit.core import run_folder
 from deit.core.parent_process import SAME_SIGNAL_S
 from tests.helpers.images import write_image_folder
-from tests.helpers.leftovers import left
+from tests.helpers.leftovers import remaining_processes
 from tests.helpers.processes import ROOT, STUCK_TEACHER, wait_until
 from tests.helpers.small_runs import ON_IMAGES
 
@@ -33,7 +33,7 @@ GRID = '{"recipe": "folder", "grid": {"optim.lr": [0.001, 0.002]}}'
 def workspace(tmp_path_factory) -> Path:
     """Return a folder with images, a sweep of two runs and a teacher."""
     folder = tmp_path_factory.mktemp("several")
-    write_image_folder(folder / "pictures", number=16)
+    write_image_folder(folder / "pictures", images_per_class=16)
     (folder / "rates.json").write_text(GRID)
     (folder / "mine.py").write_text(TEACHER)
     return folder
@@ -152,9 +152,9 @@ def test_stuck_run_ends_at_the_second_signal_to_its_command(workspace, tmp_path)
         time.sleep(SAME_SIGNAL_S + 3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == 128 + signal.SIGTERM
-        wait_until(lambda: not left(process.pid), timeout=60)
+        wait_until(lambda: not remaining_processes(process.pid), timeout=60)
     finally:
-        for child in left(process.pid):
+        for child in remaining_processes(process.pid):
             child.kill()
         process.wait()
 

@@ -22,7 +22,7 @@ from tests.helpers.image_sources.layouts import (
     LAYOUTS,
     PNG,
     encoded,
-    names_of,
+    file_names,
     random_image,
     skipped_notes,
     source_config,
@@ -100,7 +100,7 @@ def test_skipped_files_are_counted_by_suffix(way, tmp_path, monkeypatch, capsys)
     if way == "shards":
         write_tar(root / "train" / "1.tar", others)
     elif way == "tar reader":
-        write_tar(root / "train.tar", dict.fromkeys(names_of(4), PNG) | others)
+        write_tar(root / "train.tar", dict.fromkeys(file_names(4), PNG) | others)
     else:
         for name, content in others.items():
             write_file(root / "train" / name, content)
@@ -181,7 +181,7 @@ def test_hidden_files_are_neither_read_nor_counted(way, tmp_path):
     if way == "shards":
         write_tar(tmp_path / "train" / "1.tar", junk)
     elif way == "tar reader":
-        write_tar(tmp_path / "train.tar", dict.fromkeys(names_of(4), PNG) | junk)
+        write_tar(tmp_path / "train.tar", dict.fromkeys(file_names(4), PNG) | junk)
     else:
         for name, content in junk.items():
             write_file(tmp_path / "train" / name, content)

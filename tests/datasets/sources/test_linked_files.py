@@ -11,7 +11,7 @@ from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.layouts import (
     PNG,
-    names_of,
+    file_names,
     skipped_notes,
     source_config,
     split_sizes,
@@ -35,7 +35,7 @@ def test_images_behind_links_are_read(way, tmp_path):
     (root / "train" / "bee" / "link.png").symlink_to(tmp_path / "lake" / "ant" / "more0.png")
     (tmp_path / "elsewhere").symlink_to(tmp_path / "lake")
     (root / "val").symlink_to(tmp_path / "other" / "val")
-    for name in names_of(2):
+    for name in file_names(2):
         write_file(tmp_path / "other" / "val" / name)
     assert split_sizes(config) == {"train": 8 + 3 + 1, "test": 4}
     listing = LISTINGS[config.source](config, ())
@@ -46,7 +46,7 @@ def test_images_behind_links_are_read(way, tmp_path):
 @pytest.mark.fault("C26")
 def test_shards_behind_links_are_read(tmp_path):
     (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "lake" / "0.tar", names_of(4))
+    write_shard(tmp_path / "lake" / "0.tar", file_names(4))
     (tmp_path / "data" / "train").symlink_to(tmp_path / "lake")
     assert split_sizes(source_config("shards", tmp_path / "data")) == {"train": 8}
 

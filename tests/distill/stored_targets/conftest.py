@@ -10,7 +10,7 @@ from deit.distill.target_store import (
 from deit.distill.write_targets import write_targets
 from tests.helpers.process_setup import LEAST_ROWS
 from tests.helpers.target_stores import (
-    SMALL_UNITS,
+    SMALL_SHARDS,
     configuration,
     write_arguments,
 )
@@ -18,7 +18,7 @@ from tests.helpers.trained import trained
 
 
 @pytest.fixture(autouse=True, scope="package")
-def small_units():
+def small_shards():
     """Units of a quarter of the rows, for a quarter of the images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target_store, "_MIN_ROWS", LEAST_ROWS)
@@ -49,7 +49,7 @@ def single_process_store(teachers, command_server, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "store"
     assert (
         command_server.run(
-            "targets", "write", *write_arguments(teachers[0], out), **SMALL_UNITS
+            "targets", "write", *write_arguments(teachers[0], out), **SMALL_SHARDS
         ).code
         == 0
     )

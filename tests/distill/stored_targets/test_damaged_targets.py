@@ -23,12 +23,12 @@ from tests.helpers.errors import raises
 from tests.helpers.process_setup import LEAST_ROWS
 from tests.helpers.target_stores import (
     EPOCHS,
-    PLACES,
+    ROWS_PER_EPOCH,
     assert_names_shard,
     check,
     configuration,
     copied,
-    flipped,
+    flip_bit,
     numbers_in,
     stores_with,
     with_targets,
@@ -77,7 +77,7 @@ def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
 @pytest.mark.parametrize("place", [0, 1024, 2267])
 def test_one_flipped_byte_is_found(place, store, tmp_path):
     copy = copied(store, tmp_path)
-    flipped(copy / TARGETS, place)
+    flip_bit(copy / TARGETS, place)
     with raises(CheckpointError, copy / TARGETS) as refused:
         verify_targets(copy, root=None, teacher="none", num_queries=16)
     assert_names_shard(refused, place // LEAST_ROWS, copy)
@@ -116,7 +116,7 @@ def test_a_store_that_verifies_says_so(store, capsys):
 @pytest.mark.parametrize("place", [3, 2250])
 def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    flipped(copy / TARGETS, place)
+    flip_bit(copy / TARGETS, place)
     config = configuration(teachers[0]).replace(teacher={"source": ()})
     with raises(CheckpointError, copy / TARGETS) as refused:
         train(with_targets(config, copy), tmp_path / "run")
@@ -132,4 +132,4 @@ def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
     for epoch in (0, 6, 2):
         records = reader.records(epoch)
         assert isinstance(records, np.memmap)
-        assert records.tobytes() == whole[epoch * PLACES : (epoch + 1) * PLACES]
+        assert records.tobytes() == whole[epoch * ROWS_PER_EPOCH : (epoch + 1) * ROWS_PER_EPOCH]

@@ -26,13 +26,13 @@ from deit.models.teachers import Teacher
 from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.target_stores import (
-    PLACES,
-    VIEWS,
+    ROWS_PER_EPOCH,
+    VIEW_LIBRARIES,
     assert_differs,
     check,
     configuration,
     copied,
-    forged_copy,
+    forge,
     line_about,
     numbers_in,
     quick,
@@ -91,13 +91,13 @@ def test_another_normalisation_is_refused(store, teachers):
 
 def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    forged_copy(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
-    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS) as refused:
+    forge(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEW_LIBRARIES) as refused:
         check(with_targets(configuration(teachers[0]), copy))
     numbers = numbers_in(str(refused.value).partition("pillow")[0], copy)
-    image = permutation(0, 0, PLACES)[0].item()
+    image = permutation(0, 0, ROWS_PER_EPOCH)[0].item()
     assert sorted(numbers) == ["0", "0", str(image)]  # epoch and place
-    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS):
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEW_LIBRARIES):
         verify_targets(copy, root=None, teacher="none", num_queries=64)
 
 
@@ -108,7 +108,7 @@ def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_pa
     manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
     (copy / MANIFEST).write_bytes(manifest_bytes(manifest))
     config = configuration(teachers[0], views={"interpolation": "bilinear"})
-    with raises(DataError, f"teacher.target_stores {copy}", *VIEWS):
+    with raises(DataError, f"teacher.target_stores {copy}", *VIEW_LIBRARIES):
         check(with_targets(config, copy))
 
 
@@ -119,7 +119,7 @@ def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path
         records["label"] = (records["label"] + 1) % 10
         return records, canaries
 
-    forged_copy(copy, other_answers)
+    forge(copy, other_answers)
     with raises(
         DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
     ):
@@ -128,7 +128,7 @@ def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path
 
 def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    forged_copy(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
+    forge(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
     with raises(
         DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
     ):
@@ -159,7 +159,7 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
             records["scores"] = np.float16(0.5) * records["scores"]
             return records, canaries
 
-        forged_copy(store, flatter)
+        forge(store, flatter)
         with raises(
             DataError, f"teacher.target_stores {store}", open_store(store).query["precision"]
         ):
@@ -215,11 +215,11 @@ def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path
     copy = copied(store, tmp_path)
     config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
     train(config, tmp_path / "run")
-    forged_copy(
+    forge(
         copy, lambda records, canaries: (np.where(records == records, records, records), canaries)
     )
     train(config, tmp_path / "run", resume=True)  # the same answers: complete already
-    forged_copy(copy, lambda records, canaries: (_turned(records), canaries))
+    forge(copy, lambda records, canaries: (_turned(records), canaries))
     with raises(DataError, tmp_path / "run", "teacher.target_stores"):
         train(config, tmp_path / "run", resume=True)
 

@@ -41,7 +41,7 @@ from tests.helpers.target_stores import (
     configuration,
     content,
     copied,
-    flipped,
+    flip_bit,
     quick,
     with_targets,
 )
@@ -72,7 +72,7 @@ def constant(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
     """Several blocks: while one is read, its further crops are read as well."""
-    images = write_class_folders(tmp_path / "data", number=24, size=(12, 12))
+    images = write_class_folders(tmp_path / "data", images_per_class=24, size=(12, 12))
     config = digits().replace(
         data={"source": "folder", "root": str(images), "storage": "files", "num_workers": workers},
         views=VIEW_MODES["fix/ic_ens"].fields(dataclasses.asdict(digits().views)),
@@ -248,7 +248,7 @@ def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
 @pytest.mark.fault("E6")
 def test_every_process_stops_at_a_damaged_store(store, tmp_path):
     copy = copied(store, tmp_path)
-    flipped(copy / TARGETS, 500)
+    flip_bit(copy / TARGETS, 500)
     config = with_targets(configuration("none"), copy).replace(teacher={"source": ()})
     teachers, splits = RunTeachers(config.teacher, config.loss), load_splits(config.data)
     loader = build_train_loader(

@@ -20,7 +20,7 @@ from deit.distill.target_store import (
 from deit.distill.write_targets import write_targets
 from tests.helpers.errors import raises
 from tests.helpers.target_stores import (
-    SMALL_UNITS,
+    SMALL_SHARDS,
     configuration,
     content,
     write_arguments,
@@ -38,7 +38,7 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
 
     def write(out, *more):
         return command_server.start(
-            "targets", "write", *write_arguments(teachers[0], out, *more), **SMALL_UNITS
+            "targets", "write", *write_arguments(teachers[0], out, *more), **SMALL_SHARDS
         )
 
     moments = random.Random(7)
@@ -72,7 +72,7 @@ def test_sigterm_in_the_middle_keeps_what_is_written(
 
     def write(fault=""):
         arguments = write_arguments(teachers[0], stopped)
-        return command_server.run("targets", "write", *arguments, DEIT_FAULT=fault, **SMALL_UNITS)
+        return command_server.run("targets", "write", *arguments, DEIT_FAULT=fault, **SMALL_SHARDS)
 
     done = write("targets:2:term")
     assert done.code == 143

@@ -25,8 +25,8 @@ from deit.models.teachers import Teacher
 from tests.helpers.errors import raises
 from tests.helpers.target_stores import (
     EPOCHS,
-    PLACES,
-    SMALL_UNITS,
+    ROWS_PER_EPOCH,
+    SMALL_SHARDS,
     assert_differs,
     configuration,
     content,
@@ -40,7 +40,7 @@ pytest.importorskip("sklearn")
 
 def test_a_store_is_three_files(store):
     assert sorted(content(store)) == [CHECKS, MANIFEST, TARGETS]
-    assert (store / TARGETS).stat().st_size == EPOCHS * PLACES
+    assert (store / TARGETS).stat().st_size == EPOCHS * ROWS_PER_EPOCH
     manifest = json.loads((store / MANIFEST).read_text())
     assert manifest["complete"]
     assert 0.5 < manifest["teacher_top1"] <= 1
@@ -60,7 +60,7 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
         assert "images/s" in said  # the teacher was asked
         last = said.splitlines()[-1]
         assert str(out) in last
-        told = [str(EPOCHS * PLACES)] if complete else [str(done), "3", str(3 - done)]
+        told = [str(EPOCHS * ROWS_PER_EPOCH)] if complete else [str(done), "3", str(3 - done)]
         assert set(told) <= set(numbers_in(last, out))
     assert content(out) == content(store)
     assert write_targets(configuration(teachers[0]), out)
@@ -76,16 +76,16 @@ def test_two_processes_write_the_same_bytes(
 ):
     together = tmp_path / "together"
     again = command_server.run(
-        "targets", "write", *write_arguments(teachers[0], single_process_store), **SMALL_UNITS
+        "targets", "write", *write_arguments(teachers[0], single_process_store), **SMALL_SHARDS
     )
     assert again.code == 0
     assert "images/s" not in again.out  # the teacher is not asked
     assert again.out.count(f"--teacher.target_stores {single_process_store}") == 1
     _, following = again.out.split("next: deit ")
-    used = command_server.run(*shlex.split(following), "--dry-run", **SMALL_UNITS)
+    used = command_server.run(*shlex.split(following), "--dry-run", **SMALL_SHARDS)
     assert used.code == 0, used.err
     done = command_server.run_processes(
-        "targets", "write", *write_arguments(teachers[0], together), **SMALL_UNITS
+        "targets", "write", *write_arguments(teachers[0], together), **SMALL_SHARDS
     )
     assert [one.code for one in done] == [0, 0], done
     assert any("images/s" in one.out for one in done)
@@ -157,7 +157,7 @@ def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeyp
     monkeypatch.setattr(Teacher, "forward", broken)
     with raises(NumericsError, "--run.precision fp32") as stopped:
         write_targets(configuration(teachers[0]), tmp_path / "store")
-    assert numbers_in(str(stopped.value)) == [str(permutation(0, 0, PLACES)[3].item())]
+    assert numbers_in(str(stopped.value)) == [str(permutation(0, 0, ROWS_PER_EPOCH)[3].item())]
     assert not list((tmp_path / "store" / SHARDS).glob("[0-9]*.bin"))
 
 
@@ -199,7 +199,7 @@ def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
     done = command_server.run(
         *("targets", "write", *write_arguments(teachers[0], tmp_path / "s")),
         DEIT_FAULT="targets:2:full",
-        **SMALL_UNITS,
+        **SMALL_SHARDS,
     )
     assert done.code == 5
     assert str(tmp_path / "s" / SHARDS) in done.err

@@ -1,4 +1,4 @@
-"""Small images laid out as folders, shards or tars."""
+"""Small images as class folders, shards or tar files."""
 
 import io
 import os
@@ -35,8 +35,8 @@ def write_file(path: Path, content: bytes = PNG) -> Path:
     return path
 
 
-def names_of(number: int) -> list[str]:
-    return [f"{name}/{index}.png" for name in CLASSES for index in range(number)]
+def file_names(images_per_class: int) -> list[str]:
+    return [f"{name}/{index}.png" for name in CLASSES for index in range(images_per_class)]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -52,33 +52,34 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def write_shard(path: Path, names: list[str]) -> Path:
     members = {}
     for name in names:
-        key, ending = os.path.splitext(name)
-        members |= {f"{key}{ending}": PNG, f"{key}.cls": name.split("/")[0].encode()}
+        key, suffix = os.path.splitext(name)
+        members |= {f"{key}{suffix}": PNG, f"{key}.cls": name.split("/")[0].encode()}
     return write_tar(path, members)
 
 
-def write_images(way: str, root: Path, splits: dict[str, str]) -> DataConfig:
-    """The same images as class folders, shards or a tar; splits: what each is called."""
-    for split, called in splits.items():
-        names = names_of(SPLIT_SIZES[split])
-        if way == "shards":
-            write_shard(root / called / "0.tar", names)
-        elif way == "tar reader":
-            write_tar(root / f"{called}.tar", dict.fromkeys(names, PNG))
+def write_images(layout: str, root: Path, splits: dict[str, str]) -> DataConfig:
+    """Write the same images in one of `LAYOUTS`. splits: the folder name of each split."""
+    for split, name_of_split in splits.items():
+        names = file_names(SPLIT_SIZES[split])
+        if layout == "shards":
+            write_shard(root / name_of_split / "0.tar", names)
+        elif layout == "tar reader":
+            write_tar(root / f"{name_of_split}.tar", dict.fromkeys(names, PNG))
         else:
             for name in names:
-                write_file(root / called / name)
-    return source_config(way, root)
+                write_file(root / name_of_split / name)
+    return source_config(layout, root)
 
 
-def source_config(way: str, root: Path, **fields: object) -> DataConfig:
-    kind, _, reader = way.partition(" ")
+def source_config(layout: str, root: Path, **fields: object) -> DataConfig:
+    kind, _, reader = layout.partition(" ")
     source = {"source": "reader", "reader": kind} if reader else {"source": kind}
     return DataConfig(root=str(root), image_size=8, storage="files", **source, **fields)
 
 
-def split_sizes(found: DataConfig) -> dict[str, int]:
-    listing = LISTINGS[found.source](found, ())
+def split_sizes(config: DataConfig) -> dict[str, int]:
+    """Return the number of images of each split."""
+    listing = LISTINGS[config.source](config, ())
     return {split: len(rows) for split, rows in listing.splits.items()}
 
 

@@ -1,4 +1,4 @@
-"""The same images as folders, shards and tars, with the fields that read them."""
+"""The same images as class folders, shards and tar files, and the fields that read them."""
 
 import io
 import tarfile
@@ -20,17 +20,21 @@ def png(generator: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def images(split: str, number: int = 10) -> dict[str, bytes]:
-    """CLASS/INDEX.png -> content."""
+def images(split: str, images_per_class: int = 10) -> dict[str, bytes]:
+    """Return the content of each file of a split by CLASS/INDEX.png."""
     generator = np.random.default_rng(len(split))
-    return {f"{name}/{index}.png": png(generator) for name in CLASSES for index in range(number)}
+    return {
+        f"{name}/{index}.png": png(generator)
+        for name in CLASSES
+        for index in range(images_per_class)
+    }
 
 
-def add_member(archive: tarfile.TarFile, name: str, content: bytes = b"", **facts: object) -> None:
+def add_member(archive: tarfile.TarFile, name: str, content: bytes = b"", **fields: object) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
-    for fact, value in facts.items():
-        setattr(member, fact, value)
+    for field, value in fields.items():
+        setattr(member, field, value)
     archive.addfile(member, io.BytesIO(content))
 
 
@@ -42,13 +46,13 @@ def write_folder(root: Path, split: str = "train") -> None:
 
 
 def write_shards(root: Path, split: str = "train", *, numbers: bool = False) -> None:
-    """Two shards; the classes as names, or as the lines of a classes.txt in its own order."""
+    """Write two shards. numbers: labels are line numbers of classes.txt, which is not sorted."""
     order = ("cat", "2", "10", "Dog")
     (root / split).mkdir(parents=True)
-    everything = list(images(split).items())
+    files = list(images(split).items())
     for shard in range(2):
         with tarfile.open(root / split / f"{shard:03}.tar", "w") as archive:
-            for name, content in everything[shard::2]:
+            for name, content in files[shard::2]:
                 key, label = name.removesuffix(".png"), name.split("/")[0]
                 add_member(archive, f"{key}.json", b"{}")
                 add_member(
@@ -75,15 +79,15 @@ LAYOUTS = {
 }
 
 
-def write_splits(way: str, root: Path, splits: tuple[str, ...] = ("train", "val")) -> DataConfig:
-    write, fields = LAYOUTS[way]
+def write_splits(layout: str, root: Path, splits: tuple[str, ...] = ("train", "val")) -> DataConfig:
+    write, fields = LAYOUTS[layout]
     for split in splits:
         write(root, split)
     return DataConfig(root=str(root), image_size=8, **fields)
 
 
 def split_contents(splits: Splits) -> list[set[tuple[str, bytes]]]:
-    """For each split, class name and bytes of each image."""
+    """Return class name and bytes of each image, for each split."""
     return [
         {
             (splits.class_names[label], split.read(index))

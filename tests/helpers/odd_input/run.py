@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.helpers.command_server import CommandServer
-from tests.helpers.leftovers import left
+from tests.helpers.leftovers import remaining_processes
 from tests.helpers.odd_input.tries import Try, prepare
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 129, 130, 141, 143}
@@ -220,7 +220,7 @@ def _end_group(group: int) -> bool:
     """End what is left of a process group; whether there was something."""
     end = time.monotonic() + _LEAVING_S
     while time.monotonic() < end:
-        if not left(group, os.getpgid):
+        if not remaining_processes(group, os.getpgid):
             return False
         time.sleep(0.01)
     with contextlib.suppress(OSError):

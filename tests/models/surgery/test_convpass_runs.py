@@ -37,7 +37,7 @@ from deit.training.train import train
 from tests.helpers.commands import tree
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
-from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.resume_helpers import assert_same_end, stop_at
 from tests.helpers.trained import trained
 
 pytest.importorskip("sklearn")

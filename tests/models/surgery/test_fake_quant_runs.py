@@ -39,7 +39,7 @@ from deit.training.build import build_run
 from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.images import random_batch
-from tests.helpers.resume_helpers import same_end, stop_and_go_on, stop_at
+from tests.helpers.resume_helpers import assert_same_end, stop_and_resume, stop_at
 
 pytest.importorskip("sklearn")
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path": 0.1}

@@ -23,7 +23,7 @@ from deit.training.build import build_run
 from deit.training.optimizer import lr_at
 from deit.training.train import train
 from tests.helpers.errors import raises
-from tests.helpers.resume_helpers import same_end, stop_at
+from tests.helpers.resume_helpers import assert_same_end, stop_at
 from tests.helpers.small_runs import SMALL
 
 # A run under masks

@@ -9,9 +9,9 @@ from deit.models.surgery.token_merging import (
     num_tokens_per_block,
     with_merging,
 )
-from tests.helpers.merging import OURS, TIMM, images, network
+from tests.helpers.merging import STUDENTS, TIMM_NETWORKS, images, network
 
-KINDS = (*OURS, *TIMM, "not fused")
+KINDS = (*STUDENTS, *TIMM_NETWORKS, "not fused")
 
 
 def all_logits(built, batch):

@@ -30,7 +30,7 @@ from deit.models.weight_files import load_weights
 from deit.training.optimizer import parameter_groups
 from deit.training.train import train
 from tests.helpers.errors import raises
-from tests.helpers.resume_helpers import same_end, stop_and_go_on
+from tests.helpers.resume_helpers import assert_same_end, stop_and_resume
 
 SMALL = StudentConfig(
     name="deit_micro", image_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=3
@@ -279,8 +279,8 @@ def test_shared_run_learns_resumes_bit_equal_and_averages(tmp_path, command_serv
     )
     torch.set_num_threads(1)
     train(config, tmp_path / "uninterrupted")
-    stop_and_go_on(config, tmp_path / "run", "update:3:term")
-    same_end(tmp_path / "run", tmp_path / "uninterrupted")
+    stop_and_resume(config, tmp_path / "run", "update:3:term")
+    assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")
     weights = load_file(
         run_folder.latest_checkpoint(tmp_path / "uninterrupted") / "model.safetensors"
     )

@@ -70,7 +70,7 @@ def uninterrupted_run(config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(_steady):
+def _one_thread(_deterministic_and_offline):
     torch.set_num_threads(1)  # with two threads the bits are others
     yield
     fault_injection.install_faults(None)
