@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.core.console import info, progress
 from tests.helpers.command_server import CommandServer
-from tests.helpers.odd_input.run import run_try
-from tests.helpers.odd_input.things import make_things
-from tests.helpers.odd_input.tries import try_of
+from tests.helpers.odd_input.cases import make_case
+from tests.helpers.odd_input.inputs import make_inputs
+from tests.helpers.odd_input.run import run_case
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,23 +49,23 @@ def main() -> int:
         folder = Path(name)
         folder.chmod(0o777)
         (folder / "forks").mkdir()
-        (folder / "things").mkdir()
+        (folder / "inputs").mkdir()
         command_server = CommandServer(folder / "forks")
-        make_things(command_server, folder / "things")
+        make_inputs(command_server, folder / "inputs")
         left = [seed for seed in seeds if seed not in done]
         said = progress(left, total=len(seeds), title="tries", done=len(seeds) - len(left))
         for seed in said:
-            one, place = try_of(seed), folder / str(seed)
-            outcome = run_try(one, command_server, folder / "things", place)
+            one, place = make_case(seed), folder / str(seed)
+            outcome = run_case(one, command_server, folder / "inputs", place)
             done[seed] = {"seed": seed, **outcome._asdict()}
-            if outcome.wrong or alone:
+            if outcome.problem or alone:
                 _show(one, done[seed])
             if options.keep is not None and alone:
                 shutil.copytree(place, options.keep, symlinks=True)
             subprocess.run(["rm", "-rf", place], check=True)  # however deep, whatever its rights
             if rows is not None:
                 with rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**done[seed], "said": ""}) + "\n")
+                    file.write(json.dumps({**done[seed], "output": ""}) + "\n")
         command_server.close()
     found = [done[seed] for seed in seeds]
     result = _result(found, time.monotonic() - started)
@@ -85,14 +85,14 @@ def _read(rows: Path | None) -> dict[int, dict[str, Any]]:
 
 def _show(one: Any, row: dict[str, Any]) -> None:
     info(
-        f"seed {one.seed}: {row['wrong'] or 'as it should'} "
+        f"seed {one.seed}: {row['problem'] or 'as documented'} "
         f"(code {row['code']}, {row['seconds']} s)"
     )
     info(f"  {one.command}")
-    info(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.info} columns")
+    info(f"  streams {', '.join(one.streams)}; {one.encoding}; {one.columns} columns")
     for line in row["damage"]:
         info(f"  {_printable(line)}")
-    for line in row["said"].splitlines()[-30:]:
+    for line in row["output"].splitlines()[-30:]:
         info(f"  | {_printable(line)}")
     info(f"  again: python scripts/fuzz.py --seed {one.seed}")
 
@@ -109,7 +109,7 @@ def _result(found: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "command": shlex.join(["python", "scripts/fuzz.py", *sys.argv[1:]]),
         "seeds": [found[0]["seed"], found[-1]["seed"]] if found else [],
         "tries": len(found),
-        "wrong": {row["seed"]: row["wrong"] for row in found if row["wrong"]},
+        "wrong": {row["seed"]: row["problem"] for row in found if row["problem"]},
         "codes": dict(sorted(codes.items())),
         "longest_s": max((row["seconds"] for row in found), default=0),
         "seconds": round(seconds, 1),

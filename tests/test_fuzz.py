@@ -7,21 +7,21 @@ from tempfile import mkdtemp
 
 import pytest
 
+from tests.helpers.odd_input.cases import make_case
+from tests.helpers.odd_input.inputs import make_inputs
 from tests.helpers.odd_input.options import options_of
-from tests.helpers.odd_input.run import run_try
-from tests.helpers.odd_input.things import make_things
-from tests.helpers.odd_input.tries import try_of
+from tests.helpers.odd_input.run import run_case
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are watched by /proc")
-QUICK = 12  # seeds of every commit; scripts/fuzz.py goes through thousands
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are supervised by /proc")
+QUICK = 12  # seeds of every test run; scripts/fuzz.py runs thousands
 
 
 @pytest.fixture(scope="module")
-def place(command_server):
-    folder = Path(mkdtemp(prefix="deit-tries-"))  # below pytest's own only its user may write
+def fuzz_folder(command_server):
+    folder = Path(mkdtemp(prefix="deit-tries-"))  # in pytest's folders only its user may write
     folder.chmod(0o777)
-    (folder / "things").mkdir()
-    make_things(command_server, folder / "things")
+    (folder / "inputs").mkdir()
+    make_inputs(command_server, folder / "inputs")
     yield folder
     for path in folder.rglob("*"):
         if path.is_dir() and not path.is_symlink():
@@ -29,28 +29,30 @@ def place(command_server):
     shutil.rmtree(folder)
 
 
-def wrong(seed: int, command_server, place: Path) -> str:
-    one = try_of(seed)
-    outcome = run_try(one, command_server, place / "things", place / str(seed))
-    said = f"{outcome.said}\nagain: python scripts/fuzz.py --seed {seed}"
-    return outcome.wrong and f"{one.command}: {outcome.wrong}\n{said}"
+def problem_of(seed: int, command_server, folder: Path) -> str:
+    """Return a description of the undocumented behavior of a case, or "" if there is none."""
+    case = make_case(seed)
+    outcome = run_case(case, command_server, folder / "inputs", folder / str(seed))
+    again = f"again: python scripts/fuzz.py --seed {seed}"
+    return outcome.problem and f"{case.command}: {outcome.problem}\n{outcome.output}\n{again}"
 
 
 @pytest.mark.parametrize("seed", range(QUICK))
-def test_a_try_ends_as_documented(seed, command_server, place):
-    assert not wrong(seed, command_server, place)
+def test_fuzz_case_ends_as_documented(seed, command_server, fuzz_folder):
+    assert not problem_of(seed, command_server, fuzz_folder)
 
 
 @pytest.mark.slow
-def test_two_thousand_tries_end_as_documented(command_server, place):
-    found = [said for seed in range(2000) if (said := wrong(seed, command_server, place))]
-    assert not found, "\n\n".join(found)
+def test_two_thousand_fuzz_cases_end_as_documented(command_server, fuzz_folder):
+    problems = [problem_of(seed, command_server, fuzz_folder) for seed in range(2000)]
+    problems = [problem for problem in problems if problem]
+    assert not problems, "\n\n".join(problems)
 
 
-def test_a_try_is_a_function_of_its_seed():
-    assert try_of(7) == try_of(7) != try_of(8)
+def test_fuzz_case_is_a_function_of_its_seed():
+    assert make_case(7) == make_case(7) != make_case(8)
 
 
-def test_every_option_of_a_command_is_tried_without_being_named():
-    assert {"json", "test-set", "data.root"} <= {one.name for one in options_of("evaluate")}
-    assert {"out", "loss", "optim.lr"} <= {one.name for one in options_of("targets write")}
+def test_options_of_a_command_include_its_fields():
+    assert {"json", "test-set", "data.root"} <= {option.name for option in options_of("evaluate")}
+    assert {"out", "loss", "optim.lr"} <= {option.name for option in options_of("targets write")}

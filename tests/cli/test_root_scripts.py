@@ -9,8 +9,8 @@ import pytest
 import deit
 from deit.core import run_folder
 from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, run_in, tree
-from tests.helpers.odd_input.run import run_try
-from tests.helpers.odd_input.tries import Try
+from tests.helpers.odd_input.cases import FuzzCase
+from tests.helpers.odd_input.run import run_case
 
 TRAIN, EVALUATE = "train_deit.py", "evaluate_deit.py"
 CHECKPOINT_FILES = ("model.safetensors", "model.json", "state.json", "manifest.json")
@@ -95,15 +95,15 @@ def run_with_streams(arguments, streams, command_server, folder):
     things.mkdir()
     for name in ("classes.txt", "empty.txt", "notes.txt"):
         (things / name).touch()
-    return run_try(
-        Try(0, arguments, (), streams, "utf-8", 80), command_server, things, folder / "try"
+    return run_case(
+        FuzzCase(0, arguments, (), streams, "utf-8", 80), command_server, things, folder / "try"
     )
 
 
 @pytest.mark.parametrize("arguments", [(), ("nope",), ("train",)])
 def test_error_has_its_exit_code_if_standard_error_is_full(arguments, command_server, tmp_path):
     outcome = run_with_streams(arguments, ("null", "file", "full"), command_server, tmp_path)
-    assert (outcome.code, outcome.wrong) == (2, "")
+    assert (outcome.code, outcome.problem) == (2, "")
 
 
 @pytest.mark.parametrize("arguments", [("--version",), ("recipes",), ("train", "--help")])
@@ -112,5 +112,5 @@ def test_unwritable_standard_output_has_an_exit_code_and_no_traceback(
     stream, code, arguments, command_server, tmp_path
 ):
     outcome = run_with_streams(arguments, ("null", stream, "file"), command_server, tmp_path)
-    assert (outcome.code, outcome.wrong) == (code, "")
-    assert ("No space left on device" in outcome.said) == (code == 5)
+    assert (outcome.code, outcome.problem) == (code, "")
+    assert ("No space left on device" in outcome.output) == (code == 5)

@@ -1,1 +1,1 @@
-"""Commands with odd input: what they are tried with, and what is right of their ends."""
+"""Fuzz tests of the commands: random inputs, and the ends that are documented."""

@@ -1,4 +1,4 @@
-"""What may be typed: the options of every command, and odd values for each."""
+"""The options of every command, and odd values for them."""
 
 import argparse
 import contextlib
@@ -19,44 +19,44 @@ from deit.config.recipes import RECIPES
 from deit.config.schema import Config
 from deit.config.student_section import STUDENTS
 from deit.experiments.sweep_grid import SWEEPS
-from tests.helpers.odd_input.things import BASES
+from tests.helpers.odd_input.inputs import BASES
 
 
 class Option(NamedTuple):
-    """An option that a command takes: its kinds of values by name, and its words, if it has any."""
+    """An option of a command: the names of the types of its values, and its choices, if any."""
 
     name: str
     kinds: frozenset[str]
-    words: tuple[str, ...]
+    choices: tuple[str, ...]
     flag: bool = False
 
 
-class _Seen(Exception):
-    """Carries the parser of a command out of it."""
+class _ParserFound(Exception):
+    """Raised to leave a command when its parser is known."""
 
 
 @functools.cache
 def options_of(command: str) -> tuple[Option, ...]:
-    """Every option of a command, by its own parser and the fields of a configuration."""
+    """Return every option of a command, from its parser and the fields of a configuration."""
     if command not in BASES or not command:
         return ()
     first, *rest = command.split()
-    seen: list[Parser] = []
+    parsers: list[Parser] = []
 
-    def see(self: Parser, *_: object, **__: object) -> typing.NoReturn:
-        seen.append(self)
-        raise _Seen
+    def record(self: Parser, *_: object, **__: object) -> typing.NoReturn:
+        parsers.append(self)
+        raise _ParserFound
 
     with (
-        mock.patch.object(Parser, "parse_known_args", see),
-        mock.patch("deit.cli.commands.train.parse_run", side_effect=_Seen),
-        contextlib.suppress(_Seen),
+        mock.patch.object(Parser, "parse_known_args", record),
+        mock.patch("deit.cli.commands.train.parse_run", side_effect=_ParserFound),
+        contextlib.suppress(_ParserFound),
     ):
         COMMANDS[first]([*rest, *(["teacher"] if first == "sweep" else [])], first)
-    found = [_own(action) for parser in seen for action in parser._actions]
-    own = [option for option in found if option is not None]
-    if seen and seen[0].add_help:  # it takes no fields
-        return tuple(own)
+    options = [_option_of(action) for parser in parsers for action in parser._actions]
+    command_options = [option for option in options if option is not None]
+    if parsers and parsers[0].add_help:  # a command that takes no fields
+        return tuple(command_options)
     shared = [
         Option(
             name,
@@ -66,27 +66,27 @@ def options_of(command: str) -> tuple[Option, ...]:
         )
         for name in SHARED
     ]
-    return (*own, *shared, *_fields())
+    return (*command_options, *shared, *_fields())
 
 
-def _own(action: argparse.Action) -> Option | None:
+def _option_of(action: argparse.Action) -> Option | None:
     if not action.option_strings:
         return None
     kind = action.type.__name__ if isinstance(action.type, type) else "str"
-    words = tuple(map(str, action.choices or ()))
-    return Option(action.option_strings[0][2:], frozenset({kind}), words, action.nargs == 0)
+    choices = tuple(map(str, action.choices or ()))
+    return Option(action.option_strings[0][2:], frozenset({kind}), choices, action.nargs == 0)
 
 
 @functools.cache
 def _fields() -> tuple[Option, ...]:
-    found = []
+    options = []
     for section in dataclasses.fields(Config):
         hints = typing.get_type_hints(section.type)
         for leaf in dataclasses.fields(section.type):
             kinds = frozenset(_kinds(hints[leaf.name]))
-            words = tuple(str(one) for one in _words(hints[leaf.name]))
-            found.append(Option(f"{section.name}.{leaf.name}", kinds, words, kinds == {"bool"}))
-    return tuple(found)
+            choices = tuple(map(str, _literal_choices(hints[leaf.name])))
+            options.append(Option(f"{section.name}.{leaf.name}", kinds, choices, kinds == {"bool"}))
+    return tuple(options)
 
 
 def _kinds(annotation: Any) -> set[str]:
@@ -98,13 +98,13 @@ def _kinds(annotation: Any) -> set[str]:
     )
 
 
-def _words(annotation: Any) -> list[Any]:
+def _literal_choices(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) is typing.Literal:
         return list(typing.get_args(annotation))
-    return [word for part in typing.get_args(annotation) for word in _words(part)]
+    return [choice for part in typing.get_args(annotation) for choice in _literal_choices(part)]
 
 
-_NUMBERS = (
+ODD_NUMBERS = (
     *("0", "1", "2", "3", "4", "7", "8", "12", "16", "-1", "-0", "+2", "1.5", "0.5", "0.1", "1e-9"),
     *(
         "nan",
@@ -124,7 +124,7 @@ _NUMBERS = (
     *("1" * 5000, "٣", "½", "²", "1e", "--1", "1,", ",1", "0,0", "1,1", "none", "None", "true"),
     *("65536", "1000", "100000"),
 )
-_TEXTS = (
+ODD_TEXTS = (
     *(
         "",
         " ",
@@ -201,7 +201,7 @@ _TEXTS = (
     ),
     *("folder", "digits", "teacher", "__class__", "__init__", "os.system", "nul", "con", "a" * 255),
 )
-_PLACES = (
+ODD_PATHS = (
     *("missing", "missing/x", "classes.txt/x", "run/config.json", "run/best", "pics", "pics/train"),
     *(
         "pics/test/ant/0.png",
@@ -229,14 +229,14 @@ _PLACES = (
     *("odd/\n", "odd/\x1b[2J", "odd/猫.png", "-x", "tofile", "tofolder", "self", "deep/a/b/c/d"),
     *("out.png", "out.json", "out.txt", "out", "new", "out.html", "out.PNG", "out.pdf"),
 )
-_PATHLIKE = re.compile(
+PATH_OPTIONS = re.compile(
     r"root|source|targets|exclude_list|exclude-list|masks|reader|out|teacher|from|classes|held_out|recipe"
 )
-_NAMES = (*STUDENTS, *RECIPES, *SWEEPS)
+KNOWN_NAMES = (*STUDENTS, *RECIPES, *SWEEPS)
 
 
-def make_places(folder: Path) -> None:
-    """What a path may lead to besides things: links, pipes, devices, folders of odd names."""
+def make_odd_paths(folder: Path) -> None:
+    """Make links, pipes, devices and folders with odd names."""
     (folder / "empty").mkdir()
     (folder / "link").symlink_to("nothing-is-here")
     (folder / "loop").symlink_to("loop")
@@ -249,7 +249,7 @@ def make_places(folder: Path) -> None:
     odd = folder / "odd"
     odd.mkdir()
     for name in ("\udcff", "\n", "\x1b[2J", "猫.png"):
-        with contextlib.suppress(OSError):  # not every disk takes every name
+        with contextlib.suppress(OSError):  # not every file system allows every name
             (odd / name).mkdir()
     deep = folder / "deep" / "a" / "b" / "c" / "d"
     deep.mkdir(parents=True)

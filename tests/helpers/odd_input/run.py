@@ -1,4 +1,4 @@
-"""A try run in a process of its own, as nobody, watched, and judged by how it ends."""
+"""Run a fuzz case as an unprivileged user in a process of its own, and check how it ends."""
 
 import contextlib
 import ctypes
@@ -19,85 +19,92 @@ from typing import Any, NamedTuple
 
 from tests.helpers.command_server import CommandServer
 from tests.helpers.leftovers import remaining_processes
-from tests.helpers.odd_input.tries import Try, prepare
+from tests.helpers.odd_input.cases import FuzzCase, prepare
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 129, 130, 141, 143}
-"""The documented exit codes but 1, which is that of a bug."""
-_BUSY_S = 10.0  # processor time, after which a command is asked to stop: it works, and is slow
-# How long is waited before a verdict: so long that no busy machine is the reason.
-_LONGEST_S = 600.0  # in which it should have used that, or ended: else it waits for nothing
-_LEAVING_S = 300.0  # after it was asked to stop, or its process group after it
+"""The documented exit codes except 1, which reports a bug."""
+_BUSY_S = 10.0  # processor time after which a command is stopped: it works, but slowly
+# Time limits that a busy machine does not reach either.
+_LONGEST_S = 600.0  # a command that has not ended or used _BUSY_S after this time hangs
+_LEAVING_S = 300.0  # to end after SIGTERM, and for its process group to end after it
 _MEMORY = 6 << 30  # bytes above what the process has mapped at the start
 _LARGEST = 64 << 20  # bytes of a file
 
 
 class Outcome(NamedTuple):
-    """code: of the exit, or minus a signal. wrong: what it should not have done; nothing: it did
-    as it should. said: on standard output and error together."""
+    """The end of a case.
+
+    code: the exit code, or minus a signal. problem: the undocumented behavior, or "". output:
+    standard output and standard error together. damage: the damaged files.
+    """
 
     code: int
     seconds: float
-    wrong: str
-    said: str
+    problem: str
+    output: str
     damage: tuple[str, ...] = ()
 
 
-def run_try(one: Try, command_server: CommandServer, things_at: Path, folder: Path) -> Outcome:
-    """Run a try in a folder that is made for it, and judge it."""
-    damage = prepare(one, things_at, folder)
+def run_case(
+    case: FuzzCase, command_server: CommandServer, inputs_at: Path, folder: Path
+) -> Outcome:
+    """Run a case in a new folder, and check its end."""
+    damage = prepare(case, inputs_at, folder)
     report = folder.with_name(f"{folder.name}.report")
-    question = {**one._asdict(), "report": str(report), "program": "deit"}
-    _give(folder)
+    request = {**case._asdict(), "report": str(report), "program": "deit"}
+    _change_owner(folder)
     command_server.run(
         cwd=folder,
-        SETUP_FUNCTION="tests.helpers.odd_input.run:be_nobody",
+        SETUP_FUNCTION="tests.helpers.odd_input.run:drop_privileges",
         MAIN_FUNCTION="tests.helpers.odd_input.run:supervise",
-        FORKS_QUESTION=json.dumps(question),
+        FUZZ_CASE=json.dumps(request),
     )
-    found = json.loads(report.read_text())
+    outcome = json.loads(report.read_text())
     report.unlink()
-    return Outcome(damage=tuple(damage), **found)
+    return Outcome(damage=tuple(damage), **outcome)
 
 
-def _give(folder: Path) -> None:
-    """Let nobody work in a folder that root has made."""
+def _change_owner(folder: Path) -> None:
+    """Make the unprivileged user the owner of a folder, if the tests run as root."""
     if os.geteuid():
         return
     for path in (folder, *folder.rglob("*")):
-        os.chown(path, _NOBODY, _NOBODY, follow_symlinks=False)
+        os.chown(path, _UNPRIVILEGED_ID, _UNPRIVILEGED_ID, follow_symlinks=False)
 
 
-_NOBODY = 65534
+_UNPRIVILEGED_ID = 65534
 
 
-def be_nobody() -> None:
-    """Give up what root may, so that permissions count and no try harms the machine; but reading:
-    Python itself may lie where only root reads."""
+def drop_privileges() -> None:
+    """Become an unprivileged user, so that permissions apply and no case harms the machine.
+
+    The right to read everything is kept: Python may be installed where only root can read.
+    """
     if os.geteuid():
         return
     library = ctypes.CDLL(None, use_errno=True)
 
-    def done(result: int) -> None:
+    def check(result: int) -> None:
         if result:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     search = 2  # CAP_DAC_READ_SEARCH
-    done(library.prctl(8, 1, 0, 0, 0))  # PR_SET_KEEPCAPS
+    check(library.prctl(8, 1, 0, 0, 0))  # PR_SET_KEEPCAPS
     os.setgroups([])
-    os.setgid(_NOBODY)
-    os.setuid(_NOBODY)
+    os.setgid(_UNPRIVILEGED_ID)
+    os.setuid(_UNPRIVILEGED_ID)
     head = struct.pack("=Ii", 0x20080522, 0)
-    done(library.capset(head, struct.pack("=6I", *(3 * (1 << search,)), 0, 0, 0)))
-    done(library.prctl(47, 2, search, 0, 0))  # PR_CAP_AMBIENT, raise: programs have it as well
+    check(library.capset(head, struct.pack("=6I", *(3 * (1 << search,)), 0, 0, 0)))
+    check(library.prctl(47, 2, search, 0, 0))  # PR_CAP_AMBIENT, raise: for programs it starts
 
 
 def supervise() -> int:
-    """Run a try in a process of its own, end what does not end, and report."""
-    question = json.loads(os.environ.pop("FORKS_QUESTION"))
+    """Run a case in a process of its own, end it if it hangs, and write a report."""
+    case = json.loads(os.environ.pop("FUZZ_CASE"))
     for name in ("SETUP_FUNCTION", "MAIN_FUNCTION"):
         os.environ.pop(name)
     terminal, inside = os.openpty()
-    out = os.open(f"{question['report']}.out", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    out = os.open(f"{case['report']}.out", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     reading, broken = os.pipe()
     os.close(reading)
     kinds = {
@@ -107,26 +114,31 @@ def supervise() -> int:
         "broken": broken,
         "full": os.open("/dev/full", os.O_WRONLY),
     }
-    streams = [None if kind == "closed" else kinds[kind] for kind in question["streams"]]
+    streams = [None if kind == "closed" else kinds[kind] for kind in case["streams"]]
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        _size(inside, question["columns"])
-        _be_tried(question, streams)
+        _set_terminal_size(inside, case["columns"])
+        _run_program(case, streams)
     os.close(inside)
-    shown = _Drain(terminal)
-    status, wrong = _watch(pid)
-    stays = _end_group(pid)
+    screen = _TerminalReader(terminal)
+    status, problem = _wait_for_end(pid)
+    remains = _end_group(pid)
     seconds = time.monotonic() - started
-    said = os.pread(out, 1 << 20, 0) + shown.finish()
-    os.unlink(f"{question['report']}.out")
-    text = said.replace(b"\0", b"").decode("utf-8", "replace")  # so UTF-16 is read as well
+    output = os.pread(out, 1 << 20, 0) + screen.finish()
+    os.unlink(f"{case['report']}.out")
+    text = output.replace(b"\0", b"").decode("utf-8", "replace")  # reads UTF-16 as well
     code = os.waitstatus_to_exitcode(status)
-    wrong = wrong or _judge(code, text, question)
-    wrong = wrong or ("left a process behind" if stays else "")
-    report = {"code": code, "seconds": round(seconds, 2), "wrong": wrong, "said": text[-6000:]}
-    Path(question["report"]).write_text(json.dumps(report))
+    problem = problem or _find_problem(code, text, case)
+    problem = problem or ("left a process behind" if remains else "")
+    report = {
+        "code": code,
+        "seconds": round(seconds, 2),
+        "problem": problem,
+        "output": text[-6000:],
+    }
+    Path(case["report"]).write_text(json.dumps(report))
     return 0
 
 
@@ -136,23 +148,23 @@ _BUG = re.compile(
 )
 
 
-def _judge(code: int, text: str, question: dict[str, Any]) -> str:
-    streams, found = question["streams"], _BUG.search(text)
-    if found:
-        return f"says {found.group()!r}"
-    if "Traceback (most recent" in text and "--debug" not in question["words"]:
-        return "shows a traceback"
+def _find_problem(code: int, text: str, case: dict[str, Any]) -> str:
+    streams, bug = case["streams"], _BUG.search(text)
+    if bug:
+        return f"prints {bug.group()!r}"
+    if "Traceback (most recent" in text and "--debug" not in case["arguments"]:
+        return "prints a traceback"
     if code not in CODES:
         return f"exit code {code}"
-    told = "deit:error" in "".join(text.split())  # a terminal may be one column wide
-    if code not in (0, 141) and streams[2] in ("file", "pty") and not told:
+    has_message = "deit:error" in "".join(text.split())  # a terminal may be one column wide
+    if code not in (0, 141) and streams[2] in ("file", "pty") and not has_message:
         return f"exit code {code} without a message" if code != 2 or "usage:" not in text else ""
-    if code == 0 and told:
+    if code == 0 and has_message:
         return "exit code 0 after an error"
     return ""
 
 
-def _size(terminal: int, columns: int) -> None:
+def _set_terminal_size(terminal: int, columns: int) -> None:
     import fcntl
     import termios
 
@@ -160,8 +172,8 @@ def _size(terminal: int, columns: int) -> None:
     os.environ["COLUMNS"] = str(columns)
 
 
-class _Drain:
-    """Reads what is written to a terminal, as it comes."""
+class _TerminalReader:
+    """Reads the output of a terminal in a thread."""
 
     def __init__(self, terminal: int) -> None:
         self._parts: list[bytes] = []
@@ -175,13 +187,13 @@ class _Drain:
                 self._parts.append(part)
 
     def finish(self) -> bytes:
-        """All of it, once the other end is closed."""
+        """Return all output, after the other end is closed."""
         self._thread.join(5)
         return b"".join(self._parts)
 
 
-def _busy(pid: int) -> float:
-    """The processor time [s] of a process group."""
+def _cpu_seconds(pid: int) -> float:
+    """Return the processor time [s] of a process group."""
     total = 0.0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -191,8 +203,8 @@ def _busy(pid: int) -> float:
     return total
 
 
-def _watch(pid: int) -> tuple[int, str]:
-    """Wait for the end of a try: its status, and what was wrong with how it came to it."""
+def _wait_for_end(pid: int) -> tuple[int, str]:
+    """Wait for the end of a case; return its status and the problem, if it hangs."""
     started, wait = time.monotonic(), 0.002
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -201,10 +213,10 @@ def _watch(pid: int) -> tuple[int, str]:
         time.sleep(wait)
         wait = min(wait * 1.3, 0.1)
         passed = time.monotonic() - started
-        busy = _busy(pid) if passed > _BUSY_S else 0.0
+        busy = _cpu_seconds(pid) if passed > _BUSY_S else 0.0
         if busy > _BUSY_S or passed > _LONGEST_S:
             break
-    idle = "" if busy > _BUSY_S else f"waits: {busy:.1f} s of work in {passed:.0f} s"
+    idle = "" if busy > _BUSY_S else f"hangs: {busy:.1f} s of work in {passed:.0f} s"
     os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + _LEAVING_S
     while time.monotonic() < end:
@@ -212,12 +224,12 @@ def _watch(pid: int) -> tuple[int, str]:
         if ended:
             return status, idle
         time.sleep(0.01)
-    os.kill(pid, signal.SIGABRT)  # and says where it was
+    os.kill(pid, signal.SIGABRT)  # and prints a traceback
     return os.waitpid(pid, 0)[1], idle or f"did not stop within {_LEAVING_S:.0f} s of SIGTERM"
 
 
 def _end_group(group: int) -> bool:
-    """End what is left of a process group; whether there was something."""
+    """End the remaining processes of a group; return whether there were any."""
     end = time.monotonic() + _LEAVING_S
     while time.monotonic() < end:
         if not remaining_processes(group, os.getpgid):
@@ -228,30 +240,32 @@ def _end_group(group: int) -> bool:
     return True
 
 
-def _be_tried(question: dict[str, Any], streams: list[int | None]) -> typing.NoReturn:
-    """Become the command: its streams, its locale, its limits; leave as Python leaves."""
-    for number, stream in enumerate(streams):
+def _run_program(case: dict[str, Any], streams: list[int | None]) -> typing.NoReturn:
+    """Run the command in this process, with the streams, locale and limits of the case."""
+    for descriptor, stream in enumerate(streams):
         if stream is None:
-            os.close(number)
+            os.close(descriptor)
         else:
-            os.dup2(stream, number)
-    words = question["words"]
-    encoding, errors = question["encoding"], "strict"
+            os.dup2(stream, descriptor)
+    arguments = case["arguments"]
+    encoding, errors = case["encoding"], "strict"
     if encoding == "C":
         locale.setlocale(locale.LC_ALL, "C")
         encoding, errors = "ascii", "surrogateescape"
-        words = [os.fsencode(word).decode("ascii", "surrogateescape") for word in words]
+        arguments = [
+            os.fsencode(argument).decode("ascii", "surrogateescape") for argument in arguments
+        ]
         os.environ["LC_ALL"] = "C"
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         stream = None
-        if streams[number] is not None:
-            raw = io.FileIO(number, "r" if number == 0 else "w", closefd=False)
-            buffer = io.BufferedReader(raw) if number == 0 else io.BufferedWriter(raw)
+        if streams[descriptor] is not None:
+            raw = io.FileIO(descriptor, "r" if descriptor == 0 else "w", closefd=False)
+            buffer = io.BufferedReader(raw) if descriptor == 0 else io.BufferedWriter(raw)
             stream = io.TextIOWrapper(
                 buffer,
                 encoding=encoding,
-                errors="backslashreplace" if number == 2 else errors,
-                line_buffering=number == 2 or os.isatty(number),
+                errors="backslashreplace" if descriptor == 2 else errors,
+                line_buffering=descriptor == 2 or os.isatty(descriptor),
             )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -262,19 +276,19 @@ def _be_tried(question: dict[str, Any], streams: list[int | None]) -> typing.NoR
     os.environ |= {"HOME": os.getcwd(), "DEIT_FAULT": "update:4:term", "CUDA_VISIBLE_DEVICES": ""}
     from deit.cli import program
 
-    sys.argv = [question["program"], *words]
+    sys.argv = [case["program"], *arguments]
     try:
         code = program()
-    except SystemExit as leaving:
-        code = leaving.code
+    except SystemExit as error:
+        code = error.code
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    _leave(code)
+    _exit_like_python(code)
 
 
-def _leave(code: Any) -> typing.NoReturn:
-    """As Python leaves, but for the second that it takes to tear down what it has imported."""
+def _exit_like_python(code: Any) -> typing.NoReturn:
+    """End as Python does, but without the teardown of all modules, which takes a second."""
     import atexit
 
     threading._shutdown()

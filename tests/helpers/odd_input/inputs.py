@@ -1,4 +1,4 @@
-"""What tries work on: pictures, runs, stores, exports; and commands that are right."""
+"""Inputs of fuzz cases: images, runs, target stores, sweeps; and valid commands over them."""
 
 import io
 import random
@@ -37,7 +37,7 @@ _FILES = {
     "empty.txt": "",
     "notes.txt": "one line\nand another\n",
 }
-_MADE = {
+_FOLDER_COMMANDS = {
     "teacher": f"train folder-teacher {_TINY} --student.name small_convnet --student.drop_path 0",
     "run": f"train {_RUN}",
     "begun": f"train {_RUN} --optim.epochs 3 --run.save_every_steps 1",
@@ -46,54 +46,54 @@ _MADE = {
     "ticketed": f"lottery {_RUN} --loss none --student.name vit_micro --teacher.source none "
     "--rounds 1 --controls none --rewind-epoch 0 --parallel 2",
 }
-"""Folders that commands make, each from those before it."""
+"""Folders and the commands that make them, each from the folders before it."""
 _FAULTS = {"begun": "update:5:term"}
 
 
-def make_things(command_server: CommandServer, folder: Path) -> None:
-    """Fill a folder with everything that tries work on: pictures, runs, a store, a sweep, files."""
-    import torch  # its tensors only, in whichever process this is
+def make_inputs(command_server: CommandServer, folder: Path) -> None:
+    """Fill a folder with all inputs: images, runs, a target store, a sweep, files."""
+    import torch  # only for its tensors
     from PIL import Image
 
     draw = random.Random(0)
-    for split, number in (("train", 8), ("val", 2), ("test", 3)):
-        for label, colour in (("ant", 200), ("bee", 110), ("cat", 20)):
-            place = folder / "pics" / split / label
-            place.mkdir(parents=True)
-            for index in range(number):
-                grey = colour + draw.randint(-19, 19)
-                Image.new("RGB", (10, 10), (grey, 255 - grey, 9 * index)).save(
-                    place / f"{index}.png"
+    for split, images_per_class in (("train", 8), ("val", 2), ("test", 3)):
+        for label, level in (("ant", 200), ("bee", 110), ("cat", 20)):
+            class_folder = folder / "pics" / split / label
+            class_folder.mkdir(parents=True)
+            for index in range(images_per_class):
+                gray = level + draw.randint(-19, 19)
+                Image.new("RGB", (10, 10), (gray, 255 - gray, 9 * index)).save(
+                    class_folder / f"{index}.png"
                 )
         _write_shard(folder / "pics" / split, folder / "shards" / split / "0.tar")
     for name, text in _FILES.items():
         (folder / name).write_text(text)
-    for name, words in _MADE.items():
+    for name, arguments in _FOLDER_COMMANDS.items():
         fault = {"DEIT_FAULT": _FAULTS[name]} if name in _FAULTS else {}
-        done = command_server.run(*words.split(), "--out", name, cwd=folder, **fault)
+        done = command_server.run(*arguments.split(), "--out", name, cwd=folder, **fault)
         assert done.code == (143 if fault else 0), f"{name}: {done.err}"
     shutil.copy(folder / "run" / "best" / "model.safetensors", folder / "weights.safetensors")
     shutil.copy(folder / "run" / "config.json", folder / "config.json")
     torch.save({"model": {"head.weight": torch.zeros(3, 16)}, "epoch": 3}, folder / "weights.pth")
 
 
-def _write_shard(pictures: Path, shard: Path) -> None:
-    """Class folders as a tar file of images, each with its class beside it."""
+def _write_shard(image_folder: Path, shard: Path) -> None:
+    """Write class folders as a tar file of images and class names."""
     shard.parent.mkdir(parents=True)
     with tarfile.open(shard, "w") as tar:
-        for place in sorted(pictures.glob("*/*.png")):
-            key = f"{place.parent.name}-{place.stem}"
-            label = place.parent.name.encode()
-            tar.add(place, f"{key}.png")
-            about = tarfile.TarInfo(f"{key}.cls")
-            about.size = len(label)
-            tar.addfile(about, io.BytesIO(label))
+        for path in sorted(image_folder.glob("*/*.png")):
+            key = f"{path.parent.name}-{path.stem}"
+            label = path.parent.name.encode()
+            tar.add(path, f"{key}.png")
+            member = tarfile.TarInfo(f"{key}.cls")
+            member.size = len(label)
+            tar.addfile(member, io.BytesIO(label))
 
 
-def things() -> list[str]:
-    """What `make_things` makes, by name."""
+def input_names() -> list[str]:
+    """Return the names of the files and folders that `make_inputs` makes."""
     more = ["pics", "shards", "weights.safetensors", "weights.pth", "config.json"]
-    return sorted([*_FILES, *_MADE, *more])
+    return sorted([*_FILES, *_FOLDER_COMMANDS, *more])
 
 
 BASES = {
@@ -139,7 +139,7 @@ BASES = {
     "quantize": ("run --calibration-images 4", "run --method dynamic --out new --json out.json"),
     "prune": ("run --ratio 0.5 --images 8 --dry-run", "run --ratio 0.5 --images 8 --out new"),
     "lottery": (
-        f"{_MADE['ticketed'].removeprefix('lottery ')} --out ticketed",
+        f"{_FOLDER_COMMANDS['ticketed'].removeprefix('lottery ')} --out ticketed",
         f"{_RUN} --rounds 1 --dry-run",
     ),
     "loss-landscape": (
@@ -170,4 +170,4 @@ BASES = {
     "recipes": ("",),
     "": ("", "--help", "--version"),
 }
-"""Sound command lines of every command, over the things."""
+"""Valid arguments of every command, over the inputs."""
