@@ -47,7 +47,7 @@ def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
     seen = []
     job.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     train(job, data, 2)
-    shown = teacher_of(job).network.shown
+    shown = teacher_of(job).network.inputs
     assert len(shown) == len(seen) == 4
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, shown))
     after = teacher_of(job).state_dict()
