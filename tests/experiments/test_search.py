@@ -14,7 +14,7 @@ from deit.experiments.search import DATABASE, check_optuna
 from deit.experiments.sweep_spec import SearchRange
 from tests.helpers.errors import raises
 from tests.helpers.processes import run_python
-from tests.helpers.sweeps import add_epoch, finish, open_search
+from tests.helpers.sweeps import finish, open_search
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
