@@ -183,7 +183,7 @@ print("done")
 
 def test_program_exits_after_reader_is_closed(tmp_path):
     """A notebook has no command line that ends the workers."""
-    write_image_folder(tmp_path / "pictures", number=16)
+    write_image_folder(tmp_path / "pictures", images_per_class=16)
     done = run_python(PROGRAM, tmp_path / "pictures")
     assert (done.code, done.out.splitlines()[-1:]) == (0, ["done"]), done.err
 

@@ -39,7 +39,7 @@ def test_open_files_do_not_grow_with_epoch_length(file_images):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("views", [PLAIN, ViewsConfig()], ids=["cropped", "whole"])
 def test_damaged_file_raises_in_one_line(workers, views, tmp_path):
-    files_root = write_image_folder(tmp_path / "images", number=8)
+    files_root = write_image_folder(tmp_path / "images", images_per_class=8)
     data = DataConfig(source="folder", root=str(files_root), storage="files", image_size=SIDE)
     train = load_splits(data).train
     broken, count = Path(train.name(7)), len(train.labels)

@@ -42,7 +42,7 @@ def test_unseen_classes_have_no_training_images_and_others_keep_their_split():
 
 @pytest.mark.parametrize("storage", ["memory", "files"])
 def test_unseen_classes_of_folder_have_no_training_images(tmp_path, storage):
-    root = write_class_folders(tmp_path, number=8)
+    root = write_class_folders(tmp_path, images_per_class=8)
     listed = tmp_path / "names.txt"
     listed.write_text("bee\n")
     splits = load_splits(folder_data(root, storage=storage, unseen_classes=(f"@{listed}",)))

@@ -14,7 +14,7 @@ from deit.experiments.search import DATABASE, check_optuna
 from deit.experiments.sweep_spec import SearchRange
 from tests.helpers.errors import raises
 from tests.helpers.processes import run_python
-from tests.helpers.sweeps import finish, open_search
+from tests.helpers.sweeps import add_epoch, finish, open_search
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of SQLAlchemy and optuna
@@ -44,19 +44,19 @@ def test_search_stops_trials_below_the_median_after_a_quarter(tmp_path):
     for _ in range(5):
         run = next(runs)
         for epoch in (1, 2, 4, 8):
-            reach(run, epoch, 0.8)
+            add_epoch(run, epoch, 0.8)
             assert not search.should_stop(run)
         finish(run, 0.8)
         search.on_end(run, 0, "why")
     bad = next(runs)
     assert not search.should_stop(bad)  # it has no evaluation yet
-    reach(bad, 1, 0.1)
+    add_epoch(bad, 1, 0.1)
     assert not search.should_stop(bad)
-    reach(bad, 4, 0.1)
+    add_epoch(bad, 4, 0.1)
     assert search.should_stop(bad)
     search.on_end(bad, 143, "why")
     good = next(runs)
-    reach(good, 4, 0.9)
+    add_epoch(good, 4, 0.9)
     assert not search.should_stop(good)
     search.on_end(good, 3, "why")
     assert next(runs, None) is None
@@ -74,16 +74,16 @@ def test_search_finished_run_counts_as_finished(tmp_path):
     runs = search.runs()
     for _ in range(5):
         run = next(runs)
-        reach(run, 4, 0.9)
+        add_epoch(run, 4, 0.9)
         search.should_stop(run)
         finish(run, 0.9)
         search.on_end(run, 0, "")
     late, last = next(runs), next(runs)
-    reach(late, 4, 0.1)
+    add_epoch(late, 4, 0.1)
     assert search.should_stop(late)
     finish(late, 0.3)
     search.on_end(late, 143, "")
-    reach(last, 8, 0.1)
+    add_epoch(last, 8, 0.1)
     assert not search.should_stop(last)
     finish(last, 0.1)
     search.on_end(last, 0, "")
@@ -95,7 +95,7 @@ def test_search_without_pruning_stops_no_trial(tmp_path):
     runs = search.runs()
     for top1 in (*[0.8] * 6, 0.1):
         run = next(runs)
-        reach(run, 4, top1)
+        add_epoch(run, 4, top1)
         assert not search.should_stop(run)
         finish(run, top1)
         search.on_end(run, 0, "why")
@@ -144,7 +144,7 @@ def test_search_ends_if_no_new_point_is_left(tmp_path, capsys):
 def test_search_evaluation_is_reported_once(tmp_path):
     search = open_search(tmp_path)
     run = next(search.runs())
-    reach(run, 1, 0.5)
+    add_epoch(run, 1, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not search.should_stop(run)
@@ -251,7 +251,7 @@ from pathlib import Path
 
 from deit.core import run_folder as checkpoint
 from deit.core.errors import SystemFault
-from tests.helpers.sweeps import finish, open_search
+from tests.helpers.sweeps import add_epoch, finish, open_search
 
 def report_fault(call):
     try:
@@ -320,7 +320,7 @@ CALLS = {
 def test_search_database_that_fails_later_raises_system_fault(call, tmp_path):
     search = open_search(tmp_path)
     run = next(search.runs())
-    reach(run, 4, 0.5)
+    add_epoch(run, 4, 0.5)
     with closing(sqlite3.connect(tmp_path / DATABASE)) as database:
         for table in ("trials", "trial_intermediate_values"):
             database.execute(f"drop table {table}")

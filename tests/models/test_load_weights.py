@@ -130,7 +130,7 @@ def test_adapt_adds_and_removes_distillation_token():
 def test_adapt_changes_number_of_distillation_tokens(tokens, into):
     before = network(num_distillation_tokens=tokens)
     after = network(num_distillation_tokens=into, seed=1)
-    fitted(found_in(before), after)
+    load_adapted(loaded_weights(before), after)
     remaining = min(tokens, into)
     assert torch.equal(after.dist_token[:, :remaining], before.dist_token[:, :remaining])
     assert torch.equal(after.pos_embed[:, : 1 + remaining], before.pos_embed[:, : 1 + remaining])
@@ -169,7 +169,7 @@ def test_adapt_other_classes_raises_without_new_heads():
         name: after.state_dict()[f"{name}.weight"].clone() for name in classifier_names(after)
     }
     new = InitConfig(weights="here", head="new")
-    (note,) = fitted(found_in(before), after, new, names=("a", "b", "x"))
+    (note,) = load_adapted(loaded_weights(before), after, new, names=("a", "b", "x"))
     assert re.findall(r"\d+", note) == ["3", "2", "5"]
     for name, value in random.items():
         assert torch.equal(after.state_dict()[f"{name}.weight"], value)
@@ -177,7 +177,7 @@ def test_adapt_other_classes_raises_without_new_heads():
 
 
 def test_adapt_same_number_of_unnamed_classes_keeps_heads_and_notes_it():
-    (note,) = fitted(found_in(network(), names=None), network(seed=1))
+    (note,) = load_adapted(loaded_weights(network(), names=None), network(seed=1))
     assert re.findall(r"\d+", note) == ["5"]
 
 

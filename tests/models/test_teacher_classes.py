@@ -80,15 +80,15 @@ def test_teacher_in_other_class_order_raises_unless_configured(order, capsys):
     labels = torch.arange(3).repeat(10)
     outputs = torch.tensor([0, 2, 1])[labels]
     teacher = Teacher(LoadedNetwork(Recorder(), "mine", None, MEAN, STD, None), class_order=order)
-    log_class_order(teacher, ROOMS)
+    log_class_order(teacher, ROOM_CLASSES)
     output = capsys.readouterr().out
     assert order in output
     assert ("--teacher.classes" in output) == (order == ASSUMED)
     if order != ASSUMED:
-        check_class_order(teacher, outputs, labels, ROOMS)
+        check_class_order(teacher, outputs, labels, ROOM_CLASSES)
         return
     with raises(DataError, "mine", "--teacher.classes natural", 20, "100.0 %"):
-        check_class_order(teacher, outputs, labels, ROOMS)
+        check_class_order(teacher, outputs, labels, ROOM_CLASSES)
 
 
 def judged(right):

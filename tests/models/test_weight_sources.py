@@ -85,7 +85,7 @@ def test_load_from_weight_file_of_every_format(name, tmp_path):
     assert result.student == section()
     assert result.class_names is None
     after = network(seed=1)
-    (note,) = fitted(result, after)  # the classes are taken as they come
+    (note,) = load_adapted(result, after)  # the classes are taken as they come
     assert re.findall(r"\d+", note) == ["5"]
     assert torch.equal(after.head_dist.weight, student.network.head_dist.weight)
 
@@ -119,7 +119,7 @@ def test_load_from_timm_folder(tmp_path):
     assert (result.mean, result.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (result.student.num_heads, result.student.embed_dim, result.student.depth) == (5, 60, 2)
     after = create_network(result.student, 5)
-    assert fitted(result, after) == ()
+    assert load_adapted(result, after) == ()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(after.eval()(images), expected.eval()(images))
@@ -155,8 +155,8 @@ def test_backbone_without_heads_needs_new_heads():
     result = LoadedWeights(weights, "a backbone", None, None, None, None)
     after = network(seed=1)
     with raises(CheckpointError, "--init.head"):
-        fitted(result, after)
-    notes = fitted(result, after, InitConfig(weights="here", head="new"))
+        load_adapted(result, after)
+    notes = load_adapted(result, after, InitConfig(weights="here", head="new"))
     assert re.findall(r"\d+", notes[-1]) == ["5", "0"]
     assert torch.equal(after.dist_token, weights["cls_token"])
 
@@ -353,7 +353,7 @@ def test_unknown_normalization_is_logged():
     built = network()
     config = digits().replace(student=section(), init={"weights": "w.pth"})
     model_info = ModelInfo(config.student, NAMES, (0.1, 0.2, 0.3), (0.4,) * 3, 1.0)
-    notes = init_student(built, found_in(built), config.init, model_info)["notes"]
+    notes = init_student(built, loaded_weights(built), config.init, model_info)["notes"]
     assert any("--views.mean" in note and "0.1,0.2,0.3" in note for note in notes)
 
 

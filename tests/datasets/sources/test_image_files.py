@@ -191,13 +191,13 @@ def test_hidden_files_are_neither_read_nor_counted(way, tmp_path):
 
 
 def test_tar_image_outside_folders_raises(tmp_path):
-    write_tar(tmp_path / "train.tar", dict.fromkeys([*names_of(4), "loose.png"], PNG))
+    write_tar(tmp_path / "train.tar", dict.fromkeys([*file_names(4), "loose.png"], PNG))
     with raises(DataError, "loose.png"):
         split_sizes(source_config("tar reader", tmp_path))
 
 
 def test_truncated_tar_of_reader_raises(tmp_path):
-    path = write_tar(tmp_path / "train.tar", dict.fromkeys(names_of(4), PNG))
+    path = write_tar(tmp_path / "train.tar", dict.fromkeys(file_names(4), PNG))
     path.write_bytes(path.read_bytes()[:3072])
     with raises(DataError, "data.root"):
         split_sizes(source_config("tar reader", tmp_path))

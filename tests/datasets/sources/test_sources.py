@@ -76,7 +76,7 @@ def test_select_fraction_leaves_one_image_on_either_side():
 
 
 def test_class_of_one_image_raises(tmp_path):
-    write_class_folders(tmp_path, number=1)
+    write_class_folders(tmp_path, images_per_class=1)
     with raises(DataError, "'ant'"):
         load_splits(folder_data(tmp_path))
 
@@ -107,7 +107,7 @@ def test_folder_validation_split_is_used_or_is_the_test_split(tmp_path):
 
 
 def test_folder_without_splits_is_split_twice(tmp_path):
-    write_class_folders(tmp_path, splits=(".",), number=10)
+    write_class_folders(tmp_path, splits=(".",), images_per_class=10)
     splits = load_splits(folder_data(tmp_path))
     assert [len(s.labels) for s in splits[1:4]] == [21, 3, 6]
     assert len(splits.notes) == 2
@@ -143,7 +143,7 @@ def test_classes_are_selected_by_list_or_file(tmp_path):
 
 
 def test_train_fraction_keeps_other_splits(tmp_path):
-    write_class_folders(tmp_path, number=20)
+    write_class_folders(tmp_path, images_per_class=20)
     whole, scarce = (
         load_splits(folder_data(tmp_path)),
         load_splits(folder_data(tmp_path, train_fraction=0.5)),
@@ -225,7 +225,7 @@ def keys(splits):
 
 
 def test_storage_selects_memory_or_files(tmp_path, monkeypatch):
-    write_class_folders(tmp_path, number=6)
+    write_class_folders(tmp_path, images_per_class=6)
     assert isinstance(load_splits(folder_data(tmp_path)).train, InMemoryImages)
     assert isinstance(load_splits(folder_data(tmp_path, storage="memory")).train, InMemoryImages)
     assert isinstance(load_splits(folder_data(tmp_path, storage="files")).train, EncodedImages)
@@ -246,7 +246,7 @@ def test_free_memory_does_not_change_storage(tmp_path, storage):
 
 
 def test_mean_and_std_of_many_files_are_of_a_sample(tmp_path, monkeypatch):
-    write_class_folders(tmp_path, number=20)
+    write_class_folders(tmp_path, images_per_class=20)
     whole = load_splits(folder_data(tmp_path, storage="memory"))
     monkeypatch.setattr("deit.datasets.splits._MEASURED", 30)
     files = load_splits(folder_data(tmp_path, storage="files"))
@@ -258,7 +258,7 @@ def test_mean_and_std_of_many_files_are_of_a_sample(tmp_path, monkeypatch):
 
 @pytest.mark.fault("C1")
 def test_excluded_image_is_removed_and_others_keep_their_split(tmp_path):
-    write_class_folders(tmp_path / "data", number=20, splits=("train",))
+    write_class_folders(tmp_path / "data", images_per_class=20, splits=("train",))
     files = {"storage": "files", "train_fraction": 0.5}
     before = load_splits(folder_data(tmp_path / "data", **files))
     bad = {key(before, split, 0) for split in ("train", "validation", "test")}
@@ -329,7 +329,7 @@ def test_enlarging_beyond_memory_raises_for_every_source():
 
 
 def test_train_fraction_keeps_every_class(tmp_path):
-    write_class_folders(tmp_path, number=2)
+    write_class_folders(tmp_path, images_per_class=2)
     with raises(DataError, "'ant'", " 2 ", " 3 ", "data.classes"):
         load_splits(folder_data(tmp_path, train_fraction=0.5))
 

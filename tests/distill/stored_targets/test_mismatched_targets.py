@@ -141,7 +141,7 @@ def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, tea
     for _ in loader.epoch(2):
         pass
     loader.student_sampler.seed += 1
-    with raises(DataError, f"teacher.target_stores {store}", "epoch 3", *VIEWS):
+    with raises(DataError, f"teacher.target_stores {store}", "epoch 3", *VIEW_LIBRARIES):
         for _ in loader.epoch(3):
             pass
 

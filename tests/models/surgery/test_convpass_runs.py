@@ -163,7 +163,7 @@ def test_adapter_run_resumes_bit_equal(runs, tmp_path, fault, monkeypatch):
     monkeypatch.setattr(load_weights, "find_base", lambda *at: looked_for.append(at) or find(*at))
     train(config_of(runs), tmp_path / "run", resume=True)
     assert len(looked_for) == 1  # of all files of the checkpoint: it is read and its digest taken
-    same_end(tmp_path / "run", runs / "adapted")
+    assert_same_end(tmp_path / "run", runs / "adapted")
     assert (tmp_path / "run" / "best" / BASE).is_file()
     weights = load_file(run_folder.latest_checkpoint(tmp_path / "run") / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())

@@ -103,8 +103,8 @@ def test_run_starts_with_outputs_of_init_weights(runs):
 
 @pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
 def test_qat_run_resumes_bit_equal(runs, tmp_path, fault):
-    stop_and_go_on(config_of(runs), tmp_path / "run", fault)
-    same_end(tmp_path / "run", runs / "int8")
+    stop_and_resume(config_of(runs), tmp_path / "run", fault)
+    assert_same_end(tmp_path / "run", runs / "int8")
 
 
 def test_skipped_step_does_not_move_ranges(runs, tmp_path):

@@ -159,7 +159,7 @@ def test_pruned_run_resumes_bit_equal(runs, pruned, tmp_path, step):
         train(lost, out, resume=True)
     finally:
         (runs / "gone").rename(runs / "masks.safetensors")
-    same_end(out, pruned)
+    assert_same_end(out, pruned)
 
 
 def test_fine_tuning_keeps_pruned_weights_unless_configured(runs, pruned):
