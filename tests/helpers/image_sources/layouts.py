@@ -83,8 +83,9 @@ def split_sizes(config: DataConfig) -> dict[str, int]:
     return {split: len(rows) for split, rows in listing.splits.items()}
 
 
-def skipped_notes(found: DataConfig) -> tuple[str, ...]:
-    return LISTINGS[found.source](found, ()).skipped.notes()
+def skipped_notes(config: DataConfig) -> tuple[str, ...]:
+    """Return the notes on files that are not read."""
+    return LISTINGS[config.source](config, ()).skipped.notes()
 
 
 LAYOUTS = ("folder", "shards", "folder reader", "tar reader")

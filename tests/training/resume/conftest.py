@@ -16,18 +16,18 @@ from tests.helpers.resume_helpers import EPOCHS, LAST, stop_at
 
 @pytest.fixture(scope="package")
 def config(tmp_path_factory) -> Config:
-    """Everything that draws at random, a weight average and stored targets, on images in files."""
+    """Return a configuration with all random operations, EMA, stored targets and image files."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("resume")
     generator = torch.Generator().manual_seed(0)
-    for split, number in (("train", 14), ("val", 3)):
+    for split, images_per_class in (("train", 14), ("val", 3)):
         for label in range(3):
-            place = folder / "pictures" / split / f"class{label}"
-            place.mkdir(parents=True)
-            for index in range(number):
+            class_folder = folder / "pictures" / split / f"class{label}"
+            class_folder.mkdir(parents=True)
+            for index in range(images_per_class):
                 noise = torch.randint(0, 120, (12, 12, 3), generator=generator)
                 noise[..., label] += 100
-                Image.fromarray(noise.to(torch.uint8).numpy()).save(place / f"{index}.png")
+                Image.fromarray(noise.to(torch.uint8).numpy()).save(class_folder / f"{index}.png")
     data = {
         "source": "folder",
         "root": str(folder / "pictures"),
@@ -57,13 +57,13 @@ def config(tmp_path_factory) -> Config:
 
 @pytest.fixture(scope="package")
 def live_config(config) -> Config:
-    """The same without stored targets, whose check takes as long as the training."""
+    """Return `config` without stored targets, whose check takes as long as the training."""
     return config.replace(teacher={"target_stores": ()})
 
 
 @pytest.fixture(scope="package")
 def uninterrupted_run(config, tmp_path_factory) -> Path:
-    """A run of all epochs without a stop."""
+    """Return a finished run without a stop."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert train(config, out)["step"] == LAST
     return out
@@ -71,14 +71,14 @@ def uninterrupted_run(config, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _one_thread(_deterministic_and_offline):
-    torch.set_num_threads(1)  # with two threads the bits are others
+    torch.set_num_threads(1)  # results differ with two threads
     yield
     fault_injection.install_faults(None)
 
 
 @pytest.fixture(scope="package")
 def stopped_run(live_config, tmp_path_factory) -> tuple[Config, Path]:
-    """A run stopped after its first update."""
+    """Return the configuration and the folder of a run stopped after its first step."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     stop_at(live_config, out, "update:1:term")
     return live_config, out

@@ -20,7 +20,7 @@ from tests.helpers.resume_helpers import results, resumes_after, stop_at
 
 
 @pytest.mark.fault("B5")
-def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, uninterrupted_run, tmp_path):
+def test_resume_without_any_checkpoint_is_refused(config, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted_run, out)
     (out / "result.json").unlink()
@@ -31,7 +31,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, uninterrup
 
 
 @pytest.mark.fault("B1", "B2", "B4")
-def test_one_damaged_checkpoint_is_passed_over_and_set_aside(
+def test_resume_renames_a_damaged_checkpoint_and_uses_the_one_before(
     config, uninterrupted_run, tmp_path, capsys
 ):
     out = tmp_path / "run"
@@ -43,27 +43,28 @@ def test_one_damaged_checkpoint_is_passed_over_and_set_aside(
     content[-1] ^= 1
     weights.write_bytes(content)
     train(config, out, resume=True)
-    said = capsys.readouterr()
-    assert str(weights) in said.err
-    assert resumes_after(4, out, said.out)
+    output = capsys.readouterr()
+    assert str(weights) in output.err
+    assert resumes_after(4, out, output.out)
     assert (out / "damaged-checkpoint-00000006" / "model.safetensors").read_bytes() == content
     assert results(out) == results(uninterrupted_run)
 
 
 @pytest.mark.parametrize(
-    ("call", "number"), [("open", errno.EMFILE), ("open", errno.EACCES), ("lstat", errno.ESTALE)]
+    ("call", "error_number"),
+    [("open", errno.EMFILE), ("open", errno.EACCES), ("lstat", errno.ESTALE)],
 )
-def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
-    call, number, config, uninterrupted_run, tmp_path, monkeypatch
+def test_unreadable_checkpoint_is_not_treated_as_damaged(
+    call, error_number, config, uninterrupted_run, tmp_path, monkeypatch
 ):
-    """A file server fails for a moment, say: nothing is set aside, and nothing trained again."""
+    """For example a file server fails for a moment: nothing is renamed or trained again."""
     out = tmp_path / "run"
     stop_at(config, out, "update:6:term")
     before, sound = set(out.rglob("*")), getattr(Path, call)
 
     def failing(self, *arguments, **options):
         if self == run_folder.checkpoint_path(out, 6) / "model.safetensors":
-            raise OSError(number, os.strerror(number), str(self))
+            raise OSError(error_number, os.strerror(error_number), str(self))
         return sound(self, *arguments, **options)
 
     with monkeypatch.context() as patched:
@@ -78,7 +79,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_damaged(
 
 
 @pytest.mark.fault("B3", "B5")
-def test_where_all_are_damaged_the_run_stops_and_nothing_is_moved(live_config, tmp_path):
+def test_resume_with_all_checkpoints_damaged_is_refused(live_config, tmp_path):
     out = tmp_path / "run"
     stop_at(live_config, out, "update:6:term")
     (out / "checkpoint-00000004" / "manifest.json").unlink()
@@ -94,26 +95,26 @@ def test_where_all_are_damaged_the_run_stops_and_nothing_is_moved(live_config, t
 
 
 @pytest.mark.fault("B22")
-def test_with_one_checkpoint_to_keep_a_damaged_one_would_be_all(config, tmp_path):
+def test_num_checkpoints_1_is_refused(config, tmp_path):
     with raises(ConfigError, "run.num_checkpoints"):
         train(config.replace(run={"num_checkpoints": 1}), tmp_path / "run")
 
 
 @pytest.mark.fault("B3")
-def test_strangers_in_a_checkpoint_are_told_and_not_read(
+def test_unlisteds_in_a_checkpoint_are_told_and_not_read(
     config, uninterrupted_run, tmp_path, capsys
 ):
     out = tmp_path / "run"
     stop_at(config, out, "update:6:term")
-    stranger = run_folder.latest_checkpoint(out) / "optimizer.pt"
-    stranger.write_bytes(b"no")
+    unlisted = run_folder.latest_checkpoint(out) / "optimizer.pt"
+    unlisted.write_bytes(b"no")
     train(config, out, resume=True)
-    assert str(stranger) in capsys.readouterr().err
+    assert str(unlisted) in capsys.readouterr().err
     assert results(out) == results(uninterrupted_run)
 
 
 @pytest.mark.fault("B15")
-def test_a_link_in_a_checkpoint_is_refused(stopped_run, tmp_path):
+def test_link_in_a_checkpoint_is_refused(stopped_run, tmp_path):
     config, stopped = stopped_run
     shutil.copytree(stopped, tmp_path / "run")
     path = run_folder.latest_checkpoint(tmp_path / "run") / "model.safetensors"
@@ -124,7 +125,7 @@ def test_a_link_in_a_checkpoint_is_refused(stopped_run, tmp_path):
 
 
 @pytest.mark.fault("A25")
-def test_a_checkpoint_is_no_folder_for_a_run(stopped_run, tmp_path):
+def test_out_that_is_a_checkpoint_is_refused(stopped_run, tmp_path):
     config, stopped = stopped_run
     shutil.copytree(stopped, tmp_path / "run")
     folder = run_folder.latest_checkpoint(tmp_path / "run")

@@ -23,7 +23,7 @@ from tests.helpers.resume_helpers import LAST, rewrite_manifest, stop_at
 
 
 @pytest.mark.fault("A22", "A23")
-def test_another_machine_is_told(stopped_run, tmp_path, capsys):
+def test_resume_on_other_hardware_warns(stopped_run, tmp_path, capsys):
     config, stopped = stopped_run
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run" / "environment.json"
@@ -34,34 +34,34 @@ def test_another_machine_is_told(stopped_run, tmp_path, capsys):
     fault_injection.install_faults("update:1:term")
     with pytest.raises(StoppedBySignal):
         train(config, tmp_path / "run", resume=True)
-    said = capsys.readouterr().err
-    assert re.search(r"\bdevice_name\b[^;]*\ban abacus\b", said)
-    assert re.search(r"\bthreads\b[^;]*\b7\b[^;]*\b1\b", said)
+    output = capsys.readouterr().err
+    assert re.search(r"\bdevice_name\b[^;]*\ban abacus\b", output)
+    assert re.search(r"\bthreads\b[^;]*\b7\b[^;]*\b1\b", output)
     pillow = re.escape(before["packages"]["pillow"])
-    assert re.search(rf"\bpillow\b[^;]*\b1\.1\.7\b[^;]*\b{pillow}\b", said)
-    assert "precision" not in said
-    assert "torch" not in said
+    assert re.search(rf"\bpillow\b[^;]*\b1\.1\.7\b[^;]*\b{pillow}\b", output)
+    assert "precision" not in output
+    assert "torch" not in output
 
 
-def test_where_nothing_was_saved_there_is_nothing_to_warn_of(live_config, tmp_path, capsys):
+def test_resume_without_a_saved_step_does_not_warn(live_config, tmp_path, capsys):
     fault_injection.install_faults("model:1:full")
     with pytest.raises(SystemFault):
         train(live_config, tmp_path / "run")
     path = tmp_path / "run" / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "threads": 7}))
     train(live_config, tmp_path / "run", resume=True)
-    said = capsys.readouterr()
-    assert any(line.startswith(f"{tmp_path / 'run'}: ") for line in said.out.splitlines())
+    output = capsys.readouterr()
+    assert any(line.startswith(f"{tmp_path / 'run'}: ") for line in output.out.splitlines())
     assert [row["step"] for row in run_log.read(tmp_path / "run" / run_log.HASH_CHAIN)] == [
         4,
         8,
         LAST,
     ]
-    assert "threads" not in said.err
+    assert "threads" not in output.err
 
 
 @pytest.mark.fault("C18")
-def test_data_that_changed_since_is_refused(live_config, tmp_path):
+def test_resume_with_changed_data_is_refused(live_config, tmp_path):
     out, image_folder = tmp_path / "run", tmp_path / "pictures"
     shutil.copytree(live_config.data.root, image_folder)
     moved = live_config.replace(data={"root": str(image_folder)})
@@ -88,7 +88,7 @@ CHANGED = {
 
 @pytest.mark.fault("A21", "B6")
 @pytest.mark.parametrize("field", CHANGED)
-def test_another_setting_is_refused_by_name(field, stopped_run, tmp_path):
+def test_resume_with_another_setting_names_the_field(field, stopped_run, tmp_path):
     config, stopped = stopped_run
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
@@ -99,7 +99,7 @@ def test_another_setting_is_refused_by_name(field, stopped_run, tmp_path):
 
 
 @pytest.mark.fault("A21")
-def test_a_teacher_with_other_weights_under_the_same_name_is_refused(config, tmp_path):
+def test_resume_with_other_weights_of_the_teacher_is_refused(config, tmp_path):
     from safetensors.torch import save_file
 
     folder = tmp_path / "teacher"
@@ -119,7 +119,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 @pytest.mark.fault("A23")
-def test_the_other_version_of_torch_is_told(stopped_run, tmp_path, capsys):
+def test_resume_with_another_torch_version_warns(stopped_run, tmp_path, capsys):
     config, stopped = stopped_run
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run" / "environment.json"
@@ -133,7 +133,7 @@ def test_the_other_version_of_torch_is_told(stopped_run, tmp_path, capsys):
 
 
 @pytest.mark.fault("C3")
-def test_one_other_pixel_in_memory_is_noticed(config, tmp_path):
+def test_resume_with_one_changed_pixel_is_refused(config, tmp_path):
     image_folder = tmp_path / "pictures"
     shutil.copytree(config.data.root, image_folder)
     data = {"root": str(image_folder), "storage": "memory", "num_workers": None}
