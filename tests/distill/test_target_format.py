@@ -156,7 +156,7 @@ def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
         "own pixel": shown(views=changed(base.views, (2, 1, 3, 3), 1)),
         "partner's pixel": shown(views=changed(base.views, (3, 0, 0, 5), 1)),
         "weight": shown(mix=mix._replace(lam=changed(mix.lam, 1, 1e-4))),
-        "kind": shown(mix=mix._replace(cut=torch.tensor([False, False]))),
+        "kind": shown(mix=mix._replace(is_cutmix=torch.tensor([False, False]))),
         "box": shown(mix=mix._replace(boxes=changed(mix.boxes, (1, 3), 1))),
         "unmixed": shown(mix=None),
     }

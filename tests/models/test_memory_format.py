@@ -136,7 +136,7 @@ def stop(*arguments):
 def test_resume_with_other_format_continues_and_logs_it(teacher, tmp_path, monkeypatch, capsys):
     config = configuration(teacher).replace(teacher={"memory_format": ("contiguous",)})
     with monkeypatch.context() as patch:
-        patch.setattr("deit.training.train.finish_epoch", stop)
+        patch.setattr("deit.training.epochs.finish_epoch", stop)
         with pytest.raises(StoppedBySignal):
             train(config, tmp_path / "run")
     other = config.replace(teacher={"memory_format": ("channels_last",)})

@@ -106,7 +106,7 @@ def test_base_is_recorded_and_logged(runs):
     assert not (runs / "base" / "best" / BASE).exists()
     notes = json.loads((runs / "adapted" / "init.json").read_text())
     assert notes["weights"] == expected.weights
-    assert notes["notes"] == ["4 new adapters, which add nothing until they are trained"]
+    assert re.search(r"\b4\b.*\badapters\b", " ".join(notes["notes"]))
 
 
 def test_loaded_student_combines_base_and_adapters(runs):
@@ -326,12 +326,12 @@ def test_pruned_base_stays_pruned(runs, tmp_path):
     assert not result.weights[name][~masks[name]].any()
     assert torch.equal(result.masks[name], read_masks(tmp_path / "m.safetensors")[name])
     for kind in ("best", "last"):  # a landscape moves along what is kept alone
-        (one,) = landscape_points([tmp_path / "run"], LandscapeOptions(checkpoint=kind))
-        assert torch.equal(one.masks()[name], masks[name])
+        (point,) = landscape_points([tmp_path / "run"], LandscapeOptions(checkpoint=kind))
+        assert torch.equal(point.masks()[name], masks[name])
     view = load_landscape_data(
-        [one], LandscapeOptions(images=8), root=None, device=torch.device("cpu")
+        [point], LandscapeOptions(images=8), root=None, device=torch.device("cpu")
     )
-    sizes = [surface_of(one, view, masked=masked).size for masked in (False, True)]
+    sizes = [surface_of(point, view, masked=masked).size for masked in (False, True)]
     assert sizes[0] - sizes[1] == (~masks[name]).sum()
     (plain,) = landscape_points([runs / "adapted"], LandscapeOptions())
     assert plain.masks() == {}

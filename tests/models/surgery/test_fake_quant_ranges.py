@@ -180,7 +180,7 @@ def test_compiled_network_outputs_are_equal(command_server, tmp_path):
     """In a separate process: after other compilations or exports, PyTorch 2.15 may find no kernel
     for its fake quantization of meta tensors."""
     script = tmp_path / "compiled.py"
-    script.write_text(f"from {__name__} import check_compiled\n\ncompiled_alike()\n")
+    script.write_text(f"from {__name__} import check_compiled\n\ncheck_compiled()\n")
     done = command_server.run(script=str(script))
     assert done.code == 0, done.err
 
