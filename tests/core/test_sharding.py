@@ -69,7 +69,7 @@ def runs(command_server, tmp_path_factory) -> dict[str, Path]:
         assert first.code == other.code == 0, first.err + other.err
         line = re.search(r"\b2\b.*run\.sharding fsdp\b", first.out)  # the number of shards
         assert (line is not None) == (kind == "fsdp")
-        assert not first.err  # torch warns if a sharded network returns views
+        assert "Warning" not in first.err  # torch warns if a sharded network returns views
     return {kind: folder / kind for kind in ("none", "fsdp")}
 
 
