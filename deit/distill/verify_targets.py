@@ -101,7 +101,10 @@ def _compare(
         ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
         query = teacher_query(loader, ensemble)
     return verify_store(
-        *(store, splits, loader, config.teacher),
+        store,
+        splits,
+        loader,
+        config.teacher,
         teachers=teachers,
         query=query,
         num_queries=num_queries,

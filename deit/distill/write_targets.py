@@ -100,10 +100,9 @@ def write_targets(
             check_inference_memory(teacher, teacher.forward, size, accelerator, block)
     _check_disk(out, layout)
     weights = tuple(spec.weight for spec in teacher_specs(config.teacher))
+    evaluation = config.evaluation
     check_teachers(
-        *(teachers, config.teacher, splits, accelerator, config.evaluation),
-        weights=weights,
-        size=size,
+        teachers, config.teacher, splits, accelerator, evaluation, weights=weights, size=size
     )
     store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)

@@ -169,7 +169,11 @@ def _run_networks(
         started = time.perf_counter()
         title = f"evaluating {eval_set.name}"
         outputs = predict_split(
-            *(accelerator, student, eval_set.images, config.evaluation, title),
+            accelerator,
+            student,
+            eval_set.images,
+            config.evaluation,
+            title,
             interruption=interruption,
         )
         seconds = time.perf_counter() - started

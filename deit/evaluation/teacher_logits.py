@@ -53,7 +53,11 @@ def teacher_logits(
             network, network.forward, size, accelerator, largest_batch(config, images)
         )
         outputs = predict_split(
-            *(accelerator, network, images, config.evaluation, "teacher"),
+            accelerator,
+            network,
+            images,
+            config.evaluation,
+            "teacher",
             size=size,
             interruption=interruption,
         )

@@ -90,13 +90,8 @@ def plan_shared_stores(
     folder = Path(folder)
     runs_by_key: dict[str, list[RunSpec]] = {}
     for run in runs:
-        config = run.config
-        if (
-            config.loss.kind != "none"
-            and config.teacher.source
-            and not config.teacher.target_stores
-        ):
-            runs_by_key.setdefault(content_hash(teacher_query_key(config)), []).append(run)
+        if _has_only_live_teachers(run.config):
+            runs_by_key.setdefault(content_hash(teacher_query_key(run.config)), []).append(run)
     stores, with_stores = [], {}
     for key, sharing in runs_by_key.items():
         needs_store = any(run.config.views.teacher_view == "crops" for run in sharing)
@@ -111,7 +106,9 @@ def plan_shared_stores(
         stored = content or ("full" if any(map(_needs_probabilities, sharing)) else "hard")
         for run in sharing if content else ():
             check_content(
-                *(content, run.config.teacher, run.config.loss),
+                content,
+                run.config.teacher,
+                run.config.loss,
                 combine=None,
                 where=f"{run.name}, content: {content}",
             )
@@ -135,6 +132,11 @@ def plan_shared_stores(
     ]
     used = {target for run in runs for target in run.config.teacher.target_stores}
     return [store for store in stores if str(store.path) in used], runs
+
+
+def _has_only_live_teachers(config: Config) -> bool:
+    teacher = config.teacher
+    return config.loss.kind != "none" and bool(teacher.source) and not teacher.target_stores
 
 
 def _needs_probabilities(run: RunSpec) -> bool:

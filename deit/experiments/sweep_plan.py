@@ -216,7 +216,9 @@ def _check_teacher_outputs(sweep: Sweep, points: list[Point]) -> None:
             )
         if sweep.content and uses_store:
             check_content(
-                *(sweep.content, config.teacher, config.loss),
+                sweep.content,
+                config.teacher,
+                config.loss,
                 combine=None,
                 where=f"{point.name}, content: {sweep.content}",
             )

@@ -50,7 +50,9 @@ def build(resolved: ResolvedConfig, out: Path) -> TrainingRun:
     model_info = model_info_from(config.student, config.views, splits)
     teachers.load(splits.class_names, config.student.image_size, accelerator)
     loader = build_train_loader(
-        *(config, splits, accelerator),
+        config,
+        splits,
+        accelerator,
         teacher_size=teachers.input_size,
         for_teacher=None in teachers.stores,
     )

@@ -78,8 +78,8 @@ def _count(run: TrainingRun, step: int, skipped: StepResult | None) -> None:
     names = ", ".join(row["names"][:5]) + (f" and {len(images) - 5} more" if images[5:] else "")
     if state.skipped_in_a_row >= limit:
         raise NumericsError(
-            f"step {step}: loss or gradient is not finite for the {state.skipped_in_a_row}th time "
-            f"in a row, since step {step - state.skipped_in_a_row + 1}; images: {names} (all: "
+            f"step {step}: loss or gradient is not finite, {state.skipped_in_a_row} steps in a row "
+            f"since step {step - state.skipped_in_a_row + 1}; images: {names} (all: "
             f"{run.out / run_log.NONFINITE_LOG}). The checkpoints in {run.out} are from before. A "
             f"lower optim.lr{_clipping_advice(run)} usually helps, in a new run or from a "
             "checkpoint (deit finetune --from), with another --out"

@@ -77,7 +77,9 @@ def save_checkpoint(run: TrainingRun, metrics: MetricAccumulator, *, in_hash_cha
     started = time.monotonic()
     settings = run.config.run
     run_folder.save_checkpoint(
-        *(run.out, state.step, fill),
+        run.out,
+        state.step,
+        fill,
         keep=settings.num_checkpoints,
         keep_steps=settings.keep_steps,
         bytes_needed=checkpoint_bytes(run),

@@ -179,8 +179,8 @@ def test_descriptions_of_recipes_are_not_truncated(monkeypatch, capsys):
     assert all(row[4].strip().endswith(".") for row in rows)
 
 
-def test_quiet_prints_warnings_only(capsys):
-    with pytest.raises(ValueError), console.quiet():  # noqa: PT011, PT012
+def fail_in_quiet():
+    with console.quiet():
         console.info("hello")
         console.table("t", ("a",), [("b",)])
         assert list(console.progress([1, 2], total=2, title="x")) == [1, 2]
@@ -188,7 +188,12 @@ def test_quiet_prints_warnings_only(capsys):
             console.info("nested")
         console.info("after nested")
         console.warn("careful")
-        raise ValueError
+        raise KeyError
+
+
+def test_quiet_prints_warnings_only_and_ends_with_its_block(capsys):
+    with pytest.raises(KeyError):
+        fail_in_quiet()
     out, err = capsys.readouterr()
     assert out == ""
     assert "careful" in err
