@@ -85,6 +85,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/lint_imports.py
 	$(BIN)/python scripts/lint_sizes.py
+	$(BIN)/python scripts/lint_words.py
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

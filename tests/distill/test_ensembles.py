@@ -13,15 +13,15 @@ HALVES = (0.5, 0.5)
 
 
 def test_the_mean_of_probabilities_by_hand():
-    found = combine_teachers(TWO, HALVES, "probabilities", temperature=1.0)
+    result = combine_teachers(TWO, HALVES, "probabilities", temperature=1.0)
     expected = torch.tensor([[(0.75 + 0.1) / 2, (0.25 + 0.9) / 2]])
-    assert torch.allclose(found.logits[:, 0].softmax(dim=1), expected)
-    assert found.labels.tolist() == [[1]]
+    assert torch.allclose(result.logits[:, 0].softmax(dim=1), expected)
+    assert result.labels.tolist() == [[1]]
 
 
 def test_the_mean_of_logits_by_hand():
-    found = combine_teachers(TWO, HALVES, "logits", temperature=1.0)
-    assert torch.allclose(found.logits, TWO.mean(dim=1, keepdim=True))
+    result = combine_teachers(TWO, HALVES, "logits", temperature=1.0)
+    assert torch.allclose(result.logits, TWO.mean(dim=1, keepdim=True))
 
 
 def test_weights_turn_the_answer():
@@ -29,24 +29,24 @@ def test_weights_turn_the_answer():
         [0]
     ]
     assert combine_teachers(TWO, (0.9, 0.1), "logits", temperature=1.0).labels.tolist() == [[0]]
-    found = (
+    result = (
         combine_teachers(TWO, (0.9, 0.1), "probabilities", temperature=1.0)
         .logits[:, 0]
         .softmax(dim=1)
     )
-    assert torch.allclose(found, torch.tensor([[0.9 * 0.75 + 0.1 * 0.1, 0.9 * 0.25 + 0.1 * 0.9]]))
+    assert torch.allclose(result, torch.tensor([[0.9 * 0.75 + 0.1 * 0.1, 0.9 * 0.25 + 0.1 * 0.9]]))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_at_any_temperature_it_is_the_mean_at_that_temperature_and_labels_at_one(temperature):
     logits = 5 * torch.randn(20, 3, 7)
     weights = (0.5, 0.3, 0.2)
-    found = combine_teachers(logits, weights, "probabilities", temperature=temperature)
+    result = combine_teachers(logits, weights, "probabilities", temperature=temperature)
     shares = torch.tensor(weights)[:, None]
     mean = (shares * (logits / temperature).softmax(dim=2)).sum(dim=1)
-    assert torch.allclose((found.logits[:, 0] / temperature).softmax(dim=1), mean, atol=1e-6)
+    assert torch.allclose((result.logits[:, 0] / temperature).softmax(dim=1), mean, atol=1e-6)
     plain = (shares * logits.softmax(dim=2)).sum(dim=1)
-    assert torch.equal(found.labels[:, 0], plain.argmax(dim=1))
+    assert torch.equal(result.labels[:, 0], plain.argmax(dim=1))
 
 
 def test_its_divergence_pulls_like_the_mean_of_the_single_ones():
@@ -54,23 +54,23 @@ def test_its_divergence_pulls_like_the_mean_of_the_single_ones():
     logits, student = torch.randn(6, 2, 5), torch.randn(6, 5, requires_grad=True)
     combined = combine_teachers(logits, HALVES, "probabilities", temperature=2.0).logits[:, 0]
     mean_of_losses = sum(soft_distillation_loss(student, logits[:, t], 2.0) for t in (0, 1)) / 2
-    one, two = (
+    grad_combined, grad_mean = (
         torch.autograd.grad(loss, student)[0]
         for loss in (soft_distillation_loss(student, combined, 2.0), mean_of_losses)
     )
-    assert torch.allclose(one, two, atol=1e-6)
+    assert torch.allclose(grad_combined, grad_mean, atol=1e-6)
 
 
 def test_tokens_leave_every_voice_as_it_is():
-    found = combine_teachers(TWO, HALVES, "tokens", temperature=3.0)
-    assert torch.equal(found.logits, TWO)
-    assert found.labels.tolist() == [[0, 1]]
+    result = combine_teachers(TWO, HALVES, "tokens", temperature=3.0)
+    assert torch.equal(result.logits, TWO)
+    assert result.labels.tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize("how", ["probabilities", "logits", "tokens"])
-def test_one_teacher_is_not_changed(how):
+@pytest.mark.parametrize("mode", ["probabilities", "logits", "tokens"])
+def test_one_teacher_is_not_changed(mode):
     logits = torch.randn(4, 1, 6)
-    assert torch.equal(combine_teachers(logits, (1.0,), how, temperature=5.0).logits, logits)
+    assert torch.equal(combine_teachers(logits, (1.0,), mode, temperature=5.0).logits, logits)
 
 
 def test_the_overlap_of_errors_by_hand():

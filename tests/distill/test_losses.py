@@ -69,8 +69,8 @@ def test_soft_teacher_loss_by_hand_is_batchmean_times_temperature_squared(temper
         t = softmax([value / temperature for value in t_row])
         total += sum(p * math.log(p / q) for p, q in zip(t, s))
     by_hand = temperature**2 * total / 2
-    found = soft_distillation_loss(torch.tensor(student), torch.tensor(teacher), temperature)
-    assert found.item() == pytest.approx(by_hand, rel=1e-5)
+    result = soft_distillation_loss(torch.tensor(student), torch.tensor(teacher), temperature)
+    assert result.item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_soft_gradient_keeps_its_size_as_the_temperature_grows():
@@ -128,8 +128,8 @@ def test_the_grid_of_soft_labels_weighs_its_hard_term():
     )
     by_hand = (1 - w) * temperature**2 * soft.sum(1).mean()
     by_hand += w * torch.nn.functional.cross_entropy(outputs.class_logits, labels)
-    found = distillation_loss(outputs, targets, one_voice(teacher), loss)["total"]
-    assert found.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    result = distillation_loss(outputs, targets, one_teacher(teacher), loss)["total"]
+    assert result.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_decoupled_losses_by_hand():
@@ -140,21 +140,21 @@ def test_decoupled_losses_by_hand():
     target = t[1] * math.log(t[1] / s[1]) + (1 - t[1]) * math.log((1 - t[1]) / (1 - s[1]))
     s_others, t_others = ([p[0] / (1 - p[1]), p[2] / (1 - p[1])] for p in (s, t))
     others = sum(p * math.log(p / q) for p, q in zip(t_others, s_others))
-    found = dkd_losses(
+    result = dkd_losses(
         torch.tensor([student]), torch.tensor([teacher]), torch.tensor([true]), temperature
     )
-    assert found[0].item() == pytest.approx(temperature**2 * target, rel=1e-5)
-    assert found[1].item() == pytest.approx(temperature**2 * others, abs=1e-6)
+    assert result[0].item() == pytest.approx(temperature**2 * target, rel=1e-5)
+    assert result[1].item() == pytest.approx(temperature**2 * others, abs=1e-6)
 
 
 def test_the_decoupled_losses_put_together_are_the_divergence():
     """KL = target + (1 - p_true) * others, for each sample (Zhao et al. 2022, equation 5)."""
     student, teacher, labels = torch.randn(8, 6), torch.randn(8, 6), torch.arange(8) % 6
     for row in range(8):
-        one = slice(row, row + 1)
-        target, others = dkd_losses(student[one], teacher[one], labels[one], 1.0)
+        rows = slice(row, row + 1)
+        target, others = dkd_losses(student[rows], teacher[rows], labels[rows], 1.0)
         rest = 1 - teacher[row].softmax(0)[labels[row]]
-        whole = soft_distillation_loss(student[one], teacher[one], 1.0)
+        whole = soft_distillation_loss(student[rows], teacher[rows], 1.0)
         assert (target + rest * others).item() == pytest.approx(whole.item(), abs=1e-5)
 
 
@@ -170,13 +170,13 @@ def test_decoupled_losses_stay_finite_where_everyone_is_sure():
 
 def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_shift_and_scale():
     logits = torch.randn(5, 9)
-    found = standardize_logits(logits)
-    assert torch.allclose(found.mean(dim=1), torch.zeros(5), atol=1e-6)
-    assert torch.allclose(found.std(dim=1, unbiased=False), torch.ones(5), atol=1e-5)
-    assert torch.allclose(standardize_logits(7 * logits - 3), found, atol=1e-4)
+    result = standardize_logits(logits)
+    assert torch.allclose(result.mean(dim=1), torch.zeros(5), atol=1e-6)
+    assert torch.allclose(result.std(dim=1, unbiased=False), torch.ones(5), atol=1e-5)
+    assert torch.allclose(standardize_logits(7 * logits - 3), result, atol=1e-4)
     assert standardize_logits(torch.ones(2, 4)).isfinite().all()
     # Log-probabilities, as a store holds them, serve as well as logits.
-    assert torch.allclose(standardize_logits(logits.log_softmax(1)), found, atol=1e-5)
+    assert torch.allclose(standardize_logits(logits.log_softmax(1)), result, atol=1e-5)
 
 
 def test_standardising_reaches_both_sides_before_the_temperature():
@@ -184,12 +184,12 @@ def test_standardising_reaches_both_sides_before_the_temperature():
         kind="soft", temperature=2.0, standardize_logits=True, distillation_weight=1.0
     )
     outputs = two_heads()
-    found = distillation_loss(outputs, TARGETS, TEACHER, loss)["teacher"]
+    result = distillation_loss(outputs, TARGETS, TEACHER, loss)["teacher"]
     logits = outputs.distillation_logits[:, 0]
     expected = soft_distillation_loss(
         standardize_logits(logits), standardize_logits(TEACHER.logits[:, 0]), 2.0
     )
-    assert torch.allclose(found, expected)
+    assert torch.allclose(result, expected)
 
 
 def two_heads(requires_grad=True, tokens=1):
@@ -199,12 +199,12 @@ def two_heads(requires_grad=True, tokens=1):
     )
 
 
-def one_voice(logits):
+def one_teacher(logits):
     return TeacherOutput(logits.argmax(dim=1)[:, None], logits[:, None])
 
 
 TARGETS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.4, 0.6, 0], [0, 0, 1]])
-TEACHER = one_voice(torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [0, 0, 2]]))
+TEACHER = one_teacher(torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [0, 0, 2]]))
 
 
 def test_deit_hard_is_half_labels_half_teacher():
@@ -255,17 +255,17 @@ def test_the_teachers_term_warms_up():
     )
     full = distillation_loss(outputs, TARGETS, TEACHER, loss)
     for epoch, share in ((0.0, 0.0), (1.0, 0.25), (4.0, 1.0), (9.0, 1.0)):
-        found = distillation_loss(outputs, TARGETS, TEACHER, loss, epoch=epoch)["total"]
-        assert torch.allclose(found, full["class"] + 0.5 * share * full["teacher"])
+        result = distillation_loss(outputs, TARGETS, TEACHER, loss, epoch=epoch)["total"]
+        assert torch.allclose(result, full["class"] + 0.5 * share * full["teacher"])
 
 
 def test_each_token_hears_its_own_teacher():
     outputs = two_heads(tokens=2)
-    voices = TeacherOutput(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None, (0.75, 0.25))
-    losses = distillation_loss(outputs, TARGETS, voices, LOSS_PRESETS["deit-hard"])
+    teachers = TeacherOutput(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None, (0.75, 0.25))
+    losses = distillation_loss(outputs, TARGETS, teachers, LOSS_PRESETS["deit-hard"])
     each = [
-        hard_distillation_loss(outputs.distillation_logits[:, voice], voices.labels[:, voice])
-        for voice in (0, 1)
+        hard_distillation_loss(outputs.distillation_logits[:, index], teachers.labels[:, index])
+        for index in (0, 1)
     ]
     assert torch.allclose(losses["teacher_1"], each[0])
     assert torch.allclose(losses["teacher_2"], each[1])
@@ -278,8 +278,8 @@ def test_each_head_learns_only_from_its_own_source(name):
     single = loss.head == "class"
     outputs = two_heads() if not single else StudentOutput(torch.randn(4, 3, requires_grad=True))
     logits = TEACHER.logits.clone().requires_grad_()
-    voice = None if loss.kind == "none" else TEACHER._replace(logits=logits)
-    losses = distillation_loss(outputs, TARGETS, voice, loss)
+    teacher_output = None if loss.kind == "none" else TEACHER._replace(logits=logits)
+    losses = distillation_loss(outputs, TARGETS, teacher_output, loss)
     losses["total"].backward()
     assert logits.grad is None
     assert outputs.class_logits.grad.abs().sum() > 0
@@ -314,15 +314,17 @@ def test_weight_zero_is_labels_and_weight_one_is_the_teacher(kind):
         assert torch.equal(losses["total"], losses[name])
 
 
-@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("kind", [*DISTILLATION_LOSSES, "none"])
-def test_losses_are_float32_and_finite_for_extreme_half_precision_logits(kind, standardise):
+def test_losses_are_float32_and_finite_for_extreme_half_precision_logits(kind, standardize):
     outputs = StudentOutput(*(logits.detach() * 1000 for logits in two_heads(False)))
     outputs = StudentOutput(*(logits.to(torch.bfloat16) for logits in outputs))
-    voice = None if kind == "none" else TEACHER._replace(logits=TEACHER.logits.bfloat16() * 1000)
+    teacher_output = (
+        None if kind == "none" else TEACHER._replace(logits=TEACHER.logits.bfloat16() * 1000)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = distillation_loss(
-            outputs, TARGETS, voice, LossConfig(kind=kind, standardize_logits=standardise)
+            outputs, TARGETS, teacher_output, LossConfig(kind=kind, standardize_logits=standardize)
         )
     for loss in losses.values():
         assert loss.dtype == torch.float32

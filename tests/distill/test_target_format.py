@@ -64,7 +64,7 @@ def test_units_cover_every_place_once(layout):
 
 
 @pytest.mark.parametrize(
-    ("places", "paired", "step", "number"),
+    ("num_rows", "paired", "step", "num_canaries"),
     [
         (50_000, False, 1024, 49),
         (1294, True, 160, 9),
@@ -74,12 +74,12 @@ def test_units_cover_every_place_once(layout):
     ],
 )
 def test_canaries_are_sparse_in_large_epochs_and_at_least_eight_in_small_ones(
-    places, paired, step, number
+    num_rows, paired, step, num_canaries
 ):
-    layout = RecordFormat("hard", 10, 2, places, paired)
+    layout = RecordFormat("hard", 10, 2, num_rows, paired)
     assert layout.canary_step == step
-    assert len(layout.canary_rows) == number
-    assert all(place + paired < places for place in layout.canary_rows)
+    assert len(layout.canary_rows) == num_canaries
+    assert all(row + paired < num_rows for row in layout.canary_rows)
 
 
 LOGITS = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(2))
@@ -100,8 +100,8 @@ def test_full_records_serve_any_temperature(temperature):
     layout = RecordFormat("full", 10, 1, 500, False)
     _, scores = decode(layout, encode(layout, LOGITS))
     assert scores.dtype == torch.float32
-    found, expected = ((z / temperature).softmax(dim=1) for z in (scores, LOGITS))
-    variation = (found - expected).abs().sum(dim=1) / 2
+    actual, expected = ((z / temperature).softmax(dim=1) for z in (scores, LOGITS))
+    variation = (actual - expected).abs().sum(dim=1) / 2
     assert variation.mean() < 1e-3
     assert variation.max() < 2e-3
 
@@ -109,11 +109,11 @@ def test_full_records_serve_any_temperature(temperature):
 def test_what_top_k_leaves_out_shares_the_rest():
     layout = RecordFormat("top-3", 10, 1, 500, False)
     _, scores = decode(layout, encode(layout, LOGITS))
-    found, exact = scores.softmax(dim=1), LOGITS.softmax(dim=1)
-    top, places = exact.topk(3, dim=1)
-    assert torch.allclose(found.gather(1, places), top, atol=2e-3)
+    actual, exact = scores.softmax(dim=1), LOGITS.softmax(dim=1)
+    top, indices = exact.topk(3, dim=1)
+    assert torch.allclose(actual.gather(1, indices), top, atol=2e-3)
     rest = (1 - top.sum(dim=1, keepdim=True)) / 7
-    others = found.scatter(1, places, 0.0).sum(dim=1, keepdim=True) / 7
+    others = actual.scatter(1, indices, 0.0).sum(dim=1, keepdim=True) / 7
     assert torch.allclose(others, rest, atol=1e-3)
 
 
@@ -124,11 +124,11 @@ def test_extreme_answers_stay_finite():
     labels, scores = decode(layout, records)
     assert labels.tolist() == [0]
     assert scores.isfinite().all()
-    kept = RecordFormat("top-2", 3, 1, 1, False)
-    assert decode(kept, encode(kept, torch.tensor([[1e6, 0.0, -1e6]])))[1].isfinite().all()
+    top_two = RecordFormat("top-2", 3, 1, 1, False)
+    assert decode(top_two, encode(top_two, torch.tensor([[1e6, 0.0, -1e6]])))[1].isfinite().all()
 
 
-def shown(**changes):
+def teacher_input(**changes):
     views = torch.randint(
         256, (4, 3, 6, 6), generator=torch.Generator().manual_seed(4), dtype=torch.uint8
     )
@@ -142,42 +142,42 @@ def shown(**changes):
     return base._replace(**changes)
 
 
-def changed(value, place, amount):
+def with_change(value, row, amount):
     value = value.clone()
-    value[place] += amount
+    value[row] += amount
     return value
 
 
 def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
-    base = shown()
+    base = teacher_input()
     expected = canary(base, 2)
     mix = base.mix
     noticed = {
-        "own pixel": shown(views=changed(base.views, (2, 1, 3, 3), 1)),
-        "partner's pixel": shown(views=changed(base.views, (3, 0, 0, 5), 1)),
-        "weight": shown(mix=mix._replace(lam=changed(mix.lam, 1, 1e-4))),
-        "kind": shown(mix=mix._replace(is_cutmix=torch.tensor([False, False]))),
-        "box": shown(mix=mix._replace(boxes=changed(mix.boxes, (1, 3), 1))),
-        "unmixed": shown(mix=None),
+        "own pixel": teacher_input(views=with_change(base.views, (2, 1, 3, 3), 1)),
+        "partner's pixel": teacher_input(views=with_change(base.views, (3, 0, 0, 5), 1)),
+        "weight": teacher_input(mix=mix._replace(lam=with_change(mix.lam, 1, 1e-4))),
+        "kind": teacher_input(mix=mix._replace(is_cutmix=torch.tensor([False, False]))),
+        "box": teacher_input(mix=mix._replace(boxes=with_change(mix.boxes, (1, 3), 1))),
+        "unmixed": teacher_input(mix=None),
     }
     for name, other in noticed.items():
         assert canary(other, 2) != expected, name
     # The other pair, and the last bits of the weight, do not matter.
-    assert canary(shown(views=changed(base.views, (1, 0, 0, 0), 1)), 2) == expected
-    close = mix._replace(lam=changed(mix.lam, 1, 1e-12))
-    assert canary(shown(mix=close), 2) == expected
+    assert canary(teacher_input(views=with_change(base.views, (1, 0, 0, 0), 1)), 2) == expected
+    close = mix._replace(lam=with_change(mix.lam, 1, 1e-12))
+    assert canary(teacher_input(mix=close), 2) == expected
 
 
 def test_differences_are_named_by_their_path():
-    one = {"views": {"crop": "padded", "flip": 0.5}, "seed": 0, "dataset": "a" * 64}
-    two = {"views": {"crop": "none", "flip": 0.5}, "seed": 1, "dataset": "b" * 64, "new": 3}
-    assert differences(one, two) == [
+    before = {"views": {"crop": "padded", "flip": 0.5}, "seed": 0, "dataset": "a" * 64}
+    after = {"views": {"crop": "none", "flip": 0.5}, "seed": 1, "dataset": "b" * 64, "new": 3}
+    assert differences(before, after) == [
         "views.crop: 'padded' in the store, 'none' in this run",
         "seed: 0 in the store, 1 in this run",
         "dataset: aaaaaaaaaaaa... in the store, bbbbbbbbbbbb... in this run",
         "new: None in the store, 3 in this run",
     ]
-    assert differences(one, one) == []
+    assert differences(before, before) == []
 
 
 GROWTH = """

@@ -1,4 +1,4 @@
-"""The panel: what it hears, in which form, and that no answer passes that is not finite."""
+"""The ensemble: form of its output, and errors for outputs that are not finite."""
 
 import pytest
 import torch
@@ -13,26 +13,26 @@ from tests.helpers.errors import raises
 
 
 class Mean(nn.Module):
-    """Answers with the mean of each channel; divided by nothing where the picture is black."""
+    """Return the mean of each channel divided by their sum: NaN for a black image."""
 
     def forward(self, images):
         mean = images.mean(dim=(2, 3))
         return mean / mean.sum(dim=1, keepdim=True)
 
 
-def voice():
-    teacher = Teacher(LoadedNetwork(Mean(), "mean", None, (0.0,) * 3, (1.0,) * 3, None))
-    return OnlineTeacher(teacher, Accelerator(cpu=True))
+def online_teacher():
+    network = Teacher(LoadedNetwork(Mean(), "mean", None, (0.0,) * 3, (1.0,) * 3, None))
+    return OnlineTeacher(network, Accelerator(cpu=True))
 
 
 def stored(labels):
     return lambda batch: (labels[batch.target_rows], None)
 
 
-def panel(*voices, how="probabilities", needs_logits=False):
-    weights = (1 / len(voices),) * len(voices)
-    settings = {"mode": how, "temperature": 1.0, "needs_logits": needs_logits}
-    return TeacherEnsemble(list(voices), weights=weights, name="picture {}".format, **settings)
+def make_ensemble(*teachers, mode="probabilities", needs_logits=False):
+    weights = (1 / len(teachers),) * len(teachers)
+    settings = {"mode": mode, "temperature": 1.0, "needs_logits": needs_logits}
+    return TeacherEnsemble(list(teachers), weights=weights, name="image {}".format, **settings)
 
 
 def batch(images, samples=None):
@@ -44,16 +44,18 @@ IMAGES = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("needs_logits", [False, True])
-def test_one_network_gives_one_voice(needs_logits):
-    answers = panel(voice(), needs_logits=needs_logits)(batch(IMAGES))
-    assert answers.labels.tolist() == IMAGES.mean(dim=(2, 3)).argmax(dim=1)[:, None].tolist()
-    assert (answers.logits is not None) is needs_logits
+def test_ensemble_of_one_network_has_one_output(needs_logits):
+    outputs = make_ensemble(online_teacher(), needs_logits=needs_logits)(batch(IMAGES))
+    assert outputs.labels.tolist() == IMAGES.mean(dim=(2, 3)).argmax(dim=1)[:, None].tolist()
+    assert (outputs.logits is not None) is needs_logits
 
 
 def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
-    answers = panel(voice(), stored(torch.tensor([2, 1, 0, 2])), how="tokens")(batch(IMAGES))
-    assert answers.labels.shape == (4, 2)
-    assert answers.labels[:, 1].tolist() == [2, 1, 0, 2]
+    outputs = make_ensemble(online_teacher(), stored(torch.tensor([2, 1, 0, 2])), mode="tokens")(
+        batch(IMAGES)
+    )
+    assert outputs.labels.shape == (4, 2)
+    assert outputs.labels[:, 1].tolist() == [2, 1, 0, 2]
 
 
 @pytest.mark.fault("D4")
@@ -62,20 +64,20 @@ def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
 def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, needs_logits):
     images = IMAGES.clone()
     images[[1, 3]] = value
-    with raises(NumericsError, "picture 41", "picture 43") as stopped:
-        panel(voice(), needs_logits=needs_logits)(batch(images))
-    assert str(stopped.value).count("picture 4") == 2
+    with raises(NumericsError, "image 41", "image 43") as stopped:
+        make_ensemble(online_teacher(), needs_logits=needs_logits)(batch(images))
+    assert str(stopped.value).count("image 4") == 2
 
 
 def test_where_checks_are_rare_nothing_is_forgotten(monkeypatch):
-    asked = panel(voice())
-    monkeypatch.setattr(asked, "check", lambda: None)  # as on a GPU between two checks
+    ensemble = make_ensemble(online_teacher())
+    monkeypatch.setattr(ensemble, "check", lambda: None)  # as on a GPU between two checks
     images = IMAGES.clone()
     images[2] = 0.0
-    asked(batch(images))
+    ensemble(batch(images))
     for _ in range(3):
-        asked(batch(IMAGES))
+        ensemble(batch(IMAGES))
     monkeypatch.undo()
-    with raises(NumericsError, "picture 42"):
-        asked.check()
-    asked.check()  # said once
+    with raises(NumericsError, "image 42"):
+        ensemble.check()
+    ensemble.check()  # raised only once

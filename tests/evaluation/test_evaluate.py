@@ -199,11 +199,11 @@ def test_load_variant_has_its_classes_and_labels(name, num_classes, tmp_path):
     assert len(expected) == num_classes
     root = write_class_images(tmp_path / name, expected)
     variant = load_variant(name, str(root), synsets())
-    assert len(variant.columns) == num_classes
-    assert {synsets()[column] for column in variant.columns} == set(expected)
+    assert len(variant.class_indices) == num_classes
+    assert {synsets()[column] for column in variant.class_indices} == set(expected)
     # The correct class of every image is that of its folder.
     for row in (0, num_classes // 2, num_classes - 1):
-        column = variant.columns[int(variant.accepted[row].long().argmax())]
+        column = variant.class_indices[int(variant.accepted[row].long().argmax())]
         assert f"/{synsets()[column]}/" in variant.images.name(row).replace("\\", "/")
         assert variant.accepted[row].sum() == 1
 
@@ -211,7 +211,7 @@ def test_load_variant_has_its_classes_and_labels(name, num_classes, tmp_path):
 def test_load_variant_v2_folders_are_numbers(tmp_path):
     root = write_class_images(tmp_path / "v2", [str(label) for label in range(1000)])
     variant = load_variant("v2", str(root), synsets())
-    assert variant.columns == tuple(range(1000))
+    assert variant.class_indices == tuple(range(1000))
     for row in (0, 11, 999):
         label = int(variant.images.name(row).replace("\\", "/").split("/")[-2])
         assert int(variant.accepted[row].long().argmax()) == label
@@ -222,7 +222,7 @@ def test_load_variant_network_with_few_classes_skips_other_images(tmp_path):
     root = write_class_images(tmp_path / "a", expected)
     known = (expected[7], "n00000000", expected[3])
     variant = load_variant("a", str(root), known)
-    assert variant.columns == (0, 2)
+    assert variant.class_indices == (0, 2)
     assert len(variant.images.labels) == 2
     assert re.findall(r"\d+", variant.note) == ["2", "200", "2", "200"]  # images, then classes
 
@@ -254,7 +254,7 @@ def test_load_variant_other_folder_raises(tmp_path):
     with raises(DataError, "'cat'"):
         load_variant("a", str(root), synsets())
     complete = write_class_images(tmp_path / "a", classes_of("a"))
-    with raises(DataError, "variant a", "'ant'"):
+    with raises(DataError, "test set a", "'ant'"):
         load_variant("a", str(complete), ("ant", "bee"))
 
 
@@ -345,7 +345,7 @@ def test_evaluate_several_runs_unknown_classes_fail_first(runs, tmp_path, capsys
     arguments = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
     assert run_command("evaluate", [*arguments, "--data.root", str(tmp_path)], "deit evaluate") == 3
     output = capsys.readouterr()
-    assert re.search(r"\bvariant a\b.*'0'", output.err)
+    assert re.search(r"\btest set a\b.*'0'", output.err)
     assert output.out == ""
 
 

@@ -25,26 +25,26 @@ def config(**sections):
     return small.replace(**sections)
 
 
-def kept_bytes(config):
-    """What a forward pass keeps for the backward pass, beside the weights [bytes]."""
-    student, kept = build_run(config).student.train(), {}
-    weights = {one.untyped_storage().data_ptr() for one in student.parameters()}
+def saved_bytes(config):
+    """Return what a forward pass keeps for the backward pass, without the weights [bytes]."""
+    student, saved = build_run(config).student.train(), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = student(torch.rand(32, 3, 8, 8))
         assert outputs.class_logits.requires_grad
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def test_a_fraction_of_the_memory_is_kept():
     often, once = (
-        kept_bytes(config(run={"activation_checkpointing": again})) for again in (False, True)
+        saved_bytes(config(run={"activation_checkpointing": again})) for again in (False, True)
     )
     assert once < 0.15 * often
 
@@ -61,6 +61,6 @@ def test_a_run_ends_with_the_same_bits(tmp_path, linear):
 
 
 def test_a_network_without_blocks_is_refused():
-    wanted = digits_teacher().replace(run={"activation_checkpointing": True})
+    convnet = digits_teacher().replace(run={"activation_checkpointing": True})
     with raises(ConfigError, "run.activation_checkpointing"):
-        build_run(wanted)
+        build_run(convnet)

@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture
-def graphs_alone(monkeypatch):
+def cuda_graphs_off(monkeypatch):
     """Tracing as it is, without the compiler behind it: seconds instead of half a minute."""
     seen = []
 
@@ -29,11 +29,11 @@ def graphs_alone(monkeypatch):
         seen.append((type(network).__name__, mode))
         network.compile(backend="eager")
 
-    for place in (
+    for name in (
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
-        monkeypatch.setattr(place, traced)
+        monkeypatch.setattr(name, traced)
     yield seen
     torch._dynamo.reset()
 
@@ -56,13 +56,13 @@ def rows(out):
     return [row["train"] | row["validation"] for row in run_log.read(out / "metrics.jsonl")]
 
 
-def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, graphs_alone, tmp_path):
+def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, cuda_graphs_off, tmp_path):
     train(config, tmp_path / "eager")
-    assert graphs_alone == []
+    assert cuda_graphs_off == []
     train(config.replace(run={"compile": "default"}), tmp_path / "traced")
-    assert graphs_alone == [("Student", "default"), ("Teacher", "default")]
-    for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "traced"), strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
+    assert cuda_graphs_off == [("Student", "default"), ("Teacher", "default")]
+    for eager, compiled in zip(rows(tmp_path / "eager"), rows(tmp_path / "traced"), strict=True):
+        assert eager == pytest.approx(compiled, abs=1e-4)
 
 
 def test_a_copy_of_a_compiled_network_is_a_network(config):
@@ -82,20 +82,20 @@ def test_which_modes_record_graphs(mode, graphs, config):
 
 
 def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, monkeypatch):
-    for place in (
+    for name in (
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
-        monkeypatch.setattr(place, lambda network, mode: None)  # nothing is computed with it here
+        monkeypatch.setattr(name, lambda network, mode: None)  # nothing is computed with it here
     monkeypatch.setattr(onednn_linear, "cpu_vendor", lambda: "AuthenticAMD")
-    made = []
-    monkeypatch.setattr("deit.training.build.use_onednn", lambda student: made.append(student))
+    created = []
+    monkeypatch.setattr("deit.training.build.use_onednn", lambda student: created.append(student))
     fault_injection.install_faults("update:1:term")
     for mode in ("default", "none"):
-        wanted = config.replace(run={"linear_backend": "auto", "compile": mode})
+        config_auto = config.replace(run={"linear_backend": "auto", "compile": mode})
         with pytest.raises(StoppedBySignal):
-            train(wanted, tmp_path / mode)
-        assert len(made) == (mode == "none")
+            train(config_auto, tmp_path / mode)
+        assert len(created) == (mode == "none")
         fault_injection.install_faults("update:1:term")
     fault_injection.install_faults(None)
 
@@ -104,11 +104,11 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
     def lacking(graph, examples):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "g++")
 
-    for place in (
+    for name in (
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
-        monkeypatch.setattr(place, lambda network, mode: network.compile(backend=lacking))
+        monkeypatch.setattr(name, lambda network, mode: network.compile(backend=lacking))
     try:
         with raises(SystemFault, "torch.compile", "'g++'", "--run.compile", "--resume"):
             train(config.replace(run={"compile": "default"}), tmp_path / "run")

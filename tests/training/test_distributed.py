@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(*arguments, cwd):
-    """What two processes say that torchrun starts."""
+    """Return the output of two processes that torchrun starts."""
     program = (sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2")
     done = subprocess.run(
         [*program, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, arguments)],
@@ -38,30 +38,30 @@ def torchrun(*arguments, cwd):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, command_server):
     """A student trained by one process, and by two, against the same teacher."""
-    place = tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
-    trained(digits_teacher().replace(optim={"epochs": 3}), place / "teacher")
+    trained(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
     arguments = ("digits", "--teacher.source", "teacher", *SETTINGS)
-    single_process = output_of(command_server, 1, script, *arguments, "--out", "of-1", cwd=place)
-    return place, {1: single_process, 2: torchrun(script, *arguments, "--out", "of-2", cwd=place)}
+    single_process = output_of(command_server, 1, script, *arguments, "--out", "of-1", cwd=folder)
+    return folder, {1: single_process, 2: torchrun(script, *arguments, "--out", "of-2", cwd=folder)}
 
 
-def rows(place, number):
-    lines = (place / f"of-{number}" / "metrics.jsonl").read_text().splitlines()
+def rows(folder, num_processes):
+    lines = (folder / f"of-{num_processes}" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def test_two_processes_train_as_one(runs):
-    place, _ = runs
-    one, two = rows(place, 1), rows(place, 2)
-    assert len(one) == len(two) == 2
-    for ours, theirs in zip(two, one):
-        assert ours["step"] == theirs["step"]
-        assert ours["train"]["lr"] == theirs["train"]["lr"]
-        for name, value in theirs["train"].items():
-            assert ours["train"][name] == pytest.approx(value, abs=1e-5), name
-        for name, value in theirs["validation"].items():
-            assert ours["validation"][name] == pytest.approx(value, abs=1e-9), name
+    folder, _ = runs
+    single, double = rows(folder, 1), rows(folder, 2)
+    assert len(single) == len(double) == 2
+    for actual, expected in zip(double, single):
+        assert actual["step"] == expected["step"]
+        assert actual["train"]["lr"] == expected["train"]["lr"]
+        for name, value in expected["train"].items():
+            assert actual["train"][name] == pytest.approx(value, abs=1e-5), name
+        for name, value in expected["validation"].items():
+            assert actual["validation"][name] == pytest.approx(value, abs=1e-9), name
 
 
 def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
@@ -72,16 +72,18 @@ def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
 
 
 def test_evaluation_by_two_processes_counts_each_image_once(runs, command_server):
-    place, _ = runs
-    found = {}
-    for number in (1, 2):
-        file = place / f"evaluation-{number}.json"
-        output_of(command_server, number, "evaluate_deit.py", "of-1", "--json", file, cwd=place)
-        found[number] = json.loads(file.read_text())
-    assert found[2]["num_samples"] == found[1]["num_samples"] == 359
-    assert found[2]["heads"] == found[1]["heads"]
-    assert found[2]["per_class"] == found[1]["per_class"]
-    assert found[2]["agreement"] == found[1]["agreement"]
+    folder, _ = runs
+    results = {}
+    for num_processes in (1, 2):
+        file = folder / f"evaluation-{num_processes}.json"
+        output_of(
+            command_server, num_processes, "evaluate_deit.py", "of-1", "--json", file, cwd=folder
+        )
+        results[num_processes] = json.loads(file.read_text())
+    assert results[2]["num_samples"] == results[1]["num_samples"] == 359
+    assert results[2]["heads"] == results[1]["heads"]
+    assert results[2]["per_class"] == results[1]["per_class"]
+    assert results[2]["agreement"] == results[1]["agreement"]
 
 
 def test_a_command_leaves_the_process_group_before_the_interpreter_ends(command_server, tmp_path):
@@ -101,8 +103,8 @@ def test_a_command_leaves_the_process_group_before_the_interpreter_ends(command_
 
 
 def test_accelerate_launch_runs_the_same_script(runs):
-    place, _ = runs
-    out = place / "launched"
+    folder, _ = runs
+    out = folder / "launched"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
@@ -110,14 +112,14 @@ def test_accelerate_launch_runs_the_same_script(runs):
             *(str(ROOT / "train_deit.py"), "digits", "--teacher.source", "teacher"),
             *("--out", str(out), *SETTINGS, "--optim.epochs", "1", "--optim.warmup_epochs", "0"),
         ],
-        cwd=place,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     environment = json.loads((out / "environment.json").read_text())
-    assert environment["precision"] == "bf16"  # what the launcher said
+    assert environment["precision"] == "bf16"  # as set by the launcher
 
 
 def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_path):
@@ -130,17 +132,23 @@ def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_pat
         *("--run.eval_batch_size", "2"),
     )
     files = ("--data.storage", "files", "--data.num_workers", "1")
-    said = {
-        number: output_of(
-            command_server, number, *command, *files, "--out", f"of-{number}", cwd=tmp_path
+    output = {
+        num_processes: output_of(
+            command_server,
+            num_processes,
+            *command,
+            *files,
+            "--out",
+            f"of-{num_processes}",
+            cwd=tmp_path,
         )
-        for number in (1, 2)
+        for num_processes in (1, 2)
     }
-    assert re.search(r"\b1 worker\b", said[1])
-    for ours, theirs in zip(rows(tmp_path, 2), rows(tmp_path, 1), strict=True):
-        assert ours["train"] == pytest.approx(theirs["train"], abs=1e-5)
-        assert ours["validation"] == pytest.approx(theirs["validation"], abs=1e-9)
-        assert {"reading", "waiting", "views"} <= ours["loader"]["images_per_s"].keys()
+    assert re.search(r"\b1 worker\b", output[1])
+    for actual, expected in zip(rows(tmp_path, 2), rows(tmp_path, 1), strict=True):
+        assert actual["train"] == pytest.approx(expected["train"], abs=1e-5)
+        assert actual["validation"] == pytest.approx(expected["validation"], abs=1e-9)
+        assert {"reading", "waiting", "views"} <= actual["loader"]["images_per_s"].keys()
     output_of(
         command_server, 1, *command, "--data.storage", "memory", "--out", "of-3", cwd=tmp_path
     )
@@ -219,14 +227,14 @@ def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(
     """In pieces, so that the exchange may begin before the last gradient is there."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
-    found = {}
+    results = {}
     for kind in ("none", "bf16"):
-        said = output_of(command_server, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
-        found[kind] = last_json(said)
-        assert sum(found[kind]["pieces"]) == 4 * found[kind]["parameters"]
-        assert len(found[kind]["pieces"]) >= 5
-    assert found["none"]["sent"] == []  # torch's own exchange, in those pieces
-    assert sum(found["bf16"]["sent"]) == 2 * found["bf16"]["parameters"]
-    exact, rounded = (load_file(tmp_path / f"{kind}.pt")["gradient"] for kind in found)
+        output = output_of(command_server, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
+        results[kind] = last_json(output)
+        assert sum(results[kind]["pieces"]) == 4 * results[kind]["parameters"]
+        assert len(results[kind]["pieces"]) >= 5
+    assert results["none"]["sent"] == []  # torch's own exchange, in those pieces
+    assert sum(results["bf16"]["sent"]) == 2 * results["bf16"]["parameters"]
+    exact, rounded = (load_file(tmp_path / f"{kind}.pt")["gradient"] for kind in results)
     assert torch.allclose(exact, rounded, rtol=2**-6, atol=1e-3 * exact.abs().max().item())
     assert not torch.equal(exact, rounded)

@@ -34,7 +34,7 @@ def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(
     out = tmp_path / "run"
     running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
     wait_until(lambda: (out / "config.json").is_file())
-    second = run(command_server, out)  # the first one hangs for an hour: nobody waits for that
+    second = run(command_server, out)  # the first one hangs for an hour; it is not waited for
     assert second.code == 5
     assert f"--out {out}" in second.err
     assert re.search(rf"\bprocess {running.pid}\b", second.err)
@@ -142,19 +142,19 @@ def test_the_faults_are_documented():
 
 @pytest.mark.fault("E5")
 def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
-    """After a signal that it does not come round to obey."""
+    """After a signal that the process has no chance to handle."""
     from accelerate import Accelerator
 
     from deit.core import signals
 
     monkeypatch.setattr(signals, "_STUCK_S", 0.2)
-    with signals.GracefulStop(Accelerator(cpu=True)) as asked:
+    with signals.GracefulStop(Accelerator(cpu=True)) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: "test_a_hung_process_says_where" in capfd.readouterr().err)
-        assert asked.pending_signal() == signal.SIGTERM
+        assert stop.pending_signal() == signal.SIGTERM
 
 
-PICTURES = (
+FOLDER_ARGUMENTS = (
     *("folder", "--loss", "none", "--student.name", "vit_micro", "--student.depth", "1"),
     *("--student.embed_dim", "16", "--student.num_heads", "2", "--student.image_size", "16"),
     *("--student.patch_size", "4", "--data.image_size", "18", "--optim.batch_size", "8"),
@@ -167,14 +167,14 @@ def workers_of(pid: int) -> list[int]:
     """The processes that read for a process: forks of it, with the words it was started with.
     Libraries start others."""
     process = psutil.Process(pid)
-    return [one.pid for one in process.children() if one.cmdline() == process.cmdline()]
+    return [child.pid for child in process.children() if child.cmdline() == process.cmdline()]
 
 
 @pytest.fixture
 def with_workers(command_server, tmp_path):
     """A run under way whose images are read by two workers."""
     write_image_folder(tmp_path / "pictures", images_per_class=16)
-    arguments = (*PICTURES, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
+    arguments = (*FOLDER_ARGUMENTS, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
     running = command_server.start("train", *arguments)
     wait_until(lambda: list((tmp_path / "run").glob("checkpoint-*")))
     return running
@@ -197,10 +197,9 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(
 def test_killed_with_workers_alive_the_folder_is_free_at_once(command_server, tmp_path):
     out = tmp_path / "run"
     image_folder = write_image_folder(tmp_path / "pictures", images_per_class=16)
-    arguments = (*PICTURES, "--optim.epochs", "4", "--data.root", image_folder, "--out", out)
-    running = command_server.start(
-        "train", *arguments, DEIT_FAULT="update:9:hang"
-    )  # of the third epoch
+    arguments = ("--optim.epochs", "4", "--data.root", image_folder, "--out", out)
+    fault = "update:9:hang"  # in the third epoch
+    running = command_server.start("train", *FOLDER_ARGUMENTS, *arguments, DEIT_FAULT=fault)
     wait_until(lambda: list(out.glob("checkpoint-*")))
     assert workers_of(running.pid)
     running.signal(signal.SIGKILL)
@@ -249,7 +248,7 @@ def test_nothing_of_the_environment_is_written_down(command_server, tmp_path):
 @pytest.mark.fault("E17")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_files_are_for_whom_the_umask_says(mask, tmp_path):
-    """Also the weights: whoever shares a folder wants to read them."""
+    """Also the weights, which the others of a shared folder read."""
     out = tmp_path / "run"
     arguments = ("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0")
     before = os.umask(mask)
@@ -257,15 +256,15 @@ def test_files_are_for_whom_the_umask_says(mask, tmp_path):
         assert run_command("train", [*SMALL, *arguments], "deit train") == 0
     finally:
         os.umask(before)
-    found = (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl"))
-    assert found
-    for path in found:
+    written = (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl"))
+    assert written
+    for path in written:
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
 
 
 @pytest.mark.fault("E15")
 def test_without_home_and_room_for_temporary_files(command_server, tmp_path):
-    """What is temporary lies beside what it becomes."""
+    """Temporary files are in the folder of their final files."""
     out = tmp_path / "run"
     environment = {"TMPDIR": "/dev/null/nowhere", "HOME": "/dev/null/nobody"}
     done = command_server.run("train", *SMALL, "--out", out, **environment)
@@ -373,11 +372,11 @@ def test_batch_norm_statistics_exclude_skipped_steps(command_server, tmp_path, m
 
 
 @pytest.mark.fault("B3")
-@pytest.mark.parametrize("how", ["gone", "damaged"])
-def test_the_best_so_far_that_is_lost_is_told(how, command_server, undisturbed_run, tmp_path):
+@pytest.mark.parametrize("damage", ["gone", "damaged"])
+def test_the_best_so_far_that_is_lost_is_told(damage, command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
     assert run(command_server, out, "update:7:term").code == 143
-    if how == "gone":
+    if damage == "gone":
         shutil.rmtree(out / "best")
     else:
         (out / "best" / "model.safetensors").write_bytes(b"")

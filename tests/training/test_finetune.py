@@ -29,17 +29,17 @@ STILL = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
 def test_a_run_goes_on_at_twice_its_resolution(pretrained, tmp_path, capsys):
     out = tmp_path / "run"
     train(finer(pretrained), out)
-    said = capsys.readouterr().out.splitlines()
-    (taught,) = [line for line in said if str(pretrained / "teacher16") in line]
-    assert re.search(r"\b16 px\b.*\d\.\d %", taught)  # it answers at its own size
+    lines = capsys.readouterr().out.splitlines()
+    (taught,) = [line for line in lines if str(pretrained / "teacher16") in line]
+    assert re.search(r"\b16 px\b.*\d\.\d %", taught)  # it runs at its own size
     notes = json.loads((out / "init.json").read_text())
     assert notes["source"] == str(pretrained / "student")
     (note,) = notes["notes"]
     assert re.search(r"4 x 4 .*\b8 x 8 .*\bdeit\b", note)
-    assert any(line.strip() == note for line in said)
+    assert any(line.strip() == note for line in lines)
     assert weights(out)["pos_embed"].shape == (1, 66, 16)
-    found = evaluate(out)
-    assert found["heads"]["distillation"]["top1"] > 0
+    metrics = evaluate(out)
+    assert metrics["heads"]["distillation"]["top1"] > 0
     assert run_log.read(out / run_log.METRICS)[0]["train"]["loss_teacher"] > 0
 
 
@@ -125,9 +125,9 @@ def test_by_labels_alone_and_onto_other_classes(pretrained, tmp_path):
         out = tmp_path / heads
         train(config.replace(init={"head": heads}), out)
         after = weights(out)
-        for name, kept in rows.items():
+        for name, saved in rows.items():
             assert after[name].shape == (3, 16)
-            assert torch.allclose(after[name], kept, atol=1e-8, rtol=0) == (heads == "keep")
+            assert torch.allclose(after[name], saved, atol=1e-8, rtol=0) == (heads == "keep")
         _, note = json.loads((out / "init.json").read_text())["notes"]
         assert re.search(r"\b3\b.*\b10\b", note)
 
@@ -138,8 +138,8 @@ def test_stored_targets_train_to_the_same_bits(pretrained, tmp_path):
     write_targets(config, tmp_path / "store")
     stored = config.replace(teacher={"target_stores": (str(tmp_path / "store"),)})
     train(stored, tmp_path / "stored")
-    ours, theirs = weights(tmp_path / "stored"), weights(tmp_path / "online")
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    actual, online = weights(tmp_path / "stored"), weights(tmp_path / "online")
+    assert all(torch.equal(value, online[name]) for name, value in actual.items())
 
 
 def test_a_plain_vit_becomes_a_distilled_student(pretrained, tmp_path):

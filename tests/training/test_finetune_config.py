@@ -39,9 +39,9 @@ def test_a_start_with_another_normalisation_is_told(pretrained, tmp_path, capsys
         dry_run=True,
     )
     facts = json.loads((pretrained / "student" / "best" / "model.json").read_text())
-    theirs = [",".join(f"{value:.3g}" for value in facts[name]) for name in ("mean", "std")]
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if "--views.mean" in line]
-    assert all(value in told for value in (*theirs, "0.5,0.5,0.5"))
+    statistics = [",".join(f"{value:.3g}" for value in facts[name]) for name in ("mean", "std")]
+    (setting,) = [line for line in capsys.readouterr().out.splitlines() if "--views.mean" in line]
+    assert all(value in setting for value in (*statistics, "0.5,0.5,0.5"))
 
 
 # the configuration of a fine-tuning
@@ -96,7 +96,7 @@ LENGTH = {"epochs", "warmup_epochs"}
 DECIDES = {"deit": set(), "deit3": set(), "bit": set(), "convpass": {"batch_size"} | LENGTH}
 """Schedules that are their own, and what they leave to the run even so."""
 ADAPTERS_THAT_ROUND = ("student.adapters = 'convpass'", "student.qat")
-APART = {
+DIFFERENT = {
     ("int8", "convpass"): ADAPTERS_THAT_ROUND,
     ("convpass", "int8"): ADAPTERS_THAT_ROUND,
     ("int8", "linear-probe"): ("optim.trainable = 'heads'", "int8"),
@@ -113,15 +113,18 @@ def test_every_schedule_is_itself_after_every_other(before, after, twice):
     config = BEFORE[before](recipe)
     if twice:
         config = BEFORE[before](config)
-    if (before, after) in APART:
-        with raises(ConfigError, *APART[before, after]):
+    if (before, after) in DIFFERENT:
+        with raises(ConfigError, *DIFFERENT[before, after]):
             validate(SCHEDULES[after](config))
         return
     tuned = validate(SCHEDULES[after](config)).optim
     if after in DECIDES:
-        recipe_fields, own = asdict(SCHEDULES[after](recipe).optim), OF_THE_RUN | DECIDES[after]
-        assert {k: v for k, v in asdict(tuned).items() if k not in own} == {
-            k: v for k, v in recipe_fields.items() if k not in own
+        recipe_fields, run_fields = (
+            asdict(SCHEDULES[after](recipe).optim),
+            OF_THE_RUN | DECIDES[after],
+        )
+        assert {k: v for k, v in asdict(tuned).items() if k not in run_fields} == {
+            k: v for k, v in recipe_fields.items() if k not in run_fields
         }
     if after == "convpass":
         assert tuned.warmup_epochs == pytest.approx(tuned.epochs / 10)
@@ -185,8 +188,8 @@ def command(pretrained, tmp_path, monkeypatch, capsys):
 
 def test_without_a_recipe_the_runs_own_goes_on(pretrained, tmp_path, command):
     taught = ("--teacher.source", pretrained / "teacher16", "--optim.epochs", "1")
-    code, said = command("--from", pretrained / "student", "--resolution", "16", *taught)
-    assert code == 0, said.err
+    code, completed = command("--from", pretrained / "student", "--resolution", "16", *taught)
+    assert code == 0, completed.err
     config = load_config(tmp_path / "checkpoints" / "student-finetuned" / "config.json")
     before = load_config(pretrained / "student" / "config.json")
     assert isinstance(config, Config)
@@ -208,22 +211,22 @@ def test_the_normalisation_of_the_start_is_taken_over(pretrained, tmp_path):
 def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(
     pretrained, tmp_path, command
 ):
-    file = tmp_path / "weights.safetensors"  # without the facts that lie beside it in a run
+    file = tmp_path / "weights.safetensors"  # without the model.json of a run
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
-    code, said = command("--from", file)
+    code, completed = command("--from", file)
     assert code == 2
-    assert f"--from {file} RECIPE" in said.err
+    assert f"--from {file} RECIPE" in completed.err
     arguments = ("digits", "--from", file, "--loss", "none", "--dry-run")
-    code, said = command(*arguments)
-    assert code == 0, said.err
-    _, notes = said.out.split(f" {file}\n")
+    code, completed = command(*arguments)
+    assert code == 0, completed.err
+    _, notes = completed.out.split(f" {file}\n")
     assert re.match(r" +10 classes\b", notes)  # it names none: those of the data
     shape = "--student.embed_dim", "32", "--student.num_heads", "2"
-    code, said = command(*arguments, *shape)
+    code, completed = command(*arguments, *shape)
     assert code == 4
-    assert f"init.weights {file}" in said.err
-    assert re.search(r"blocks\.0\.attn\.proj\.bias: \(16,\) .*\(32,\)", said.err)
-    assert re.search(r"\b11\b", said.err.splitlines()[-1])  # as many differ that are not shown
+    assert f"init.weights {file}" in completed.err
+    assert re.search(r"blocks\.0\.attn\.proj\.bias: \(16,\) .*\(32,\)", completed.err)
+    assert re.search(r"\b11\b", completed.err.splitlines()[-1])  # as many differ that are not shown
 
 
 BAD = {
@@ -254,8 +257,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_before_anything_is_written(name, pretrained, tmp_path, command):
     arguments, expected, named = BAD[name]
-    code, said = command(*(pretrained / "student" if w == "STUDENT" else w for w in arguments))
-    assert (code, [one for one in named if one not in said.err]) == (expected, []), said.err
+    code, completed = command(*(pretrained / "student" if w == "STUDENT" else w for w in arguments))
+    assert (code, [text for text in named if text not in completed.err]) == (expected, []), (
+        completed.err
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -265,13 +270,15 @@ def test_a_bare_file_keeps_the_recipes_attention_heads(pretrained, tmp_path, com
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", weight_file)
     shape = ("--student.embed_dim", "16", "--student.num_heads", "2")
     arguments = ("digits", "--from", weight_file, "--loss", "none", "--out", "run")
-    code, said = command(*arguments, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0")
-    assert code == 0, said.err
+    code, completed = command(
+        *arguments, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0"
+    )
+    assert code == 0, completed.err
     assert load_config(tmp_path / "run" / "config.json").student.num_heads == 2
     notes = json.loads((tmp_path / "run" / "init.json").read_text())["notes"]
-    (told,) = [note for note in notes if "--student.num_heads" in note]
-    assert re.search(r"\b2\b", told)
-    assert told in said.out
+    (setting,) = [note for note in notes if "--student.num_heads" in note]
+    assert re.search(r"\b2\b", setting)
+    assert setting in completed.out
 
 
 @pytest.mark.fault("A9", "A25", "B8")
@@ -283,24 +290,24 @@ def test_the_command_goes_on_without_its_start(pretrained, tmp_path, command):
     assert command(*arguments, *quick)[0] == 0
     shutil.rmtree(start)
     trained = tree(tmp_path / "run")
-    code, said = command(*arguments, *quick, "--resume")
-    assert code == 0, said.err
+    code, completed = command(*arguments, *quick, "--resume")
+    assert code == 0, completed.err
     assert tree(tmp_path / "run") == trained
     other = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
-    code, said = command(*other)
+    code, completed = command(*other)
     assert code == 2
-    assert re.search(r"--resume: .*\b16 px\b.*\b24\b.*--resolution", said.err)
+    assert re.search(r"--resume: .*\b16 px\b.*\b24\b.*--resolution", completed.err)
     differing = {
         "--schedule deit": (*arguments, "--schedule", "deit"),
         "RECIPE digits": ("--from", start, "digits", "--out", "run"),
     }
     for named, more in differing.items():
-        code, said = command(*more, *quick, "--resume")
+        code, completed = command(*more, *quick, "--resume")
         assert code == 2
-        assert named in said.err
-    code, said = command("--from", pretrained / "student", "--out", "run", "--resume")
+        assert named in completed.err
+    code, completed = command("--from", pretrained / "student", "--out", "run", "--resume")
     assert code == 2
-    assert all(word in said.err for word in (f"--from {start}", str(pretrained / "student")))
+    assert all(word in completed.err for word in (f"--from {start}", str(pretrained / "student")))
 
 
 @pytest.mark.fault("B7")
@@ -308,15 +315,15 @@ def test_class_counts_that_differ_are_refused(pretrained, tmp_path, command):
     file = tmp_path / "weights.safetensors"
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
     arguments = ("digits", "--from", file, "--loss", "none", "--data.classes", "1,2,3")
-    code, said = command(*arguments)
+    code, completed = command(*arguments)
     assert code == 4
-    assert re.search(r"\b10\b.*\b3\b.*--init\.head new\b", said.err)
+    assert re.search(r"\b10\b.*\b3\b.*--init\.head new\b", completed.err)
     assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("heads", ["zero", "new"])
 def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(pretrained, tmp_path, heads):
-    """What the run did with the heads it was given is not done to those it has learnt."""
+    """What a run did to the heads of its initial weights is not done to its trained heads."""
     shutil.copytree(pretrained / "student", tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
@@ -324,8 +331,8 @@ def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(pretrained, tm
     file.write_text(json.dumps(config))
     arguments = ["--from", str(tmp_path / "run")]
     assert parse_finetune(arguments, "deit finetune").config.init.head == "keep"
-    asked = parse_finetune([*arguments, "--init.head", heads], "deit finetune")
-    assert asked.config.init.head == heads
+    parsed = parse_finetune([*arguments, "--init.head", heads], "deit finetune")
+    assert parsed.config.init.head == heads
 
 
 def test_a_value_that_is_called_as_a_recipe_is_no_recipe(pretrained):

@@ -35,7 +35,7 @@ from deit.training.train import train
 from tests.helpers.images import pixels_of, real_images
 from tests.helpers.resume_helpers import assert_same_end, stop_and_resume
 
-COLOURS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
+CHANNEL_STATS = ChannelStats((0.5, 0.4, 0.3), (0.2, 0.15, 0.1))
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,9 +45,9 @@ pytestmark = [
 
 def test_keys_give_the_same_words_on_the_gpu():
     samples = torch.arange(100_000)
-    here, there = Keys(3, 1, samples), Keys(3, 1, samples.cuda())
-    assert torch.equal(random_words(here, "crop", 9), random_words(there, "crop", 9).cpu())
-    assert torch.allclose(beta(here, "mix", 0.8), beta(there, "mix", 0.8).cpu(), atol=1e-12)
+    on_cpu, on_gpu = Keys(3, 1, samples), Keys(3, 1, samples.cuda())
+    assert torch.equal(random_words(on_cpu, "crop", 9), random_words(on_gpu, "crop", 9).cpu())
+    assert torch.allclose(beta(on_cpu, "mix", 0.8), beta(on_gpu, "mix", 0.8).cpu(), atol=1e-12)
 
 
 def views_of(preset, crop):
@@ -61,15 +61,15 @@ def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, cro
     pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(20, 1, 1, 1)
     samples = torch.arange(len(pixels))
     sizes = {"height": 40, "width": 40, "size": 32}
-    here = sample_views(Keys(3, 1, samples), views, **sizes)
-    there = sample_views(Keys(3, 1, samples.cuda()), views, **sizes)
-    for ours, theirs in zip(here, there):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or torch.equal(ours, theirs.cpu())
-    settings = {"views": views, "size": 32, "channel_stats": COLOURS}
+    on_cpu = sample_views(Keys(3, 1, samples), views, **sizes)
+    on_gpu = sample_views(Keys(3, 1, samples.cuda()), views, **sizes)
+    for cpu_value, gpu_value in zip(on_cpu, on_gpu):
+        assert (cpu_value is None) == (gpu_value is None)
+        assert cpu_value is None or torch.equal(cpu_value, gpu_value.cpu())
+    settings = {"views": views, "size": 32, "channel_stats": CHANNEL_STATS}
     difference = (
-        apply_views(pixels, here, **settings).int()
-        - apply_views(pixels.cuda(), there, **settings).cpu().int()
+        apply_views(pixels, on_cpu, **settings).int()
+        - apply_views(pixels.cuda(), on_gpu, **settings).cpu().int()
     ).abs()
     assert difference.max() <= 1
     assert (difference > 0).double().mean() < 1e-3
@@ -79,14 +79,14 @@ def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, cro
 def test_resizing_is_exact_on_the_gpu_whatever_it_may_round(size):
     pixels = pixels_of(real_images(64, 64))
     boxes = torch.tensor([[n, 2 * n, 40 - n, 30 + n] for n in range(12)])
-    here = resize_boxes(pixels, boxes, size, "bicubic")
+    on_cpu = resize_boxes(pixels, boxes, size, "bicubic")
     torch.set_float32_matmul_precision("high")  # TF32
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            there = resize_boxes(pixels.cuda(), boxes.cuda(), size, "bicubic")
+            on_gpu = resize_boxes(pixels.cuda(), boxes.cuda(), size, "bicubic")
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert torch.equal(here, there.cpu())
+    assert torch.equal(on_cpu, on_gpu.cpu())
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -96,18 +96,18 @@ def test_operations_are_equal_on_the_gpu(name):
     arguments = torch.linspace(0.1, 1.9, len(pixels))
     for interpolation in ("bilinear", "bicubic"):
         canvas = FillOptions(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
-        here = apply_operations(pixels, codes, arguments, canvas)
-        there = apply_operations(pixels.cuda(), codes, arguments.cuda(), canvas).cpu()
-        assert torch.equal(here, there), interpolation
+        on_cpu = apply_operations(pixels, codes, arguments, canvas)
+        on_gpu = apply_operations(pixels.cuda(), codes, arguments.cuda(), canvas).cpu()
+        assert torch.equal(on_cpu, on_gpu), interpolation
 
 
 def test_pairs_are_mixed_alike_on_the_gpu():
     pairs, views = torch.arange(10_000), views_of("deit", "padded")
-    here = sample_mix(Keys(3, 1, pairs), views=views, size=32)
-    there = sample_mix(Keys(3, 1, pairs.cuda()), views=views, size=32)
-    assert torch.equal(here.boxes, there.boxes.cpu())
-    assert torch.equal(here.is_cutmix, there.is_cutmix.cpu())
-    assert torch.allclose(here.lam, there.lam.cpu(), atol=1e-12)
+    on_cpu = sample_mix(Keys(3, 1, pairs), views=views, size=32)
+    on_gpu = sample_mix(Keys(3, 1, pairs.cuda()), views=views, size=32)
+    assert torch.equal(on_cpu.boxes, on_gpu.boxes.cpu())
+    assert torch.equal(on_cpu.is_cutmix, on_gpu.is_cutmix.cpu())
+    assert torch.allclose(on_cpu.lam, on_gpu.lam.cpu(), atol=1e-12)
 
 
 def test_a_loader_gives_the_same_batches_from_the_gpu():
@@ -122,18 +122,20 @@ def test_a_loader_gives_the_same_batches_from_the_gpu():
             views=views_of("deit", "random_resized"),
             optim=OptimConfig(batch_size=16),
             sizes=Sizes(32, 32, 24),
-            channel_stats=COLOURS,
+            channel_stats=CHANNEL_STATS,
             seed=1,
             device=device,
         )
         fields = ("images", "teacher_images", "targets", "samples", "places")
-        found = [[getattr(batch, name).cpu() for name in fields] for batch in loader.epoch(0)]
+        fields_by_batch = [
+            [getattr(batch, name).cpu() for name in fields] for batch in loader.epoch(0)
+        ]
         assert loader.stages.rates()["views"] > 0
-        return found
+        return fields_by_batch
 
-    for here, there in zip(batches("cpu"), batches("cuda")):
-        for ours, theirs in zip(here, there):
-            assert torch.allclose(ours.double(), theirs.double(), atol=1.01 / 255)
+    for on_cpu, on_gpu in zip(batches("cpu"), batches("cuda")):
+        for cpu_value, gpu_value in zip(on_cpu, on_gpu):
+            assert torch.allclose(cpu_value.double(), gpu_value.double(), atol=1.01 / 255)
 
 
 @pytest.mark.parametrize("mode", VIEW_MODES)
@@ -151,12 +153,12 @@ def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
             views=views,
             optim=OptimConfig(batch_size=16),
             sizes=Sizes(32, 32, 24),
-            channel_stats=COLOURS,
+            channel_stats=CHANNEL_STATS,
             seed=1,
             device=device,
         )
-        shown = loader.teacher_inputs(0, torch.arange(64), block=16)
-        return [canary(part, row) for part in shown for row in range(0, 16, 2)]
+        blocks = loader.teacher_inputs(0, torch.arange(64), block=16)
+        return [canary(part, row) for part in blocks for row in range(0, 16, 2)]
 
     assert canaries("cpu") == canaries("cuda")
 
@@ -165,10 +167,10 @@ def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
 def test_involutions_agree_on_the_gpu(dtype):
     features = torch.randn(4, 32, 15, 15).to(dtype)
     kernels = torch.randn(4, 2, 49, 8, 8).to(dtype)
-    here = involve(features.float(), kernels.float(), stride=2)
-    there = involve(features.cuda(), kernels.cuda(), stride=2).cpu()
-    assert there.dtype == dtype
-    assert torch.allclose(here, there.float(), rtol=0.02, atol=0.05)
+    on_cpu = involve(features.float(), kernels.float(), stride=2)
+    on_gpu = involve(features.cuda(), kernels.cuda(), stride=2).cpu()
+    assert on_gpu.dtype == dtype
+    assert torch.allclose(on_cpu, on_gpu.float(), rtol=0.02, atol=0.05)
 
 
 def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
@@ -185,7 +187,7 @@ def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
     stored = config.replace(
         teacher={"target_stores": (str(tmp_path / "store"),)}, run={"device": "cuda"}
     )
-    train(stored, tmp_path / "run")  # its canaries and answers are held against the GPU's
+    train(stored, tmp_path / "run")  # its canaries and targets are compared with the GPU's
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -197,21 +199,21 @@ def test_a_run_learns_in_every_precision(tmp_path, precision):
 
 def test_the_cost_of_a_network_on_the_device():
     network = create_network(StudentConfig(name="deit_micro"), 10)
-    here = cost_of(network, side=32, batch=8)
-    there = cost_of(network.to("cuda"), side=32, batch=8)
-    assert (there.parameters, there.gmacs) == (here.parameters, here.gmacs)
-    assert there.memory_mb > 4 * there.parameters / 1e6
-    assert there.images_per_s > 0
+    on_cpu = cost_of(network, side=32, batch=8)
+    on_gpu = cost_of(network.to("cuda"), side=32, batch=8)
+    assert (on_gpu.parameters, on_gpu.gmacs) == (on_cpu.parameters, on_cpu.gmacs)
+    assert on_gpu.memory_mb > 4 * on_gpu.parameters / 1e6
+    assert on_gpu.images_per_s > 0
 
 
 def test_attention_rolled_out_on_the_device():
     torch.manual_seed(0)
     network = create_network(StudentConfig(name="deit_micro", depth=3), 10).eval()
     images = torch.rand(4, 3, 32, 32)
-    here, cosines = rollout(network, images), token_cosines(network, images)
+    on_cpu, cosines = rollout(network, images), token_cosines(network, images)
     network = network.to("cuda")
-    there = rollout(network, images.cuda())
-    torch.testing.assert_close(there.maps, here.maps, atol=1e-4, rtol=1e-3)
+    on_gpu = rollout(network, images.cuda())
+    torch.testing.assert_close(on_gpu.maps, on_cpu.maps, atol=1e-4, rtol=1e-3)
     again = token_cosines(network, images.cuda())
     torch.testing.assert_close(again, cosines, atol=1e-4, rtol=1e-3)
 

@@ -71,14 +71,14 @@ def test_a_run_starts_by_the_configuration_of_one_gpu(command_server, tmp_path):
 
 
 def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.mark.slow
 def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
-    """Under stand-ins for srun and scontrol, with two processes in the place of a node's GPUs."""
+    """Under stand-ins for srun and scontrol, with two processes instead of a node's GPUs."""
     commands = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": "echo localhost",

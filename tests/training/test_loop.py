@@ -47,9 +47,11 @@ def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
     seen = []
     job.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     train(job, data, 2)
-    shown = teacher_of(job).network.inputs
-    assert len(shown) == len(seen) == 4
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen, shown))
+    teacher_images = teacher_of(job).network.inputs
+    assert len(teacher_images) == len(seen) == 4
+    assert all(
+        torch.equal(actual, teacher_image) for actual, teacher_image in zip(seen, teacher_images)
+    )
     after = teacher_of(job).state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in teacher_of(job).parameters())
@@ -161,11 +163,11 @@ def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
 def test_a_token_for_each_teacher_learns_from_it_alone():
     loss = LOSS_PRESETS["deit-hard"]
     job, data = make_step_context(loss, tokens=2)
-    panel = job.teacher
-    panel.teachers = [
-        lambda batch, answer=answer: (torch.full((16,), answer), None) for answer in (1, 2)
+    ensemble = job.teacher
+    ensemble.teachers = [
+        lambda batch, label=label: (torch.full((16,), label), None) for label in (1, 2)
     ]
-    panel.mode, panel.weights = "tokens", (0.5, 0.5)
+    ensemble.mode, ensemble.weights = "tokens", (0.5, 0.5)
     means = train(job, data, 10)
     assert {"loss_teacher_1", "loss_teacher_2", "distillation_1_top1"} <= means.keys()
     outputs = predict(job.accelerator, job.student, iter([IMAGES.pixels.float() / 255]), 32)
@@ -180,7 +182,7 @@ def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
     before = job.student.network.head.weight.detach().clone()
     with raises(NumericsError, "teacher", "--run.precision fp32") as raised:
         train(job, data, 1)
-    said = str(raised.value)
-    assert len(re.findall(r"\bimage \d+\b", said)) == 5
-    assert re.search(r"\b11\b", said)  # of the 16 that are not named
+    message = str(raised.value)
+    assert len(re.findall(r"\bimage \d+\b", message)) == 5
+    assert re.search(r"\b11\b", message)  # of the 16 that are not named
     assert torch.equal(job.student.network.head.weight, before)

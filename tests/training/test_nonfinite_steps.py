@@ -1,4 +1,4 @@
-"""Updates that are not finite, and what an update asks of the device."""
+"""Steps that are not finite, and how often a step synchronizes with the device."""
 
 import json
 import re
@@ -49,14 +49,14 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
     def everything():
         moments = [v for state in job.optimizer.state.values() for v in state.values()]
         tensors = [*job.student.parameters(), *job.average.model.parameters(), *moments]
-        return [one.detach().clone() for one in (*tensors, tally.sums)]
+        return [t.detach().clone() for t in (*tensors, tally.sums)]
 
     before = everything()
-    found = next(updates)
-    assert not found.applied
-    assert len(found.nonfinite_samples()) == 16
+    result = next(updates)
+    assert not result.applied
+    assert len(result.nonfinite_samples()) == 16
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert all(one.grad is None for one in job.student.parameters())
+    assert all(t.grad is None for t in job.student.parameters())
     assert next(iter(train_epoch(job, data.epoch(1), tally, step=2, steps=2))).applied
     assert not all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
 
@@ -105,11 +105,11 @@ def test_fp16_without_a_scale_left_stops():
     parts = SimpleNamespace(
         state=TrainState(), accelerator=accelerator, config=SimpleNamespace(run=run)
     )
-    skipped, watch = StepResult(torch.tensor(False), []), NonFiniteMonitor(parts)
-    watch(1, skipped)  # a scale of 2: it is still looking for one
+    skipped, monitor = StepResult(torch.tensor(False), []), NonFiniteMonitor(parts)
+    monitor(1, skipped)  # a scale of 2: it is still looking for one
     scaler.update(0.5)
     with raises(NumericsError, "fp16", "--run.precision bf16", "optim.lr"):
-        watch(2, skipped)
+        monitor(2, skipped)
     assert parts.state.skipped == 2
 
 
@@ -129,31 +129,34 @@ def test_what_the_device_decides_is_looked_at_some_updates_later():
         splits=SimpleNamespace(train=SimpleNamespace(name="image {}".format)),
         out=Path("nowhere"),
     )
-    watch = NonFiniteMonitor(parts)
-    watch.lag = 3
-    heard = [(torch.tensor([4, 9]), torch.zeros(2, 3))]
-    good, bad = StepResult(torch.tensor(True), heard), StepResult(torch.tensor(False), heard)
+    monitor = NonFiniteMonitor(parts)
+    monitor.lag = 3
+    micro_batches = [(torch.tensor([4, 9]), torch.zeros(2, 3))]
+    good, bad = (
+        StepResult(torch.tensor(True), micro_batches),
+        StepResult(torch.tensor(False), micro_batches),
+    )
     for step, update in enumerate((good, bad, bad, good, good), start=1):
         if step < 5:
-            watch(step, update)
+            monitor(step, update)
             assert parts.state.skipped == 0
         else:
-            watch(step, update)
+            monitor(step, update)
             assert parts.state.skipped == 1
     anomalies = parts.out / run_log.NONFINITE_LOG
     with raises(NumericsError, "image 4", "image 9", anomalies, "optim.lr") as raised:
-        watch.flush()
+        monitor.flush()
     assert parts.state.skipped == 2
     assert re.search(r"\b3\b.*\b2\b", str(raised.value))  # the update, and the first in a row
 
 
-# Without an average an update is the same, less a part: one objective stands for all.
+# A step without a weight average is the same with less work: one loss covers it.
 @pytest.mark.parametrize(
     ("name", "average"), [*((name, 10.0) for name in LOSS_PRESETS), ("deit-hard", None)]
 )
-def test_an_update_asks_the_device_for_nothing(name, average):
-    """No number is read back: on a GPU the loop would wait for it. (The teacher's answers are
-    looked at from time to time, on a CPU always.)"""
+def test_step_does_not_synchronize_with_the_device(name, average):
+    """No number is read back: on a GPU the loop would wait for it. The teacher's outputs are
+    checked now and then, on a CPU at every step."""
     from torch.profiler import ProfilerActivity, profile
 
     single = LOSS_PRESETS[name].head == "class"
@@ -185,9 +188,9 @@ def test_an_update_asks_the_device_for_nothing(name, average):
     called = {event.name for event in seen.events()}
     assert {"aten::_fused_adamw_", "aten::native_layer_norm"} <= called
     waits = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
-    found = [event for event in seen.events() if event.name in waits]
+    waiting = [event for event in seen.events() if event.name in waits]
     # AdamW's kernel for CPUs reads its own step, the one for GPUs does not.
-    assert {"aten::_fused_adamw_"} >= {_outermost(event) for event in found}
+    assert {"aten::_fused_adamw_"} >= {_outermost(event) for event in waiting}
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "three_augment", "none"])
@@ -203,30 +206,30 @@ def test_nothing_is_copied_in_a_way_that_a_gpu_waits_for(policy, fill, monkeypat
         job, data.epoch(0), MetricAccumulator(job.accelerator, {}), step=0, steps=4
     )
     next(updates)
-    found, tensor, to = [], torch.tensor, torch.Tensor.to
+    locations, tensor, to = [], torch.tensor, torch.Tensor.to
 
     def note(target):
         frame = sys._getframe(2)
         file = Path(frame.f_code.co_filename)
-        own = file.is_relative_to(ROOT) and "site-packages" not in file.parts
-        if target is not None and own and file.name != "transfer.py":
-            found.append(f"{file}:{frame.f_lineno}")
+        in_project = file.is_relative_to(ROOT) and "site-packages" not in file.parts
+        if target is not None and in_project:
+            locations.append(f"{file}:{frame.f_lineno}")
 
-    def made(*arguments, **options):
+    def create(*arguments, **options):
         note(options.get("device"))
         return tensor(*arguments, **options)
 
     def brought(self, *arguments, **options):
-        note(next((one for one in arguments if isinstance(one, torch.device)), None))
+        note(next((t for t in arguments if isinstance(t, torch.device)), None))
         return to(self, *arguments, **options)
 
-    monkeypatch.setattr(torch, "tensor", made)
+    monkeypatch.setattr(torch, "tensor", create)
     monkeypatch.setattr(torch.Tensor, "to", brought)
     next(updates)
-    assert found == []
+    assert locations == []
     torch.tensor(0, device="cpu")
     torch.ones(1).to(torch.device("cpu"))
-    assert len(found) == 2, "the test cannot fail"
+    assert len(locations) == 2, "the test cannot fail"
 
 
 def _outermost(event):

@@ -47,7 +47,7 @@ def test_schedule_by_hand():
 
 
 def test_a_staircase_by_hand():
-    """BiT's for small data sets, told in shares: 500 updates, 100 of warm-up, falls at 200, 300
+    """BiT's for small data sets, as fractions: 500 updates, 100 of warm-up, falls at 200, 300
     and 400."""
     optim = OptimConfig(
         epochs=50,
@@ -109,8 +109,8 @@ def test_optimizer_updates_as_the_adamw_formula():
 
 def test_average_decay_warms_up_to_its_horizon():
     for updates, decay in ((0, 0.1), (90, 0.91), (10**6, math.exp(-1 / 1000))):
-        found = ema_decay(torch.tensor(float(updates)), horizon=1000)
-        assert found.item() == pytest.approx(decay)
+        value = ema_decay(torch.tensor(float(updates)), horizon=1000)
+        assert value.item() == pytest.approx(decay)
 
 
 def test_weight_average_by_hand_and_buffers_follow():
@@ -161,12 +161,12 @@ def test_layer_decay_scales_as_in_timm(name):
     reference = timm.optim.param_groups_layer_decay(
         network, 0.05, no_weight_decay_list=free, layer_decay=0.75
     )
-    theirs = {id(p): group["lr_scale"] for group in reference for p in group["params"]}
+    expected = {id(p): group["lr_scale"] for group in reference for p in group["params"]}
     for part, parameter in network.named_parameters():
-        assert scales[part] == pytest.approx(theirs[id(parameter)])
-    ours = parameter_groups(network, 0.05, scales)
-    assert {id(p): group["lr_scale"] for group in ours for p in group["params"]} == {
-        key: pytest.approx(value) for key, value in theirs.items()
+        assert scales[part] == pytest.approx(expected[id(parameter)])
+    groups = parameter_groups(network, 0.05, scales)
+    assert {id(p): group["lr_scale"] for group in groups for p in group["params"]} == {
+        key: pytest.approx(value) for key, value in expected.items()
     }
 
 
@@ -203,20 +203,20 @@ def test_sgd_with_momentum_by_hand():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("left_alone", [0, 1])
-def test_sgd_leaves_everything_alone_where_the_loop_says_so(momentum, left_alone):
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_sgd_leaves_everything_alone_where_the_loop_says_so(momentum, skipped):
     """Also at the very first update, before there is a momentum."""
     gradients = [torch.randn(3, 3) for _ in range(3)]
     layers = [nn.Linear(3, 3, bias=False) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     optim = OptimConfig(name="sgd", momentum=momentum)
     whole, gappy = (build_optimizer(layer, optim) for layer in layers)
-    for place, gradient in enumerate(gradients):
-        if place != left_alone:
+    for index, gradient in enumerate(gradients):
+        if index != skipped:
             layers[0].weight.grad = gradient.clone()
             set_lr(whole, 0.1)
             whole.step()
-        bad = place == left_alone
+        bad = index == skipped
         layers[1].weight.grad = torch.full((3, 3), math.nan) if bad else gradient.clone()
         gappy.found_inf = torch.tensor(float(bad))
         set_lr(gappy, 0.1)

@@ -43,10 +43,10 @@ def run(
     return [process.wait() for process in start(command_server, out, fault, *more)]
 
 
-def ours(said: str) -> list[str]:
+def own_lines(output: str) -> list[str]:
     """The lines of standard error that are ours: Gloo complains where the machine's name leads to
-    no address, and launchers say something of their own."""
-    return [line for line in said.splitlines() if line.startswith("deit")]
+    no address, and launchers print messages of their own."""
+    return [line for line in output.splitlines() if line.startswith("deit")]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def test_a_signal_to_one_stops_both_at_the_same_update(
 ):
     out = tmp_path / "run"
     done = run(command_server, out, f"update@{rank}:2:term")
-    assert [one.code for one in done] == [143, 143]
-    (line,) = ours(done[0].err)
+    assert [rank.code for rank in done] == [143, 143]
+    (line,) = own_lines(done[0].err)
     assert "SIGTERM" in line
     assert "--resume" in line
-    assert ours(done[1].err) == []
+    assert own_lines(done[1].err) == []
     assert 2 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
-    assert [one.code for one in run(command_server, out)] == [0, 0]
+    assert [rank.code for rank in run(command_server, out)] == [0, 0]
     assert_same_run(out, uninterrupted_run)
 
 
@@ -99,7 +99,7 @@ def taught(teacher, store) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def taught_straight(command_server, taught, tmp_path_factory) -> Path:
+def uninterrupted_distillation(command_server, taught, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("taught") / "run"
     for done in run(command_server, out, "", *taught):
         assert done.code == 0, done.err
@@ -110,14 +110,14 @@ def taught_straight(command_server, taught, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
 def test_killed_after_any_update_both_go_on_to_the_same_bits(
-    step, command_server, taught, taught_straight, tmp_path
+    step, command_server, taught, uninterrupted_distillation, tmp_path
 ):
     """With RandAugment, mixing, drop path, average and stored targets."""
     out = tmp_path / "run"
     for done in run(command_server, out, f"update:{step}:kill", *taught):
         assert done.code in (-signal.SIGKILL, 7)
-    assert [one.code for one in run(command_server, out, "", *taught)] == [0, 0]
-    assert_same_run(out, taught_straight)
+    assert [rank.code for rank in run(command_server, out, "", *taught)] == [0, 0]
+    assert_same_run(out, uninterrupted_distillation)
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +145,16 @@ def test_a_signal_to_one_stops_both_that_write_targets(
     out = tmp_path / "targets"
     arguments = (*three_units, "--out", out)
     done = [
-        one.wait() for one in both(command_server, *arguments, fault=f"answers@{rank}:{block}:term")
+        rank.wait()
+        for rank in both(command_server, *arguments, fault=f"answers@{rank}:{block}:term")
     ]
-    assert [one.code for one in done] == [143, 143], done[0].err
-    (line,) = ours(done[0].err)
+    assert [rank.code for rank in done] == [143, 143], done[0].err
+    (line,) = own_lines(done[0].err)
     assert "SIGTERM" in line
-    assert ours(done[1].err) == []
+    assert own_lines(done[1].err) == []
     assert not (out / "targets.bin").exists()
-    again = [one.wait() for one in both(command_server, *arguments)]
-    assert [one.code for one in again] == [0, 0], again[0].err
+    again = [rank.wait() for rank in both(command_server, *arguments)]
+    assert [rank.code for rank in again] == [0, 0], again[0].err
     for name in ("targets.bin", "checks.bin"):
         assert (out / name).read_bytes() == (single_process_store / name).read_bytes()
 
@@ -168,11 +169,11 @@ def test_a_signal_to_one_stops_both_that_evaluate(
     config["run"]["eval_batch_size"] = 16
     (out / "config.json").write_text(json.dumps(config))
     running = both(command_server, "evaluate", out, fault=f"evaluation@{rank}:4:term")
-    done = [one.wait() for one in running]
-    assert [one.code for one in done] == [143, 143], done[0].err
-    (line,) = ours(done[0].err)
+    done = [rank.wait() for rank in running]
+    assert [rank.code for rank in done] == [143, 143], done[0].err
+    (line,) = own_lines(done[0].err)
     assert "SIGTERM" in line
-    assert ours(done[1].err) == []
+    assert own_lines(done[1].err) == []
 
 
 @pytest.mark.fault("A20", "B9")
@@ -185,16 +186,16 @@ def test_it_goes_on_with_another_number_of_processes(command_server, uninterrupt
     done = command_server.run(*single_process)
     assert done.code == 0, done.err
     assert re.search(r"\bprocesses\b[^;]*\b2\b[^;]*\b1\b", done.err)
-    ours, theirs = (
-        load_file(run_folder.latest_checkpoint(one) / "model.safetensors")
-        for one in (out, uninterrupted_run)
+    resumed, expected = (
+        load_file(run_folder.latest_checkpoint(folder) / "model.safetensors")
+        for folder in (out, uninterrupted_run)
     )
-    for name, value in theirs.items():
-        assert (ours[name] - value).abs().max() < 1e-4, name
-    rows = [run_log.read(one / run_log.METRICS) for one in (out, uninterrupted_run)]
-    for mine, other in zip(*rows, strict=True):
-        assert mine["step"] == other["step"]
-        assert mine["train"] == pytest.approx(other["train"], abs=1e-4)
+    for name, value in expected.items():
+        assert (resumed[name] - value).abs().max() < 1e-4, name
+    rows = [run_log.read(folder / run_log.METRICS) for folder in (out, uninterrupted_run)]
+    for actual_row, expected_row in zip(*rows, strict=True):
+        assert actual_row["step"] == expected_row["step"]
+        assert actual_row["train"] == pytest.approx(expected_row["train"], abs=1e-4)
 
 
 @pytest.mark.fault("D11")
@@ -203,23 +204,23 @@ def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(
 ):
     out = tmp_path / "run"
     done = run(command_server, out, "loss@1:3:nan")
-    assert [one.code for one in done] == [0, 0]
+    assert [rank.code for rank in done] == [0, 0]
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
     for value in load_file(run_folder.latest_checkpoint(out) / "model.safetensors").values():
         assert value.isfinite().all()
     chains = [
-        run_log.read(one / run_log.HASH_CHAIN)[0]["model"] for one in (out, uninterrupted_run)
+        run_log.read(folder / run_log.HASH_CHAIN)[0]["model"] for folder in (out, uninterrupted_run)
     ]
     assert chains[0] != chains[1]  # an update is missing
-    found = run_log.read(out / run_log.NONFINITE_LOG)
-    assert sorted(row["process"] for row in found) == [0, 1]
-    assert {row["step"] for row in found} == {3}
+    rows_logged = run_log.read(out / run_log.NONFINITE_LOG)
+    assert sorted(row["process"] for row in rows_logged) == [0, 1]
+    assert {row["step"] for row in rows_logged} == {3}
 
 
 @pytest.mark.fault("D11")
 def test_too_many_in_a_row_stop_both_with_the_same_code(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
-    assert [one.code for one in done] == [6, 6]
+    assert [rank.code for rank in done] == [6, 6]
 
 
 @pytest.mark.fault("E4")
@@ -229,9 +230,9 @@ def test_of_two_the_one_that_is_left_ends_with_7(command_server, uninterrupted_r
     first, second = run(command_server, out, "update@1:7:kill", "--run.timeout_s", "600")
     assert second.code == -signal.SIGKILL
     assert first.code == 7, first.err
-    (line,) = ours(first.err)
+    (line,) = own_lines(first.err)
     assert re.search(r"\b600 s\b.*--resume\b", line)
-    assert [one.code for one in run(command_server, out)] == [0, 0]
+    assert [rank.code for rank in run(command_server, out)] == [0, 0]
     assert_same_run(out, uninterrupted_run)
 
 
@@ -242,7 +243,7 @@ def test_one_that_hangs_is_not_waited_for_for_ever(command_server, tmp_path):
     )
     done = first.wait(timeout=300)
     assert done.code == 7, done.err
-    (line,) = ours(done.err)
+    (line,) = own_lines(done.err)
     assert re.search(r"\b4 s\b.*--resume\b", line)
     hung = second.wait(timeout=0)
     assert hung.code == -signal.SIGABRT
@@ -257,7 +258,7 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(command_server, uninterrupt
     for _, folder in run_folder.list_checkpoints(out):
         (folder / "state.json").write_text("{}")
     done = run(command_server, out)
-    assert [one.code for one in done] == [4, 4]
+    assert [rank.code for rank in done] == [4, 4]
     for _, folder in run_folder.list_checkpoints(out):
         assert str(folder / "state.json") in done[0].err
         assert str(folder) not in done[1].err
@@ -276,30 +277,31 @@ def test_where_one_fails_alone_the_other_does_not_wait(fault, command_server, tm
 
 @pytest.mark.fault("A20")
 def test_from_one_process_to_two(command_server, tmp_path):
-    out, other = tmp_path / "run", tmp_path / "alone"
+    out, expected_row = tmp_path / "run", tmp_path / "alone"
     split = ("--optim.grad_accum_steps", "2")
     single_process = ("train", *SMALL, *split, "--resume")
-    assert command_server.run(*single_process, "--out", other).code == 0
+    assert command_server.run(*single_process, "--out", expected_row).code == 0
     assert command_server.run(*single_process, "--out", out, DEIT_FAULT="update:4:term").code == 143
     done = run(command_server, out)
-    assert [one.code for one in done] == [0, 0], done[0].err
-    ours, theirs = (
-        load_file(run_folder.latest_checkpoint(one) / "model.safetensors") for one in (out, other)
+    assert [rank.code for rank in done] == [0, 0], done[0].err
+    resumed, expected = (
+        load_file(run_folder.latest_checkpoint(folder) / "model.safetensors")
+        for folder in (out, expected_row)
     )
-    for name, value in theirs.items():
-        assert (ours[name] - value).abs().max() < 1e-4, name
+    for name, value in expected.items():
+        assert (resumed[name] - value).abs().max() < 1e-4, name
 
 
 @contextmanager
 def nothing_left(process: subprocess.Popen) -> Iterator[None]:
-    """However the test ends: what a process of a session of its own started ends with it."""
+    """Kill the processes of a process's session at the end, also after a failure."""
     try:
         yield
     finally:
-        for one in psutil.process_iter():
+        for candidate in psutil.process_iter():
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(one.pid) == process.pid:
-                    one.kill()
+                if os.getsid(candidate.pid) == process.pid:
+                    candidate.kill()
 
 
 @pytest.mark.fault("A14")
@@ -321,25 +323,27 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
     with nothing_left(launcher):
         wait_until(lambda: list(out.glob("checkpoint-*")))
         launcher.terminate()
-        _, said = launcher.communicate(timeout=300)  # until the training process closes it too
-    assert any("SIGTERM" in line for line in ours(said))
+        _, output = launcher.communicate(timeout=300)  # until the training process closes it too
+    assert any("SIGTERM" in line for line in own_lines(output))
     assert run_folder.latest_checkpoint(out) is not None
     environment = json.loads((out / "environment.json").read_text())
-    assert environment["precision"] == "bf16"  # what the launcher said
+    assert environment["precision"] == "bf16"  # as set by the launcher
     assert environment["command"].startswith("train_deit.py ")
 
 
 @pytest.mark.fault("E3")
 def test_where_one_has_less_memory_both_halve(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
-    assert [one.code for one in done] == [0, 0], done[0].err
+    assert [rank.code for rank in done] == [0, 0], done[0].err
     assert re.search(r"\boptim\.grad_accum_steps 2\b.*\b16 images\b", done[0].out)
 
 
 @pytest.mark.fault("A15")
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
-    """The terminal sends it to everybody, and torchrun to its processes once more. Hugging Face's
-    datasets are there as well, as in many environments; our folder has that name too."""
+    """Send it as a terminal does, to all processes; torchrun sends it to its processes again.
+
+    Hugging Face's package datasets is installed, with the name of our own folder.
+    """
     out, printed = tmp_path / "run", tmp_path / "printed"
     path = os.pathsep.join((fake_datasets_package(tmp_path / "site"), str(ROOT)))
     with printed.open("w") as file:
@@ -360,8 +364,8 @@ def test_ctrl_c_under_torchrun_saves_once(tmp_path):
     with nothing_left(torchrun):
         wait_until(lambda: list(out.glob("checkpoint-*")))
         os.killpg(torchrun.pid, signal.SIGINT)
-        _, said = torchrun.communicate(timeout=300)
-    (line,) = ours(said)
+        _, output = torchrun.communicate(timeout=300)
+    (line,) = own_lines(output)
     assert "SIGINT" in line
     assert "--resume" in line
     step = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))

@@ -26,12 +26,12 @@ def test_every_part_of_an_update_is_told(teacher, command_server, tmp_path):
     arguments += ("--trace", "trace.json", "--json", "numbers.json")
     done = command_server.run(*arguments, cwd=tmp_path)
     assert done.code == 0, done.err
-    found = json.loads((tmp_path / "numbers.json").read_text())
-    assert tuple(found["parts"]) == PARTS
-    assert all(took > 0 for took in found["parts"].values())
-    assert 0 < sum(found["parts"].values()) / found["watched_s"] <= 1
-    assert found["update_s"] > 0
-    names = found["operations"]
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert tuple(numbers["parts"]) == PARTS
+    assert all(took > 0 for took in numbers["parts"].values())
+    assert 0 < sum(numbers["parts"].values()) / numbers["watched_s"] <= 1
+    assert numbers["update_s"] > 0
+    names = numbers["operations"]
     assert "aten::_fused_adamw_" in names or len(names) == 15
     assert not set(PARTS) & names.keys()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -63,7 +63,7 @@ def test_mistakes_are_told_before_any_work(arguments, code, named, command_serve
     without_teacher = ("--loss", "none", "--teacher.source", "none")
     done = command_server.run("profile", "digits", *without_teacher, *arguments, cwd=tmp_path)
     assert done.code == code
-    assert [one for one in named if one not in done.err] == []
+    assert [text for text in named if text not in done.err] == []
     assert (tmp_path / "there.json").read_text() == "mine"
 
 

@@ -16,7 +16,7 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([0.3]) == "▁"
     assert sparkline([0.2, 0.2]) == "▁▁"
-    long = sparkline([place / 99 for place in range(100)], width=8)
+    long = sparkline([index / 99 for index in range(100)], width=8)
     assert long == "▁▂▃▄▅▆▇█"
     assert len(sparkline(list(range(41)))) == 40
 
@@ -25,31 +25,31 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     pytest.importorskip("sklearn")
     config = digits_teacher().replace(optim={"epochs": 4, "warmup_epochs": 1})
     train(config, tmp_path / "my run")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     result = run_folder.read_result(tmp_path / "my run")
-    told = summary_of(config, tmp_path / "my run", result)
-    print_summary(told)
+    values = summary_of(config, tmp_path / "my run", result)
+    print_summary(values)
     end = capsys.readouterr().out
-    assert said.endswith(end)
+    assert output.endswith(end)
     rows = run_log.read(tmp_path / "my run" / run_log.METRICS)
-    assert told["curve"] == [
+    assert values["curve"] == [
         [row["epoch"], row["validation"]["class_top1"]] for row in rows if "validation" in row
     ]
-    assert told["best"] == {"class": result["best"]["top1"]}
-    assert told["selected"] == result["best"]["top1"]
-    assert told["teacher"] is result["teacher_top1"] is None
-    assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == told
-    best = f"{100 * told['best']['class']:.1f}"
-    assert re.search(rf"\bclass {best}\b.*\bepoch {told['best_epoch']}\b", end)
+    assert values["best"] == {"class": result["best"]["top1"]}
+    assert values["selected"] == result["best"]["top1"]
+    assert values["teacher"] is result["teacher_top1"] is None
+    assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == values
+    best = f"{100 * values['best']['class']:.1f}"
+    assert re.search(rf"\bclass {best}\b.*\bepoch {values['best_epoch']}\b", end)
     assert re.search(r"\b4 epochs\b", end)
-    assert told["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
-    assert f", {told['memory_mb']:,.0f} MB" in end
+    assert values["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
+    assert f", {values['memory_mb']:,.0f} MB" in end
     assert f"deit evaluate '{tmp_path / 'my run'}'" in end
     assert len(end.splitlines()) <= 10
 
 
 def test_everything_that_is_known_is_told(capsys):
-    told = {
+    values = {
         "run": "r",
         "student": "deit_micro",
         "use": "timm",
@@ -65,18 +65,18 @@ def test_everything_that_is_known_is_told(capsys):
         "teacher": 0.96,
         "curve": [[1, 0.1], [300, 0.93]],
     }
-    print_summary(told)
-    said = capsys.readouterr().out
-    for number in ("1 h 56 min", "300 epochs", "12,346 images/s", "loader 2.1 %", "1,234 MB"):
-        assert number in said
-    assert re.search(r"\b2 steps\b", said)
+    print_summary(values)
+    output = capsys.readouterr().out
+    for text in ("1 h 56 min", "300 epochs", "12,346 images/s", "loader 2.1 %", "1,234 MB"):
+        assert text in output
+    assert re.search(r"\b2 steps\b", output)
     for head in ("class 90.0", "distillation 91.0", "fused 92.0", "average fused 93.0"):
-        assert head in said
-    assert re.search(r"\bteacher\D*\b95\.0\b.*\bteacher\D*\b96\.0\b.*\bepoch 290\b", said)
-    assert re.search(r"▁█ 10\.0\b\D*\b93\.0\b", said)
-    assert "deit export r --format timm" in said
+        assert head in output
+    assert re.search(r"\bteacher\D*\b95\.0\b.*\bteacher\D*\b96\.0\b.*\bepoch 290\b", output)
+    assert re.search(r"▁█ 10\.0\b\D*\b93\.0\b", output)
+    assert "deit export r --format timm" in output
     nothing = {"images_per_s": None, "memory_mb": None}
-    print_summary(told | nothing | {"agreement": None, "teacher": None, "curve": []})
+    print_summary(values | nothing | {"agreement": None, "teacher": None, "curve": []})
     assert "None" not in capsys.readouterr().out
 
 

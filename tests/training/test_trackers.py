@@ -1,4 +1,4 @@
-"""Trackers: the numbers of the run folder once more; never unasked, never in the way."""
+"""Trackers log the numbers of the run folder, only if configured, and never stop a run."""
 
 import importlib.util
 import json
@@ -34,13 +34,15 @@ def scalars(folder):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = {}
+    values = {}
     for path in sorted({file.parent for file in folder.rglob("events.out.tfevents.*")}):
         events = EventAccumulator(str(path))
         events.Reload()
         for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend((one.step, one.value) for one in events.Scalars(tag))
-    return found
+            values.setdefault(tag, []).extend(
+                (event.step, event.value) for event in events.Scalars(tag)
+            )
+    return values
 
 
 @pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
@@ -54,13 +56,13 @@ def test_tensorboard_has_the_numbers_of_the_run_folder_also_after_a_stop(tmp_pat
         train(config("tensorboard"), out)
     fault_injection.install_faults(None)
     train(config("tensorboard"), out, resume=True)
-    found = scalars(out / trackers.FOLDER)
+    values = scalars(out / trackers.FOLDER)
     rows = run_log.read(out / run_log.METRICS)
     assert len(rows) == 3
     for group, name in (("train", "loss"), ("train", "lr"), ("validation", "class_top1")):
-        told = [(row["step"], pytest.approx(row[group][name], rel=1e-6)) for row in rows]
-        assert sorted(found[f"{group}/{name}"]) == told
-    assert "speed/images_per_s" in found
+        expected = [(row["step"], pytest.approx(row[group][name], rel=1e-6)) for row in rows]
+        assert sorted(values[f"{group}/{name}"]) == expected
+    assert "speed/images_per_s" in values
 
 
 def test_nothing_is_tracked_unless_asked(tmp_path):
@@ -71,7 +73,7 @@ def test_nothing_is_tracked_unless_asked(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_package_is_said_before_the_work(name, tmp_path, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(trackers, "find_spec", lambda one: None if one == name else real(one))
+    monkeypatch.setattr(trackers, "find_spec", lambda event: None if event == name else real(event))
     with raises(SystemFault, f"run.trackers {name}", f"pip install {name}"):
         train(config(name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -95,23 +97,23 @@ class Failing:
 
 
 def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
-    one = Failing()
+    event = Failing()
     begin = trackers.Accelerator.init_trackers
 
     def init(self, project, flat, settings):
         begin(self, project, flat, settings)
-        self.trackers = [one]
+        self.trackers = [event]
         info(str(sorted(flat)[:1]))
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
     monkeypatch.setattr(trackers.Accelerator, "init_trackers", init)
     train(config("wandb"), tmp_path / "run")
-    assert len(one.logged) == 2
-    said = capsys.readouterr().err
-    assert re.search(r"\bfailing\b.*no route to host", said)
-    assert said.count("no route to host") == 1  # it is left alone then
-    step, values = one.logged[0]
+    assert len(event.logged) == 2
+    stderr = capsys.readouterr().err
+    assert re.search(r"\bfailing\b.*no route to host", stderr)
+    assert stderr.count("no route to host") == 1  # it is left alone then
+    step, values = event.logged[0]
     row = run_log.read(tmp_path / "run" / run_log.METRICS)[0]
     assert (step, values["validation/class_top1"]) == (row["step"], row["validation"]["class_top1"])
 
@@ -129,7 +131,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
 
 @pytest.fixture
 def handed_on(monkeypatch):
-    """What trackers are given for a run: its configuration, and settings of theirs."""
+    """Return what trackers receive for a run: its configuration, and their settings."""
     taken = []
     monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
     monkeypatch.setattr(
@@ -159,38 +161,38 @@ def test_a_resumed_run_keeps_its_names_and_two_of_one_name_do_not_share_them(han
     assert other["trackio"]["name"] != first["trackio"]["name"]
 
 
-def kept_by_mlflow(place):
+def logged_by_mlflow(folder):
     import mlflow
 
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    found = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    values = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
     assert run.data.params["optim.epochs"] == "3"
     assert run.info.status == "FINISHED"
-    return [(one.step, one.value) for one in found]
+    return [(event.step, event.value) for event in values]
 
 
-def kept_by_trackio(place):
-    found = sqlite3.connect(place / "trackio" / "deit.db").execute(
+def logged_by_trackio(folder):
+    values = sqlite3.connect(folder / "trackio" / "deit.db").execute(
         "SELECT run_id, step, metrics FROM metrics ORDER BY step"
     )
-    rows = found.fetchall()
+    rows = values.fetchall()
     assert len({row[0] for row in rows}) == 1
-    return [(step, json.loads(told)["train/loss"]) for _, step, told in rows]
+    return [(step, json.loads(expected)["train/loss"]) for _, step, expected in rows]
 
 
-def kept_by_wandb(place):
+def logged_by_wandb(folder):
     """Offline each part has a file of its own; `wandb sync` joins those of one identifier."""
-    parts = sorted((place / "run" / trackers.FOLDER / "wandb").glob("offline-run-*-*"))
+    parts = sorted((folder / "run" / trackers.FOLDER / "wandb").glob("offline-run-*-*"))
     assert len(parts) == 2
     assert len({part.name.rpartition("-")[2] for part in parts}) == 1
     # Protocol buffers: a key, the tag of its value in JSON, the length, the value.
-    told = b"".join(next(part.glob("*.wandb")).read_bytes() for part in parts)
-    steps = re.findall(rb"_step\x82\x01.([0-9]+)", told, re.DOTALL)
-    losses = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", told, re.DOTALL)
+    expected = b"".join(next(part.glob("*.wandb")).read_bytes() for part in parts)
+    steps = re.findall(rb"_step\x82\x01.([0-9]+)", expected, re.DOTALL)
+    losses = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", expected, re.DOTALL)
     return sorted(set(zip(map(int, steps), map(float, losses), strict=True)))  # and a summary
 
 
-OTHERS = {"mlflow": kept_by_mlflow, "trackio": kept_by_trackio, "wandb": kept_by_wandb}
+OTHERS = {"mlflow": logged_by_mlflow, "trackio": logged_by_trackio, "wandb": logged_by_wandb}
 
 
 @pytest.mark.filterwarnings("ignore")  # of their own
@@ -213,6 +215,6 @@ def test_each_has_the_numbers_of_the_run_folder_as_one_run_also_after_a_stop(
     fault_injection.install_faults(None)
     train(config(name, run={"num_checkpoints": 3}), out, resume=True)
     rows = run_log.read(out / run_log.METRICS)
-    told = [(row["step"], pytest.approx(row["train"]["loss"], rel=1e-6)) for row in rows]
-    assert len(told) == 3
-    assert OTHERS[name](tmp_path) == told
+    expected = [(row["step"], pytest.approx(row["train"]["loss"], rel=1e-6)) for row in rows]
+    assert len(expected) == 3
+    assert OTHERS[name](tmp_path) == expected

@@ -65,11 +65,11 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
     # Every epoch ties, and a tie goes to the later one: best is the last epoch.
     monkeypatch.setattr(save, "selection_metric", lambda validation: 0.5)
     train(small(teacher), out, command="train_deit.py digits")
-    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     state = {"model.json", "model.safetensors", "state.json", "manifest.json"}
     saved = [folder.name for _, folder in run_folder.list_checkpoints(out)]
     assert len(saved) == 2
-    assert found == {
+    assert files == {
         "config.json",
         "environment.json",
         "metrics.jsonl",
@@ -77,9 +77,9 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
         "result.json",
         "summary.json",
         ".lock",
-        *(f"{place}/{name}" for place in ("best", *saved) for name in state),
-        *(f"{place}/average.safetensors" for place in saved),
-        *(f"{place}/optimizer.safetensors" for place in saved),
+        *(f"{subfolder}/{name}" for subfolder in ("best", *saved) for name in state),
+        *(f"{subfolder}/average.safetensors" for subfolder in saved),
+        *(f"{subfolder}/optimizer.safetensors" for subfolder in saved),
     }
     rows = run_log.read(out / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -176,26 +176,26 @@ def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, caps
     config = small(teacher).replace(
         data=ALL, optim={"grad_accum_steps": 2, "lr_base_batch_size": 512}
     )
-    fault_injection.install_faults("loss:1:nan")  # of the first step, which says nothing then
+    fault_injection.install_faults("loss:1:nan")  # in the first step, which logs nothing then
     try:
         with pytest.raises(NumericsError):
             train(config, tmp_path / "run", dry_run=True)
     finally:
         fault_injection.install_faults(None)
-    shown = capsys.readouterr().out
-    assert re.search(r"\b64 = 1\b\D+\b2\b\D+\b32\b", shown)
+    output = capsys.readouterr().out
+    assert re.search(r"\b64 = 1\b\D+\b2\b\D+\b32\b", output)
     # Updates, views, different images and all images of an epoch.
-    assert re.search(r"\b20\b\D+\b1280\b\D+\b1280\b\D+\b1295\b", shown)
-    assert "0.000125 = 0.001 x 64 / 512" in shown
-    assert re.search(rf"{re.escape(str(teacher))}\b.*\b10\.5 %", shown)
+    assert re.search(r"\b20\b\D+\b1280\b\D+\b1280\b\D+\b1295\b", output)
+    assert "0.000125 = 0.001 x 64 / 512" in output
+    assert re.search(rf"{re.escape(str(teacher))}\b.*\b10\.5 %", output)
 
 
 def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_path, capsys):
     config = small(teacher).replace(data=ALL, views={"aug_repeats": 3})
     train(config, tmp_path / "run", dry_run=True)
-    shown = capsys.readouterr().out
-    assert re.search(r"\b20\b\D+\b1280\b\D+\b440\b\D+\b1295\b", shown)
-    assert re.search(r"\b3 views\b", shown)
+    output = capsys.readouterr().out
+    assert re.search(r"\b20\b\D+\b1280\b\D+\b440\b\D+\b1295\b", output)
+    assert re.search(r"\b3 views\b", output)
 
 
 def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
@@ -233,15 +233,15 @@ def test_an_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
 
 
 def test_evaluation_counts_each_test_image_once(teacher):
-    found = evaluate(teacher)
-    assert found["num_samples"] == 359
-    assert sum(row["num_samples"] for row in found["per_class"].values()) == 359
-    assert sum(map(sum, found["confusion"])) == 359
-    correct = sum(found["confusion"][i][i] for i in range(10))
-    assert found["heads"]["class"]["top1"] == pytest.approx(correct / 359)
-    assert found["heads"]["fused"] == found["heads"]["class"]
-    assert found["heads"]["distillation"] is None
-    json.dumps(found, allow_nan=False)
+    metrics = evaluate(teacher)
+    assert metrics["num_samples"] == 359
+    assert sum(row["num_samples"] for row in metrics["per_class"].values()) == 359
+    assert sum(map(sum, metrics["confusion"])) == 359
+    correct = sum(metrics["confusion"][i][i] for i in range(10))
+    assert metrics["heads"]["class"]["top1"] == pytest.approx(correct / 359)
+    assert metrics["heads"]["fused"] == metrics["heads"]["class"]
+    assert metrics["heads"]["distillation"] is None
+    json.dumps(metrics, allow_nan=False)
 
 
 def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
@@ -251,18 +251,18 @@ def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
     out = tmp_path / "run"
     config = small(teacher, epochs=2)
     train(config, out)
-    found = evaluate(out)
+    metrics = evaluate(out)
     student, _ = load_student(out / "best")
     test = load_splits(config.data).test
     with torch.no_grad():
         heads = logits_by_head(student.eval()(test.pixels.float() / 255))
     for name, logits in heads.items():
         expected = (logits.argmax(dim=1) == test.labels).double().mean().item()
-        assert found["heads"][name]["top1"] == pytest.approx(expected)
-    answers = {name: logits.argmax(dim=1) for name, logits in heads.items()}
-    both = (answers["class"] == answers["distillation"]).double().mean().item()
-    assert found["agreement"]["class"]["distillation"] == pytest.approx(both)
-    assert found["teacher"]["top1"] == pytest.approx(evaluate(teacher)["heads"]["class"]["top1"])
+        assert metrics["heads"][name]["top1"] == pytest.approx(expected)
+    predictions = {name: logits.argmax(dim=1) for name, logits in heads.items()}
+    both = (predictions["class"] == predictions["distillation"]).double().mean().item()
+    assert metrics["agreement"]["class"]["distillation"] == pytest.approx(both)
+    assert metrics["teacher"]["top1"] == pytest.approx(evaluate(teacher)["heads"]["class"]["top1"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -323,7 +323,9 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
     assert state["best"]["epoch"] == 3
     assert read_state(tmp_path / "run" / "best").epoch == 3
     steps = state["step"] // 4
-    assert [one // steps for one, _ in run_folder.list_checkpoints(tmp_path / "run")] == [4, 3]
+    assert [
+        checkpoint // steps for checkpoint, _ in run_folder.list_checkpoints(tmp_path / "run")
+    ] == [4, 3]
 
 
 def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
@@ -334,24 +336,27 @@ def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_pa
     )
     capsys.readouterr()
     train(config, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert re.search(r"^\D*\b143\b\D*$", said, re.MULTILINE)
-    rows = [line.split("│")[1:-1] for line in said.splitlines() if line.startswith("│")]
-    first, second, together, pair = ([cell.strip() for cell in row] for row in rows)
+    printed = capsys.readouterr().out
+    assert re.search(r"^\D*\b143\b\D*$", printed, re.MULTILINE)
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    first, second, ensemble, pair = ([cell.strip() for cell in row] for row in rows)
     assert first[0].startswith("1: ")
     assert first[0].endswith(str(teacher))
     assert second[0].startswith("2: ")
     assert second[0].endswith(str(other))
-    assert [len(row) for row in (first, second, together, pair)] == [2, 2, 2, 3]
+    assert [len(row) for row in (first, second, ensemble, pair)] == [2, 2, 2, 3]
     assert all(
-        0 <= float(cell) <= 100 for row in (first, second, together, pair) for cell in row[1:]
+        0 <= float(cell) <= 100 for row in (first, second, ensemble, pair) for cell in row[1:]
     )
-    found = evaluate(tmp_path / "run")
-    assert len(found["teachers"]) == 2
-    single = [evaluate(tmp_path / "run", teacher=str(one))["teacher"] for one in (teacher, other)]
-    assert list(found["teachers"].values()) == single
+    metrics = evaluate(tmp_path / "run")
+    assert len(metrics["teachers"]) == 2
+    single = [
+        evaluate(tmp_path / "run", teacher=str(checkpoint))["teacher"]
+        for checkpoint in (teacher, other)
+    ]
+    assert list(metrics["teachers"].values()) == single
     both = evaluate(tmp_path / "run", teacher=f"{teacher},{other}")["teacher"]
-    assert both["top1"] >= min(one["top1"] for one in single)
+    assert both["top1"] >= min(checkpoint["top1"] for checkpoint in single)
 
 
 WITHOUT_TOKEN = {

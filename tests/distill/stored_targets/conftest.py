@@ -28,11 +28,11 @@ def small_shards():
 @pytest.fixture(scope="package")
 def teachers(tmp_path_factory):
     """Two teachers of digits, of two seeds."""
-    place = tmp_path_factory.mktemp("teachers")
+    folder = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
         config = digits_teacher().replace(optim={"epochs": 3}, run={"seed": seed})
-        trained(config, place / str(seed))
-    return [str(place / str(seed)) for seed in (0, 1)]
+        trained(config, folder / str(seed))
+    return [str(folder / str(seed)) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="package")

@@ -57,16 +57,16 @@ def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
 
 
 def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
-    for number, seed in enumerate((0, 3)):
+    for index, seed in enumerate((0, 3)):
         config = configuration(teachers[0], views={"seed": seed})
-        write_targets(config, tmp_path / str(number), part=(0, 3))
+        write_targets(config, tmp_path / str(index), part=(0, 3))
     first, second = (tmp_path / str(n) / SHARDS / "000000.bin" for n in (0, 1))
     shutil.copy(first, second)
-    own, other = (
+    damaged_store, other = (
         ShardedTargetWriter(tmp_path / n, read_manifest(tmp_path / n)) for n in ("0", "1")
     )
-    own.read(0)  # the same bytes
-    with raises(CheckpointError, second, own.digest.hex()[:12], other.digest.hex()[:12]):
+    damaged_store.read(0)  # the same bytes
+    with raises(CheckpointError, second, damaged_store.digest.hex()[:12], other.digest.hex()[:12]):
         other.read(0)
 
 
@@ -74,13 +74,13 @@ def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
 
 
 @pytest.mark.fault("D7")
-@pytest.mark.parametrize("place", [0, 1024, 2267])
-def test_one_flipped_byte_is_found(place, store, tmp_path):
+@pytest.mark.parametrize("offset", [0, 1024, 2267])
+def test_one_flipped_byte_is_found(offset, store, tmp_path):
     copy = copied(store, tmp_path)
-    flip_bit(copy / TARGETS, place)
+    flip_bit(copy / TARGETS, offset)
     with raises(CheckpointError, copy / TARGETS) as refused:
         verify_targets(copy, root=None, teacher="none", num_queries=16)
-    assert_names_shard(refused, place // LEAST_ROWS, copy)
+    assert_names_shard(refused, offset // LEAST_ROWS, copy)
 
 
 @pytest.mark.fault("D7")
@@ -105,29 +105,29 @@ def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_p
 
 def test_a_store_that_verifies_says_so(store, capsys):
     verify_targets(store, root=None, teacher=None, num_queries=128)
-    sums, views, answers = capsys.readouterr().out.splitlines()
+    sums, views, outputs = capsys.readouterr().out.splitlines()
     assert (numbers_in(sums), "hard" in sums) == (["3", "2268"], True)
     assert numbers_in(views) == ["4", str(EPOCHS)]
-    # 3 spots of 32 answers, and the last canary stands 4 places before the end.
-    assert numbers_in(answers) == ["100.0", "100"]
+    # 32 outputs at 3 canaries; the last canary is 4 rows before the end.
+    assert numbers_in(outputs) == ["100.0", "100"]
 
 
 @pytest.mark.fault("D7")
-@pytest.mark.parametrize("place", [3, 2250])
-def test_training_reads_the_checksums_before_its_first_step(place, store, teachers, tmp_path):
+@pytest.mark.parametrize("offset", [3, 2250])
+def test_training_reads_the_checksums_before_its_first_step(offset, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    flip_bit(copy / TARGETS, place)
+    flip_bit(copy / TARGETS, offset)
     config = configuration(teachers[0]).replace(teacher={"source": ()})
     with raises(CheckpointError, copy / TARGETS) as refused:
         train(with_targets(config, copy), tmp_path / "run")
-    assert_names_shard(refused, place // LEAST_ROWS, copy)
+    assert_names_shard(refused, offset // LEAST_ROWS, copy)
     assert not (tmp_path / "run").exists()
 
 
 def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
     """One epoch is mapped at a time, whatever the number of epochs."""
-    _, panel, _ = check(with_targets(configuration(teachers[0]), store))
-    (reader,) = panel.teachers
+    _, ensemble, _ = check(with_targets(configuration(teachers[0]), store))
+    (reader,) = ensemble.teachers
     whole = (store / TARGETS).read_bytes()
     for epoch in (0, 6, 2):
         records = reader.records(epoch)

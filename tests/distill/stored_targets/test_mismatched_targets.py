@@ -136,7 +136,7 @@ def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
 
 
 def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, teachers):
-    """A loader whose views came out otherwise than when they were checked."""
+    """A loader whose views differ from those that were checked."""
     loader, _, _ = check(with_targets(configuration(teachers[0]), store))
     for _ in loader.epoch(2):
         pass
@@ -176,10 +176,10 @@ def test_the_same_weights_in_another_network_are_another_teacher():
         network = create_network(StudentConfig(name=name, image_size=32), 10)
         return Teacher(LoadedNetwork(network, name, 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
 
-    one, two = identity("regnety_002_small_stem"), identity("timm:regnety_002")
-    assert one["weights"] == two["weights"]
-    assert one["layers"] != two["layers"]
-    assert identity("timm:regnety_002") == two
+    first, second = identity("regnety_002_small_stem"), identity("timm:regnety_002")
+    assert first["weights"] == second["weights"]
+    assert first["layers"] != second["layers"]
+    assert identity("timm:regnety_002") == second
 
 
 def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch):
@@ -206,7 +206,7 @@ def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch)
 
 
 def _turned(records):
-    """One answer of 2,268 is another: too few for the answers asked anew to notice."""
+    """One target of 2,268 differs: too few for the recomputed outputs to detect."""
     records["label"][4, 200] = 9 - records["label"][4, 200]
     return records
 
@@ -218,14 +218,14 @@ def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path
     forge(
         copy, lambda records, canaries: (np.where(records == records, records, records), canaries)
     )
-    train(config, tmp_path / "run", resume=True)  # the same answers: complete already
+    train(config, tmp_path / "run", resume=True)  # the same targets: complete already
     forge(copy, lambda records, canaries: (_turned(records), canaries))
     with raises(DataError, tmp_path / "run", "teacher.target_stores"):
         train(config, tmp_path / "run", resume=True)
 
 
 def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monkeypatch):
-    """A timm name without network: its weights are not here, but its answers are."""
+    """A timm name without network: its weights are missing, but its targets are stored."""
 
     def unreachable(name, **settings):
         raise OSError(f"no hub for {name}")
@@ -233,6 +233,6 @@ def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monk
     monkeypatch.setattr("deit.models.teacher_sources.timm.create_model", unreachable)
     config = configuration("resnet18", optim={"epochs": 1, "warmup_epochs": 0})
     assert check(with_targets(config, store))
-    said = capsys.readouterr()
-    assert "resnet18" in said.err
-    assert "%" not in line_about(said.out, store)  # no answer of it is asked anew
+    captured = capsys.readouterr()
+    assert "resnet18" in captured.err
+    assert "%" not in line_about(captured.out, store)  # none of its outputs is recomputed

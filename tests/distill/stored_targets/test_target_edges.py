@@ -50,7 +50,7 @@ from tests.helpers.trained import trained
 
 @pytest.fixture
 def constant(tmp_path):
-    """A teacher of any classes that always answers the same."""
+    """A teacher for any classes that always predicts the same."""
     file = tmp_path / "constant.py"
     file.write_text(
         "import torch\n"
@@ -104,8 +104,8 @@ def test_what_is_written_by_default_can_be_trained_from(loss, expected):
     config = configuration("a").replace(loss={"kind": "soft", **loss})
     loader = SimpleNamespace(rows_per_epoch=500)
     assert _record_format(config, loader, 101, None, None).content == expected
-    several = config.replace(teacher={"source": ("a", "b"), "combine": "logits"})
-    assert _record_format(several, loader, 101, None, None).content in ("full", "hard")
+    ensemble = config.replace(teacher={"source": ("a", "b"), "combine": "logits"})
+    assert _record_format(ensemble, loader, 101, None, None).content in ("full", "hard")
 
 
 @pytest.mark.parametrize("records", ["hard", "top-3"])
@@ -139,10 +139,10 @@ def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_p
     if combine != "tokens":
         config = config.replace(student={"num_distillation_tokens": 1})
     stores = []
-    for number in (1, 2):
-        stores.append(str(tmp_path / f"store{number}"))
-        write_targets(config, tmp_path / f"store{number}", teacher_index=number)
-        verify_targets(tmp_path / f"store{number}", root=None, teacher=None, num_queries=32)
+    for index in (1, 2):
+        stores.append(str(tmp_path / f"store{index}"))
+        write_targets(config, tmp_path / f"store{index}", teacher_index=index)
+        verify_targets(tmp_path / f"store{index}", root=None, teacher=None, num_queries=32)
     assert re.search(r"100\.0 %\D*\b32\b", capsys.readouterr().out)
     train(config, tmp_path / "online")
     expected = load_file(latest_checkpoint(tmp_path / "online") / "model.safetensors")
@@ -155,9 +155,9 @@ def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_p
                 assert torch.equal(value, expected[key])
             else:
                 torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=0)
-    for wrong in (0, 3):
-        with raises(ConfigError, f"--teacher-index {wrong}"):
-            write_targets(config, tmp_path / "x", teacher_index=wrong)
+    for invalid in (0, 3):
+        with raises(ConfigError, f"--teacher-index {invalid}"):
+            write_targets(config, tmp_path / "x", teacher_index=invalid)
 
 
 def test_equal_logits_have_a_gradient_when_standardised():
@@ -178,20 +178,20 @@ def test_a_store_without_answers_may_be_deleted(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(8, 9))
 
-    def places_asked_for():
+    def requested_rows():
         with raises(ConfigError, f"--out {out}", "teacher.1.weights") as refused:
             write_targets(configuration(teachers[1]), out)
         return str(refused.value).count("--out") - 1
 
-    assert places_asked_for() == 0
+    assert requested_rows() == 0
     write_targets(configuration(teachers[0]), out, part=(0, 3))
-    assert places_asked_for() == 1
+    assert requested_rows() == 1
 
 
 def test_a_part_without_units_says_so(teachers, tmp_path, capsys):
     assert not write_targets(configuration(teachers[0]), tmp_path / "store", part=(6, 7))
-    said = capsys.readouterr().out.splitlines()
-    assert {"3", "7"} in [set(re.findall(r"\d+", line)) for line in said]
+    lines = capsys.readouterr().out.splitlines()
+    assert {"3", "7"} in [set(re.findall(r"\d+", line)) for line in lines]
     assert not list((tmp_path / "store" / SHARDS).iterdir())
 
 
@@ -221,9 +221,9 @@ def test_a_teacher_that_is_there_but_another_is_not_passed_over(
     weights.write_bytes(b"rubb")
     with raises(CheckpointError, weights, f"{size}"):
         check(configuration(str(broken)).replace(teacher={"target_stores": (str(store),)}))
-    gone = configuration("gone/teacher").replace(teacher={"target_stores": (str(store),)})
+    missing = configuration("gone/teacher").replace(teacher={"target_stores": (str(store),)})
     capsys.readouterr()
-    check(gone)
+    check(missing)
     assert "gone/teacher" in capsys.readouterr().err
 
 
@@ -272,7 +272,7 @@ def test_every_process_stops_at_a_damaged_store(store, tmp_path):
             loader,
             config.evaluation,
         )
-    assert TARGETS not in str(refused.value)  # what is wrong with it the main process says
+    assert TARGETS not in str(refused.value)  # the main process logs the reason
 
 
 BROKEN = {
@@ -332,10 +332,10 @@ def test_standardised_logits_have_no_mean_of_probabilities():
     soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], standardize_logits=True)
     config = digits_ensemble().replace(loss=soft)
     assert validate(config)  # a token each
-    one = config.replace(student={"num_distillation_tokens": 1})
-    assert validate(one.replace(teacher={"combine": "logits"}))
+    one_token = config.replace(student={"num_distillation_tokens": 1})
+    assert validate(one_token.replace(teacher={"combine": "logits"}))
     with raises(ConfigError, "loss.standardize_logits", "teacher.combine"):
-        validate(one.replace(teacher={"combine": "probabilities"}))
+        validate(one_token.replace(teacher={"combine": "probabilities"}))
 
 
 def test_a_term_without_weight_is_not_shown(capsys):

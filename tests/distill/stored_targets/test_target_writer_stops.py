@@ -45,7 +45,7 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
     for attempt in range(4):
         writers = [write(killed, "--part", f"{part}/2") for part in (0, 1)]
         started = time.monotonic()
-        # At first from the beginning, then ever later: into reading, asking, committing.
+        # At first at once, then later and later: while reading, computing, committing.
         while time.monotonic() - started < 20 and not (killed / SHARDS).is_dir():
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.15) * attempt)

@@ -46,7 +46,7 @@ def test_a_store_is_three_files(store):
     assert 0.5 < manifest["teacher_top1"] <= 1
 
 
-# ---- written by several processes, killed, gone on with
+# ---- written by several processes, killed and resumed
 
 
 @pytest.mark.fault("D9")
@@ -56,17 +56,17 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
     for done, part in enumerate(order, start=1):
         complete = write_targets(configuration(teachers[0]), out, part=(part, 3))
         assert complete is (done == 3)
-        said = capsys.readouterr().out
-        assert "images/s" in said  # the teacher was asked
-        last = said.splitlines()[-1]
+        output = capsys.readouterr().out
+        assert "images/s" in output  # the teacher was run
+        last = output.splitlines()[-1]
         assert str(out) in last
-        told = [str(EPOCHS * ROWS_PER_EPOCH)] if complete else [str(done), "3", str(3 - done)]
-        assert set(told) <= set(numbers_in(last, out))
+        numbers = [str(EPOCHS * ROWS_PER_EPOCH)] if complete else [str(done), "3", str(3 - done)]
+        assert set(numbers) <= set(numbers_in(last, out))
     assert content(out) == content(store)
     assert write_targets(configuration(teachers[0]), out)
-    said = capsys.readouterr().out
-    assert str(out) in said
-    assert "images/s" not in said
+    output = capsys.readouterr().out
+    assert str(out) in output
+    assert "images/s" not in output
     assert content(out) == content(store)
 
 
@@ -74,23 +74,23 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
 def test_two_processes_write_the_same_bytes(
     single_process_store, teachers, command_server, tmp_path
 ):
-    together = tmp_path / "together"
+    shared = tmp_path / "together"
     again = command_server.run(
         "targets", "write", *write_arguments(teachers[0], single_process_store), **SMALL_SHARDS
     )
     assert again.code == 0
-    assert "images/s" not in again.out  # the teacher is not asked
+    assert "images/s" not in again.out  # the teacher is not run
     assert again.out.count(f"--teacher.target_stores {single_process_store}") == 1
     _, following = again.out.split("next: deit ")
     used = command_server.run(*shlex.split(following), "--dry-run", **SMALL_SHARDS)
     assert used.code == 0, used.err
     done = command_server.run_processes(
-        "targets", "write", *write_arguments(teachers[0], together), **SMALL_SHARDS
+        "targets", "write", *write_arguments(teachers[0], shared), **SMALL_SHARDS
     )
-    assert [one.code for one in done] == [0, 0], done
-    assert any("images/s" in one.out for one in done)
-    assert sum(one.out.count(f"--teacher.target_stores {together}") for one in done) == 1
-    assert content(together) == content(single_process_store)
+    assert [process.code for process in done] == [0, 0], done
+    assert any("images/s" in process.out for process in done)
+    assert sum(process.out.count(f"--teacher.target_stores {shared}") for process in done) == 1
+    assert content(shared) == content(single_process_store)
 
 
 def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store, tmp_path):
@@ -105,7 +105,7 @@ def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store,
 
 
 def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
-    """Blocks of another size, like another precision, may change the last bits of an answer."""
+    """Another block size, like another precision, can change the last bits of an output."""
     write_targets(configuration(teachers[0]), tmp_path / "s", part=(0, 3))
     other = configuration(teachers[0], run={"eval_batch_size": 64})
     with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
@@ -146,10 +146,10 @@ def test_a_way_round_through_a_missing_folder_overwrites_nothing(teachers, store
 
 @pytest.mark.fault("D4")
 def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeypatch):
-    answer = Teacher.forward
+    original = Teacher.forward
 
     def broken(self, images):
-        logits = answer(self, images)
+        logits = original(self, images)
         if len(logits) == 256:  # a whole block of training views
             logits[3] = float("nan")
         return logits
@@ -165,17 +165,20 @@ def test_what_cannot_be_written_is_refused(teachers, tmp_path):
     config = configuration(teachers[0])
     with raises(ConfigError, "loss.kind", "'none'"):
         write_targets(dataclasses.replace(config, loss=LOSS_PRESETS["none"]), tmp_path / "s")
-    several = config.replace(
+    ensemble = config.replace(
         teacher={"source": tuple(teachers), "combine": "tokens"},
         student={"num_distillation_tokens": 2},
     )
     with raises(
         ConfigError, "teacher.combine", "'tokens'", "--teacher-index 1", "--teacher-index 2"
     ):
-        write_targets(several, tmp_path / "s")
+        write_targets(ensemble, tmp_path / "s")
     with raises(ConfigError, "--content top-10") as refused:
         write_targets(config, tmp_path / "s", content="top-10")
-    assert numbers_in(str(refused.value)) == ["10", "10"]  # answers, of as many classes
+    assert numbers_in(str(refused.value)) == [
+        "10",
+        "10",
+    ]  # the K of top-K, and the number of classes
     views = VIEW_MODES["fix/cc"].fields(to_dict(config)["views"])
     with raises(ConfigError, "--epochs 4", "views.teacher_view center"):
         write_targets(config.replace(views=views), tmp_path / "s", epochs=4)
@@ -189,7 +192,7 @@ def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 100, 100)
-    monkeypatch.setattr(system, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(system, "disk_usage", lambda folder: usage)
     assert (
         run_command("targets", ["write", *write_arguments(teachers[0], tmp_path / "s")], "deit")
         == 5
@@ -204,4 +207,4 @@ def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
     assert done.code == 5
     assert str(tmp_path / "s" / SHARDS) in done.err
     assert os.strerror(errno.ENOSPC) in done.err
-    assert re.search(r"\d [kMGT]B\b", done.err)  # how much room there is
+    assert re.search(r"\d [kMGT]B\b", done.err)  # the free space

@@ -34,7 +34,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def online(teachers, tmp_path_factory):
-    """A run that asks its teacher."""
+    """A run with a live teacher."""
     out = tmp_path_factory.mktemp("online") / "run"
     train(quick(configuration(teachers[0])), out)
     return out
@@ -49,14 +49,14 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
         stored = stored.replace(teacher={"source": ()})
     capsys.readouterr()
     train(stored, tmp_path / "stored")
-    said = capsys.readouterr().out
-    line = line_about(said, store)
+    output = capsys.readouterr().out
+    line = line_about(output, store)
     assert "hard" in line
     assert numbers_in(line, store)[0] == str(EPOCHS)
-    assert ("100.0 %" in line) is (source == "with its teacher")  # of the answers asked anew
+    assert ("100.0 %" in line) is (source == "with its teacher")  # of the recomputed outputs
     assert latest_weights(tmp_path / "stored") == latest_weights(online)
-    ours, theirs = metric_rows(tmp_path / "stored"), metric_rows(online)
-    assert ours == theirs
+    actual, online_row = metric_rows(tmp_path / "stored"), metric_rows(online)
+    assert actual == online_row
 
 
 @pytest.mark.fault("D17")
@@ -76,9 +76,9 @@ def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
     assert layout.epochs == (1 if mode.startswith("fix/") else 2)
     if mode != "fix/ic_ens":
         train(config, tmp_path / "online")
-        for ours, theirs in zip(stored, metric_rows(tmp_path / "online"), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
-            assert ours["teacher_top1"] == theirs["teacher_top1"]
+        for actual, online_row in zip(stored, metric_rows(tmp_path / "online"), strict=True):
+            assert actual["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
+            assert actual["teacher_top1"] == online_row["teacher_top1"]
 
 
 def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
@@ -154,20 +154,20 @@ def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_p
         teacher={"source": tuple(teachers), "weights": (0.7, 0.3), "combine": combine},
     )
     stores = []
-    for number, teacher in enumerate(teachers):
+    for index, teacher in enumerate(teachers):
         single_process_store = config.replace(
             teacher={"source": (teacher,), "weights": (), "combine": "probabilities"},
             student={"num_distillation_tokens": 1},
         )
-        write_targets(single_process_store, tmp_path / str(number))
-        stores.append(tmp_path / str(number))
+        write_targets(single_process_store, tmp_path / str(index))
+        stores.append(tmp_path / str(index))
     train(config, tmp_path / "online")
     train(with_targets(config, *stores), tmp_path / "stored")
     train(with_targets(config, stores[0], "none"), tmp_path / "half")
     expected = metric_rows(tmp_path / "online")
     for name in ("stored", "half"):
-        for ours, theirs in zip(metric_rows(tmp_path / name), expected, strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+        for actual, online_row in zip(metric_rows(tmp_path / name), expected, strict=True):
+            assert actual["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
     if combine == "tokens":
         assert {"loss_teacher_1", "loss_teacher_2"} <= expected[0].keys()
 
@@ -180,11 +180,13 @@ def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers,
     train(config, tmp_path / "online")
     capsys.readouterr()
     train(with_targets(config, tmp_path / "together"), tmp_path / "stored")
-    said = capsys.readouterr().out
-    assert re.search(r"100\.0 %\D*\b\d{3}\b", line_about(said, tmp_path / "together"))
-    assert re.search(r"(?m)^teachers\b.*\b143\b", said)
-    for ours, theirs in zip(metric_rows(tmp_path / "stored"), metric_rows(tmp_path / "online")):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+    output = capsys.readouterr().out
+    assert re.search(r"100\.0 %\D*\b\d{3}\b", line_about(output, tmp_path / "together"))
+    assert re.search(r"(?m)^teachers\b.*\b143\b", output)
+    for actual, online_row in zip(
+        metric_rows(tmp_path / "stored"), metric_rows(tmp_path / "online")
+    ):
+        assert actual["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
     other = config.replace(teacher={"weights": (1.0, 1.0)})
     with raises(DataError, f"teacher.target_stores {tmp_path / 'together'}") as refused:
         check(with_targets(other, tmp_path / "together"))

@@ -173,7 +173,7 @@ REFUSED = {
     "negative": (network, -1, ("--merge-tokens -1", "8", "16")),
     "too many": (network, 9, ("--merge-tokens 9", "8", "16")),
     "one too many": (network, [0, 9, 0], ("--merge-tokens 9", "8", "16")),
-    "too few numbers": (network, [1, 2], ((1, 2), "3")),
+    "too few numbers": (network, [1, 2], ("--merge-tokens 1,2", "3")),
 }
 """What cannot be merged, by how many, and what the error names."""
 
