@@ -12,19 +12,19 @@ TWO = torch.tensor([[[math.log(3.0), 0.0], [0.0, math.log(9.0)]]])  # 3/4, 1/4 a
 HALVES = (0.5, 0.5)
 
 
-def test_the_mean_of_probabilities_by_hand():
+def test_combine_probabilities_by_hand():
     result = combine_teachers(TWO, HALVES, "probabilities", temperature=1.0)
     expected = torch.tensor([[(0.75 + 0.1) / 2, (0.25 + 0.9) / 2]])
     assert torch.allclose(result.logits[:, 0].softmax(dim=1), expected)
     assert result.labels.tolist() == [[1]]
 
 
-def test_the_mean_of_logits_by_hand():
+def test_combine_logits_by_hand():
     result = combine_teachers(TWO, HALVES, "logits", temperature=1.0)
     assert torch.allclose(result.logits, TWO.mean(dim=1, keepdim=True))
 
 
-def test_weights_turn_the_answer():
+def test_combine_with_unequal_weights_by_hand():
     assert combine_teachers(TWO, (0.9, 0.1), "probabilities", temperature=1.0).labels.tolist() == [
         [0]
     ]
@@ -38,7 +38,7 @@ def test_weights_turn_the_answer():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_at_any_temperature_it_is_the_mean_at_that_temperature_and_labels_at_one(temperature):
+def test_combine_probabilities_at_a_temperature_keeps_labels_of_one(temperature):
     logits = 5 * torch.randn(20, 3, 7)
     weights = (0.5, 0.3, 0.2)
     result = combine_teachers(logits, weights, "probabilities", temperature=temperature)
@@ -49,7 +49,7 @@ def test_at_any_temperature_it_is_the_mean_at_that_temperature_and_labels_at_one
     assert torch.equal(result.labels[:, 0], plain.argmax(dim=1))
 
 
-def test_its_divergence_pulls_like_the_mean_of_the_single_ones():
+def test_kl_to_the_mean_has_the_gradient_of_the_mean_kl():
     """Sum of KLs and KL to the mean differ by what the student cannot change (Beyer et al.)."""
     logits, student = torch.randn(6, 2, 5), torch.randn(6, 5, requires_grad=True)
     combined = combine_teachers(logits, HALVES, "probabilities", temperature=2.0).logits[:, 0]
@@ -61,19 +61,19 @@ def test_its_divergence_pulls_like_the_mean_of_the_single_ones():
     assert torch.allclose(grad_combined, grad_mean, atol=1e-6)
 
 
-def test_tokens_leave_every_voice_as_it_is():
+def test_combine_tokens_keeps_the_logits_of_every_teacher():
     result = combine_teachers(TWO, HALVES, "tokens", temperature=3.0)
     assert torch.equal(result.logits, TWO)
     assert result.labels.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("mode", ["probabilities", "logits", "tokens"])
-def test_one_teacher_is_not_changed(mode):
+def test_combine_of_one_teacher_changes_nothing(mode):
     logits = torch.randn(4, 1, 6)
     assert torch.equal(combine_teachers(logits, (1.0,), mode, temperature=5.0).logits, logits)
 
 
-def test_the_overlap_of_errors_by_hand():
+def test_error_overlap_by_hand():
     labels = torch.tensor([0, 1, 2, 3, 4])
     first = torch.tensor([0, 0, 0, 0, 4])  # wrong at 1, 2, 3
     second = torch.tensor([1, 1, 2, 0, 0])  # wrong at 0, 3, 4

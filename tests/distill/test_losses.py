@@ -30,7 +30,7 @@ def softmax(values):
     return [value / sum(exponentials) for value in exponentials]
 
 
-def test_smoothing_by_hand():
+def test_smooth_labels_by_hand():
     target = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     assert torch.allclose(smooth_labels(target, 0.1), torch.tensor([[0.925, 0.025, 0.025, 0.025]]))
 
@@ -45,7 +45,7 @@ def test_label_loss_by_hand():
     assert label_loss(logits, mixed, 0.2).item() == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_label_loss_is_torchs_smoothed_cross_entropy_on_plain_labels():
+def test_label_loss_of_unmixed_labels_equals_torch_cross_entropy():
     logits, labels = torch.randn(8, 5), torch.randint(5, (8,))
     targets = torch.nn.functional.one_hot(labels, 5).float()
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -53,7 +53,7 @@ def test_label_loss_is_torchs_smoothed_cross_entropy_on_plain_labels():
 
 
 @pytest.mark.fault("D17")
-def test_hard_teacher_loss_by_hand_takes_the_argmax_unsmoothed():
+def test_hard_distillation_loss_by_hand_is_not_smoothed():
     logits = torch.tensor([[LN3, 0.0], [0.0, LN3]])
     labels = torch.tensor([0, 0])
     by_hand = -(math.log(0.75) + math.log(0.25)) / 2
@@ -61,7 +61,7 @@ def test_hard_teacher_loss_by_hand_takes_the_argmax_unsmoothed():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_soft_teacher_loss_by_hand_is_batchmean_times_temperature_squared(temperature):
+def test_soft_distillation_loss_by_hand(temperature):
     student, teacher = [[LN3, 0.0, 1.0], [0.5, -1.0, 0.0]], [[0.0, 2.0, 1.0], [1.0, 1.0, -2.0]]
     total = 0.0
     for s_row, t_row in zip(student, teacher):
@@ -73,7 +73,7 @@ def test_soft_teacher_loss_by_hand_is_batchmean_times_temperature_squared(temper
     assert result.item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_soft_gradient_keeps_its_size_as_the_temperature_grows():
+def test_soft_loss_gradient_norm_is_stable_at_high_temperature():
     student, teacher = torch.randn(16, 10, requires_grad=True), torch.randn(16, 10)
     sizes = []
     for temperature in (50.0, 100.0):
@@ -84,7 +84,7 @@ def test_soft_gradient_keeps_its_size_as_the_temperature_grows():
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
 
-def test_soft_loss_is_zero_only_for_equal_answers_and_ignores_the_order_of_classes():
+def test_soft_loss_is_zero_for_equal_logits_and_ignores_class_order():
     student, teacher = torch.randn(6, 7), torch.randn(6, 7)
     assert soft_distillation_loss(teacher, teacher, 2.0).abs() < 1e-6
     loss = soft_distillation_loss(student, teacher, 2.0)
@@ -99,7 +99,7 @@ def entropy(logits, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy_with_its_gradient(temperature):
+def test_soft_cross_entropy_is_kl_plus_teacher_entropy(temperature):
     student, teacher = torch.randn(6, 7, requires_grad=True), torch.randn(6, 7)
     crossed = soft_cross_entropy(student, teacher, temperature)
     divergence = soft_distillation_loss(student, teacher, temperature)
@@ -109,7 +109,7 @@ def test_soft_cross_entropy_is_kl_plus_the_teachers_entropy_with_its_gradient(te
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_the_grid_of_soft_labels_weighs_its_hard_term():
+def test_cross_entropy_loss_with_label_weight_by_hand():
     """(1 - w) T^2 CE(student / T, softmax(teacher / T)) + w CE(student, label): the formula of the
     grids in AditMeh/Distillation, where w is the weight of the label."""
     w, temperature = 0.9, 10.0
@@ -132,7 +132,7 @@ def test_the_grid_of_soft_labels_weighs_its_hard_term():
     assert result.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_decoupled_losses_by_hand():
+def test_dkd_losses_by_hand():
     student, teacher = [1.0, 0.0, -1.0], [2.0, 1.0, 0.0]
     temperature, true = 2.0, 1
     s = softmax([value / temperature for value in student])
@@ -147,7 +147,7 @@ def test_decoupled_losses_by_hand():
     assert result[1].item() == pytest.approx(temperature**2 * others, abs=1e-6)
 
 
-def test_the_decoupled_losses_put_together_are_the_divergence():
+def test_dkd_losses_recombine_to_the_kl():
     """KL = target + (1 - p_true) * others, for each sample (Zhao et al. 2022, equation 5)."""
     student, teacher, labels = torch.randn(8, 6), torch.randn(8, 6), torch.arange(8) % 6
     for row in range(8):
@@ -158,7 +158,7 @@ def test_the_decoupled_losses_put_together_are_the_divergence():
         assert (target + rest * others).item() == pytest.approx(whole.item(), abs=1e-5)
 
 
-def test_decoupled_losses_stay_finite_where_everyone_is_sure():
+def test_dkd_losses_of_confident_outputs_are_finite():
     sure = torch.tensor([[1000.0, 0.0, -1000.0]])
     for labels in (torch.tensor([0]), torch.tensor([2])):
         student = (-sure).requires_grad_()
@@ -168,7 +168,7 @@ def test_decoupled_losses_stay_finite_where_everyone_is_sure():
         assert student.grad.isfinite().all()
 
 
-def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_shift_and_scale():
+def test_standardize_logits_removes_shift_and_scale():
     logits = torch.randn(5, 9)
     result = standardize_logits(logits)
     assert torch.allclose(result.mean(dim=1), torch.zeros(5), atol=1e-6)
@@ -179,7 +179,7 @@ def test_standardised_logits_have_mean_0_and_deviation_1_and_forget_shift_and_sc
     assert torch.allclose(standardize_logits(logits.log_softmax(1)), result, atol=1e-5)
 
 
-def test_standardising_reaches_both_sides_before_the_temperature():
+def test_standardize_logits_applies_to_both_before_the_temperature():
     loss = LossConfig(
         kind="soft", temperature=2.0, standardize_logits=True, distillation_weight=1.0
     )
@@ -215,14 +215,14 @@ def test_deit_hard_is_half_labels_half_teacher():
     assert torch.allclose(losses["total"], (label + teacher) / 2)
 
 
-def test_labels_alone_are_enough_for_hard_distillation():
+def test_hard_distillation_without_teacher_logits_is_equal():
     outputs, loss = two_heads(), LOSS_PRESETS["deit-hard"]
     full = distillation_loss(outputs, TARGETS, TEACHER, loss)
     stored = distillation_loss(outputs, TARGETS, TEACHER._replace(logits=None), loss)
     assert torch.equal(full["total"], stored["total"])
 
 
-def test_deit_soft_is_the_papers_lambda_and_tau():
+def test_deit_soft_has_lambda_and_tau_of_the_paper():
     outputs = two_heads()
     losses = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["deit-soft"])
     label = label_loss(outputs.class_logits, TARGETS, 0.1)
@@ -230,7 +230,7 @@ def test_deit_soft_is_the_papers_lambda_and_tau():
     assert torch.allclose(losses["total"], 0.9 * label + 0.1 * teacher)
 
 
-def test_function_matching_is_the_divergence_of_every_head_and_no_label():
+def test_function_matching_is_the_mean_kl_of_the_heads():
     outputs, loss = two_heads(), LOSS_PRESETS["function-matching"]
     total = distillation_loss(outputs, TARGETS, TEACHER, loss)["total"]
     heads = [outputs.class_logits, outputs.distillation_logits[:, 0]]
@@ -240,7 +240,7 @@ def test_function_matching_is_the_divergence_of_every_head_and_no_label():
     assert torch.equal(total, other)
 
 
-def test_usi_is_the_label_plus_five_divergences_on_any_backbone():
+def test_usi_is_label_loss_plus_five_times_kl():
     outputs = StudentOutput(torch.randn(4, 3))
     total = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["usi"])["total"]
     label = label_loss(outputs.class_logits, TARGETS, 0.0)
@@ -248,7 +248,7 @@ def test_usi_is_the_label_plus_five_divergences_on_any_backbone():
     assert torch.allclose(total, label + 5 * divergence)
 
 
-def test_the_teachers_term_warms_up():
+def test_teacher_term_warms_up():
     outputs, loss = (
         two_heads(),
         LossConfig(kind="hard", distillation_warmup_epochs=4.0, label_weight=1.0),
@@ -259,7 +259,7 @@ def test_the_teachers_term_warms_up():
         assert torch.allclose(result, full["class"] + 0.5 * share * full["teacher"])
 
 
-def test_each_token_hears_its_own_teacher():
+def test_each_distillation_token_learns_from_its_teacher():
     outputs = two_heads(tokens=2)
     teachers = TeacherOutput(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None, (0.75, 0.25))
     losses = distillation_loss(outputs, TARGETS, teachers, LOSS_PRESETS["deit-hard"])
@@ -273,7 +273,7 @@ def test_each_token_hears_its_own_teacher():
 
 
 @pytest.mark.parametrize("name", LOSS_PRESETS)
-def test_each_head_learns_only_from_its_own_source(name):
+def test_each_head_gets_gradients_of_its_own_term_only(name):
     loss = LOSS_PRESETS[name]
     single = loss.head == "class"
     outputs = two_heads() if not single else StudentOutput(torch.randn(4, 3, requires_grad=True))
@@ -301,12 +301,12 @@ def test_each_head_learns_only_from_its_own_source(name):
         assert of_teacher is None
 
 
-def test_every_kind_of_loss_has_a_term():
+def test_every_loss_kind_has_a_distillation_loss():
     assert set(get_args(LossKind)) == {*DISTILLATION_LOSSES, "none"}
 
 
 @pytest.mark.parametrize("kind", DISTILLATION_LOSSES)
-def test_weight_zero_is_labels_and_weight_one_is_the_teacher(kind):
+def test_distillation_weight_0_is_labels_and_1_is_the_teacher(kind):
     outputs = two_heads()
     for weight, name in ((0.0, "class"), (1.0, "teacher")):
         loss = LossConfig(kind=kind, distillation_weight=weight)
@@ -316,7 +316,7 @@ def test_weight_zero_is_labels_and_weight_one_is_the_teacher(kind):
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("kind", [*DISTILLATION_LOSSES, "none"])
-def test_losses_are_float32_and_finite_for_extreme_half_precision_logits(kind, standardize):
+def test_losses_of_extreme_bf16_logits_are_finite_float32(kind, standardize):
     outputs = StudentOutput(*(logits.detach() * 1000 for logits in two_heads(False)))
     outputs = StudentOutput(*(logits.to(torch.bfloat16) for logits in outputs))
     teacher_output = (
@@ -332,7 +332,7 @@ def test_losses_are_float32_and_finite_for_extreme_half_precision_logits(kind, s
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_without_a_teacher_all_heads_learn_the_label_with_an_equal_share(tokens):
+def test_loss_without_a_teacher_is_the_mean_label_loss_of_the_heads(tokens):
     outputs = two_heads(tokens=tokens)
     losses = distillation_loss(outputs, TARGETS, None, LOSS_PRESETS["none"])
     each = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]

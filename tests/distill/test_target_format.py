@@ -18,7 +18,7 @@ def size(layout):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_cifar10_for_300_epochs_is_15_mb_and_at_most_one_percent(paired):
+def test_hard_targets_of_cifar10_for_300_epochs_are_15_mb(paired):
     targets, checks = size(HARD._replace(mixed_pairs=paired))
     assert targets == 15_000_000
     manifest = 6_000
@@ -40,14 +40,14 @@ def test_cifar10_for_300_epochs_is_15_mb_and_at_most_one_percent(paired):
         ("top-10", 100, 30),
     ],
 )
-def test_bytes_of_a_record(records, num_classes, expected):
+def test_record_format_bytes_per_record(records, num_classes, expected):
     assert RecordFormat(records, num_classes, 1, 1, False).dtype.itemsize == expected
 
 
 @pytest.mark.parametrize(
     "layout", [HARD, RecordFormat("full", 10, 7, 1294, True), RecordFormat("hard", 3, 1, 5, False)]
 )
-def test_units_cover_every_place_once(layout):
+def test_shards_cover_every_row_once(layout):
     assert layout.rows_per_shard % 2 == 0
     seen = np.zeros(layout.rows if layout.rows < 10**6 else 0, dtype=int)
     last = 0
@@ -73,9 +73,7 @@ def test_units_cover_every_place_once(layout):
         (1, False, 2, 1),
     ],
 )
-def test_canaries_are_sparse_in_large_epochs_and_at_least_eight_in_small_ones(
-    num_rows, paired, step, num_canaries
-):
+def test_canary_step_grows_with_the_epoch(num_rows, paired, step, num_canaries):
     layout = RecordFormat("hard", 10, 2, num_rows, paired)
     assert layout.canary_step == step
     assert len(layout.canary_rows) == num_canaries
@@ -87,7 +85,7 @@ LOGITS = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(2))
 
 @pytest.mark.fault("D8")
 @pytest.mark.parametrize("records", ["hard", "full", "top-3", "top-9"])
-def test_the_label_is_exact_in_every_record(records):
+def test_decoded_labels_are_exact_in_every_record_format(records):
     layout = RecordFormat(records, 10, 1, 500, False)
     labels, _ = decode(layout, encode(layout, LOGITS))
     assert torch.equal(labels, LOGITS.argmax(dim=1))
@@ -96,7 +94,7 @@ def test_the_label_is_exact_in_every_record(records):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
-def test_full_records_serve_any_temperature(temperature):
+def test_full_records_are_accurate_at_any_temperature(temperature):
     layout = RecordFormat("full", 10, 1, 500, False)
     _, scores = decode(layout, encode(layout, LOGITS))
     assert scores.dtype == torch.float32
@@ -106,7 +104,7 @@ def test_full_records_serve_any_temperature(temperature):
     assert variation.max() < 2e-3
 
 
-def test_what_top_k_leaves_out_shares_the_rest():
+def test_top_k_records_spread_the_rest_evenly():
     layout = RecordFormat("top-3", 10, 1, 500, False)
     _, scores = decode(layout, encode(layout, LOGITS))
     actual, exact = scores.softmax(dim=1), LOGITS.softmax(dim=1)
@@ -118,7 +116,7 @@ def test_what_top_k_leaves_out_shares_the_rest():
 
 
 @pytest.mark.fault("D8")
-def test_extreme_answers_stay_finite():
+def test_decoded_extreme_logits_are_finite():
     layout = RecordFormat("full", 3, 1, 1, False)
     records = encode(layout, torch.tensor([[1e6, 0.0, -1e6]]))
     labels, scores = decode(layout, records)
@@ -148,7 +146,7 @@ def with_change(value, row, amount):
     return value
 
 
-def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
+def test_canary_changes_with_every_pixel_and_mixing_parameter():
     base = teacher_input()
     expected = canary(base, 2)
     mix = base.mix
@@ -168,7 +166,7 @@ def test_a_canary_notices_every_grey_level_the_partner_the_weight_and_the_box():
     assert canary(teacher_input(mix=close), 2) == expected
 
 
-def test_differences_are_named_by_their_path():
+def test_differences_name_the_path_of_each_value():
     before = {"views": {"crop": "padded", "flip": 0.5}, "seed": 0, "dataset": "a" * 64}
     after = {"views": {"crop": "none", "flip": 0.5}, "seed": 1, "dataset": "b" * 64, "new": 3}
     assert differences(before, after) == [
@@ -215,7 +213,7 @@ print(resident() - before)
 """
 
 
-def test_the_memory_of_a_reader_does_not_grow_with_the_store(command_server, tmp_path):
+def test_target_store_memory_does_not_grow_with_epochs_read(command_server, tmp_path):
     script = tmp_path / "growth.py"
     script.write_text(GROWTH)
     done = command_server.run(tmp_path, "150", script=str(script))  # 150 epochs: 31 MB

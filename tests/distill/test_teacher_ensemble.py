@@ -50,7 +50,7 @@ def test_ensemble_of_one_network_has_one_output(needs_logits):
     assert (outputs.logits is not None) is needs_logits
 
 
-def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
+def test_ensemble_of_tokens_combines_networks_and_stored_labels():
     outputs = make_ensemble(online_teacher(), stored(torch.tensor([2, 1, 0, 2])), mode="tokens")(
         batch(IMAGES)
     )
@@ -61,7 +61,7 @@ def test_networks_and_stored_labels_sit_side_by_side_where_each_has_its_token():
 @pytest.mark.fault("D4")
 @pytest.mark.parametrize("needs_logits", [False, True])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, needs_logits):
+def test_nonfinite_teacher_outputs_raise_with_the_image_names(value, needs_logits):
     images = IMAGES.clone()
     images[[1, 3]] = value
     with raises(NumericsError, "image 41", "image 43") as stopped:
@@ -69,7 +69,7 @@ def test_an_answer_that_is_not_finite_stops_with_the_names_of_the_images(value, 
     assert str(stopped.value).count("image 4") == 2
 
 
-def test_where_checks_are_rare_nothing_is_forgotten(monkeypatch):
+def test_rare_checks_report_earlier_nonfinite_outputs(monkeypatch):
     ensemble = make_ensemble(online_teacher())
     monkeypatch.setattr(ensemble, "check", lambda: None)  # as on a GPU between two checks
     images = IMAGES.clone()

@@ -42,7 +42,7 @@ def saved_bytes(config):
     return sum(saved.values())
 
 
-def test_a_fraction_of_the_memory_is_kept():
+def test_activation_checkpointing_keeps_a_fraction_of_the_memory():
     often, once = (
         saved_bytes(config(run={"activation_checkpointing": again})) for again in (False, True)
     )
@@ -50,7 +50,7 @@ def test_a_fraction_of_the_memory_is_kept():
 
 
 @pytest.mark.parametrize("linear", ["torch", "onednn"])
-def test_a_run_ends_with_the_same_bits(tmp_path, linear):
+def test_activation_checkpointing_is_bit_identical(tmp_path, linear):
     """With drop path: the second time it drops the same."""
     weights = []
     for again in (False, True):
@@ -60,7 +60,7 @@ def test_a_run_ends_with_the_same_bits(tmp_path, linear):
     assert weights[0] == weights[1]
 
 
-def test_a_network_without_blocks_is_refused():
+def test_activation_checkpointing_without_blocks_is_refused():
     convnet = digits_teacher().replace(run={"activation_checkpointing": True})
     with raises(ConfigError, "run.activation_checkpointing"):
         build_run(convnet)

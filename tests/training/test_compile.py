@@ -56,7 +56,7 @@ def rows(out):
     return [row["train"] | row["validation"] for row in run_log.read(out / "metrics.jsonl")]
 
 
-def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, cuda_graphs_off, tmp_path):
+def test_compiled_run_matches_the_eager_run(config, cuda_graphs_off, tmp_path):
     train(config, tmp_path / "eager")
     assert cuda_graphs_off == []
     train(config.replace(run={"compile": "default"}), tmp_path / "traced")
@@ -65,7 +65,7 @@ def test_student_and_teacher_are_traced_and_the_run_is_the_same(config, cuda_gra
         assert eager == pytest.approx(compiled, abs=1e-4)
 
 
-def test_a_copy_of_a_compiled_network_is_a_network(config):
+def test_compiled_network_keeps_its_names_and_can_be_copied(config):
     layer = torch.nn.Linear(3, 2)
     names = list(layer.state_dict())
     compile_module(layer, "default")
@@ -77,11 +77,11 @@ def test_a_copy_of_a_compiled_network_is_a_network(config):
     ("mode", "graphs"),
     [("none", False), ("default", False), ("reduce-overhead", True), ("max-autotune", True)],
 )
-def test_which_modes_record_graphs(mode, graphs, config):
+def test_uses_cuda_graphs_by_compile_mode(mode, graphs, config):
     assert uses_cuda_graphs(mode) is graphs
 
 
-def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, monkeypatch):
+def test_compiled_student_does_not_use_onednn_linear(config, tmp_path, monkeypatch):
     for name in (
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
@@ -100,7 +100,7 @@ def test_a_compiled_student_computes_its_linear_layers_itself(config, tmp_path, 
     fault_injection.install_faults(None)
 
 
-def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
+def test_missing_compiler_is_reported_and_the_run_can_resume(config, tmp_path, monkeypatch):
     def lacking(graph, examples):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "g++")
 
@@ -120,7 +120,7 @@ def test_a_machine_that_cannot_compile_is_named(config, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_compiled_stopped_and_resumed_is_the_same_run(config, tmp_path):
+def test_resumed_compiled_run_is_bit_identical(config, tmp_path):
     config = config.replace(run={"compile": "default"})
     train(config, tmp_path / "uninterrupted")
     stop_at(config, tmp_path / "run", "update:7:term")

@@ -51,7 +51,7 @@ def rows(folder, num_processes):
     return [json.loads(line) for line in lines]
 
 
-def test_two_processes_train_as_one(runs):
+def test_training_with_two_processes_matches_one(runs):
     folder, _ = runs
     single, double = rows(folder, 1), rows(folder, 2)
     assert len(single) == len(double) == 2
@@ -64,7 +64,7 @@ def test_two_processes_train_as_one(runs):
             assert actual["validation"][name] == pytest.approx(value, abs=1e-9), name
 
 
-def test_only_the_main_process_speaks_and_the_batch_is_explained(runs):
+def test_only_the_main_process_logs_epochs_and_batch_sizes(runs):
     _, outputs = runs
     assert len(re.findall(r"^epoch 1/2\b", outputs[2], re.MULTILINE)) == 1
     assert re.search(r"\b64 = 2\b\D+\b1\b\D+\b32\b", outputs[2])
@@ -86,7 +86,7 @@ def test_evaluation_by_two_processes_counts_each_image_once(runs, command_server
     assert results[2]["agreement"] == results[1]["agreement"]
 
 
-def test_a_command_leaves_the_process_group_before_the_interpreter_ends(command_server, tmp_path):
+def test_command_destroys_its_process_group(command_server, tmp_path):
     code = (
         "import torch.distributed as d\n"
         "from pathlib import Path\n"
@@ -102,7 +102,7 @@ def test_a_command_leaves_the_process_group_before_the_interpreter_ends(command_
     output_of(command_server, 2, tmp_path / "main.py", cwd=tmp_path)
 
 
-def test_accelerate_launch_runs_the_same_script(runs):
+def test_accelerate_launch_sets_the_precision(runs):
     folder, _ = runs
     out = folder / "launched"
     done = subprocess.run(
@@ -122,7 +122,7 @@ def test_accelerate_launch_runs_the_same_script(runs):
     assert environment["precision"] == "bf16"  # as set by the launcher
 
 
-def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_path):
+def test_training_on_files_with_two_processes_matches_one(command_server, tmp_path):
     write_image_folder(tmp_path / "images", images_per_class=16)
     command = (
         *("train_deit.py", "folder", "--data.root", "images", "--loss", "none"),
@@ -156,7 +156,7 @@ def test_images_in_files_train_the_same_on_two_processes(command_server, tmp_pat
 
 
 @pytest.mark.fault("C1")
-def test_a_file_that_a_worker_cannot_read_is_one_line(command_server, tmp_path):
+def test_unreadable_file_in_a_worker_is_reported_in_one_line(command_server, tmp_path):
     for split in ("train", "val", "test"):
         write_image_folder(tmp_path / "images" / split, images_per_class=8)
     broken = tmp_path / "images" / "val" / "bee" / "03.jpg"
@@ -221,9 +221,7 @@ destroy_process_group()
 """
 
 
-def test_an_update_exchanges_four_bytes_a_parameter_and_half_of_it_compressed(
-    command_server, tmp_path
-):
+def test_gradients_take_four_bytes_per_parameter_or_two_compressed(command_server, tmp_path):
     """In pieces, so that the exchange may begin before the last gradient is there."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)

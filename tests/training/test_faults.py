@@ -28,9 +28,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("D10", "E7")
-def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(
-    command_server, undisturbed_run, tmp_path
-):
+def test_second_run_in_a_locked_folder_is_refused(command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
     running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
     wait_until(lambda: (out / "config.json").is_file())
@@ -45,7 +43,7 @@ def test_one_run_a_folder_at_a_time_and_no_lock_is_left_behind(
 
 
 @pytest.mark.fault("B19")
-def test_a_full_disk_leaves_what_was_saved_before(command_server, undisturbed_run, tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(command_server, undisturbed_run, tmp_path):
     for fault in ("optimizer:2:full", "manifest:3:full", "rename:3:full"):
         out = tmp_path / fault.replace(":", "-")
         full = run(command_server, out, fault)
@@ -60,7 +58,7 @@ def test_a_full_disk_leaves_what_was_saved_before(command_server, undisturbed_ru
 
 
 @pytest.mark.fault("E3")
-def test_out_of_memory_names_the_batch_that_fits(command_server, tmp_path):
+def test_out_of_memory_suggests_a_smaller_micro_batch(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "update:3:memory")
     assert done.code == 5
     assert re.search(r"\b64 images\b.*\b32\b.*--optim\.grad_accum_steps 2\b.*\b64\b", done.err)
@@ -68,7 +66,7 @@ def test_out_of_memory_names_the_batch_that_fits(command_server, tmp_path):
 
 
 @pytest.mark.fault("D12")
-def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(command_server, tmp_path):
+def test_nonfinite_losses_stop_the_run_and_log_their_images(command_server, tmp_path):
     out = tmp_path / "run"
     done = run(command_server, out, "loss:0:nan", "--run.max_nonfinite_steps", "3")
     assert done.code == 6
@@ -79,9 +77,7 @@ def test_losses_that_are_not_finite_stop_the_run_and_name_their_images(command_s
 
 
 @pytest.mark.fault("D11")
-def test_a_skipped_update_leaves_the_weights_and_is_counted(
-    command_server, undisturbed_run, tmp_path
-):
+def test_skipped_step_is_logged_and_counted(command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
     done = run(command_server, out, "loss:2:nan")
     assert done.code == 0
@@ -97,16 +93,14 @@ def test_a_skipped_update_leaves_the_weights_and_is_counted(
 @pytest.mark.parametrize(
     "text", ["update", "update:1", "nothing:1:kill", "update:x:kill", "update@a:1:kill"]
 )
-def test_a_fault_that_is_none_is_refused(text, command_server, tmp_path):
+def test_invalid_fault_is_refused(text, command_server, tmp_path):
     with raises(ConfigError, f"DEIT_FAULT={text}"):
         fault_injection.install_faults(text)
     done = command_server.run("recipes", DEIT_FAULT=text)
     assert done.code == 2
 
 
-def test_a_disk_without_room_is_refused_before_the_first_step(
-    command_server, tmp_path, monkeypatch
-):
+def test_check_space_without_enough_space_raises(command_server, tmp_path, monkeypatch):
     from deit.core.errors import SystemFault
     from deit.core.filesystem import check_space
 
@@ -116,7 +110,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(
 
 
 @pytest.mark.fault("B24", "B25", "E9", "E14")
-def test_a_run_is_moved_as_it_is(command_server, undisturbed_run, tmp_path):
+def test_moved_run_resumes_bit_identical(command_server, undisturbed_run, tmp_path):
     """No path of the folder is inside it; and read-only checkpoints are read."""
     out = tmp_path / "run"
     assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
@@ -132,7 +126,7 @@ def test_a_run_is_moved_as_it_is(command_server, undisturbed_run, tmp_path):
     )
 
 
-def test_the_faults_are_documented():
+def test_faults_are_documented():
     text = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
     for name, about in fault_injection.POINTS.items():
         assert f"| `{name}` | {about} |" in text
@@ -141,7 +135,7 @@ def test_the_faults_are_documented():
 
 
 @pytest.mark.fault("E5")
-def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
+def test_hung_process_prints_its_stack_after_a_signal(capfd, monkeypatch):
     """After a signal that the process has no chance to handle."""
     from accelerate import Accelerator
 
@@ -150,7 +144,7 @@ def test_a_hung_process_says_where_before_it_is_killed(capfd, monkeypatch):
     monkeypatch.setattr(signals, "_STUCK_S", 0.2)
     with signals.GracefulStop(Accelerator(cpu=True)) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(lambda: "test_a_hung_process_says_where" in capfd.readouterr().err)
+        wait_until(lambda: "test_hung_process_prints_its_stack" in capfd.readouterr().err)
         assert stop.pending_signal() == signal.SIGTERM
 
 
@@ -181,9 +175,7 @@ def with_workers(command_server, tmp_path):
 
 
 @pytest.mark.fault("A26")
-def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(
-    with_workers, command_server, tmp_path
-):
+def test_killed_worker_is_reported_and_the_checkpoint_stays(with_workers, command_server, tmp_path):
     running = with_workers
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
     done = running.wait(timeout=300)
@@ -194,7 +186,7 @@ def test_a_worker_that_is_killed_is_named_and_the_checkpoint_stays(
 
 
 @pytest.mark.fault("D10")
-def test_killed_with_workers_alive_the_folder_is_free_at_once(command_server, tmp_path):
+def test_killed_run_with_live_workers_releases_its_folder(command_server, tmp_path):
     out = tmp_path / "run"
     image_folder = write_image_folder(tmp_path / "pictures", images_per_class=16)
     arguments = ("--optim.epochs", "4", "--data.root", image_folder, "--out", out)
@@ -209,7 +201,7 @@ def test_killed_with_workers_alive_the_folder_is_free_at_once(command_server, tm
 
 
 @pytest.mark.fault("A11")
-def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
+def test_stopped_run_leaves_no_workers(with_workers, tmp_path):
     running = with_workers
     workers = workers_of(running.pid)
     assert workers
@@ -222,7 +214,7 @@ def test_a_stopped_run_leaves_no_worker_behind(with_workers, tmp_path):
 
 
 @pytest.mark.fault("B21")
-def test_a_folder_that_is_deleted_in_training_is_one_line(command_server, tmp_path):
+def test_run_folder_deleted_in_training_is_reported_in_one_line(command_server, tmp_path):
     out = tmp_path / "run"
     gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
     running = command_server.start(*arguments, DEIT_FAULT="update:7:slow", **gate.environment)
@@ -236,7 +228,7 @@ def test_a_folder_that_is_deleted_in_training_is_one_line(command_server, tmp_pa
 
 
 @pytest.mark.fault("E14")
-def test_nothing_of_the_environment_is_written_down(command_server, tmp_path):
+def test_environment_variables_are_not_saved(command_server, tmp_path):
     out = tmp_path / "run"
     marks = {"HF_TOKEN": "secret-of-mine", "USER": "ann-the-user", "WANDB_API_KEY": "another-one"}
     assert command_server.run("train", *SMALL, "--out", out, **marks).code == 0
@@ -247,7 +239,7 @@ def test_nothing_of_the_environment_is_written_down(command_server, tmp_path):
 
 @pytest.mark.fault("E17")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_files_are_for_whom_the_umask_says(mask, tmp_path):
+def test_saved_files_follow_the_umask(mask, tmp_path):
     """Also the weights, which the others of a shared folder read."""
     out = tmp_path / "run"
     arguments = ("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0")
@@ -263,7 +255,7 @@ def test_files_are_for_whom_the_umask_says(mask, tmp_path):
 
 
 @pytest.mark.fault("E15")
-def test_without_home_and_room_for_temporary_files(command_server, tmp_path):
+def test_training_without_home_and_tmpdir_succeeds(command_server, tmp_path):
     """Temporary files are in the folder of their final files."""
     out = tmp_path / "run"
     environment = {"TMPDIR": "/dev/null/nowhere", "HOME": "/dev/null/nobody"}
@@ -272,7 +264,7 @@ def test_without_home_and_room_for_temporary_files(command_server, tmp_path):
 
 
 @pytest.mark.fault("E9")
-def test_a_name_too_long_for_any_disk_is_one_line(command_server, tmp_path):
+def test_too_long_folder_name_is_reported_in_one_line(command_server, tmp_path):
     for name in ("x" * 300, "a/" + "y" * 300):
         done = command_server.run("train", *SMALL, "--out", tmp_path / name)
         assert done.code == 5, done.err
@@ -281,7 +273,9 @@ def test_a_name_too_long_for_any_disk_is_one_line(command_server, tmp_path):
 
 @pytest.mark.fault("E9")
 @pytest.mark.parametrize("name", ["with space", "ünïcödé", "-dash", "a.b", "x" * 200])
-def test_any_name_of_a_folder_will_do(name, command_server, undisturbed_run, tmp_path):
+def test_killed_run_in_an_unusual_folder_name_resumes(
+    name, command_server, undisturbed_run, tmp_path
+):
     out = tmp_path / name
     assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
     done = run(command_server, out)
@@ -290,14 +284,14 @@ def test_any_name_of_a_folder_will_do(name, command_server, undisturbed_run, tmp
 
 
 @pytest.mark.fault("E9")
-def test_the_users_home_is_found(command_server, tmp_path):
+def test_tilde_in_out_is_expanded(command_server, tmp_path):
     done = command_server.run("train", *SMALL, "--out=~/run", HOME=str(tmp_path))
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "result.json").is_file()
 
 
 @pytest.mark.fault("E3")
-def test_micro_batches_are_halved_until_one_fits(command_server, tmp_path):
+def test_auto_micro_batch_halves_until_one_fits(command_server, tmp_path):
     """Only what fits changes: the run is that of the smaller micro-batches, to the bit."""
     fitted, given = tmp_path / "fitted", tmp_path / "given"
     done = run(command_server, fitted, "fit:1:memory,fit:2:memory", "--run.auto_micro_batch")
@@ -312,14 +306,14 @@ def test_micro_batches_are_halved_until_one_fits(command_server, tmp_path):
     assert json.loads((plain / "config.json").read_text())["optim"]["grad_accum_steps"] == 1
 
 
-def test_where_no_micro_batch_fits_nothing_is_begun(command_server, tmp_path):
+def test_auto_micro_batch_without_a_fit_creates_no_folder(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "fit:0:memory", "--run.auto_micro_batch")
     assert done.code == 5
     assert re.search(r"\brun\.auto_micro_batch\b.*\b2 images\b", done.err)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(command_server, tmp_path):
+def test_dry_run_with_a_nonfinite_loss_fails_and_writes_nothing(command_server, tmp_path):
     (tmp_path / "run").mkdir()
     done = command_server.run(
         "train", *SMALL, "--out", tmp_path / "run", "--dry-run", DEIT_FAULT="loss:1:nan"
@@ -330,7 +324,7 @@ def test_a_dry_run_of_what_is_not_finite_says_so_and_writes_nothing(command_serv
 
 
 @pytest.mark.fault("E7")
-def test_of_two_that_start_together_one_has_the_folder(command_server, undisturbed_run, tmp_path):
+def test_run_that_finds_its_folder_taken_is_refused(command_server, undisturbed_run, tmp_path):
     """Both see it empty; the slower one comes when the other is done, and leaves that alone."""
     out = tmp_path / "run"
     arguments = ("train", *SMALL, "--out", out)
@@ -373,7 +367,9 @@ def test_batch_norm_statistics_exclude_skipped_steps(command_server, tmp_path, m
 
 @pytest.mark.fault("B3")
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
-def test_the_best_so_far_that_is_lost_is_told(damage, command_server, undisturbed_run, tmp_path):
+def test_resume_with_a_lost_best_checkpoint_warns(
+    damage, command_server, undisturbed_run, tmp_path
+):
     out = tmp_path / "run"
     assert run(command_server, out, "update:7:term").code == 143
     if damage == "gone":
@@ -387,7 +383,7 @@ def test_the_best_so_far_that_is_lost_is_told(damage, command_server, undisturbe
 
 
 @pytest.mark.fault("B5")
-def test_checkpoints_that_are_gone_within_the_first_epoch_are_missed(command_server, tmp_path):
+def test_resume_with_deleted_checkpoints_of_the_first_epoch_is_refused(command_server, tmp_path):
     out = tmp_path / "run"
     done = run(command_server, out, "update:4:kill", "--run.save_every_steps", "1")
     assert done.code == -signal.SIGKILL

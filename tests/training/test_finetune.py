@@ -26,7 +26,7 @@ STILL = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
 
 
 @pytest.mark.fault("B8")
-def test_a_run_goes_on_at_twice_its_resolution(pretrained, tmp_path, capsys):
+def test_finetune_at_twice_the_resolution_resizes_positions(pretrained, tmp_path, capsys):
     out = tmp_path / "run"
     train(finer(pretrained), out)
     lines = capsys.readouterr().out.splitlines()
@@ -44,7 +44,7 @@ def test_a_run_goes_on_at_twice_its_resolution(pretrained, tmp_path, capsys):
 
 
 @pytest.mark.fault("A25")
-def test_it_begins_where_the_other_run_ended(pretrained, tmp_path):
+def test_finetune_starts_from_the_weights_of_the_run(pretrained, tmp_path):
     """With a learning rate of next to nothing, the weights are those it started from."""
     train(finer(pretrained, optim=STILL), tmp_path / "run")
     before, after = weights(pretrained / "student", "best"), weights(tmp_path / "run")
@@ -54,7 +54,7 @@ def test_it_begins_where_the_other_run_ended(pretrained, tmp_path):
         torch.testing.assert_close(after[name], value, atol=1e-8, rtol=0)
 
 
-def test_the_other_kernel_gives_other_positions(pretrained, tmp_path):
+def test_finetune_with_timm_pos_embed_resize_uses_its_kernel(pretrained, tmp_path):
     train(finer(pretrained, optim=STILL, init={"pos_embed_resize": "timm"}), tmp_path / "run")
     before, after = weights(pretrained / "student", "best"), weights(tmp_path / "run")
     expected = resize_positions(before["pos_embed"], prefix=2, side=8, kernel="timm").positions
@@ -62,7 +62,7 @@ def test_the_other_kernel_gives_other_positions(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["heads", "attention"])
-def test_what_is_held_still_stays_to_the_bit(trained, pretrained, tmp_path):
+def test_frozen_weights_stay_bit_identical(trained, pretrained, tmp_path):
     config = finer(
         pretrained,
         student={"drop_path": 0.2},
@@ -80,7 +80,7 @@ def test_what_is_held_still_stays_to_the_bit(trained, pretrained, tmp_path):
             torch.testing.assert_close(average[name], value, atol=1e-7, rtol=1e-6)
 
 
-def test_held_still_it_resumes_to_the_bit(pretrained, tmp_path):
+def test_resume_with_frozen_weights_is_bit_identical(pretrained, tmp_path):
     config = finer(pretrained, optim={"trainable": "heads", "layer_decay": 0.5})
     uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
     train(config, uninterrupted)
@@ -88,7 +88,7 @@ def test_held_still_it_resumes_to_the_bit(pretrained, tmp_path):
     assert_same_end(broken, uninterrupted)
 
 
-def test_a_resumed_run_needs_its_start_no_more(pretrained, tmp_path):
+def test_resume_without_the_initial_weights_continues(pretrained, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(pretrained / "student", start)
     config = finer(pretrained, init={"weights": str(start)})
@@ -100,7 +100,7 @@ def test_a_resumed_run_needs_its_start_no_more(pretrained, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_layer_decay_slows_the_layers_near_the_image(pretrained, tmp_path):
+def test_layer_decay_slows_the_layers_near_the_input(pretrained, tmp_path):
     """With Adam, the first steps are as large as the learning rate, whatever the gradient."""
     quiet = {"weight_decay": 0.0, "epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "min_lr": 1e-4}
     moved = {}
@@ -116,7 +116,7 @@ def test_layer_decay_slows_the_layers_near_the_image(pretrained, tmp_path):
     assert ratio["patch_embed.proj.weight"] == pytest.approx(0.01, rel=0.5)
 
 
-def test_by_labels_alone_and_onto_other_classes(pretrained, tmp_path):
+def test_finetune_on_other_classes_keeps_or_replaces_head_rows(pretrained, tmp_path):
     few = {"classes": ("1", "3", "7")}
     config = finer(pretrained, data=few, loss=LOSS_PRESETS["none"], optim=STILL)
     before = weights(pretrained / "student", "best")
@@ -132,7 +132,7 @@ def test_by_labels_alone_and_onto_other_classes(pretrained, tmp_path):
         assert re.search(r"\b3\b.*\b10\b", note)
 
 
-def test_stored_targets_train_to_the_same_bits(pretrained, tmp_path):
+def test_finetune_from_stored_targets_is_bit_identical(pretrained, tmp_path):
     config = finer(pretrained, loss=LOSS_PRESETS["deit-hard"])
     train(config, tmp_path / "online")
     write_targets(config, tmp_path / "store")
@@ -142,7 +142,7 @@ def test_stored_targets_train_to_the_same_bits(pretrained, tmp_path):
     assert all(torch.equal(value, online[name]) for name, value in actual.items())
 
 
-def test_a_plain_vit_becomes_a_distilled_student(pretrained, tmp_path):
+def test_finetune_from_a_vit_copies_its_class_token_and_head(pretrained, tmp_path):
     plain = digits().replace(
         data=FEW,
         student={"name": "vit_micro", **SMALL},

@@ -32,7 +32,7 @@ from tests.helpers.finetune_runs import finer
 pytest.importorskip("sklearn")
 
 
-def test_a_start_with_another_normalisation_is_told(pretrained, tmp_path, capsys):
+def test_finetune_with_another_normalization_logs_both(pretrained, tmp_path, capsys):
     train(
         finer(pretrained, views={"mean": (0.5,) * 3, "std": (0.5,) * 3}),
         tmp_path / "r",
@@ -47,7 +47,7 @@ def test_a_start_with_another_normalisation_is_told(pretrained, tmp_path, capsys
 # the configuration of a fine-tuning
 
 
-def test_at_resolution_everything_follows():
+def test_at_resolution_scales_image_sizes_and_padding():
     config = at_resolution(digits().replace(views={"crop_padding": 2}), 24)
     assert config.student.image_size == 24
     assert config.data.image_size == 24
@@ -60,7 +60,7 @@ def test_at_resolution_everything_follows():
 
 @pytest.mark.parametrize("name", FINETUNE_SCHEDULES)
 @pytest.mark.parametrize("recipe", ["digits", "digits-teacher", "cifar10", "tiny-imagenet"])
-def test_every_schedule_suits_every_recipe(name, recipe):
+def test_every_schedule_is_valid_for_every_recipe(name, recipe):
     config = RECIPES[recipe]().replace(init={"weights": "somewhere"})
     if name in ("convpass", "int8") and recipe == "digits-teacher":
         field = {"convpass": "adapters", "int8": "qat"}[name]
@@ -108,7 +108,7 @@ have to learn."""
 @pytest.mark.parametrize("after", SCHEDULES)
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("twice", [False, True])
-def test_every_schedule_is_itself_after_every_other(before, after, twice):
+def test_schedule_does_not_depend_on_the_schedule_before(before, after, twice):
     recipe = digits().replace(init={"weights": "somewhere"})
     config = BEFORE[before](recipe)
     if twice:
@@ -134,7 +134,7 @@ def test_every_schedule_is_itself_after_every_other(before, after, twice):
         assert end == pytest.approx(tuned.peak_lr / 10)
 
 
-def test_deits_schedule_at_higher_resolution():
+def test_deit_schedule_has_the_values_of_the_paper():
     optim = FINETUNE_SCHEDULES["deit"](RECIPES["cifar10"]()).optim
     assert (optim.epochs, optim.batch_size, optim.weight_decay) == (30, 512, 1e-8)
     assert (optim.peak_lr, optim.min_lr) == (5e-6, 5e-6)
@@ -142,13 +142,13 @@ def test_deits_schedule_at_higher_resolution():
     assert optim.warmup_epochs == 5
 
 
-def test_a_linear_probe_is_heads_and_labels():
+def test_linear_probe_trains_the_heads_on_labels():
     probe = FINETUNE_SCHEDULES["linear-probe"](digits().replace(init={"weights": "x"}))
     assert (probe.optim.trainable, probe.loss.kind) == ("heads", "none")
     assert (probe.views.mixup_alpha, probe.views.cutmix_alpha) == (0, 0)
 
 
-def test_the_network_of_the_weights_is_taken_over():
+def test_with_init_takes_the_architecture_of_the_weights():
     base = RECIPES["cifar10"]()
     odd = StudentConfig(name="vit_small", image_size=224, patch_size=16, depth=9)
     config = with_init(base, "w.pth", odd)
@@ -167,7 +167,7 @@ def test_the_network_of_the_weights_is_taken_over():
         ("optim", {"trainable": "heads"}, "optim.trainable"),
     ],
 )
-def test_what_needs_a_start_says_so(section, fields, problem):
+def test_options_that_need_initial_weights_are_refused_without(section, fields, problem):
     with raises(ConfigError, problem):
         validate(digits().replace(**{section: fields}))
 
@@ -186,7 +186,7 @@ def command(pretrained, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_without_a_recipe_the_runs_own_goes_on(pretrained, tmp_path, command):
+def test_finetune_without_a_recipe_uses_the_config_of_the_run(pretrained, tmp_path, command):
     taught = ("--teacher.source", pretrained / "teacher16", "--optim.epochs", "1")
     code, completed = command("--from", pretrained / "student", "--resolution", "16", *taught)
     assert code == 0, completed.err
@@ -198,7 +198,7 @@ def test_without_a_recipe_the_runs_own_goes_on(pretrained, tmp_path, command):
     assert config.optim.lr == before.optim.lr
 
 
-def test_the_normalisation_of_the_start_is_taken_over(pretrained, tmp_path):
+def test_finetune_takes_the_normalization_of_the_initial_weights(pretrained, tmp_path):
     facts = json.loads((pretrained / "student" / "best" / "model.json").read_text())
     train(finer(pretrained), tmp_path / "run")
     saved = load_config(tmp_path / "run" / "config.json")
@@ -208,9 +208,7 @@ def test_the_normalisation_of_the_start_is_taken_over(pretrained, tmp_path):
     assert (model["mean"], model["std"]) == (facts["mean"], facts["std"])
 
 
-def test_a_file_needs_a_recipe_and_takes_its_network_from_the_weights(
-    pretrained, tmp_path, command
-):
+def test_finetune_from_a_file_needs_a_recipe_that_fits(pretrained, tmp_path, command):
     file = tmp_path / "weights.safetensors"  # without the model.json of a run
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
     code, completed = command("--from", file)
@@ -255,7 +253,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_before_anything_is_written(name, pretrained, tmp_path, command):
+def test_finetune_with_invalid_arguments_writes_nothing(name, pretrained, tmp_path, command):
     arguments, expected, named = BAD[name]
     code, completed = command(*(pretrained / "student" if w == "STUDENT" else w for w in arguments))
     assert (code, [text for text in named if text not in completed.err]) == (expected, []), (
@@ -264,7 +262,7 @@ def test_bad_input_is_refused_before_anything_is_written(name, pretrained, tmp_p
     assert not any(tmp_path.iterdir())
 
 
-def test_a_bare_file_keeps_the_recipes_attention_heads(pretrained, tmp_path, command):
+def test_finetune_from_a_file_takes_num_heads_of_the_recipe(pretrained, tmp_path, command):
     """Its width is the recipe's, and how many heads it has only the recipe can know."""
     weight_file = tmp_path / "weights.safetensors"
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", weight_file)
@@ -282,7 +280,7 @@ def test_a_bare_file_keeps_the_recipes_attention_heads(pretrained, tmp_path, com
 
 
 @pytest.mark.fault("A9", "A25", "B8")
-def test_the_command_goes_on_without_its_start(pretrained, tmp_path, command):
+def test_finetune_resumes_without_its_initial_weights(pretrained, tmp_path, command):
     start = tmp_path / "start"
     shutil.copytree(pretrained / "student", start)
     arguments = ("--from", start, "--resolution", "16", "--loss", "none", "--out", "run")
@@ -311,7 +309,7 @@ def test_the_command_goes_on_without_its_start(pretrained, tmp_path, command):
 
 
 @pytest.mark.fault("B7")
-def test_class_counts_that_differ_are_refused(pretrained, tmp_path, command):
+def test_finetune_with_another_number_of_classes_is_refused(pretrained, tmp_path, command):
     file = tmp_path / "weights.safetensors"
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
     arguments = ("digits", "--from", file, "--loss", "none", "--data.classes", "1,2,3")
@@ -322,7 +320,7 @@ def test_class_counts_that_differ_are_refused(pretrained, tmp_path, command):
 
 
 @pytest.mark.parametrize("heads", ["zero", "new"])
-def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(pretrained, tmp_path, heads):
+def test_finetune_keeps_the_heads_that_the_run_trained(pretrained, tmp_path, heads):
     """What a run did to the heads of its initial weights is not done to its trained heads."""
     shutil.copytree(pretrained / "student", tmp_path / "run")
     file = tmp_path / "run" / "config.json"
@@ -335,7 +333,7 @@ def test_heads_of_a_run_that_began_with_others_are_its_own_by_now(pretrained, tm
     assert parsed.config.init.head == heads
 
 
-def test_a_value_that_is_called_as_a_recipe_is_no_recipe(pretrained):
+def test_option_value_named_like_a_recipe_is_not_the_recipe(pretrained):
     arguments = ["--from", str(pretrained / "student"), "--data.source", "digits"]
     assert parse_finetune(arguments, "deit finetune").config.data.source == "digits"
 
@@ -343,7 +341,7 @@ def test_a_value_that_is_called_as_a_recipe_is_no_recipe(pretrained):
 @pytest.mark.parametrize(
     "tuning", [name for name in FINETUNE_SCHEDULES if name not in DATA_SIZED_SCHEDULES]
 )
-def test_a_schedule_in_few_epochs_warms_up_in_proportion(pretrained, tuning):
+def test_schedule_with_fewer_epochs_scales_its_warmup(pretrained, tuning):
     arguments = ["--from", str(pretrained / "student"), "--schedule", tuning]
     usual = parse_finetune(arguments, "deit finetune").config.optim
     few = parse_finetune([*arguments, "--optim.epochs", "5", "--optim.epochs=1"], "deit finetune")

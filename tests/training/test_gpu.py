@@ -43,7 +43,7 @@ pytestmark = [
 ]
 
 
-def test_keys_give_the_same_words_on_the_gpu():
+def test_random_words_on_the_gpu_equal_the_cpu():
     samples = torch.arange(100_000)
     on_cpu, on_gpu = Keys(3, 1, samples), Keys(3, 1, samples.cuda())
     assert torch.equal(random_words(on_cpu, "crop", 9), random_words(on_gpu, "crop", 9).cpu())
@@ -56,7 +56,7 @@ def views_of(preset, crop):
 
 @pytest.mark.parametrize("crop", Crop.__args__)
 @pytest.mark.parametrize("preset", AUGMENTATIONS)
-def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, crop):
+def test_views_on_the_gpu_match_within_one_gray_level(preset, crop):
     views = views_of(preset, crop)
     pixels = pixels_of([image.resize((40, 40)) for image in real_images()]).repeat(20, 1, 1, 1)
     samples = torch.arange(len(pixels))
@@ -76,7 +76,7 @@ def test_parameters_are_equal_and_pixels_within_one_level_on_the_gpu(preset, cro
 
 
 @pytest.mark.parametrize("size", [24, 32, 72, 96, 224])
-def test_resizing_is_exact_on_the_gpu_whatever_it_may_round(size):
+def test_resize_on_the_gpu_is_exact_under_tf32_and_autocast(size):
     pixels = pixels_of(real_images(64, 64))
     boxes = torch.tensor([[n, 2 * n, 40 - n, 30 + n] for n in range(12)])
     on_cpu = resize_boxes(pixels, boxes, size, "bicubic")
@@ -90,7 +90,7 @@ def test_resizing_is_exact_on_the_gpu_whatever_it_may_round(size):
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_operations_are_equal_on_the_gpu(name):
+def test_image_operations_on_the_gpu_equal_the_cpu(name):
     pixels = pixels_of(real_images())
     codes = torch.full((len(pixels),), CODES[name])
     arguments = torch.linspace(0.1, 1.9, len(pixels))
@@ -101,7 +101,7 @@ def test_operations_are_equal_on_the_gpu(name):
         assert torch.equal(on_cpu, on_gpu), interpolation
 
 
-def test_pairs_are_mixed_alike_on_the_gpu():
+def test_sampled_mixes_on_the_gpu_equal_the_cpu():
     pairs, views = torch.arange(10_000), views_of("deit", "padded")
     on_cpu = sample_mix(Keys(3, 1, pairs), views=views, size=32)
     on_gpu = sample_mix(Keys(3, 1, pairs.cuda()), views=views, size=32)
@@ -110,7 +110,7 @@ def test_pairs_are_mixed_alike_on_the_gpu():
     assert torch.allclose(on_cpu.lam, on_gpu.lam.cpu(), atol=1e-12)
 
 
-def test_a_loader_gives_the_same_batches_from_the_gpu():
+def test_loader_on_the_gpu_yields_the_batches_of_the_cpu():
     images = InMemoryImages(
         torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
     )
@@ -139,7 +139,7 @@ def test_a_loader_gives_the_same_batches_from_the_gpu():
 
 
 @pytest.mark.parametrize("mode", VIEW_MODES)
-def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
+def test_canaries_on_the_gpu_equal_the_cpu(mode):
     images = InMemoryImages(
         torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
     )
@@ -164,7 +164,7 @@ def test_canaries_of_a_store_are_the_same_on_the_gpu(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_involutions_agree_on_the_gpu(dtype):
+def test_involution_on_the_gpu_matches_the_cpu(dtype):
     features = torch.randn(4, 32, 15, 15).to(dtype)
     kernels = torch.randn(4, 2, 49, 8, 8).to(dtype)
     on_cpu = involve(features.float(), kernels.float(), stride=2)
@@ -173,7 +173,7 @@ def test_involutions_agree_on_the_gpu(dtype):
     assert torch.allclose(on_cpu, on_gpu.float(), rtol=0.02, atol=0.05)
 
 
-def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
+def test_store_written_on_the_cpu_trains_on_the_gpu(tmp_path):
     teacher = digits_teacher().replace(optim={"epochs": 3}, run={"device": "cpu"})
     train(teacher, tmp_path / "teacher")
     config = digits().replace(
@@ -191,13 +191,13 @@ def test_a_store_written_on_a_cpu_teaches_on_the_gpu(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_learns_in_every_precision(tmp_path, precision):
+def test_training_on_the_gpu_learns_in_every_precision(tmp_path, precision):
     config = digits_teacher().replace(run={"device": "cuda", "precision": precision})
     state = train(config, tmp_path / precision)
     assert state["best"]["top1"] > 0.97
 
 
-def test_the_cost_of_a_network_on_the_device():
+def test_cost_on_the_gpu_has_the_counts_of_the_cpu():
     network = create_network(StudentConfig(name="deit_micro"), 10)
     on_cpu = cost_of(network, side=32, batch=8)
     on_gpu = cost_of(network.to("cuda"), side=32, batch=8)
@@ -206,7 +206,7 @@ def test_the_cost_of_a_network_on_the_device():
     assert on_gpu.images_per_s > 0
 
 
-def test_attention_rolled_out_on_the_device():
+def test_attention_rollout_on_the_gpu_matches_the_cpu():
     torch.manual_seed(0)
     network = create_network(StudentConfig(name="deit_micro", depth=3), 10).eval()
     images = torch.rand(4, 3, 32, 32)
@@ -218,7 +218,7 @@ def test_attention_rolled_out_on_the_device():
     torch.testing.assert_close(again, cosines, atol=1e-4, rtol=1e-3)
 
 
-def test_a_fine_tuning_on_the_device(tmp_path):
+def test_finetune_on_the_gpu_trains_and_evaluates(tmp_path):
     quick = {"epochs": 1, "warmup_epochs": 0}
     train(digits_teacher().replace(optim=quick), tmp_path / "teacher")
     config = digits_teacher().replace(optim=quick, run={"device": "cuda"})
@@ -239,7 +239,7 @@ def speedy(**run):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compile", ["none", "default"])
-def test_the_loop_waits_for_nothing(precision, compile):
+def test_training_loop_does_not_synchronize_with_the_gpu(precision, compile):
     """Once the views of a stretch are drawn."""
     run = build_run(speedy(precision=precision, compile=compile))
     batches, tally = run.loader.epoch(0), MetricAccumulator(run.accelerator, {})
@@ -254,7 +254,7 @@ def test_the_loop_waits_for_nothing(precision, compile):
 
 
 @pytest.mark.parametrize("compile", Compile.__args__)
-def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, compile):
+def test_nonfinite_step_on_the_gpu_is_skipped(tmp_path, compile):
     fault_injection.install_faults("loss:3:nan")
     result = train(speedy(compile=compile), tmp_path / "run")
     assert result["skipped"] == 1
@@ -263,7 +263,7 @@ def test_an_update_that_is_not_finite_is_left_out_behind_the_loop(tmp_path, comp
 
 
 @pytest.mark.parametrize("compile", ["none", "default"])
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path, compile):
+def test_resumed_gpu_run_is_bit_identical(tmp_path, compile):
     config = speedy(compile=compile)
     train(config, tmp_path / "uninterrupted")
     stop_and_resume(config, tmp_path / "run", "update:20:term")

@@ -26,7 +26,7 @@ pytest.importorskip("sklearn")
         *("rename:1", "rename:2", "rename:3", "renamed:1", "renamed:2", "renamed:4", "finish:1"),
     ],
 )
-def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
+def test_resume_after_a_kill_at_any_point_is_bit_identical(
     fault, command_server, undisturbed_run, tmp_path
 ):
     out = tmp_path / "run"
@@ -43,7 +43,7 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(
 
 @pytest.mark.fault("A2")
 @pytest.mark.slow
-def test_a_hundred_kills_at_random_moments_change_nothing(command_server, tmp_path):
+def test_resume_after_100_random_kills_is_bit_identical(command_server, tmp_path):
     """Until a hundred have hit, in as many runs as that takes; each run must end with its bits."""
     long = ("--optim.epochs", "60", "--run.save_every_steps", "3", "--views.mixup_alpha", "0.8")
     moments, kills, runs = random.Random(0), 0, 0
@@ -66,7 +66,7 @@ def test_a_hundred_kills_at_random_moments_change_nothing(command_server, tmp_pa
 
 
 @pytest.mark.fault("A5")
-def test_killed_while_old_checkpoints_are_removed(command_server, undisturbed_run, tmp_path):
+def test_resume_after_a_kill_during_checkpoint_removal(command_server, undisturbed_run, tmp_path):
     out, every = tmp_path / "run", ("--run.save_every_steps", "2")
     assert run(command_server, out, "rotate:2:kill", *every).code == -signal.SIGKILL
     assert run(command_server, out, "", *every).code == 0
@@ -78,7 +78,7 @@ def test_killed_while_old_checkpoints_are_removed(command_server, undisturbed_ru
 
 
 @pytest.mark.fault("A10")
-def test_sigterm_from_outside_is_a_checkpoint_and_143(command_server, undisturbed_run, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_exits_with_143(command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
     gate = Gate(tmp_path / "gate")
     arguments = ("train", *SMALL, "--out", out, "--resume")
@@ -95,7 +95,7 @@ def test_sigterm_from_outside_is_a_checkpoint_and_143(command_server, undisturbe
     assert_same_run(out, undisturbed_run)
 
 
-def test_before_the_first_update_there_is_nothing_to_save(command_server, tmp_path):
+def test_sigterm_before_the_first_step_exits_with_143(command_server, tmp_path):
     gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", tmp_path / "run")
     running = command_server.start(*arguments, DEIT_FAULT="evaluation:1:slow", **gate.environment)
     gate.wait()
@@ -105,7 +105,7 @@ def test_before_the_first_update_there_is_nothing_to_save(command_server, tmp_pa
 
 
 @pytest.mark.fault("A12")
-def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(
+def test_second_signal_exits_at_once_and_keeps_the_checkpoint(
     command_server, undisturbed_run, tmp_path
 ):
     out = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_stays(
 
 
 @pytest.mark.fault("A17")
-def test_a_hangup_that_nohup_ignores_stays_ignored(undisturbed_run, tmp_path):
+def test_sighup_ignored_by_nohup_stays_ignored(undisturbed_run, tmp_path):
     out = tmp_path / "run"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     fault_injection.install_faults("update:3:hup")

@@ -39,7 +39,7 @@ def understood(name, *more, script=("train_deit.py", "cifar10")):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
+def test_accelerate_launch_parses_every_config(name, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     config = load_config_from_file(str(LAUNCH / name))
     assert config.mixed_precision == "bf16"
@@ -54,7 +54,7 @@ def test_accelerate_launch_understands_every_configuration(name, monkeypatch):
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
-def test_a_run_starts_by_the_configuration_of_one_gpu(command_server, tmp_path):
+def test_run_starts_with_the_one_gpu_config(command_server, tmp_path):
     """On the processor: there is no other here. (tests/training/test_peers.py starts a run by
     accelerate launch itself.)"""
     run_arguments = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
@@ -77,7 +77,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
+def test_slurm_script_starts_and_resumes_a_run(tmp_path):
     """Under stand-ins for srun and scontrol, with two processes instead of a node's GPUs."""
     commands = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -134,7 +134,7 @@ def test_the_script_for_slurm_begins_a_run_and_goes_on_with_it(tmp_path):
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", "--run.sharding"),
     ],
 )
-def test_what_cannot_be_trained_with_is_refused_before_the_work(
+def test_unsupported_accelerate_plugin_is_refused_before_training(
     command_server, tmp_path, variable, named, option
 ):
     out = tmp_path / "run"

@@ -31,7 +31,7 @@ def train(job, data, epochs):
     return tally.compute()
 
 
-def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
+def test_training_overfits_32_images_and_matches_the_teacher():
     job, data = make_step_context(LossConfig(kind="hard", label_smoothing=0.0))
     means = train(job, data, 40)
     assert means["class_top1"] == 1.0
@@ -40,7 +40,7 @@ def test_it_learns_32_images_by_heart_and_imitates_the_teacher():
 
 
 @pytest.mark.fault("D3")
-def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
+def test_teacher_gets_the_inputs_of_the_student_and_is_unchanged():
     views = ViewsConfig(crop="padded", crop_padding=2, mixup_alpha=0.8, cutmix_alpha=1.0)
     job, data = make_step_context(views=views)
     before = copy.deepcopy(teacher_of(job).state_dict())
@@ -57,7 +57,7 @@ def test_the_teacher_sees_the_very_tensor_of_the_student_and_stays_as_it_was():
     assert all(parameter.grad is None for parameter in teacher_of(job).parameters())
 
 
-def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
+def test_teacher_is_neither_optimized_nor_prepared():
     job, _ = make_step_context()
     taught = {id(parameter) for parameter in teacher_of(job).parameters()}
     optimised = {id(p) for group in job.optimizer.param_groups for p in group["params"]}
@@ -65,7 +65,7 @@ def test_the_teacher_is_in_neither_optimizer_nor_prepared_models():
     assert teacher_of(job) not in job.accelerator._models
 
 
-def test_without_a_teacher_there_is_no_agreement():
+def test_metrics_without_a_teacher_have_no_agreement():
     job, data = make_step_context(LOSS_PRESETS["none"])
     means = train(job._replace(teacher=None), data, 1)
     assert "agreement" not in means
@@ -73,7 +73,7 @@ def test_without_a_teacher_there_is_no_agreement():
 
 
 @pytest.mark.parametrize("name", LOSS_PRESETS)
-def test_every_parameter_of_the_student_learns(name):
+def test_every_student_parameter_is_updated(name):
     single = LOSS_PRESETS[name].head == "class"
     job, data = make_step_context(LOSS_PRESETS[name], name="vit_micro" if single else "deit_micro")
     before = copy.deepcopy(dict(job.student.named_parameters()))
@@ -82,7 +82,7 @@ def test_every_parameter_of_the_student_learns(name):
         assert not torch.equal(parameter, before[parameter_name]), parameter_name
 
 
-def test_accumulation_is_the_large_batch():
+def test_gradient_accumulation_matches_the_large_batch():
     weights = []
     for accumulate in (1, 4):
         optim = OptimConfig(
@@ -101,7 +101,7 @@ def test_accumulation_is_the_large_batch():
     assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-4)
 
 
-def test_the_loop_writes_the_learning_rate_of_its_step():
+def test_train_epoch_sets_the_learning_rate_of_each_step():
     job, data = make_step_context()
     tally = MetricAccumulator(job.accelerator, {})
     updates = train_epoch(job, data.epoch(5), tally, step=10, steps=data.steps_per_epoch)
@@ -111,7 +111,7 @@ def test_the_loop_writes_the_learning_rate_of_its_step():
     assert step == 11
 
 
-def test_drop_path_is_a_function_of_seed_and_step():
+def test_drop_path_depends_only_on_seed_and_step():
     weights = []
     for waste in (0, 5):
         job, data = make_step_context(drop_path=0.5)
@@ -121,7 +121,7 @@ def test_drop_path_is_a_function_of_seed_and_step():
     assert torch.equal(*weights)
 
 
-def test_clipping_bounds_the_first_step():
+def test_clip_grad_norm_bounds_the_gradient():
     optim = OptimConfig(epochs=2, batch_size=16, lr=1e-3, warmup_epochs=0, clip_grad_norm=1e-3)
     job, data = make_step_context(optim=optim)
     norms = []
@@ -137,7 +137,7 @@ def test_clipping_bounds_the_first_step():
     assert all(norm <= 1.001e-3 for norm in norms)
 
 
-def test_the_average_follows_the_student():
+def test_ema_follows_the_student():
     job, data = make_step_context(average=1e9)
     train(job, data, 1)
     assert job.average.updates == 2
@@ -147,7 +147,7 @@ def test_the_average_follows_the_student():
     assert not averaged.requires_grad
 
 
-def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
+def test_predict_keeps_the_order_of_images_and_both_heads():
     job, _ = make_step_context()
     images = IMAGES.pixels.float() / 255
     outputs = predict(job.accelerator, job.student, iter(images.split(5)), 32)
@@ -160,7 +160,7 @@ def test_a_prediction_keeps_the_order_of_the_split_and_both_heads():
     assert logits.class_logits.shape == (32, CLASSES)
 
 
-def test_a_token_for_each_teacher_learns_from_it_alone():
+def test_distillation_tokens_learn_the_labels_of_their_teachers():
     loss = LOSS_PRESETS["deit-hard"]
     job, data = make_step_context(loss, tokens=2)
     ensemble = job.teacher
@@ -176,7 +176,7 @@ def test_a_token_for_each_teacher_learns_from_it_alone():
 
 @pytest.mark.fault("D4")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_answer_that_is_not_finite_stops_the_run_before_the_update(value):
+def test_nonfinite_teacher_output_raises_before_the_step(value):
     job, data = make_step_context()
     teacher_of(job).network.head.bias.data[2] = value
     before = job.student.network.head.weight.detach().clone()

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm, monkeypatch):
+def test_nonfinite_step_changes_no_weights_moments_or_metrics(
+    value, accumulate, clip_norm, monkeypatch
+):
     """Neither weights nor moments nor average, nor the sums of the epoch; the next one does."""
     optim = OptimConfig(
         epochs=3,
@@ -61,7 +63,7 @@ def test_an_update_that_is_not_finite_moves_nothing(value, accumulate, clip_norm
     assert not all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
 
 
-def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
+def test_nonfinite_samples_are_those_with_nonfinite_logits():
     job, data = make_step_context()
     tally = MetricAccumulator(job.accelerator, {})
     batch = next(data.epoch(0))
@@ -75,7 +77,7 @@ def test_the_images_with_an_answer_that_is_not_finite_are_told_apart():
     assert tally.compute()["loss"] != tally.compute()["loss"]  # nothing was counted
 
 
-def test_sums_go_on_where_they_were_and_to_other_processes():
+def test_metric_sums_resume_with_any_number_of_processes():
     job, data = make_step_context()
     whole, first = MetricAccumulator(job.accelerator, {}), MetricAccumulator(job.accelerator, {})
     logits = torch.randn(16, CLASSES)
@@ -91,7 +93,7 @@ def test_sums_go_on_where_they_were_and_to_other_processes():
 
 
 @pytest.mark.fault("D13")
-def test_fp16_without_a_scale_left_stops():
+def test_fp16_scale_below_one_raises():
     """After endless infinities the scale is 0, and good gradients would become NaN."""
     from types import SimpleNamespace
 
@@ -113,7 +115,7 @@ def test_fp16_without_a_scale_left_stops():
     assert parts.state.skipped == 2
 
 
-def test_what_the_device_decides_is_looked_at_some_updates_later():
+def test_nonfinite_monitor_reads_steps_after_a_fixed_lag():
     """Always the same number of them, so that several processes stop at the same update."""
     from types import SimpleNamespace
 
@@ -195,7 +197,7 @@ def test_step_does_not_synchronize_with_the_device(name, average):
 
 @pytest.mark.parametrize("policy", ["randaugment", "three_augment", "none"])
 @pytest.mark.parametrize("fill", ["noise", "mean"])
-def test_nothing_is_copied_in_a_way_that_a_gpu_waits_for(policy, fill, monkeypatch):
+def test_step_makes_no_blocking_copy_to_the_device(policy, fill, monkeypatch):
     """Once views are drawn and an update was made: an ordinary copy to a GPU waits until all that
     is queued there is done; what comes by deit/core/tensors.py does not."""
     erasing = {"erasing_prob": 0.9, "erasing_mode": fill, "rotation": 10.0, "color_jitter": 0.3}

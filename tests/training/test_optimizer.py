@@ -46,7 +46,7 @@ def test_schedule_by_hand():
     assert all(a > b for a, b in pairwise(curve[10:]))
 
 
-def test_a_staircase_by_hand():
+def test_milestone_schedule_by_hand():
     """BiT's for small data sets, as fractions: 500 updates, 100 of warm-up, falls at 200, 300
     and 400."""
     optim = OptimConfig(
@@ -70,7 +70,7 @@ def test_schedule_without_warmup_starts_at_the_peak():
     assert lrs(optim, 4)[0] == pytest.approx(1e-3)
 
 
-def test_schedule_of_a_single_update():
+def test_schedule_of_a_single_step_starts_at_the_peak():
     optim = OptimConfig(epochs=1, batch_size=512, lr=1e-3, warmup_epochs=0)
     assert lr_at(0, optim=optim, steps_per_epoch=1) == pytest.approx(1e-3)
 
@@ -94,7 +94,7 @@ def test_no_decay_on_biases_norms_tokens_and_positions_as_in_timm():
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
 
 
-def test_optimizer_updates_as_the_adamw_formula():
+def test_adamw_step_by_hand():
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(2.0)
     optim = OptimConfig(weight_decay=0.1, beta1=0.9, beta2=0.99)
@@ -107,13 +107,13 @@ def test_optimizer_updates_as_the_adamw_formula():
     assert layer.weight.item() == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_average_decay_warms_up_to_its_horizon():
+def test_ema_decay_warms_up_to_its_horizon():
     for updates, decay in ((0, 0.1), (90, 0.91), (10**6, math.exp(-1 / 1000))):
         value = ema_decay(torch.tensor(float(updates)), horizon=1000)
         assert value.item() == pytest.approx(decay)
 
 
-def test_weight_average_by_hand_and_buffers_follow():
+def test_ema_by_hand_averages_weights_and_copies_buffers():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     average = EMA(model, horizon=1e9)
     start = model[0].weight.item()
@@ -133,7 +133,7 @@ def test_weight_average_by_hand_and_buffers_follow():
     assert model[0].weight.requires_grad
 
 
-def test_independent_decay_is_the_schedules_share_of_the_weight():
+def test_independent_weight_decay_does_not_depend_on_lr():
     """big_vision's rule: a weight loses schedule * weight_decay of itself, at any learning rate."""
     for lr in (1e-3, 1e-2):
         optim = OptimConfig(
@@ -170,7 +170,7 @@ def test_layer_decay_scales_as_in_timm(name):
     }
 
 
-def test_the_learning_rate_of_a_layer_is_the_schedules_times_its_factor():
+def test_layer_decay_multiplies_the_scheduled_learning_rate():
     network = create_network(StudentConfig(name="deit_micro", depth=2), 10)
     scales = layer_lr_scales(layer_depths(network), 0.5)
     assert scales["head.weight"] == scales["head_dist.bias"] == 1
@@ -204,7 +204,7 @@ def test_sgd_with_momentum_by_hand():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("skipped", [0, 1])
-def test_sgd_leaves_everything_alone_where_the_loop_says_so(momentum, skipped):
+def test_sgd_with_found_inf_skips_the_step(momentum, skipped):
     """Also at the very first update, before there is a momentum."""
     gradients = [torch.randn(3, 3) for _ in range(3)]
     layers = [nn.Linear(3, 3, bias=False) for _ in range(2)]

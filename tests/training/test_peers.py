@@ -60,7 +60,7 @@ def uninterrupted_run(command_server, tmp_path_factory) -> Path:
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_at_the_same_update(
+def test_signal_to_one_process_stops_both_at_the_same_step(
     rank, command_server, uninterrupted_run, tmp_path
 ):
     out = tmp_path / "run"
@@ -109,7 +109,7 @@ def uninterrupted_distillation(command_server, taught, tmp_path_factory) -> Path
 @pytest.mark.fault("A1")
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
-def test_killed_after_any_update_both_go_on_to_the_same_bits(
+def test_resume_after_a_kill_of_two_processes_is_bit_identical(
     step, command_server, taught, uninterrupted_distillation, tmp_path
 ):
     """With RandAugment, mixing, drop path, average and stored targets."""
@@ -138,7 +138,7 @@ def single_process_store(command_server, three_units, tmp_path_factory) -> Path:
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
-def test_a_signal_to_one_stops_both_that_write_targets(
+def test_signal_to_one_process_stops_both_target_writers(
     rank, block, command_server, three_units, single_process_store, tmp_path
 ):
     """There are three units: at the end the second process waits for the first."""
@@ -161,7 +161,7 @@ def test_a_signal_to_one_stops_both_that_write_targets(
 
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_that_evaluate(
+def test_signal_to_one_process_stops_both_evaluations(
     rank, command_server, uninterrupted_run, tmp_path
 ):
     out = shutil.copytree(uninterrupted_run, tmp_path / "run")
@@ -177,7 +177,9 @@ def test_a_signal_to_one_stops_both_that_evaluate(
 
 
 @pytest.mark.fault("A20", "B9")
-def test_it_goes_on_with_another_number_of_processes(command_server, uninterrupted_run, tmp_path):
+def test_resume_with_one_process_instead_of_two_matches(
+    command_server, uninterrupted_run, tmp_path
+):
     out = tmp_path / "run"
     run(command_server, out, "update:6:term")
     stopped = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
@@ -199,7 +201,7 @@ def test_it_goes_on_with_another_number_of_processes(command_server, uninterrupt
 
 
 @pytest.mark.fault("D11")
-def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(
+def test_nonfinite_loss_in_one_process_is_skipped_by_both(
     command_server, uninterrupted_run, tmp_path
 ):
     out = tmp_path / "run"
@@ -218,13 +220,13 @@ def test_a_loss_that_is_not_finite_in_one_is_skipped_by_both(
 
 
 @pytest.mark.fault("D11")
-def test_too_many_in_a_row_stop_both_with_the_same_code(command_server, tmp_path):
+def test_too_many_nonfinite_steps_stop_both_processes(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "loss@1:0:nan", "--run.max_nonfinite_steps", "2")
     assert [rank.code for rank in done] == [6, 6]
 
 
 @pytest.mark.fault("E4")
-def test_of_two_the_one_that_is_left_ends_with_7(command_server, uninterrupted_run, tmp_path):
+def test_process_exits_with_7_if_the_other_is_killed(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     # It does not wait: after these 600 s the test itself would have failed.
     first, second = run(command_server, out, "update@1:7:kill", "--run.timeout_s", "600")
@@ -237,7 +239,7 @@ def test_of_two_the_one_that_is_left_ends_with_7(command_server, uninterrupted_r
 
 
 @pytest.mark.fault("E5")
-def test_one_that_hangs_is_not_waited_for_for_ever(command_server, tmp_path):
+def test_process_exits_with_7_if_the_other_hangs(command_server, tmp_path):
     first, second = start(
         command_server, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4"
     )
@@ -251,7 +253,7 @@ def test_one_that_hangs_is_not_waited_for_for_ever(command_server, tmp_path):
 
 
 @pytest.mark.fault("E6")
-def test_a_mistake_that_one_finds_is_the_end_of_both(command_server, uninterrupted_run, tmp_path):
+def test_error_of_the_main_process_stops_both(command_server, uninterrupted_run, tmp_path):
     """All checkpoints are damaged, which the first process alone looks at."""
     out = tmp_path / "run"
     run(command_server, out, "update:7:term")
@@ -267,7 +269,7 @@ def test_a_mistake_that_one_finds_is_the_end_of_both(command_server, uninterrupt
 
 @pytest.mark.fault("E6")
 @pytest.mark.parametrize("fault", ["model@0:1:full", "evaluation@1:1:full"])
-def test_where_one_fails_alone_the_other_does_not_wait(fault, command_server, tmp_path):
+def test_process_exits_with_7_if_the_other_fails(fault, command_server, tmp_path):
     """While a checkpoint is written; and before the first update, while teachers are measured."""
     done = run(command_server, tmp_path / "run", fault)
     failed = int(fault.split("@")[1][0])
@@ -276,7 +278,7 @@ def test_where_one_fails_alone_the_other_does_not_wait(fault, command_server, tm
 
 
 @pytest.mark.fault("A20")
-def test_from_one_process_to_two(command_server, tmp_path):
+def test_resume_with_two_processes_instead_of_one_matches(command_server, tmp_path):
     out, expected_row = tmp_path / "run", tmp_path / "alone"
     split = ("--optim.grad_accum_steps", "2")
     single_process = ("train", *SMALL, *split, "--resume")
@@ -305,7 +307,7 @@ def nothing_left(process: subprocess.Popen) -> Iterator[None]:
 
 
 @pytest.mark.fault("A14")
-def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_terminated(tmp_path):
+def test_sigterm_to_accelerate_launch_stops_the_training_process(tmp_path):
     """It does not hand the signal on: the training process would never end."""
     out = tmp_path / "run"
     launcher = subprocess.Popen(
@@ -332,7 +334,7 @@ def test_accelerate_launch_runs_the_script_and_takes_it_along_when_it_is_termina
 
 
 @pytest.mark.fault("E3")
-def test_where_one_has_less_memory_both_halve(command_server, tmp_path):
+def test_auto_micro_batch_is_the_smallest_of_all_processes(command_server, tmp_path):
     done = run(command_server, tmp_path / "run", "fit@1:1:memory", "--run.auto_micro_batch")
     assert [rank.code for rank in done] == [0, 0], done[0].err
     assert re.search(r"\boptim\.grad_accum_steps 2\b.*\b16 images\b", done[0].out)

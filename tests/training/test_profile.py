@@ -21,7 +21,7 @@ def teacher(command_server, tmp_path_factory):
     return out
 
 
-def test_every_part_of_an_update_is_told(teacher, command_server, tmp_path):
+def test_profile_reports_every_part_of_a_step(teacher, command_server, tmp_path):
     arguments = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--updates", "5")
     arguments += ("--trace", "trace.json", "--json", "numbers.json")
     done = command_server.run(*arguments, cwd=tmp_path)
@@ -42,7 +42,7 @@ def test_every_part_of_an_update_is_told(teacher, command_server, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.json", "trace.json"]
 
 
-def test_without_teacher_and_average_they_are_no_parts(command_server, tmp_path):
+def test_profile_without_teacher_and_average_omits_them(command_server, tmp_path):
     arguments = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
     done = command_server.run(*arguments, "--updates", "2", "--json", "n.json", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -58,7 +58,9 @@ def test_without_teacher_and_average_they_are_no_parts(command_server, tmp_path)
         (("--resume",), 2, ["deit profile: ", "--resume"]),
     ],
 )
-def test_mistakes_are_told_before_any_work(arguments, code, named, command_server, tmp_path):
+def test_profile_with_invalid_options_is_refused_before_work(
+    arguments, code, named, command_server, tmp_path
+):
     (tmp_path / "there.json").write_text("mine")
     without_teacher = ("--loss", "none", "--teacher.source", "none")
     done = command_server.run("profile", "digits", *without_teacher, *arguments, cwd=tmp_path)
@@ -67,7 +69,7 @@ def test_mistakes_are_told_before_any_work(arguments, code, named, command_serve
     assert (tmp_path / "there.json").read_text() == "mine"
 
 
-def test_the_profiler_says_nothing_of_its_own(command_server):
+def test_profile_prints_no_warnings(command_server):
     """Not even of a GPU that is not there."""
     without_teacher = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
     done = command_server.run("profile", "digits", *without_teacher, "--updates", "2")

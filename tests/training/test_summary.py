@@ -12,7 +12,7 @@ from deit.training.summary import SUMMARY, print_summary, sparkline, summary_of
 from deit.training.train import train
 
 
-def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+def test_sparkline_spans_the_lowest_to_the_highest_value():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([0.3]) == "▁"
     assert sparkline([0.2, 0.2]) == "▁▁"
@@ -21,7 +21,7 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
     assert len(sparkline(list(range(41)))) == 40
 
 
-def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
+def test_summary_of_a_run_is_printed_and_saved(tmp_path, capsys):
     pytest.importorskip("sklearn")
     config = digits_teacher().replace(optim={"epochs": 4, "warmup_epochs": 1})
     train(config, tmp_path / "my run")
@@ -48,7 +48,7 @@ def test_a_run_ends_with_its_numbers_and_what_could_be_next(tmp_path, capsys):
     assert len(end.splitlines()) <= 10
 
 
-def test_everything_that_is_known_is_told(capsys):
+def test_summary_prints_every_known_value(capsys):
     values = {
         "run": "r",
         "student": "deit_micro",
@@ -94,7 +94,7 @@ def test_everything_that_is_known_is_told(capsys):
         ({"name": "timm:resnet18"}, "export {} --format timm"),
     ],
 )
-def test_the_use_that_is_named_takes_the_student(tmp_path, capsys, student, use):
+def test_summary_suggests_a_command_that_supports_the_student(tmp_path, capsys, student, use):
     """timm is not named for what it cannot build."""
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / run_log.METRICS).touch()
@@ -104,7 +104,7 @@ def test_the_use_that_is_named_takes_the_student(tmp_path, capsys, student, use)
 
 
 @pytest.mark.parametrize("lacks", [None, *FORMATS["onnx"].needs])
-def test_a_use_names_the_packages_it_lacks(lacks, tmp_path, capsys, monkeypatch):
+def test_summary_names_missing_export_packages(lacks, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "deit.training.summary.find_spec", lambda name: None if name == lacks else object()
     )

@@ -46,7 +46,7 @@ def scalars(folder):
 
 
 @pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
-def test_tensorboard_has_the_numbers_of_the_run_folder_also_after_a_stop(tmp_path, monkeypatch):
+def test_tensorboard_has_the_metrics_of_a_resumed_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from deit.core import fault_injection
 
@@ -65,13 +65,13 @@ def test_tensorboard_has_the_numbers_of_the_run_folder_also_after_a_stop(tmp_pat
     assert "speed/images_per_s" in values
 
 
-def test_nothing_is_tracked_unless_asked(tmp_path):
+def test_default_config_has_no_tracker(tmp_path):
     train(config(), tmp_path / "run")
     assert not (tmp_path / "run" / trackers.FOLDER).exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_missing_package_is_said_before_the_work(name, tmp_path, monkeypatch):
+def test_missing_tracker_package_is_refused_before_training(name, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(trackers, "find_spec", lambda event: None if event == name else real(event))
     with raises(SystemFault, f"run.trackers {name}", f"pip install {name}"):
@@ -96,7 +96,7 @@ class Failing:
         raise ConnectionError("no route to host")
 
 
-def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+def test_failing_tracker_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
     event = Failing()
     begin = trackers.Accelerator.init_trackers
 
@@ -118,7 +118,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     assert (step, values["validation/class_top1"]) == (row["step"], row["validation"]["class_top1"])
 
 
-def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
+def test_tracker_that_cannot_start_is_reported_in_one_line(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("no key\nsee there")
 
@@ -145,14 +145,14 @@ def handed_on(monkeypatch):
     return of
 
 
-def test_a_configuration_is_handed_on_in_types_that_all_take(handed_on, tmp_path):
+def test_tracker_config_has_plain_types(handed_on, tmp_path):
     flat, _ = handed_on(tmp_path / "run", "tensorboard")
     assert flat["optim.lr"] == 3e-3
     assert (flat["optim.clip_grad_norm"], flat["run.trackers"]) == ("none", "tensorboard")
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
 
 
-def test_a_resumed_run_keeps_its_names_and_two_of_one_name_do_not_share_them(handed_on, tmp_path):
+def test_tracker_names_are_kept_on_resume_and_unique_per_folder(handed_on, tmp_path):
     _, first = handed_on(tmp_path / "a" / "run")
     assert handed_on(tmp_path / "a" / "run")[1] == first
     assert (first["wandb"]["name"], first["wandb"]["resume"]) == ("run", "allow")
@@ -197,9 +197,7 @@ OTHERS = {"mlflow": logged_by_mlflow, "trackio": logged_by_trackio, "wandb": log
 
 @pytest.mark.filterwarnings("ignore")  # of their own
 @pytest.mark.parametrize("name", OTHERS)
-def test_each_has_the_numbers_of_the_run_folder_as_one_run_also_after_a_stop(
-    name, tmp_path, monkeypatch
-):
+def test_tracker_has_the_metrics_of_a_resumed_run_as_one_run(name, tmp_path, monkeypatch):
     """Without a network: wandb offline, mlflow and trackio in files."""
     from deit.core import fault_injection
 

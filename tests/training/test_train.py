@@ -60,7 +60,7 @@ def tensors(folder):
     }
 
 
-def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeypatch):
+def test_run_folder_holds_only_json_and_safetensors(teacher, tmp_path, monkeypatch):
     out = tmp_path / "run"
     # Every epoch ties, and a tie goes to the later one: best is the last epoch.
     monkeypatch.setattr(save, "selection_metric", lambda validation: 0.5)
@@ -100,7 +100,7 @@ def test_a_run_folder_holds_json_and_safetensors_only(teacher, tmp_path, monkeyp
 
 
 @pytest.mark.fault("A21")
-def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
+def test_resume_with_other_settings_or_data_is_refused(teacher, tmp_path):
     out = tmp_path / "run"
     config = small(teacher, epochs=2)
     train(config, out)
@@ -119,7 +119,7 @@ def test_resuming_with_other_settings_or_data_is_refused(teacher, tmp_path):
 
 
 @pytest.mark.fault("A25")
-def test_only_a_run_can_be_resumed_and_nothing_else_is_touched(teacher, tmp_path):
+def test_resume_of_a_folder_without_a_run_changes_nothing(teacher, tmp_path):
     for name in (".new-x", ".old-y", "y", "z"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("mine")
@@ -132,7 +132,7 @@ def test_only_a_run_can_be_resumed_and_nothing_else_is_touched(teacher, tmp_path
 
 
 @pytest.mark.fault("A24", "D15")
-def test_a_line_of_metrics_that_was_cut_off_is_left_out(tmp_path):
+def test_truncated_line_of_metrics_is_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     run_log.append(path, {"epoch": 1, "loss": float("nan")})
     with path.open("a") as file:
@@ -140,7 +140,7 @@ def test_a_line_of_metrics_that_was_cut_off_is_left_out(tmp_path):
     assert run_log.read(path) == [{"epoch": 1, "loss": None}]
 
 
-def test_an_environment_variable_does_not_overrule_the_accumulation(teacher, tmp_path, monkeypatch):
+def test_environment_does_not_override_gradient_accumulation(teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "64")
     train(small(teacher, epochs=2), tmp_path / "run")
     assert run_log.read(tmp_path / "run" / "metrics.jsonl")[-1]["train"]["lr"] > 0
@@ -152,19 +152,19 @@ def test_images_too_small_for_the_network_are_refused(tmp_path):
         train(config, tmp_path / "run")
 
 
-def test_a_folder_with_something_in_it_is_left_alone(teacher, tmp_path):
+def test_out_with_other_files_is_refused_unchanged(teacher, tmp_path):
     (tmp_path / "precious.txt").write_text("do not lose")
     with raises(ConfigError, f"--out {tmp_path}", "config.json"):
         train(small(teacher), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_a_dry_run_writes_nothing(teacher, tmp_path):
+def test_dry_run_writes_nothing(teacher, tmp_path):
     train(small(teacher), tmp_path / "run", dry_run=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
+def test_large_patches_warn_about_too_few_tokens(teacher, tmp_path, capsys):
     config = small(teacher).replace(student={"patch_size": 4})
     train(config, tmp_path / "run", dry_run=True)
     assert "student.patch_size" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_too_few_tokens_are_warned_about(teacher, tmp_path, capsys):
     assert "student.patch_size" not in capsys.readouterr().err
 
 
-def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, capsys):
+def test_batch_arithmetic_is_logged_before_the_first_step(teacher, tmp_path, capsys):
     config = small(teacher).replace(
         data=ALL, optim={"grad_accum_steps": 2, "lr_base_batch_size": 512}
     )
@@ -190,7 +190,7 @@ def test_the_arithmetic_is_printed_before_the_first_step(teacher, tmp_path, caps
     assert re.search(rf"{re.escape(str(teacher))}\b.*\b10\.5 %", output)
 
 
-def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_path, capsys):
+def test_repeated_augmentation_logs_the_images_of_an_epoch(teacher, tmp_path, capsys):
     config = small(teacher).replace(data=ALL, views={"aug_repeats": 3})
     train(config, tmp_path / "run", dry_run=True)
     output = capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_repeated_augmentation_says_how_many_images_an_epoch_sees(teacher, tmp_p
     assert re.search(r"\b3 views\b", output)
 
 
-def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
+def test_teacher_near_chance_is_refused_unless_allowed(tmp_path):
     train(
         digits_teacher().replace(
             data=FEW,
@@ -214,7 +214,7 @@ def test_a_teacher_near_chance_stops_the_run_unless_allowed(tmp_path):
 
 
 @pytest.mark.fault("B19")
-def test_an_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
+def test_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
     target = tmp_path / "best"
     replace_dir(target, lambda folder: (folder / "a").write_text("old"))
 
@@ -244,7 +244,7 @@ def test_evaluation_counts_each_test_image_once(teacher):
     json.dumps(metrics, allow_nan=False)
 
 
-def test_evaluation_is_the_saved_students_own_accuracy(teacher, tmp_path):
+def test_evaluation_matches_the_accuracy_of_the_saved_student(teacher, tmp_path):
     from deit.core.types import logits_by_head
     from deit.datasets.splits import load_splits
 
@@ -314,9 +314,7 @@ def test_every_recipe_takes_a_step(name, tmp_path):
     train(config, tmp_path / "run", dry_run=True)
 
 
-def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
-    teacher, tmp_path, monkeypatch
-):
+def test_best_of_tied_epochs_is_the_latest(teacher, tmp_path, monkeypatch):
     shares = iter([0.5, 0.9, 0.9, 0.7])
     monkeypatch.setattr(save, "selection_metric", lambda validation: next(shares))
     state = train(small(teacher, ema_epochs=0), tmp_path / "run")
@@ -328,7 +326,7 @@ def test_best_is_the_latest_of_the_epochs_with_the_highest_validation(
     ] == [4, 3]
 
 
-def test_an_ensemble_is_measured_teacher_by_teacher_and_together(teacher, tmp_path, capsys):
+def test_ensemble_accuracy_is_logged_per_teacher_and_combined(teacher, tmp_path, capsys):
     other = tmp_path / "other"
     train(digits_teacher().replace(optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
     config = small(teacher, epochs=2, ema_epochs=0).replace(
@@ -367,7 +365,7 @@ WITHOUT_TOKEN = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_TOKEN)
-def test_any_backbone_without_a_token_learns_by_usi(name, teacher, tmp_path):
+def test_usi_trains_backbones_without_a_distillation_token(name, teacher, tmp_path):
     config = digits_teacher().replace(
         data={"image_size": 8},
         student={"name": name, **WITHOUT_TOKEN[name]},

@@ -38,7 +38,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("D7")
-def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
+def test_damaged_shard_is_refused_and_leaves_the_store_incomplete(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(0, 3))
     unit = next((out / SHARDS).glob("[0-9]*.bin"))
@@ -56,7 +56,7 @@ def test_a_damaged_unit_is_named_and_nothing_is_finished(teachers, tmp_path):
     assert open_store(out).layout.num_shards == 3
 
 
-def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
+def test_shard_of_another_store_is_refused(teachers, tmp_path):
     for index, seed in enumerate((0, 3)):
         config = configuration(teachers[0], views={"seed": seed})
         write_targets(config, tmp_path / str(index), part=(0, 3))
@@ -75,7 +75,7 @@ def test_a_unit_of_another_store_does_not_slip_in(teachers, tmp_path):
 
 @pytest.mark.fault("D7")
 @pytest.mark.parametrize("offset", [0, 1024, 2267])
-def test_one_flipped_byte_is_found(offset, store, tmp_path):
+def test_verify_targets_finds_one_flipped_bit(offset, store, tmp_path):
     copy = copied(store, tmp_path)
     flip_bit(copy / TARGETS, offset)
     with raises(CheckpointError, copy / TARGETS) as refused:
@@ -85,7 +85,7 @@ def test_one_flipped_byte_is_found(offset, store, tmp_path):
 
 @pytest.mark.fault("D7")
 @pytest.mark.parametrize("name", [TARGETS, CHECKS])
-def test_a_file_that_was_cut_off_is_found_at_once(name, store, tmp_path):
+def test_truncated_store_file_is_refused_on_opening(name, store, tmp_path):
     copy = copied(store, tmp_path)
     (copy / name).write_bytes((copy / name).read_bytes()[:-1])
     with raises(CheckpointError, name):
@@ -93,7 +93,7 @@ def test_a_file_that_was_cut_off_is_found_at_once(name, store, tmp_path):
 
 
 @pytest.mark.fault("D7")
-def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_path):
+def test_incomplete_store_is_refused_with_its_progress(teachers, tmp_path):
     write_targets(configuration(teachers[0]), tmp_path / "part", part=(1, 3))
     config = with_targets(configuration(teachers[0]), tmp_path / "part")
     with raises(DataError, f"teacher.target_stores {tmp_path / 'part'}") as refused:
@@ -103,7 +103,7 @@ def test_an_incomplete_store_is_refused_with_how_much_is_missing(teachers, tmp_p
         stores_with(config, tmp_path / "none")
 
 
-def test_a_store_that_verifies_says_so(store, capsys):
+def test_verify_targets_of_a_valid_store_logs_every_check(store, capsys):
     verify_targets(store, root=None, teacher=None, num_queries=128)
     sums, views, outputs = capsys.readouterr().out.splitlines()
     assert (numbers_in(sums), "hard" in sums) == (["3", "2268"], True)
@@ -114,7 +114,7 @@ def test_a_store_that_verifies_says_so(store, capsys):
 
 @pytest.mark.fault("D7")
 @pytest.mark.parametrize("offset", [3, 2250])
-def test_training_reads_the_checksums_before_its_first_step(offset, store, teachers, tmp_path):
+def test_training_verifies_checksums_before_the_first_step(offset, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     flip_bit(copy / TARGETS, offset)
     config = configuration(teachers[0]).replace(teacher={"source": ()})
@@ -124,7 +124,7 @@ def test_training_reads_the_checksums_before_its_first_step(offset, store, teach
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_of_a_reader_does_not_grow_with_the_store(store, teachers):
+def test_store_reader_maps_one_epoch_at_a_time(store, teachers):
     """One epoch is mapped at a time, whatever the number of epochs."""
     _, ensemble, _ = check(with_targets(configuration(teachers[0]), store))
     (reader,) = ensemble.teachers

@@ -63,7 +63,7 @@ FOREIGN = {
 
 @pytest.mark.fault("C15", "D6", "D17")
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_store_of_something_else_is_refused_with_what_differs(name, store, teachers):
+def test_store_of_another_config_is_refused_with_the_differences(name, store, teachers):
     sections, *differing = FOREIGN[name]
     config = with_targets(configuration(teachers[0], **sections), store)
     with raises(DataError, f"teacher.target_stores {store}") as refused:
@@ -72,7 +72,7 @@ def test_a_store_of_something_else_is_refused_with_what_differs(name, store, tea
 
 
 @pytest.mark.fault("D6")
-def test_another_teacher_is_refused(store, teachers):
+def test_store_of_another_teacher_is_refused(store, teachers):
     config = with_targets(configuration(teachers[1]), store)
     stored = read_manifest(store)["fingerprint"]["teacher"]["1"]["weights"]
     with raises(
@@ -83,13 +83,13 @@ def test_another_teacher_is_refused(store, teachers):
 
 
 @pytest.mark.fault("D5", "D6")
-def test_another_normalisation_is_refused(store, teachers):
+def test_store_of_another_teacher_normalization_is_refused(store, teachers):
     config = configuration(teachers[0]).replace(teacher={"mean": (0.5,) * 3, "std": (0.5,) * 3})
     with raises(DataError, f"teacher.target_stores {store}", "teacher.1.mean"):
         check(with_targets(config, store))
 
 
-def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
+def test_store_with_shifted_epochs_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     forge(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
     with raises(DataError, f"teacher.target_stores {copy}", *VIEW_LIBRARIES) as refused:
@@ -102,7 +102,7 @@ def test_a_shifted_epoch_is_noticed(store, teachers, tmp_path):
 
 
 @pytest.mark.fault("D5")
-def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_path):
+def test_store_with_a_forged_interpolation_fails_its_canaries(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     manifest = read_manifest(copy)
     manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
@@ -112,7 +112,7 @@ def test_a_forged_interpolation_is_noticed_by_its_pixels(store, teachers, tmp_pa
         check(with_targets(config, copy))
 
 
-def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path):
+def test_store_with_wrong_labels_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
 
     def other_answers(records, canaries):
@@ -126,7 +126,7 @@ def test_answers_that_are_not_the_teachers_are_noticed(store, teachers, tmp_path
         check(with_targets(configuration(teachers[0]), copy))
 
 
-def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
+def test_store_with_labels_in_another_order_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     forge(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
     with raises(
@@ -135,7 +135,7 @@ def test_answers_in_another_order_are_noticed(store, teachers, tmp_path):
         check(with_targets(configuration(teachers[0]), copy))
 
 
-def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, teachers):
+def test_changed_views_fail_the_canaries_during_training(store, teachers):
     """A loader whose views differ from those that were checked."""
     loader, _, _ = check(with_targets(configuration(teachers[0]), store))
     for _ in loader.epoch(2):
@@ -146,7 +146,7 @@ def test_what_is_wrong_within_an_epoch_is_noticed_while_it_is_trained(store, tea
             pass
 
 
-def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path):
+def test_store_with_wrong_probabilities_is_refused(teachers, tmp_path):
     """Its labels are right, what it holds of the other classes is not."""
     config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]))
     for records in ("full", "top-3"):
@@ -166,7 +166,7 @@ def test_probabilities_that_are_not_the_teachers_are_noticed(teachers, tmp_path)
             check(with_targets(plain, store))
 
 
-def test_the_same_weights_in_another_network_are_another_teacher():
+def test_fingerprint_of_equal_weights_in_another_network_differs():
     """Strides have no weights."""
     from deit.models.networks import create_network
     from deit.models.teachers import LoadedNetwork
@@ -182,7 +182,7 @@ def test_the_same_weights_in_another_network_are_another_teacher():
     assert identity("timm:regnety_002") == second
 
 
-def test_a_teacher_is_the_same_to_libraries_that_print_it_otherwise(monkeypatch):
+def test_fingerprint_does_not_depend_on_library_versions(monkeypatch):
     """Another version of PyTorch shows more of a layer, another one of timm has one more that does
     nothing."""
     from deit.models.teachers import LoadedNetwork
@@ -211,7 +211,7 @@ def _turned(records):
     return records
 
 
-def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path):
+def test_resume_with_changed_targets_is_refused(teachers, store, tmp_path):
     copy = copied(store, tmp_path)
     config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
     train(config, tmp_path / "run")
@@ -224,7 +224,7 @@ def test_a_resumed_run_wants_the_store_it_started_with(teachers, store, tmp_path
         train(config, tmp_path / "run", resume=True)
 
 
-def test_a_store_speaks_for_a_teacher_that_cannot_be_reached(store, capsys, monkeypatch):
+def test_store_of_an_unavailable_teacher_is_used_with_a_warning(store, capsys, monkeypatch):
     """A timm name without network: its weights are missing, but its targets are stored."""
 
     def unreachable(name, **settings):

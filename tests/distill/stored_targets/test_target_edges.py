@@ -70,7 +70,7 @@ def constant(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
+def test_store_of_several_teacher_crops_read_by_workers_verifies(workers, constant, tmp_path):
     """Several blocks: while one is read, its further crops are read as well."""
     images = write_class_folders(tmp_path / "data", images_per_class=24, size=(12, 12))
     config = digits().replace(
@@ -100,7 +100,7 @@ def test_crops_of_images_that_workers_read(workers, constant, tmp_path):
         ({"kind": "hard"}, "hard"),
     ],
 )
-def test_what_is_written_by_default_can_be_trained_from(loss, expected):
+def test_default_record_format_suits_the_loss(loss, expected):
     config = configuration("a").replace(loss={"kind": "soft", **loss})
     loader = SimpleNamespace(rows_per_epoch=500)
     assert _record_format(config, loader, 101, None, None).content == expected
@@ -109,7 +109,7 @@ def test_what_is_written_by_default_can_be_trained_from(loss, expected):
 
 
 @pytest.mark.parametrize("records", ["hard", "top-3"])
-def test_records_that_the_objective_cannot_use_are_not_written(records, teachers, tmp_path):
+def test_records_that_the_loss_cannot_use_are_refused(records, teachers, tmp_path):
     config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])
     with raises(ConfigError, "--content", records):
         write_targets(config, tmp_path / "out", content=records)
@@ -128,7 +128,7 @@ def sizes(teachers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("combine", ["tokens", "probabilities"])
-def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_path, capsys):
+def test_stores_of_teachers_with_two_image_sizes_train_together(combine, sizes, tmp_path, capsys):
     config = digits_ensemble().replace(
         data={"image_size": 16, "train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
@@ -160,21 +160,21 @@ def test_stores_of_teachers_of_two_sizes_are_used_together(combine, sizes, tmp_p
             write_targets(config, tmp_path / "x", teacher_index=invalid)
 
 
-def test_equal_logits_have_a_gradient_when_standardised():
+def test_standardize_equal_logits_has_a_finite_gradient():
     logits = torch.zeros(3, 5, requires_grad=True)
     (standardize_logits(logits) * torch.randn(3, 5)).sum().backward()
     assert logits.grad.isfinite().all()
     assert torch.equal(standardize_logits(logits), torch.zeros(3, 5))
 
 
-def test_a_teacher_that_will_not_do_leaves_no_folder(constant, teachers, tmp_path):
+def test_refused_teacher_leaves_no_store_folder(constant, teachers, tmp_path):
     with raises(DataError, "of10.py", "--teacher.allow_near_chance"):
         write_targets(configuration(constant(10)), tmp_path / "store")
     assert not (tmp_path / "store").exists()
     write_targets(configuration(teachers[0]), tmp_path / "store", epochs=1)
 
 
-def test_a_store_without_answers_may_be_deleted(teachers, tmp_path):
+def test_refused_store_without_shards_advises_to_delete_it(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(8, 9))
 
@@ -188,14 +188,14 @@ def test_a_store_without_answers_may_be_deleted(teachers, tmp_path):
     assert requested_rows() == 1
 
 
-def test_a_part_without_units_says_so(teachers, tmp_path, capsys):
+def test_part_without_shards_is_logged(teachers, tmp_path, capsys):
     assert not write_targets(configuration(teachers[0]), tmp_path / "store", part=(6, 7))
     lines = capsys.readouterr().out.splitlines()
     assert {"3", "7"} in [set(re.findall(r"\d+", line)) for line in lines]
     assert not list((tmp_path / "store" / SHARDS).iterdir())
 
 
-def test_a_finished_store_is_tidied(store, teachers, tmp_path):
+def test_complete_store_is_cleaned_of_leftovers(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     (copy / SHARDS).mkdir()
     (copy / SHARDS / "000000.bin").write_bytes(b"left")
@@ -204,7 +204,7 @@ def test_a_finished_store_is_tidied(store, teachers, tmp_path):
     assert content(copy) == content(store)
 
 
-def test_a_teacher_that_is_there_but_another_is_not_passed_over(
+def test_store_with_an_invalid_teacher_is_refused_and_missing_one_warns(
     constant,
     store,
     teachers,
@@ -227,7 +227,7 @@ def test_a_teacher_that_is_there_but_another_is_not_passed_over(
     assert "gone/teacher" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_its_store_elsewhere(store, teachers, tmp_path):
+def test_resume_with_a_moved_store_continues(store, teachers, tmp_path):
     config = configuration(teachers[0], optim={"epochs": 2, "warmup_epochs": 1})
     copy = copied(store, tmp_path)
     train(with_targets(config, store), tmp_path / "run")
@@ -236,7 +236,7 @@ def test_a_run_goes_on_with_its_store_elsewhere(store, teachers, tmp_path):
         train(config, tmp_path / "run", resume=True)
 
 
-def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
+def test_store_matches_proportional_teacher_weights(teachers, tmp_path):
     config = quick(configuration(teachers[0])).replace(
         teacher={"source": tuple(teachers), "weights": (3.0, 1.0), "combine": "logits"},
     )
@@ -246,7 +246,7 @@ def test_only_the_proportion_of_the_weights_counts(teachers, tmp_path):
 
 
 @pytest.mark.fault("E6")
-def test_every_process_stops_at_a_damaged_store(store, tmp_path):
+def test_damaged_store_stops_every_process(store, tmp_path):
     copy = copied(store, tmp_path)
     flip_bit(copy / TARGETS, 500)
     config = with_targets(configuration("none"), copy).replace(teacher={"source": ()})
@@ -288,7 +288,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
+def test_broken_manifest_is_refused_in_one_line(name, store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     manifest = read_manifest(copy)
     BROKEN[name](manifest)
@@ -303,7 +303,7 @@ def test_a_broken_manifest_is_one_line(name, store, teachers, tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_an_edited_manifest_is_refused(store, tmp_path):
+def test_edited_manifest_is_refused(store, tmp_path):
     copy = copied(store, tmp_path)
     good = json.loads((copy / MANIFEST).read_text())
     open_store(copy)
@@ -315,20 +315,20 @@ def test_an_edited_manifest_is_refused(store, tmp_path):
             open_store(copy)
 
 
-def test_a_missing_file_of_a_store_is_named(store, tmp_path):
+def test_store_without_a_targets_file_is_refused(store, tmp_path):
     copy = copied(store, tmp_path)
     (copy / TARGETS).unlink()
     with raises(CheckpointError, copy / TARGETS):
         open_store(copy)
 
 
-def test_an_ensemble_study_needs_a_store_for_each():
+def test_ensemble_study_with_one_combined_store_is_refused():
     config = digits_ensemble().replace(teacher={"target_stores": ("both",), "combine": "logits"})
     with raises(ConfigError, "--study ensemble", "--teacher-index 1"):
         STUDIES["ensemble"](config.replace(student={"num_distillation_tokens": 1}))
 
 
-def test_standardised_logits_have_no_mean_of_probabilities():
+def test_standardized_logits_with_mean_of_probabilities_are_refused():
     soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], standardize_logits=True)
     config = digits_ensemble().replace(loss=soft)
     assert validate(config)  # a token each
@@ -338,7 +338,7 @@ def test_standardised_logits_have_no_mean_of_probabilities():
         validate(one_token.replace(teacher={"combine": "probabilities"}))
 
 
-def test_a_term_without_weight_is_not_shown(capsys):
+def test_loss_term_without_weight_is_not_logged(capsys):
     row = {
         "epoch": 1,
         "seconds": 1.0,

@@ -30,7 +30,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("A7")
-def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
+def test_killed_writers_resume_to_the_same_bytes(
     single_process_store, teachers, tmp_path, command_server
 ):
     """kill -9 at random moments until a writer is left to finish; two shards at once."""
@@ -65,9 +65,7 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.fault("A7", "A11")
-def test_sigterm_in_the_middle_keeps_what_is_written(
-    single_process_store, teachers, tmp_path, command_server
-):
+def test_sigterm_keeps_the_written_shards(single_process_store, teachers, tmp_path, command_server):
     stopped = tmp_path / "stopped"
 
     def write(fault=""):
@@ -109,7 +107,7 @@ def one_epoch(teachers, tmp_path_factory):
 
 @pytest.mark.fault("A7")
 @pytest.mark.parametrize("moment", range(12))
-def test_an_end_at_any_file_operation_leaves_no_partial_unit(
+def test_kill_at_any_file_operation_leaves_no_partial_shard(
     moment, one_epoch, tmp_path, monkeypatch
 ):
     """The process ends at the moment-th fsync or rename; the next one finishes the store."""
@@ -138,7 +136,7 @@ def test_an_end_at_any_file_operation_leaves_no_partial_unit(
     assert {name: finished[name] for name in expected} == expected
 
 
-def test_what_a_killed_writer_left_is_cleared_away(teachers, store, tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(teachers, store, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(0, 2))
     (out / f".{TARGETS}.0123").write_bytes(b"x" * 100)

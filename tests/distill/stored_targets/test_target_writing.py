@@ -38,7 +38,7 @@ from tests.helpers.target_stores import (
 pytest.importorskip("sklearn")
 
 
-def test_a_store_is_three_files(store):
+def test_store_consists_of_three_files(store):
     assert sorted(content(store)) == [CHECKS, MANIFEST, TARGETS]
     assert (store / TARGETS).stat().st_size == EPOCHS * ROWS_PER_EPOCH
     manifest = json.loads((store / MANIFEST).read_text())
@@ -51,7 +51,7 @@ def test_a_store_is_three_files(store):
 
 @pytest.mark.fault("D9")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_path, capsys):
+def test_store_written_in_parts_has_the_same_bytes(order, teachers, store, tmp_path, capsys):
     out = tmp_path / "parts"
     for done, part in enumerate(order, start=1):
         complete = write_targets(configuration(teachers[0]), out, part=(part, 3))
@@ -71,7 +71,7 @@ def test_parts_written_apart_make_the_same_bytes(order, teachers, store, tmp_pat
 
 
 @pytest.mark.fault("D9")
-def test_two_processes_write_the_same_bytes(
+def test_store_written_by_two_processes_has_the_same_bytes(
     single_process_store, teachers, command_server, tmp_path
 ):
     shared = tmp_path / "together"
@@ -93,7 +93,7 @@ def test_two_processes_write_the_same_bytes(
     assert content(shared) == content(single_process_store)
 
 
-def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store, tmp_path):
+def test_out_with_other_files_or_another_store_is_refused(teachers, store, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("all of it")
     with raises(ConfigError, f"--out {tmp_path / 'full'}", "thesis.txt"):
@@ -104,7 +104,7 @@ def test_a_folder_with_other_things_or_another_store_is_refused(teachers, store,
     assert content(store) == before
 
 
-def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
+def test_parts_with_another_eval_batch_size_are_refused(teachers, tmp_path):
     """Another block size, like another precision, can change the last bits of an output."""
     write_targets(configuration(teachers[0]), tmp_path / "s", part=(0, 3))
     other = configuration(teachers[0], run={"eval_batch_size": 64})
@@ -114,9 +114,7 @@ def test_parts_that_were_asked_otherwise_do_not_mix(teachers, tmp_path):
 
 
 @pytest.mark.fault("D9")
-def test_of_two_writers_of_different_things_the_first_has_the_folder(
-    teachers, tmp_path, monkeypatch
-):
+def test_concurrent_writer_with_another_config_is_refused(teachers, tmp_path, monkeypatch):
     """The second comes between the first's look at the folder and its manifest."""
     from deit.distill import target_shards
 
@@ -135,7 +133,7 @@ def test_of_two_writers_of_different_things_the_first_has_the_folder(
     assert json.loads((tmp_path / "s" / MANIFEST).read_text())["fingerprint"]["seed"] == 1
 
 
-def test_a_way_round_through_a_missing_folder_overwrites_nothing(teachers, store, tmp_path):
+def test_out_with_dots_through_a_missing_folder_overwrites_nothing(teachers, store, tmp_path):
     copy = copied(store, tmp_path)
     before = content(copy)
     with raises(ConfigError, f"--out {copy}") as refused:
@@ -145,7 +143,7 @@ def test_a_way_round_through_a_missing_folder_overwrites_nothing(teachers, store
 
 
 @pytest.mark.fault("D4")
-def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeypatch):
+def test_nonfinite_teacher_outputs_are_not_written(teachers, tmp_path, monkeypatch):
     original = Teacher.forward
 
     def broken(self, images):
@@ -161,7 +159,7 @@ def test_an_answer_that_is_not_finite_is_not_written(teachers, tmp_path, monkeyp
     assert not list((tmp_path / "store" / SHARDS).glob("[0-9]*.bin"))
 
 
-def test_what_cannot_be_written_is_refused(teachers, tmp_path):
+def test_write_targets_with_invalid_options_is_refused(teachers, tmp_path):
     config = configuration(teachers[0])
     with raises(ConfigError, "loss.kind", "'none'"):
         write_targets(dataclasses.replace(config, loss=LOSS_PRESETS["none"]), tmp_path / "s")
@@ -185,7 +183,7 @@ def test_what_cannot_be_written_is_refused(teachers, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_disk_without_room_for_the_store_is_refused_before_anything_is_asked(
+def test_write_targets_full_disk_is_refused_before_inference(
     teachers, tmp_path, command_server, monkeypatch
 ):
     import shutil as system

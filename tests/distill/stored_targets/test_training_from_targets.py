@@ -41,7 +41,7 @@ def online(teachers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("source", ["with its teacher", "without"])
-def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
+def test_hard_targets_train_bit_identical_to_the_live_teacher(
     source, online, store, teachers, tmp_path, capsys
 ):
     stored = with_targets(quick(configuration(teachers[0])), store)
@@ -61,7 +61,7 @@ def test_hard_targets_train_to_the_same_bits_as_the_teacher_itself(
 
 @pytest.mark.fault("D17")
 @pytest.mark.parametrize("mode", VIEW_MODES)
-def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
+def test_every_view_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
     few = {"train_fraction": 0.1}
     base = configuration(teachers[0], loss=LOSS_PRESETS["function-matching"], data=few)
     views = {**VIEW_MODES[mode].fields(to_dict(base)["views"]), "crop_scale": (0.5, 1.0)}
@@ -81,9 +81,7 @@ def test_every_mode_trains_from_a_store_as_online(mode, teachers, tmp_path):
             assert actual["teacher_top1"] == online_row["teacher_top1"]
 
 
-def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
-    store, teachers, tmp_path, capsys
-):
+def test_fewer_stored_epochs_are_reused_cyclically_and_logged(store, teachers, tmp_path, capsys):
     config = with_targets(configuration(teachers[0], optim={"epochs": 9}), store)
     *_, run_teachers = check(config)
     assert run_teachers.num_stored_epochs == EPOCHS
@@ -96,13 +94,13 @@ def test_fewer_stored_epochs_come_round_again_and_the_run_says_so(
     assert rows[8]["teacher_top1"] == rows[1]["teacher_top1"]
 
 
-def test_a_seed_of_the_views_lets_other_seeds_share_a_store(store, teachers, tmp_path):
+def test_views_seed_lets_runs_of_other_seeds_share_a_store(store, teachers, tmp_path):
     config = with_targets(configuration(teachers[0], run={"seed": 4}, views={"seed": 0}), store)
     train(quick(config), tmp_path / "run")
     assert metric_rows(tmp_path / "run")
 
 
-def test_hard_records_refuse_what_they_cannot_give(store, teachers):
+def test_hard_records_with_a_loss_of_logits_are_refused(store, teachers):
     config = with_targets(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]), store)
     with raises(
         ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "--content full"
@@ -115,7 +113,7 @@ def test_hard_records_refuse_what_they_cannot_give(store, teachers):
         open_stores(both.teacher, both.loss)
 
 
-def test_top_k_refuses_a_temperature(teachers, tmp_path):
+def test_top_k_records_with_a_temperature_are_refused(teachers, tmp_path):
     config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])
     plain = config.replace(loss={"temperature": 1.0})
     write_targets(plain, tmp_path / "top", epochs=1, content="top-3")
@@ -125,7 +123,7 @@ def test_top_k_refuses_a_temperature(teachers, tmp_path):
     assert stores_with(plain, tmp_path / "top")
 
 
-def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers, tmp_path):
+def test_store_of_mean_probabilities_at_another_temperature_is_refused(teachers, tmp_path):
     config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]).replace(
         teacher={"source": tuple(teachers)},
     )
@@ -147,7 +145,7 @@ def test_a_store_of_a_mean_of_probabilities_refuses_another_temperature(teachers
 
 
 @pytest.mark.parametrize("combine", ["probabilities", "logits", "tokens"])
-def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_path):
+def test_ensemble_of_stores_trains_as_the_online_ensemble(combine, teachers, tmp_path):
     soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], temperature=2.0)
     config = quick(configuration(teachers[0], loss=soft)).replace(
         student={"num_distillation_tokens": 2 if combine == "tokens" else 1},
@@ -172,7 +170,7 @@ def test_an_ensemble_from_stores_is_the_ensemble_online(combine, teachers, tmp_p
         assert {"loss_teacher_1", "loss_teacher_2"} <= expected[0].keys()
 
 
-def test_one_store_of_what_several_say_together_is_the_ensemble_online(teachers, tmp_path, capsys):
+def test_store_of_combined_outputs_trains_as_the_online_ensemble(teachers, tmp_path, capsys):
     config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])).replace(
         teacher={"source": tuple(teachers), "weights": (2.0, 1.0), "combine": "logits"},
     )

@@ -101,7 +101,7 @@ def test_num_checkpoints_1_is_refused(config, tmp_path):
 
 
 @pytest.mark.fault("B3")
-def test_unlisteds_in_a_checkpoint_are_told_and_not_read(
+def test_unlisted_files_in_a_checkpoint_are_reported_and_not_read(
     config, uninterrupted_run, tmp_path, capsys
 ):
     out = tmp_path / "run"
