@@ -73,7 +73,7 @@ def record(folder: Path) -> dict[str, Any]:
     deit(folder, "train", "digits-teacher", *_TWO_EPOCHS, "--out", "teacher")
     train = ("train", "digits", *_TWO_EPOCHS, *_TEACHER, "--run.save_every_steps", "2")
     deit(folder, *train, "--out", "straight")
-    deit(folder, *train, "--out", "killed", fault="update:5:kill")
+    deit(folder, *train, "--out", "killed", fault="step:5:kill")
     deit(folder, *train, "--out", "killed", "--resume")
     arguments = ("targets", "write", "digits", *_TWO_EPOCHS, *_TEACHER, "--loss", "deit-hard")
     deit(folder, *arguments, "--content", "hard", "--out", "store")

@@ -23,7 +23,7 @@ def draw_landscape(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4.4), layout="constrained")
-    curvatures = {name: point["curvature"] for name, point in result["places"].items()}
+    curvatures = {name: point["curvature"] for name, point in result["points"].items()}
     draws = (
         lines_chart(result["lines"], "loss", "loss [nats]"),
         eigenvalues_chart(curvatures),
@@ -52,7 +52,7 @@ def seeds_tables(results: Sequence[Result]) -> str:
     """Return tables of the points and lines that the landscapes of several seeds share, as
     Markdown: mean and sample standard deviation."""
     tables = []
-    for part, metrics in (("places", _POINT_METRICS), ("lines", _LINE_METRICS)):
+    for part, metrics in (("points", _POINT_METRICS), ("lines", _LINE_METRICS)):
         rows = [
             [name, *_mean_cells(metrics, [result[part][name] for result in results])]
             for name in _in_common(results, part)
@@ -73,11 +73,11 @@ def _pairs(results: Sequence[Result]) -> list[list[str]]:
     """Return the differences between a control and the ticket of its level, over the seeds in which
     both exist."""
     rows = []
-    for name in _in_common(results, "places"):
+    for name in _in_common(results, "points"):
         kind, _, level = name.partition(", ")
         ticket = f"ticket, {level}"
-        if kind != "ticket" and all(ticket in result["places"] for result in results):
-            pairs = [(result["places"][name], result["places"][ticket]) for result in results]
+        if kind != "ticket" and all(ticket in result["points"] for result in results):
+            pairs = [(result["points"][name], result["points"][ticket]) for result in results]
             cells = [
                 mean_std([metric(a) - metric(b) for a, b in pairs], digits=_DIGITS.get(key, 1))
                 for key, metric in _POINT_METRICS.items()
@@ -97,17 +97,17 @@ def draw_seeds(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     all_axes = figure.subplots(1, 3)
-    points = results[0]["places"]
+    points = results[0]["points"]
     kinds = list(dict.fromkeys(point["kind"] for point in points.values()))
     colors = dict(zip([kind for kind in kinds if kind != "dense"], SERIES))
     for axes, name in zip(all_axes[1:], ("largest eigenvalue", "trace")):
         metric = _POINT_METRICS[name]
-        dense = statistics.mean(metric(result["places"]["dense"]) for result in results)
+        dense = statistics.mean(metric(result["points"]["dense"]) for result in results)
         axes.axhline(dense, color="gray", linestyle="--", label="dense")
         for index, (kind, color) in enumerate(colors.items()):
             values = {
-                _sparsity(point): [metric(result["places"][point]) for result in results]
-                for point in _in_common(results, "places")
+                _sparsity(point): [metric(result["points"][point]) for result in results]
+                for point in _in_common(results, "points")
                 if points[point]["kind"] == kind
             }
             _bars(axes, values, kind, color, index)

@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deit.core.console import count_noun
-from deit.experiments.lottery_tables import tickets_table
+from deit.experiments.lottery_tables import lottery_table
 from deit.experiments.sweep_plots import finished_rows, ticket_curve
 from deit.experiments.sweep_tables import cells, class_by_class, columns, disagreement_table
 from deit.viz.charts import chart
@@ -148,8 +148,8 @@ def _training_details(rows: list[dict]) -> str:
     whole = [row for row in rows if "ours_memory_mb" in row]
     if not whole:
         return ""
-    columns = ["deit, baseline", "s to the first update", "memory [MB]", "share of peak"]
-    keys = [("first_update_s", ".1f"), ("memory_mb", ",.0f")]
+    columns = ["deit, baseline", "s to the first step", "memory [MB]", "share of peak"]
+    keys = [("first_step_s", ".1f"), ("memory_mb", ",.0f")]
     cells = [
         (
             row["name"],
@@ -199,7 +199,7 @@ def sweep_section(name: str, result: dict) -> str:
     return (
         f"**{(SWEEPS | TICKETS)[name]}** ([{name}.json](results/{name}.json))\n\n"
         f"{markdown_table(columns(result), table)}\n\n{_classes(result)}{few}"
-        f"{tickets_table(result)}"
+        f"{lottery_table(result)}"
         f"Test top-1 in %, {result['num_samples']} images, seeds {seeds}, gains over the first "
         f"point; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}.\n{_command_text(name, result['command'])}\n"
@@ -228,8 +228,8 @@ def landscape_section(name: str, result: dict) -> str:
     return (
         f"**{LANDSCAPES[name]}** ([{name}.json](results/{name}.json))\n\n"
         f"{landscape_tables(result)}\n\n"
-        f"Cross-entropy of the fused logits, {result['images']} {result['asked']['split']} images; "
-        f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
+        f"Cross-entropy of the fused logits, {result['images']} {result['options']['split']} "
+        f"images; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
         f"{environment['commit']}.\n{_command_text(name, result['command'])}\n"
     )
 
@@ -239,7 +239,7 @@ def seeds_section(name: str) -> str:
     title, files = SEEDS[name]
     results = load(files)
     links = ", ".join(f"[{file}.json](results/{file}.json)" for file in files)
-    first, *others = [result["asked"] for result in results.values()]
+    first, *others = [result["options"] for result in results.values()]
     options = [
         f"`--run-seed {request['run_seed']} --measure {','.join(request['parts'])}`"
         for request in others

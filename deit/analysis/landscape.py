@@ -71,9 +71,9 @@ def landscape(
         )
         cache = _MeasurementCache(out / _CACHE, data, settings)
         result = {
-            "asked": dataclasses.asdict(options),
+            "options": dataclasses.asdict(options),
             "images": data.num_images,
-            "places": {point.name: _around(point, data, options, cache) for point in points},
+            "points": {point.name: _around(point, data, options, cache) for point in points},
             **_between(points, data, options, cache),
             "command": command,
             "environment": environment_info(accelerator, command),
@@ -132,7 +132,7 @@ def _around(
 ) -> dict[str, Any]:
     """Return all measurements around a point."""
     result = {"kind": point.kind, "level": point.level, "run": str(point.run)}
-    result |= cache("here", [point], lambda: at_point(point, data))
+    result |= cache("point", [point], lambda: at_point(point, data))
     for part, measure in AROUND.items():
         if part in options.parts:
             result[part] = cache(part, [point], lambda of=measure: of(point, data, options))

@@ -124,7 +124,7 @@ def _line(
         surface, start, end, loss_and_errors, points=options.points, progress=_progress(title)
     )
     return {
-        "places": loss_line.positions,
+        "positions": loss_line.positions,
         "values": loss_line.values,
         "barrier": {name: loss_line.barrier(name) for name in loss_line.values},
         "instability": {name: loss_line.instability(name) for name in loss_line.values},
@@ -148,14 +148,14 @@ def pruning_line(
     student = student_of(first, data)
     apply(second.masks(), student.network)
     end = surface.weights.vector_of(student)
-    return _line(surface, surface.point, end, options, f"{first.name} cut to {second.name}")
+    return _line(surface, surface.point, end, options, f"{first.name} pruned to {second.name}")
 
 
 class Segment(NamedTuple):
     """A line to measure.
 
-    kind: `line` goes straight from the first point to the second; `cut` goes from the first point
-    to its weights under the masks of the second, that is, along the pruning step.
+    kind: `line` goes straight from the first point to the second; `pruning` goes from the first
+    point to its weights under the masks of the second, that is, along the pruning step.
     """
 
     kind: str
@@ -165,11 +165,12 @@ class Segment(NamedTuple):
     @property
     def name(self) -> str:
         """The name of the line in tables and plots."""
-        return f"{self.first.name} {'cut to' if self.kind == 'cut' else 'to'} {self.second.name}"
+        link = "pruned to" if self.kind == "pruning" else "to"
+        return f"{self.first.name} {link} {self.second.name}"
 
     def measure(self, data: LandscapeData, options: LandscapeOptions) -> dict[str, Any]:
         """Return loss, errors and barriers along the line."""
-        return {"line": connecting_line, "cut": pruning_line}[self.kind](
+        return {"line": connecting_line, "pruning": pruning_line}[self.kind](
             self.first, self.second, data, options
         )
 
@@ -185,7 +186,7 @@ def segments(points: list[LandscapePoint]) -> list[Segment]:
     for first, second in pairwise(chain):
         lines.append(Segment("line", first, second))
         if second.follows(first):
-            lines.append(Segment("cut", first, second))
+            lines.append(Segment("pruning", first, second))
     tickets = {point.level: point for point in chain}
     controls = [point for point in points if point not in chain and point.level in tickets]
     return lines + [Segment("line", tickets[point.level], point) for point in controls]
@@ -201,7 +202,7 @@ def path_plane(
 ) -> dict[str, Any]:
     """Return loss and errors on the plane through the first, middle and last point.
 
-    The plane is in the space of all weights. `places` has the coordinates of each point on it, and
+    The plane is in the space of all weights. `points` has the coordinates of each point on it, and
     the distance of the point from the plane.
     """
     surface = surface_of(points[0], data, masked=False)
@@ -224,4 +225,4 @@ def path_plane(
         progress=_progress("plane of the path"),
     )
     by_name = {point.name: projection for point, projection in zip(points, projections)}
-    return {**asdict(values), "places": by_name}
+    return {**asdict(values), "points": by_name}

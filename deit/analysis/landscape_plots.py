@@ -51,12 +51,12 @@ def lines_chart(lines: dict[str, Any], key: str, ylabel: str) -> Draw:
 
     def draw(axes: Any) -> None:
         scale = 100 if key.startswith("error") else 1
-        ends = {name: re.split(" cut to | to ", name)[1] for name in lines}
+        ends = {name: re.split(" pruned to | to ", name)[1] for name in lines}
         styles = _styles({name: kind_of(end) for name, end in ends.items()})
         for name, line in lines.items():
-            line_style = ":" if " cut to " in name else "-"
+            line_style = ":" if " pruned to " in name else "-"
             values = [scale * value for value in line["values"][key]]
-            axes.plot(line["places"], values, line_style, linewidth=1.4, **styles[name])
+            axes.plot(line["positions"], values, line_style, linewidth=1.4, **styles[name])
         axes.set(xlabel="position between the first (0) and the second (1)", ylabel=ylabel)
         legend(axes)
 
@@ -155,7 +155,7 @@ def path_chart(path: dict[str, Any]) -> Draw:
     def draw(axes: Any) -> None:
         losses = sorted(loss for row in path["values"]["loss"] for loss in row)
         _contours(axes, path, losses[0], losses[int(0.8 * (len(losses) - 1))])
-        projections = path["places"]
+        projections = path["points"]
         xs, ys = ([projection[axis] for projection in projections.values()] for axis in (0, 1))
         axes.plot(xs, ys, "-o", color="white", markeredgecolor="black", markersize=5, linewidth=1)
         for name, (x, y, distance) in projections.items():

@@ -94,7 +94,7 @@ def _require_int(value: object) -> int:
 
 def _points_of_search(out: Path, options: LandscapeOptions) -> list[LandscapePoint]:
     result = read_results(out)
-    if "tickets" not in result:
+    if "lottery" not in result:
         raise ConfigError(f"{out}: is a sweep; give some of its runs instead ({out}/runs/...)")
     with translate_value_errors(out / RESULTS):
         seeds = [_require_int(seed) for seed in result["seeds"]]

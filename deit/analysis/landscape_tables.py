@@ -34,7 +34,7 @@ _NOTE = (
 def columns(result: dict[str, Any]) -> tuple[str, ...]:
     """Return the column names of the table of runs."""
     names = ["", "free weights", "loss", "error %", "gradient norm"]
-    parts = result["asked"]["parts"]
+    parts = result["options"]["parts"]
     if "curvature" in parts:
         names += ["largest eigenvalue", "smallest eigenvalue", "trace"]
     if "volume" in parts:
@@ -44,8 +44,8 @@ def columns(result: dict[str, Any]) -> tuple[str, ...]:
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
     """Return the table of runs, a row per run."""
-    num_rays = result["asked"]["rays"]
-    return [_row(name, values, num_rays) for name, values in result["places"].items()]
+    num_rays = result["options"]["rays"]
+    return [_row(name, values, num_rays) for name, values in result["points"].items()]
 
 
 def _row(name: str, values: dict[str, Any], num_rays: int) -> list[str]:
@@ -117,7 +117,7 @@ def _markdown(result: dict[str, Any]) -> str:
         lines = f"{markdown_table(LINES, line_cells(result))}\n\n"
     environment = result["environment"]
     return (
-        f"# Loss landscape\n\nLoss on {result['images']} {result['asked']['split']} images: "
+        f"# Loss landscape\n\nLoss on {result['images']} {result['options']['split']} images: "
         "cross-entropy of the fused heads (or the only head) with the labels, in nats.\n\n"
         f"{markdown_table(columns(result), cells(result))}\n\n{lines}{_NOTE}\n\n"
         f"`{result['command']}`\n\n{environment['device_name']}, commit {environment['commit']}\n"
@@ -138,14 +138,14 @@ def _page(result: dict[str, Any], out: Path) -> str:
         html.key_values(
             {
                 "command": result["command"],
-                "seed": str(result["asked"]["seed"]),
+                "seed": str(result["options"]["seed"]),
                 "device": environment["device_name"],
                 "versions": f"torch {environment['packages']['torch']}, "
                 f"commit {environment['commit']}",
             }
         )
     )
-    images = f"{result['images']} {result['asked']['split']} images"
+    images = f"{result['images']} {result['options']['split']} images"
     lead = f"{len(result['places'])} runs; cross-entropy on {images}"
     foot = (
         "Written by deit loss-landscape. The charts (PNG) and tables (CSV) are in the same folder."
@@ -158,7 +158,7 @@ def _lines_section(result: dict[str, Any], out: Path) -> list[str]:
         return []
     caption = (
         "Barriers: the largest rise of loss and error above the linear interpolation between the "
-        "ends. Lines go from run to run, or along the pruning step (cut)."
+        "ends. Lines go from run to run, or along the pruning step (pruned to)."
     )
     table = html.table(LINES, line_cells(result), caption=caption, csv_path=out / "lines.csv")
     svgs = [
@@ -175,7 +175,7 @@ def _lines_section(result: dict[str, Any], out: Path) -> list[str]:
 
 def _part_of(result: dict[str, Any], part: str) -> dict[str, Any]:
     """Return the values of one part by the name of the run, of the runs that have it."""
-    return {name: values[part] for name, values in result["places"].items() if part in values}
+    return {name: values[part] for name, values in result["points"].items() if part in values}
 
 
 def _curvature_section(result: dict[str, Any], out: Path) -> list[str]:
@@ -201,7 +201,7 @@ def _volume_section(result: dict[str, Any], out: Path) -> list[str]:
     svg = charts.chart(radii_chart(volumes), out / "radii.png", width=9.0)
     caption = (
         "Distance along random rays at which the loss has risen by "
-        f"{result['asked']['loss_rise']:g} nats: minimum, quartiles and maximum."
+        f"{result['options']['loss_rise']:g} nats: minimum, quartiles and maximum."
     )
     return [html.subsection("Basins", [html.figure(svg, caption)])]
 

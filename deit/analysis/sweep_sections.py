@@ -49,7 +49,7 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     finished = {name: row for name, row in points(result).items() if row["seeds"]}
     body = [_headline(result, finished), _results_table(result, folder / f"{slug}-results.csv")]
     figures = _sparsity_figures(result, folder, slug) or _field_figures(result, folder, slug)
-    if "tickets" not in result:  # all runs of a lottery search have the same cost
+    if "lottery" not in result:  # all runs of a lottery search have the same cost
         figures += _cost_figures(result, finished, folder, slug)
     body.append(html.side_by_side(*figures))
     body += _masks(result, folder, slug)
@@ -115,7 +115,7 @@ def _headline(result: dict[str, Any], finished: dict[str, Any]) -> str:
         values |= {name: str(count) for name, count in result["search"].items() if count}
     values["runs finished"] = str(sum(len(row["seeds"]) for row in finished.values()))
     summary = html.paragraph(f"{best_summary(result).capitalize()}.", "note")
-    if "tickets" in result:
+    if "lottery" in result:
         summary, values["sparsest ticket that matches"] = "", sparsest(result)
     num_failed = sum(len(row["failed"]) for row in result["rows"].values())
     if num_failed:
@@ -154,7 +154,7 @@ def _cost_figures(
 
 def _sparsity_figures(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
     """Return accuracy against sparsity for a lottery search, nothing for another sweep."""
-    if "tickets" not in result:
+    if "lottery" not in result:
         return []
     svg = charts.chart(ticket_curve(result), folder / f"{slug}-tickets.png")
     caption = "Mean and standard deviation over the seeds. Gray band: matches the dense run."
@@ -163,7 +163,7 @@ def _sparsity_figures(result: dict[str, Any], folder: Path, slug: str) -> list[s
 
 def _masks(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
     """Return the weights that each level of a lottery search keeps, in total and by layer."""
-    if not result.get("tickets", {}).get("masks"):
+    if not result.get("lottery", {}).get("masks"):
         return []
     totals = html.table(
         mask_columns(),

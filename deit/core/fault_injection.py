@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from deit.core.errors import ConfigError
 
 POINTS = {
-    "update": "after an update of the weights",
+    "step": "after a step of the optimizer",
     "loss": "at the loss of a micro-batch (action nan)",
     "fit": "before a micro-batch size is tried (run.auto_micro_batch)",
     "evaluation": "before a batch of an evaluation",
-    "answers": "before the teachers run on a block of stored targets",
-    "targets": "before a unit of stored targets is committed",
+    "teacher": "before the teachers run on a block of stored targets",
+    "targets": "before a shard of stored targets is written",
     "model": "after a checkpoint's weights are written",
     "optimizer": "after a checkpoint's optimizer state is written",
     "average": "after a checkpoint's weight average is written",
@@ -25,8 +25,8 @@ POINTS = {
     "renamed": "after that rename, before it is synced to disk",
     "rotate": "after an old checkpoint is renamed for removal",
     "metrics": "after a row of metrics.jsonl is written",
-    "chain": "after a row of state_hashes.jsonl is written",
-    "anomalies": "after a row of nonfinite_steps.jsonl is written",
+    "state_hashes": "after a row of state_hashes.jsonl is written",
+    "nonfinite_steps": "after a row of nonfinite_steps.jsonl is written",
     "finish": "before a run is marked as finished",
 }
 """Where a fault can be injected, and when that point is reached."""

@@ -313,7 +313,7 @@ class TargetWriter:
         def with_progress() -> Iterator[None]:
             blocks = range(self.num_blocks)
             for _ in progress(blocks, total=self.num_blocks, title="writing targets"):
-                fault_point("answers")
+                fault_point("teacher")
                 interruption.raise_if_stopped()
                 yield
 

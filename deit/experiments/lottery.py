@@ -362,7 +362,7 @@ def _result(
         "disagreement": {},
         "search": None,
         "stopped": {},
-        "tickets": {
+        "lottery": {
             "scope": plan.scope,
             "rewind": plan.rewind,
             "tolerance": options.tolerance,

@@ -7,7 +7,7 @@ from deit.config.sparsity import densities_of, groups_of
 from deit.core.errors import ConfigError
 
 DENSE, TICKET = "dense", "ticket"
-RANDOM, REINITIALIZED, ONE_SHOT = "random", "re-initialised", "one-shot"
+RANDOM, REINITIALIZED, ONE_SHOT = "random", "reinitialized", "one-shot"
 CONTROLS = (RANDOM, REINITIALIZED, ONE_SHOT)
 LEVELS, RATE = 7, 0.2
 

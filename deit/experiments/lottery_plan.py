@@ -9,7 +9,7 @@ from deit.experiments.base_runs import slugify
 from deit.experiments.lottery_options import DENSE, ONE_SHOT, REINITIALIZED, TICKET, LotteryOptions
 from deit.experiments.runner import RunSpec
 
-_SEED_OFFSET = 1_000_000  # from the seed of a run to that of its re-initialized control
+_SEED_OFFSET = 1_000_000  # from the seed of a run to that of its reinitialized control
 
 
 class LotteryPlan(NamedTuple):
@@ -75,7 +75,7 @@ def lottery_runs(plan: LotteryPlan, base: Config, seed: int, out: str | Path) ->
             if kind == ONE_SHOT and level == 1:
                 continue  # the same as the ticket
             folder = run_path(out, seed, kind, level)
-            # A re-initialized control uses the masks of the ticket.
+            # A reinitialized control uses the masks of the ticket.
             mask_kind = TICKET if kind == REINITIALIZED else kind
             name = run_path(out, seed, mask_kind, level).name
             masks = folder.parent / "masks" / f"{name}.safetensors"
@@ -90,7 +90,7 @@ def lottery_runs(plan: LotteryPlan, base: Config, seed: int, out: str | Path) ->
 
 def _pruned_config(config: Config, kind: str, masks: Path, rewind: int, dense: Path) -> Config:
     """Return the configuration of a masked run, which starts from the dense run's weights at step
-    `rewind`. A re-initialized control starts at step 0 from other random weights, with the same
+    `rewind`. A reinitialized control starts at step 0 from other random weights, with the same
     views."""
     init: dict[str, object] = {"pruning_masks": str(masks), "head": "keep"}
     if kind == REINITIALIZED:

@@ -26,17 +26,17 @@ def matching(rows: dict[str, dict[str, Any]], tolerance: float) -> list[str]:
 
 def matching_line(result: dict[str, Any]) -> str:
     """Return the points that match the dense run, with the criterion."""
-    tickets = result["tickets"]
+    lottery = result["lottery"]
     seeds = len(result["seeds"])
     mean = f"the mean of {seeds} seeds" if seeds > 1 else "one seed"
-    margin = f"{tickets['tolerance']:g} point{'s' * (tickets['tolerance'] != 1)}"
+    margin = f"{lottery['tolerance']:g} point{'s' * (lottery['tolerance'] != 1)}"
     criterion = f"at most {margin} below the dense run ({mean}, test split)"
-    return f"{criterion}: {'; '.join(tickets['matching']) or 'none'}"
+    return f"{criterion}: {'; '.join(lottery['matching']) or 'none'}"
 
 
 def sparsest(result: dict[str, Any]) -> str:
     """Return the highest sparsity of a ticket that matches the dense run; `none` if none does."""
-    rows = (result["rows"][name]["values"] for name in result["tickets"]["matching"])
+    rows = (result["rows"][name]["values"] for name in result["lottery"]["matching"])
     sparsities = [float(row["sparsity %"]) for row in rows if row["run"] == "ticket"]
     return f"{max(sparsities):.1f} %" if sparsities else "none"
 
@@ -59,7 +59,7 @@ def mask_columns() -> tuple[str, ...]:
 def mask_cells(result: dict[str, Any]) -> list[list[str]]:
     """Return the table of the masks of each level, for the first seed."""
     lines = []
-    for name, masks in result["tickets"]["masks"].items():
+    for name, masks in result["lottery"]["masks"].items():
         pruned = masks["total"] - masks["kept"]
         dead = sum(layer["dead_rows"] for layer in masks["layers"].values())
         sizes = (f"{masks['bytes'][kind] / 1e3:,.0f}" for kind in ("file", "packed", "sparse"))
@@ -69,13 +69,13 @@ def mask_cells(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def tickets_table(result: dict[str, Any]) -> str:
+def lottery_table(result: dict[str, Any]) -> str:
     """Return the table of masks as Markdown, with the matching points; "" for other sweeps."""
-    if "tickets" not in result:
+    if "lottery" not in result:
         return ""
-    tickets = result["tickets"]
+    lottery = result["lottery"]
     return (
-        f"Scope {tickets['scope']}, rewound to update {tickets['rewind']}. {MASKS_NOTE}\n\n"
+        f"Scope {lottery['scope']}, rewound to step {lottery['rewind']}. {MASKS_NOTE}\n\n"
         f"{markdown_table(mask_columns(), mask_cells(result))}\n\n"
         f"Matching runs are {matching_line(result)}.\n\n"
     )
@@ -91,7 +91,7 @@ MASKS_NOTE = (
 def layer_densities(result: dict[str, Any]) -> tuple[list[str], list[str], list[list[float]]]:
     """Return the share of each layer's weights that each point keeps [%]: the layers, the points,
     and the shares by layer and point."""
-    masks = result["tickets"]["masks"]
+    masks = result["lottery"]["masks"]
     layers = list(next(iter(masks.values()))["layers"]) if masks else []
     rows = [
         [

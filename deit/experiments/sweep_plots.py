@@ -29,7 +29,7 @@ def draw_sweep(result: dict[str, Any], out: str | Path) -> list[Path]:
     if not any(row["seeds"] for row in points(result).values()):
         return []
     fields = [name for name in result["fields"] if name != "run"]
-    if "tickets" in result:
+    if "lottery" in result:
         return [_save(result, out / "tickets.png", [ticket_curve(result)])]
     if result.get("search"):
         draws = [scatter_trials(result, field) for field in fields]
@@ -249,7 +249,7 @@ def ticket_curve(result: dict[str, Any]) -> Draw:
         if dense is not None:
             level, tolerance = (
                 100 * statistics.mean(final_top1(dense)),
-                result["tickets"]["tolerance"],
+                result["lottery"]["tolerance"],
             )
             axes.axhline(level, color=TEACHER, linestyle="--", label=f"dense, {level:.1f}")
             axes.axhspan(level - tolerance, level, color=TEACHER, alpha=0.12, linewidth=0)

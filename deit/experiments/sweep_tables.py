@@ -10,7 +10,7 @@ from typing import Any
 from deit.core.errors import CheckpointError
 from deit.core.filesystem import atomic_write, write_json
 from deit.core.json_io import load_json_as
-from deit.experiments.lottery_tables import tickets_table
+from deit.experiments.lottery_tables import lottery_table
 from deit.experiments.sweep_spec import short_names
 from deit.viz.tables import HEADS, final_top1, markdown_table, mean_std
 
@@ -213,7 +213,7 @@ def markdown(result: dict[str, Any]) -> str:
     provenance = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
     rows = [[_escaped(cell) for cell in row] for row in cells(result)]
     ranking = f"{best_summary(result).capitalize()}\n\n" + "\n".join(best_lines(result)) + "\n\n"
-    ranking = "" if "tickets" in result else ranking  # a lottery is not about the best accuracy
+    ranking = "" if "lottery" in result else ranking  # a lottery is not about the best accuracy
     reasons = [
         f"- {name}, seed {seed}: {' '.join(reason.split())}"
         for name, row in result["rows"].items()
@@ -236,7 +236,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
         "over the first row.\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
-        f"{changes_table(result)}{disagreement_table(result)}{tickets_table(result)}"
+        f"{changes_table(result)}{disagreement_table(result)}{lottery_table(result)}"
         f"{searched}{ranking}"
         f"{stopped}{failed}"
         f"`{result['command']}`\n\n{provenance}\n"

@@ -90,7 +90,7 @@ def _train_epoch(
         state.samples_seen += config.optim.batch_size
         state.seconds = seconds_before + time.monotonic() - started
         monitor(state.step, result)
-        fault_point("update")
+        fault_point("step")
         ended = state.step == (epoch + 1) * steps
         every = config.run.save_every_steps
         regular = ended or (every is not None and state.step % every == 0)

@@ -32,11 +32,11 @@ _LAUNCHES += ("cudaGraphLaunch",)
 
 
 def profile_run(
-    config: Config, *, updates: int = 20, trace: str | Path | None = None
+    config: Config, *, num_steps: int = 20, trace: str | Path | None = None
 ) -> dict[str, Any]:
     """Profile training steps of a configuration and print the result; only the trace is written.
 
-    updates: number of steps. trace: a JSON file for chrome://tracing or ui.perfetto.dev.
+    num_steps: number of steps to time. trace: a JSON file for chrome://tracing or ui.perfetto.dev.
 
     Returns seconds per step, by component (`parts`) and by operator (`operations`). Raises the
     errors of deit.core.errors.
@@ -50,15 +50,15 @@ def profile_run(
     batches = _endless(run)
     _train(context, batches, _WARM_UP)
     started = time.perf_counter()
-    _train(context, batches, updates)
-    update_s = (time.perf_counter() - started) / updates
+    _train(context, batches, num_steps)
+    step_s = (time.perf_counter() - started) / num_steps
     on_gpu = accelerator.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities, acc_events=True) as profiler:
         started = time.perf_counter()
-        _train(context, batches, updates)
-        profiled_s = (time.perf_counter() - started) / updates
-    result = {"update_s": update_s, "watched_s": profiled_s, **_read(profiler, updates, on_gpu)}
+        _train(context, batches, num_steps)
+        profiled_s = (time.perf_counter() - started) / num_steps
+    result = {"step_s": step_s, "profiled_s": profiled_s, **_read(profiler, num_steps, on_gpu)}
     _print(result, run.config)
     if trace is not None and is_main_process():
         profiler.export_chrome_trace(str(trace))
@@ -79,8 +79,8 @@ def _endless(run: TrainingRun) -> Iterator[Batch]:
             yield batch
 
 
-def _train(context: StepContext, batches: Iterator[Batch], updates: int) -> None:
-    limited = itertools.islice(batches, updates * context.optim.grad_accum_steps)
+def _train(context: StepContext, batches: Iterator[Batch], num_steps: int) -> None:
+    limited = itertools.islice(batches, num_steps * context.optim.grad_accum_steps)
     metrics = MetricAccumulator(context.accelerator, {})
     for _ in train_epoch(context, limited, metrics, step=0, steps=10**6):
         pass
@@ -129,7 +129,7 @@ class _LabeledEnsemble:
             return self.ensemble(batch)
 
 
-def _read(profiler: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
+def _read(profiler: profile, num_steps: int, on_gpu: bool) -> dict[str, Any]:
     """Return seconds per step: on the GPU if there is one, otherwise on the CPU."""
     total, self_time = ("device_time_total", "self_device_time_total")
     if not on_gpu:
@@ -141,13 +141,13 @@ def _read(profiler: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
     optimizers = (key for key in events if key.startswith("Optimizer.step#"))
     names["optimizer"] = next(optimizers, "optimizer")
     by_part = {
-        part: getattr(events[name], total) / updates / 1e6
+        part: getattr(events[name], total) / num_steps / 1e6
         for part, name in names.items()
         if name in events
     }
     if on_gpu:  # autograd launches from its own thread, outside the label
         passes = [event for event in rows if event.key.startswith(_OF_AUTOGRAD)]
-        by_part["backward"] = sum(getattr(event, total) for event in passes) / updates / 1e6
+        by_part["backward"] = sum(getattr(event, total) for event in passes) / num_steps / 1e6
     operations = sorted(
         (event for event in rows if event.key not in names.values()),
         key=lambda event: -getattr(event, self_time),
@@ -156,17 +156,17 @@ def _read(profiler: profile, updates: int, on_gpu: bool) -> dict[str, Any]:
         "parts": by_part,
         "operations": {
             event.key: {
-                "seconds": getattr(event, self_time) / updates / 1e6,
-                "calls": event.count / updates,
+                "seconds": getattr(event, self_time) / num_steps / 1e6,
+                "calls": event.count / num_steps,
             }
             for event in operations[:_OPERATIONS]
         },
-        "launches": sum(events[name].count for name in _LAUNCHES if name in events) / updates,
+        "launches": sum(events[name].count for name in _LAUNCHES if name in events) / num_steps,
     }
 
 
 def _print(result: dict[str, Any], config: Config) -> None:
-    profiled_s, update_s = result["watched_s"], result["update_s"]
+    profiled_s, step_s = result["profiled_s"], result["step_s"]
 
     def row(name: str, seconds: float, *more: str) -> tuple[str, ...]:
         return (name, f"{1e3 * seconds:.2f}", f"{100 * seconds / profiled_s:.1f}", *more)
@@ -174,7 +174,7 @@ def _print(result: dict[str, Any], config: Config) -> None:
     rest = profiled_s - sum(result["parts"].values())
     images = config.optim.batch_size
     table(
-        f"a step of {images} images: {1e3 * update_s:.1f} ms, {images / update_s:.0f} images/s; "
+        f"a step of {images} images: {1e3 * step_s:.1f} ms, {images / step_s:.0f} images/s; "
         f"under the profiler {1e3 * profiled_s:.1f} ms:",
         ("component", "ms", "%"),
         [*(row(name, seconds) for name, seconds in result["parts"].items()), row("other", rest)],

@@ -87,8 +87,8 @@ def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "ours_first_update_s": starts[0],
-        "peer_first_update_s": starts[1],
+        "ours_first_step_s": starts[0],
+        "peer_first_step_s": starts[1],
         "n": rounds,
     }
 

@@ -111,8 +111,8 @@ def test_surface_of_level_has_only_unmasked_weights(lottery_folder):
 
 def test_landscape_loss_of_each_run_by_hand(lottery_folder, landscape_run):
     landscape = read_landscape(landscape_run[0])
-    assert list(landscape["places"]) == NAMES
-    for level, values in enumerate(landscape["places"].values()):
+    assert list(landscape["points"]) == NAMES
+    for level, values in enumerate(landscape["points"].values()):
         loss, error = loss_and_error_at(lottery_folder / f"search/seed-0/level-{level}")
         assert values["loss"] == pytest.approx(loss, rel=1e-5)
         assert values["error"] == pytest.approx(error, abs=1e-6)
@@ -124,8 +124,8 @@ def test_landscape_loss_of_each_run_by_hand(lottery_folder, landscape_run):
 def test_landscape_lines_have_the_losses_of_their_ends(lottery_folder, landscape_run):
     lines = read_landscape(landscape_run[0])["lines"]
     assert list(lines) == [
-        *("dense to ticket, 50.0 %", "dense cut to ticket, 50.0 %"),
-        *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % cut to ticket, 75.0 %"),
+        *("dense to ticket, 50.0 %", "dense pruned to ticket, 50.0 %"),
+        *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % pruned to ticket, 75.0 %"),
     ]
     folder = lottery_folder / "search" / "seed-0"
     for level in (1, 2):
@@ -150,7 +150,7 @@ def test_landscape_lines_have_the_losses_of_their_ends(lottery_folder, landscape
 
 def test_landscape_path_plane_contains_its_runs(landscape_run):
     path = read_landscape(landscape_run[0])["path"]
-    projections = list(path["places"].values())
+    projections = list(path["points"].values())
     assert [projection[2] for projection in projections] == pytest.approx([0, 0, 0], abs=1e-3)
     assert projections[0][:2] == pytest.approx([0, 0], abs=1e-6)
     assert projections[2][1] == pytest.approx(0, abs=1e-4)
@@ -161,7 +161,7 @@ def test_landscape_path_plane_contains_its_runs(landscape_run):
 
 
 def test_landscape_curvature_and_volume_report_their_quality(landscape_run):
-    for values in read_landscape(landscape_run[0])["places"].values():
+    for values in read_landscape(landscape_run[0])["points"].values():
         eigenvalues = values["curvature"]["eigenvalues"]
         assert len(eigenvalues["largest"]) == len(eigenvalues["largest_residuals"]) == 2
         assert eigenvalues["largest"][0] >= eigenvalues["largest"][1] > eigenvalues["smallest"][0]
@@ -184,7 +184,7 @@ def test_landscape_writes_page_charts_and_tables(landscape_run):
     page = (out / "index.html").read_text()
     assert page.count("<svg") == len(charts)
     assert page.count("<h3>") == len(PARTS) + 1  # and the path
-    for name in (*read_landscape(out)["places"], *read_landscape(out)["lines"]):
+    for name in (*read_landscape(out)["points"], *read_landscape(out)["lines"]):
         assert name in page
     lines = list(csv.reader((out / "lines.csv").read_text().splitlines()))
     assert [line[0] for line in lines[1:]] == list(read_landscape(out)["lines"])
@@ -196,7 +196,7 @@ def test_landscape_writes_page_charts_and_tables(landscape_run):
 
 def test_landscape_cells_mark_volumes_that_are_lower_bounds(landscape_run):
     landscape = read_landscape(landscape_run[0])
-    values = landscape["places"]["dense"]
+    values = landscape["points"]["dense"]
     values["volume"] |= {"effective_rays": 2.5, "censored": 0, "log_volume_per_weight": -1.0}
     column = -3
     assert cells(landscape)[0][column] == "-1.0000"
@@ -217,8 +217,8 @@ def test_landscape_cells_mark_volumes_that_are_lower_bounds(landscape_run):
 @pytest.mark.parametrize("part", PARTS)
 def test_write_page_with_a_single_part_draws_its_charts(landscape_run, tmp_path, part):
     landscape = read_landscape(landscape_run[0])
-    landscape["asked"]["parts"] = [part]
-    for values in landscape["places"].values():
+    landscape["options"]["parts"] = [part]
+    for values in landscape["points"].values():
         for other in set(PARTS) - {part}:
             values.pop(other, None)
     if part != "lines":
@@ -277,7 +277,7 @@ def test_landscape_with_more_runs_extends_the_results(
     arguments = ("--kinds", "ticket,random", "--measure", "volume", "--out", tmp_path / "out")
     done = command_server.run("loss-landscape", "search", *FEW, *arguments, cwd=lottery_folder)
     assert done.code == 0, done.err
-    assert list(read_landscape(tmp_path / "out")["places"]) == [*NAMES, "random, 75.0 %"]
+    assert list(read_landscape(tmp_path / "out")["points"]) == [*NAMES, "random, 75.0 %"]
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_landscape_of_changed_weights_repeats_the_measurements(
     for runs in (before, after):
         done = command_server.run("loss-landscape", "run-0", "run-1", *arguments, cwd=tmp_path)
         assert done.code == 0, done.err
-        runs |= read_landscape(tmp_path / "out")["places"]
+        runs |= read_landscape(tmp_path / "out")["points"]
         shutil.rmtree(tmp_path / "run-1" / "best")
         shutil.copytree(tmp_path / "run-0" / "best", tmp_path / "run-1" / "best")
     assert before["run-1"]["loss"] != after["run-1"]["loss"] == after["run-0"]["loss"]
@@ -305,8 +305,8 @@ def test_segments_connect_controls_with_the_ticket_of_their_level(lottery_folder
     )
     names = [segment.name for segment in segments(points)]
     assert names == [
-        *("dense to ticket, 50.0 %", "dense cut to ticket, 50.0 %"),
-        *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % cut to ticket, 75.0 %"),
+        *("dense to ticket, 50.0 %", "dense pruned to ticket, 50.0 %"),
+        *("ticket, 50.0 % to ticket, 75.0 %", "ticket, 50.0 % pruned to ticket, 75.0 %"),
         "ticket, 75.0 % to random, 75.0 %",
     ]
     assert [segment.name for segment in ticket_path(points)] == NAMES
@@ -349,12 +349,12 @@ def test_landscape_of_two_runs_has_one_line_and_no_path(lottery_folder, command_
     done = command_server.run("loss-landscape", *runs, *FEW, *arguments, cwd=lottery_folder)
     assert done.code == 0, done.err
     landscape = read_landscape(tmp_path / "o")
-    assert list(landscape["places"]) == ["level-0", "level-2"]
+    assert list(landscape["points"]) == ["level-0", "level-2"]
     assert list(landscape["lines"]) == ["level-0 to level-2"]
     assert landscape["path"] is None
 
 
 def test_landscape_radii_are_within_the_largest_radius(landscape_run):
-    for values in read_landscape(landscape_run[0])["places"].values():
+    for values in read_landscape(landscape_run[0])["points"].values():
         radii = [math.exp(log_radius) for log_radius in values["volume"]["log_radii"]]
         assert all(0 < radius <= 4 * values["norm"] * 1.01 for radius in radii)

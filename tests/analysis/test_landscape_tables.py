@@ -30,7 +30,7 @@ def result_of(
     }
     line = {"barrier": {"loss": barrier, "error": barrier / 10}}
     names = ("dense to ticket, 20.0 %", "ticket, 20.0 % to random, 20.0 %")
-    return {"places": runs, "lines": dict.fromkeys(names, line)}
+    return {"points": runs, "lines": dict.fromkeys(names, line)}
 
 
 RESULTS = (

@@ -41,7 +41,7 @@ def stopped(command_server, tmp_path_factory) -> Path:
     """Return a run that was killed in its second epoch."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     assert (
-        run(command_server, out, "update:7:kill", "--run.save_every_steps", "2").code
+        run(command_server, out, "step:7:kill", "--run.save_every_steps", "2").code
         == -signal.SIGKILL
     )
     return out
@@ -125,7 +125,7 @@ def test_replaced_run_folder_is_not_written_to(change, command_server, tmp_path)
     """It was moved, or removed and used by another run: the new content must not change."""
     out = tmp_path / "run"
     gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
-    first = command_server.start(*arguments, DEIT_FAULT="update:7:slow", **gate.environment)
+    first = command_server.start(*arguments, DEIT_FAULT="step:7:slow", **gate.environment)
     gate.wait()
     if change == "moved":
         out.rename(tmp_path / "elsewhere")
@@ -174,7 +174,7 @@ def test_unfinished_first_file_is_not_a_run(resume, command_server, tmp_path):
     left = out / f".config.json.{'0' * 32}"
     left.write_text("{")
     arguments = ("train", *SMALL, "--out", out, *(["--resume"] if resume else []))
-    done = command_server.run(*arguments, DEIT_FAULT="update:1:term")
+    done = command_server.run(*arguments, DEIT_FAULT="step:1:term")
     assert done.code == 143, done.err
     assert not left.exists()
 
@@ -329,7 +329,7 @@ def test_moved_teacher_is_the_same_teacher(teachers, command_server, tmp_path):
     """Compared by its weights. Another teacher raises, also in a finished run."""
     moved, out = shutil.copytree(teachers / "0", tmp_path / "moved"), tmp_path / "run"
     taught = ("--loss", "deit-hard", "--teacher.allow_near_chance", "--teacher.source")
-    assert run(command_server, out, "update:7:term", *taught, teachers / "0").code == 143
+    assert run(command_server, out, "step:7:term", *taught, teachers / "0").code == 143
     other = run(command_server, out, "", *taught, teachers / "1")
     assert other.code == 3
     assert "teacher.source" in other.err
@@ -355,7 +355,7 @@ LEARNER = ("digits-transformer-teacher", "--student.depth", "1")
 def test_out_of_memory_advice(arguments, block, named, command_server, tmp_path):
     arguments = (*arguments, *FEW, "--optim.epochs", "3", "--optim.batch_size", block)
     done = command_server.run(
-        "train", *arguments, "--out", tmp_path / "run", DEIT_FAULT="update:3:memory"
+        "train", *arguments, "--out", tmp_path / "run", DEIT_FAULT="step:3:memory"
     )
     assert done.code == 5
     assert re.search(rf"\b{block} images\b", done.err)

@@ -78,7 +78,7 @@ def started_runs(command_server, tmp_path_factory) -> dict[str, Path]:
     """Return the same runs, stopped in their second epoch."""
     folder = tmp_path_factory.mktemp("stopped")
     for kind in ("none", "fsdp"):
-        stopped(command_server, folder / kind, kind, f"update@0:{STEPS + 1}:term")
+        stopped(command_server, folder / kind, kind, f"step@0:{STEPS + 1}:term")
     return {kind: folder / kind for kind in ("none", "fsdp")}
 
 
@@ -134,7 +134,7 @@ def test_checkpoint_of_a_sharded_run_is_full(runs):
 
 def test_stopped_and_resumed_sharded_run_is_bit_identical(command_server, runs, tmp_path):
     out = tmp_path / "run"
-    stopped(command_server, out, "fsdp", "update@1:3:term")
+    stopped(command_server, out, "fsdp", "step@1:3:term")
     assert 3 <= run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) < 2 * STEPS
     done(command_server, out, "--run.sharding", "fsdp")
     assert_same_run(out, runs["fsdp"])

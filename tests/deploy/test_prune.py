@@ -197,7 +197,7 @@ def test_prune_killed_in_recovery_resumes(workspace, command_server, tmp_path):
     """The selection is not made again, and the training resumes."""
     arguments = (*COMMAND, "--run.save_every_steps", "1", "--out", tmp_path / "out")
     done = command_server.run(
-        *arguments, cwd=workspace, DEIT_FAULT="update:3:kill"
+        *arguments, cwd=workspace, DEIT_FAULT="step:3:kill"
     )  # and in its retry
     assert done.code == 1
     ends = [line for line in done.out.splitlines() if runs_over(line)]

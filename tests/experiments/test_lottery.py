@@ -44,8 +44,8 @@ TRAINED = ("model", "average", "optimizer", "masks")
 def test_lottery_runs_rewind_to_the_weights_and_step_of_the_dense_run(tmp_path):
     plan, runs = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
     assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
-    names = ["level-0", "level-1", "random-1", "re-initialised-1"]
-    names += ["level-2", "random-2", "re-initialised-2", "one-shot-2"]
+    names = ["level-0", "level-1", "random-1", "reinitialized-1"]
+    names += ["level-2", "random-2", "reinitialized-2", "one-shot-2"]
     assert [run.spec.out.name for run in runs] == names
     assert runs[0].spec.config.run.keep_steps == (6,)
     assert runs[0].spec.config.init == digits().init
@@ -125,7 +125,7 @@ def test_lottery_results_name_every_run_with_its_sparsity(finished_lottery):
     workdir, done = finished_lottery
     results = result(workdir / "out")
     names = ["dense", "ticket, 50.0 %", "ticket, 75.0 %"]
-    names += ["random, 75.0 %", "re-initialised, 75.0 %", "one-shot, 75.0 %"]
+    names += ["random, 75.0 %", "reinitialized, 75.0 %", "one-shot, 75.0 %"]
     assert list(results["rows"]) == ["teacher", *names]
     assert all(results["rows"][name]["seeds"] == [0, 1] for name in names)
     text = (workdir / "out" / "results.csv").read_text()
@@ -176,7 +176,7 @@ def test_masks_hold_in_every_file_of_every_run(finished_lottery):
     for run in runs:
         if run.name == "level-0":
             continue
-        name = run.name.replace("re-initialised", "level")
+        name = run.name.replace("reinitialized", "level")
         masks = read_masks(run.parent / "masks" / f"{name}.safetensors")
         assert all(torch.equal(masks[name], mask) for name, mask in weights(run, "masks").items())
         for file in ("model", "average"):
@@ -190,11 +190,11 @@ def test_reinitialized_control_starts_from_other_weights(finished_lottery, tmp_p
     folder = workdir / "out" / "seed-0"
     _, facts = load_student(folder / "level-0" / "best")
     initial = {}
-    for run in ("level-0", "re-initialised-2"):
+    for run in ("level-0", "reinitialized-2"):
         torch.manual_seed(load_config(folder / run / "config.json").run.seed)
         initial[run] = dict(build_student(facts).network.named_parameters())
     for name, mask in read_masks(folder / "masks" / "level-2.safetensors").items():
-        same = initial["level-0"][name] == initial["re-initialised-2"][name]
+        same = initial["level-0"][name] == initial["reinitialized-2"][name]
         assert not same[mask].any()
 
 
@@ -247,7 +247,7 @@ def test_lottery_killed_in_a_level_resumes_to_the_same_bits(
         level.with_name(f"{run}.evaluation.json").unlink(missing_ok=True)
     (level.parent / "masks" / "level-2.safetensors").unlink()
     arguments = (*LOTTERY, "--seeds", "0,1", "--out", "out", "--retries", "0")
-    done = command_server.run(*arguments, cwd=tmp_path, DEIT_FAULT="update:5:kill")
+    done = command_server.run(*arguments, cwd=tmp_path, DEIT_FAULT="step:5:kill")
     assert done.code == 1
     assert [name in done.err for name in ("level-2.log", "random-2.log")] == [True] * 2
     assert done.err.count(".log") == 2

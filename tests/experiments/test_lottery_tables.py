@@ -45,8 +45,8 @@ def test_matching_compares_the_means_with_the_tolerance():
     assert matching(rows, 1.0) == ["just", "above"]
     assert matching(rows, 0.0) == ["above"]
     rows["sparser"] = row("ticket", 0.80, 0.90, sparsity="75.0")
-    assert sparsest({"rows": rows, "tickets": {"matching": matching(rows, 1.0)}}) == "75.0 %"
-    assert sparsest({"rows": rows, "tickets": {"matching": ["above"]}}) == "none"
+    assert sparsest({"rows": rows, "lottery": {"matching": matching(rows, 1.0)}}) == "75.0 %"
+    assert sparsest({"rows": rows, "lottery": {"matching": ["above"]}}) == "none"
     assert matching({"ticket": row("ticket", 1.0)}, 1.0) == []
 
 
@@ -82,7 +82,7 @@ def test_ticket_curve_notes_shifted_points(kinds, is_shifted):
     def drawn(*kinds):
         axes = figure().subplots()
         rows = {kind: row(kind, 0.5) for kind in kinds}
-        ticket_curve({"rows": rows, "split": "test", "tickets": {"tolerance": 1}})(axes)
+        ticket_curve({"rows": rows, "split": "test", "lottery": {"tolerance": 1}})(axes)
         return axes
 
     axes = drawn(*kinds)
@@ -103,7 +103,7 @@ def test_report_of_lottery_has_curve_masks_and_layers(finished_lottery, command_
     done = command_server.run("report", "out", "--out", tmp_path / "page", cwd=workdir)
     assert done.code == 0, done.err
     page = (tmp_path / "page" / "index.html").read_text()
-    for text in ("re-initialised", "attn.qkv.q", f"<b>{sparsest(result(workdir / 'out'))}</b>"):
+    for text in ("reinitialized", "attn.qkv.q", f"<b>{sparsest(result(workdir / 'out'))}</b>"):
         assert text in page
     names = {path.name for path in (tmp_path / "page").iterdir()}
     assert {"out-tickets.png", "out-masks.csv", "out-layers.csv", "out-results.csv"} <= names
@@ -199,7 +199,7 @@ def test_lottery_scope_that_does_not_divide_a_layer_is_refused(command, tmp_path
 def test_time_left_counts_steps_and_estimates_seconds(tmp_path):
     _, lottery_runs = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
     runs = [run.spec for run in lottery_runs]
-    # Eight runs of 10 epochs of 4 steps; all but the dense run and two re-initialized ones start
+    # Eight runs of 10 epochs of 4 steps; all but the dense run and two reinitialized ones start
     # at step 6. Without a finished run there is no time.
     assert numbers_in(lottery._time_left(runs, 4)) == [8 * 40 - 5 * 6]
     (runs[7].out / "checkpoint-00000020").mkdir(parents=True)

@@ -61,7 +61,7 @@ def runs_over(text: str) -> list[tuple[int, int]]:
     return [(int(finished), int(total)) for finished, total in counts]
 
 
-# A run of seconds: two updates on a fifth of the training digits.
+# A run of seconds: two steps on a fifth of the training digits.
 QUICK = (
     *("--optim.epochs=1", "--optim.warmup_epochs=0", "--optim.batch_size=128"),
     "--data.train_fraction=0.2",
@@ -84,6 +84,6 @@ COMMANDS_WITH_CONFIG = {
     ),
     "show-views": ("out force epoch num-views", "resume dry-run print-config"),
     "targets write": ("out epochs content part teacher-index", "resume dry-run"),
-    "profile": ("updates trace json force", "out resume dry-run print-config"),
+    "profile": ("steps trace json force", "out resume dry-run print-config"),
 }
 """Each command that takes a configuration: its own options, and shared options it does not take."""

@@ -90,13 +90,13 @@ def test_compiled_student_does_not_use_onednn_linear(config, tmp_path, monkeypat
     monkeypatch.setattr(onednn_linear, "cpu_vendor", lambda: "AuthenticAMD")
     created = []
     monkeypatch.setattr("deit.training.build.use_onednn", lambda student: created.append(student))
-    fault_injection.install_faults("update:1:term")
+    fault_injection.install_faults("step:1:term")
     for mode in ("default", "none"):
         config_auto = config.replace(run={"linear_backend": "auto", "compile": mode})
         with pytest.raises(StoppedBySignal):
             train(config_auto, tmp_path / mode)
         assert len(created) == (mode == "none")
-        fault_injection.install_faults("update:1:term")
+        fault_injection.install_faults("step:1:term")
     fault_injection.install_faults(None)
 
 
@@ -123,7 +123,7 @@ def test_missing_compiler_is_reported_and_the_run_can_resume(config, tmp_path, m
 def test_resumed_compiled_run_is_bit_identical(config, tmp_path):
     config = config.replace(run={"compile": "default"})
     train(config, tmp_path / "uninterrupted")
-    stop_at(config, tmp_path / "run", "update:7:term")
+    stop_at(config, tmp_path / "run", "step:7:term")
     torch._dynamo.reset()
     train(config, tmp_path / "run", resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")

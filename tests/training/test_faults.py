@@ -30,7 +30,7 @@ pytest.importorskip("sklearn")
 @pytest.mark.fault("D10", "E7")
 def test_second_run_in_a_locked_folder_is_refused(command_server, undisturbed_run, tmp_path):
     out = tmp_path / "run"
-    running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="update:2:hang")
+    running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="step:2:hang")
     wait_until(lambda: (out / "config.json").is_file())
     second = run(command_server, out)  # the first one hangs for an hour; it is not waited for
     assert second.code == 5
@@ -59,7 +59,7 @@ def test_full_disk_keeps_the_previous_checkpoint(command_server, undisturbed_run
 
 @pytest.mark.fault("E3")
 def test_out_of_memory_suggests_a_smaller_micro_batch(command_server, tmp_path):
-    done = run(command_server, tmp_path / "run", "update:3:memory")
+    done = run(command_server, tmp_path / "run", "step:3:memory")
     assert done.code == 5
     assert re.search(r"\b64 images\b.*\b32\b.*--optim\.grad_accum_steps 2\b.*\b64\b", done.err)
     assert run(command_server, tmp_path / "run", "", "--optim.grad_accum_steps", "2").code == 0
@@ -91,7 +91,7 @@ def test_skipped_step_is_logged_and_counted(command_server, undisturbed_run, tmp
 
 
 @pytest.mark.parametrize(
-    "text", ["update", "update:1", "nothing:1:kill", "update:x:kill", "update@a:1:kill"]
+    "text", ["step", "step:1", "nothing:1:kill", "step:x:kill", "step@a:1:kill"]
 )
 def test_invalid_fault_is_refused(text, command_server, tmp_path):
     with raises(ConfigError, f"DEIT_FAULT={text}"):
@@ -113,7 +113,7 @@ def test_check_space_without_enough_space_raises(command_server, tmp_path, monke
 def test_moved_run_resumes_bit_identical(command_server, undisturbed_run, tmp_path):
     """No path of the folder is inside it; and read-only checkpoints are read."""
     out = tmp_path / "run"
-    assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
+    assert run(command_server, out, "step:7:kill").code == -signal.SIGKILL
     moved = tmp_path / "elsewhere" / "a b"
     moved.parent.mkdir()
     shutil.move(out, moved)
@@ -132,6 +132,11 @@ def test_faults_are_documented():
         assert f"| `{name}` | {about} |" in text
     _, _, actions = text.partition("\nActions: ")
     assert all(f"`{name}`" in actions.split("\n\n")[0] for name in fault_injection.ACTIONS)
+
+
+def test_every_log_of_a_run_is_a_fault_point():
+    for name in (run_log.METRICS, run_log.HASH_CHAIN, run_log.NONFINITE_LOG):
+        assert Path(name).stem in fault_injection.POINTS
 
 
 @pytest.mark.fault("E5")
@@ -190,13 +195,13 @@ def test_killed_run_with_live_workers_releases_its_folder(command_server, tmp_pa
     out = tmp_path / "run"
     image_folder = write_image_folder(tmp_path / "pictures", images_per_class=16)
     arguments = ("--optim.epochs", "4", "--data.root", image_folder, "--out", out)
-    fault = "update:9:hang"  # in the third epoch
+    fault = "step:9:hang"  # in the third epoch
     running = command_server.start("train", *FOLDER_ARGUMENTS, *arguments, DEIT_FAULT=fault)
     wait_until(lambda: list(out.glob("checkpoint-*")))
     assert workers_of(running.pid)
     running.signal(signal.SIGKILL)
     running.wait()
-    done = command_server.run("train", *arguments, "--resume")
+    done = command_server.run("train", *FOLDER_ARGUMENTS, *arguments, "--resume")
     assert done.code == 0, done.err
 
 
@@ -217,7 +222,7 @@ def test_stopped_run_leaves_no_workers(with_workers, tmp_path):
 def test_run_folder_deleted_in_training_is_reported_in_one_line(command_server, tmp_path):
     out = tmp_path / "run"
     gate, arguments = Gate(tmp_path / "gate"), ("train", *SMALL, "--out", out)
-    running = command_server.start(*arguments, DEIT_FAULT="update:7:slow", **gate.environment)
+    running = command_server.start(*arguments, DEIT_FAULT="step:7:slow", **gate.environment)
     gate.wait()
     shutil.rmtree(out)
     gate.open()
@@ -277,7 +282,7 @@ def test_killed_run_in_an_unusual_folder_name_resumes(
     name, command_server, undisturbed_run, tmp_path
 ):
     out = tmp_path / name
-    assert run(command_server, out, "update:7:kill").code == -signal.SIGKILL
+    assert run(command_server, out, "step:7:kill").code == -signal.SIGKILL
     done = run(command_server, out)
     assert done.code == 0, done.err
     assert_same_run(out, undisturbed_run)
@@ -371,7 +376,7 @@ def test_resume_with_a_lost_best_checkpoint_warns(
     damage, command_server, undisturbed_run, tmp_path
 ):
     out = tmp_path / "run"
-    assert run(command_server, out, "update:7:term").code == 143
+    assert run(command_server, out, "step:7:term").code == 143
     if damage == "gone":
         shutil.rmtree(out / "best")
     else:
@@ -385,7 +390,7 @@ def test_resume_with_a_lost_best_checkpoint_warns(
 @pytest.mark.fault("B5")
 def test_resume_with_deleted_checkpoints_of_the_first_epoch_is_refused(command_server, tmp_path):
     out = tmp_path / "run"
-    done = run(command_server, out, "update:4:kill", "--run.save_every_steps", "1")
+    done = run(command_server, out, "step:4:kill", "--run.save_every_steps", "1")
     assert done.code == -signal.SIGKILL
     for _, folder in run_folder.list_checkpoints(out):
         shutil.rmtree(folder)

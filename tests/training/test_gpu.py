@@ -266,5 +266,5 @@ def test_nonfinite_step_on_the_gpu_is_skipped(tmp_path, compile):
 def test_resumed_gpu_run_is_bit_identical(tmp_path, compile):
     config = speedy(compile=compile)
     train(config, tmp_path / "uninterrupted")
-    stop_and_resume(config, tmp_path / "run", "update:20:term")
+    stop_and_resume(config, tmp_path / "run", "step:20:term")
     assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")

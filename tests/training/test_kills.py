@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 @pytest.mark.parametrize(
     "fault",
     [
-        *("update:1", "update:5", "update:7", "evaluation:1", "evaluation:4", "metrics:1"),
+        *("step:1", "step:5", "step:7", "evaluation:1", "evaluation:4", "metrics:1"),
         *("model:1", "optimizer:2", "average:2", "state:1", "state:2", "manifest:1", "manifest:2"),
         # 1: the first checkpoint, 2: best, 3: the second checkpoint, 4: best
         *("rename:1", "rename:2", "rename:3", "renamed:1", "renamed:2", "renamed:4", "finish:1"),
@@ -82,7 +82,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_143(command_server, undisturb
     out = tmp_path / "run"
     gate = Gate(tmp_path / "gate")
     arguments = ("train", *SMALL, "--out", out, "--resume")
-    running = command_server.start(*arguments, DEIT_FAULT="update:2:slow", **gate.environment)
+    running = command_server.start(*arguments, DEIT_FAULT="step:2:slow", **gate.environment)
     gate.wait()
     running.signal(signal.SIGTERM)
     gate.open()
@@ -109,7 +109,7 @@ def test_second_signal_exits_at_once_and_keeps_the_checkpoint(
     command_server, undisturbed_run, tmp_path
 ):
     out = tmp_path / "run"
-    running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="update:7:hang")
+    running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="step:7:hang")
     wait_until(lambda: list(out.glob("checkpoint-*")))
     time.sleep(1)
     for _ in range(5):  # the same one again, as launchers hand it on
@@ -129,7 +129,7 @@ def test_second_signal_exits_at_once_and_keeps_the_checkpoint(
 def test_sighup_ignored_by_nohup_stays_ignored(undisturbed_run, tmp_path):
     out = tmp_path / "run"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    fault_injection.install_faults("update:3:hup")
+    fault_injection.install_faults("step:3:hup")
     try:
         assert run_command("train", [*SMALL, "--out", str(out)], "deit train") == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

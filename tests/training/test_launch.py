@@ -114,7 +114,7 @@ def test_slurm_script_starts_and_resumes_a_run(tmp_path):
             check=False,
         )
 
-    done = submit(DEIT_FAULT="update:7:kill")  # of ten
+    done = submit(DEIT_FAULT="step:7:kill")  # of ten
     assert done.returncode != 0
     assert not (out / "result.json").exists()
     saved = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))

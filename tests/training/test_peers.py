@@ -64,7 +64,7 @@ def test_signal_to_one_process_stops_both_at_the_same_step(
     rank, command_server, uninterrupted_run, tmp_path
 ):
     out = tmp_path / "run"
-    done = run(command_server, out, f"update@{rank}:2:term")
+    done = run(command_server, out, f"step@{rank}:2:term")
     assert [rank.code for rank in done] == [143, 143]
     (line,) = own_lines(done[0].err)
     assert "SIGTERM" in line
@@ -114,7 +114,7 @@ def test_resume_after_a_kill_of_two_processes_is_bit_identical(
 ):
     """With RandAugment, mixing, drop path, average and stored targets."""
     out = tmp_path / "run"
-    for done in run(command_server, out, f"update:{step}:kill", *taught):
+    for done in run(command_server, out, f"step:{step}:kill", *taught):
         assert done.code in (-signal.SIGKILL, 7)
     assert [rank.code for rank in run(command_server, out, "", *taught)] == [0, 0]
     assert_same_run(out, uninterrupted_distillation)
@@ -146,7 +146,7 @@ def test_signal_to_one_process_stops_both_target_writers(
     arguments = (*three_units, "--out", out)
     done = [
         rank.wait()
-        for rank in both(command_server, *arguments, fault=f"answers@{rank}:{block}:term")
+        for rank in both(command_server, *arguments, fault=f"teacher@{rank}:{block}:term")
     ]
     assert [rank.code for rank in done] == [143, 143], done[0].err
     (line,) = own_lines(done[0].err)
@@ -181,7 +181,7 @@ def test_resume_with_one_process_instead_of_two_matches(
     command_server, uninterrupted_run, tmp_path
 ):
     out = tmp_path / "run"
-    run(command_server, out, "update:6:term")
+    run(command_server, out, "step:6:term")
     stopped = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))
     assert 6 <= stopped <= 2 * STEPS
     single_process = ("train", *SMALL, "--out", out, "--resume", "--optim.grad_accum_steps", "2")
@@ -229,7 +229,7 @@ def test_too_many_nonfinite_steps_stop_both_processes(command_server, tmp_path):
 def test_process_exits_with_7_if_the_other_is_killed(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     # It does not wait: after these 600 s the test itself would have failed.
-    first, second = run(command_server, out, "update@1:7:kill", "--run.timeout_s", "600")
+    first, second = run(command_server, out, "step@1:7:kill", "--run.timeout_s", "600")
     assert second.code == -signal.SIGKILL
     assert first.code == 7, first.err
     (line,) = own_lines(first.err)
@@ -241,7 +241,7 @@ def test_process_exits_with_7_if_the_other_is_killed(command_server, uninterrupt
 @pytest.mark.fault("E5")
 def test_process_exits_with_7_if_the_other_hangs(command_server, tmp_path):
     first, second = start(
-        command_server, tmp_path / "run", "update@1:2:hang", "--run.timeout_s", "4"
+        command_server, tmp_path / "run", "step@1:2:hang", "--run.timeout_s", "4"
     )
     done = first.wait(timeout=300)
     assert done.code == 7, done.err
@@ -256,7 +256,7 @@ def test_process_exits_with_7_if_the_other_hangs(command_server, tmp_path):
 def test_error_of_the_main_process_stops_both(command_server, uninterrupted_run, tmp_path):
     """All checkpoints are damaged, which the first process alone looks at."""
     out = tmp_path / "run"
-    run(command_server, out, "update:7:term")
+    run(command_server, out, "step:7:term")
     for _, folder in run_folder.list_checkpoints(out):
         (folder / "state.json").write_text("{}")
     done = run(command_server, out)
@@ -283,7 +283,7 @@ def test_resume_with_two_processes_instead_of_one_matches(command_server, tmp_pa
     split = ("--optim.grad_accum_steps", "2")
     single_process = ("train", *SMALL, *split, "--resume")
     assert command_server.run(*single_process, "--out", expected_row).code == 0
-    assert command_server.run(*single_process, "--out", out, DEIT_FAULT="update:4:term").code == 143
+    assert command_server.run(*single_process, "--out", out, DEIT_FAULT="step:4:term").code == 143
     done = run(command_server, out)
     assert [rank.code for rank in done] == [0, 0], done[0].err
     resumed, expected = (

@@ -1,4 +1,4 @@
-"""`deit profile`: its parts are those of an update, and its files are real."""
+"""`deit profile`: its parts are those of a step, and its files are real."""
 
 import json
 
@@ -22,15 +22,15 @@ def teacher(command_server, tmp_path_factory):
 
 
 def test_profile_reports_every_part_of_a_step(teacher, command_server, tmp_path):
-    arguments = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--updates", "5")
+    arguments = ("profile", "digits", *SMALL, "--teacher.source", teacher, "--steps", "5")
     arguments += ("--trace", "trace.json", "--json", "numbers.json")
     done = command_server.run(*arguments, cwd=tmp_path)
     assert done.code == 0, done.err
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert tuple(numbers["parts"]) == PARTS
     assert all(took > 0 for took in numbers["parts"].values())
-    assert 0 < sum(numbers["parts"].values()) / numbers["watched_s"] <= 1
-    assert numbers["update_s"] > 0
+    assert 0 < sum(numbers["parts"].values()) / numbers["profiled_s"] <= 1
+    assert numbers["step_s"] > 0
     names = numbers["operations"]
     assert "aten::_fused_adamw_" in names or len(names) == 15
     assert not set(PARTS) & names.keys()
@@ -44,7 +44,7 @@ def test_profile_reports_every_part_of_a_step(teacher, command_server, tmp_path)
 
 def test_profile_without_teacher_and_average_omits_them(command_server, tmp_path):
     arguments = ("profile", "digits", "--loss", "none", "--teacher.source", "none", *SMALL[:6])
-    done = command_server.run(*arguments, "--updates", "2", "--json", "n.json", cwd=tmp_path)
+    done = command_server.run(*arguments, "--steps", "2", "--json", "n.json", cwd=tmp_path)
     assert done.code == 0, done.err
     parts = json.loads((tmp_path / "n.json").read_text())["parts"]
     assert set(parts) == set(PARTS) - {"teacher", "average"}
@@ -53,7 +53,7 @@ def test_profile_without_teacher_and_average_omits_them(command_server, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        (("--updates", "0"), 2, ["--updates 0: "]),
+        (("--steps", "0"), 2, ["--steps 0: "]),
         (("--trace", "there.json"), 5, ["--trace there.json: ", "--force"]),
         (("--resume",), 2, ["deit profile: ", "--resume"]),
     ],
@@ -72,5 +72,5 @@ def test_profile_with_invalid_options_is_refused_before_work(
 def test_profile_prints_no_warnings(command_server):
     """Not even of a GPU that is not there."""
     without_teacher = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
-    done = command_server.run("profile", "digits", *without_teacher, "--updates", "2")
+    done = command_server.run("profile", "digits", *without_teacher, "--steps", "2")
     assert (done.code, done.err) == (0, "")

@@ -51,7 +51,7 @@ def test_tensorboard_has_the_metrics_of_a_resumed_run(tmp_path, monkeypatch):
     from deit.core import fault_injection
 
     out = tmp_path / "run"
-    fault_injection.install_faults("update:9:term")
+    fault_injection.install_faults("step:9:term")
     with pytest.raises(StoppedBySignal):
         train(config("tensorboard"), out)
     fault_injection.install_faults(None)
@@ -207,7 +207,7 @@ def test_tracker_has_the_metrics_of_a_resumed_run_as_one_run(name, tmp_path, mon
     pytest.importorskip(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     out = tmp_path / "run"
-    fault_injection.install_faults("update:9:term")
+    fault_injection.install_faults("step:9:term")
     with pytest.raises(StoppedBySignal):
         train(config(name), out)
     fault_injection.install_faults(None)

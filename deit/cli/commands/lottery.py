@@ -104,7 +104,7 @@ def _lottery_parser(program: str) -> Parser:
         default=",".join(lottery_options.CONTROLS),
         metavar="A,B,...",
         help="Controls to train, or none. random: a random mask with the same density in each "
-        "layer; re-initialised: the ticket's mask with new initial weights; one-shot: pruned once "
+        "layer; reinitialized: the ticket's mask with new initial weights; one-shot: pruned once "
         "instead of in rounds.",
     )
     parser.add_argument(

@@ -35,7 +35,7 @@ def profile(arguments: list[str], program: str) -> None:
     """Profile training steps: time per component and per operator, with an optional trace."""
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--updates", type=int, default=10, metavar="N", help="Number of training steps to time."
+        "--steps", type=int, default=10, metavar="N", help="Number of training steps to time."
     )
     parser.add_argument(
         "--trace",
@@ -54,14 +54,14 @@ def profile(arguments: list[str], program: str) -> None:
         command_parser=parser,
         excluded={**NOT_TRAINING, "out": "no run folder is written; use --trace and --json"},
     )
-    if options.updates < 1:
-        raise ConfigError(f"--updates {options.updates}: should be at least 1")
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps}: should be at least 1")
     from deit.core.filesystem import check_file, write_json
     from deit.training.profile import profile_run
 
     for option, path in (("--trace", options.trace), ("--json", options.json)):
         check_file(path, option=option, replace=options.force)
-    result = profile_run(run.config, updates=options.updates, trace=options.trace)
+    result = profile_run(run.config, num_steps=options.steps, trace=options.trace)
     if options.json is not None and is_main_process():
         write_json(options.json, result)
         info(f"wrote {options.json}")

@@ -24,12 +24,12 @@ pytest.importorskip("sklearn")
 def test_call_from_python_leaves_no_worker(image_folder, tmp_path):
     """Neither after a stop nor after an error: a notebook keeps running."""
     config, before = image_run_config(image_folder, 2), child_processes()
-    stop_at(config, tmp_path / "stopped", "update:2:term")
+    stop_at(config, tmp_path / "stopped", "step:2:term")
     wait_until(lambda: child_processes() == before)
     train(config, tmp_path / "done")
     wait_until(lambda: child_processes() == before)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        stop_at(config, tmp_path / "full", "update:2:full")
+        stop_at(config, tmp_path / "full", "step:2:full")
     wait_until(lambda: child_processes() == before)
 
 

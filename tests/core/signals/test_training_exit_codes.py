@@ -18,9 +18,9 @@ CODES = {"int": 130, "term": 143, "hup": 129, "memory": 5, "kill": -signal.SIGKI
 @pytest.mark.parametrize(
     ("workers", "fault"),
     [
-        *((0, fault) for fault in ("update:3:int", "evaluation:2:term")),
-        *((1, fault) for fault in ("update:3:int", "evaluation:2:term")),
-        *((2, f"update:3:{action}") for action in ("int", "term", "hup", "memory", "kill")),
+        *((0, fault) for fault in ("step:3:int", "evaluation:2:term")),
+        *((1, fault) for fault in ("step:3:int", "evaluation:2:term")),
+        *((2, f"step:3:{action}") for action in ("int", "term", "hup", "memory", "kill")),
         *((2, fault) for fault in ("evaluation:2:int", "loss:0:nan", "optimizer:1:term")),
     ],
 )
@@ -36,7 +36,7 @@ def test_stopped_training_exits_with_its_code_and_leaves_no_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize(
-    "point", sorted(set(fault_injection.POINTS) - {"answers", "targets", "fit"})
+    "point", sorted(set(fault_injection.POINTS) - {"teacher", "targets", "fit"})
 )
 def test_training_stops_at_every_fault_point(
     point, workers, command_server, image_folder, tmp_path
@@ -44,14 +44,14 @@ def test_training_stops_at_every_fault_point(
     """Those of stored targets and of run.auto_micro_batch have their own tests."""
     given = image_run_arguments(image_folder, tmp_path / "run", workers)
     more = ("--optim.ema_epochs", "1", "--run.save_every_steps", "2")
-    fault = f"{point}:1:term" + (",loss:2:nan" if point == "anomalies" else "")
+    fault = f"{point}:1:term" + (",loss:2:nan" if point == "nonfinite_steps" else "")
     assert_ends(command_server.start(*given, *more, as_program=True, DEIT_FAULT=fault), 143)
     assert command_server.run(*given, *more).code == 0
 
 
 def test_full_disk_exits_with_code_5(command_server, image_folder, tmp_path):
     given = image_run_arguments(image_folder, tmp_path / "run", 2)
-    done = assert_ends(command_server.start(*given, as_program=True, DEIT_FAULT="update:3:full"), 5)
+    done = assert_ends(command_server.start(*given, as_program=True, DEIT_FAULT="step:3:full"), 5)
     assert "No space left on device" in done.err
     assert "--debug" in done.err
 
@@ -82,7 +82,7 @@ def test_writing_targets_stops_between_and_within_blocks(
         "--teacher.allow_near_chance",
     )
     write += ("--student.name", "deit_micro", "--out", tmp_path / "store")
-    assert_ends(command_server.start(*write, as_program=True, DEIT_FAULT="answers:2:int"), 130)
+    assert_ends(command_server.start(*write, as_program=True, DEIT_FAULT="teacher:2:int"), 130)
     assert_ends(command_server.start(*write, as_program=True), 0)
 
 

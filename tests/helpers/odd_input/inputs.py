@@ -47,7 +47,7 @@ _FOLDER_COMMANDS = {
     "--rounds 1 --controls none --rewind-epoch 0 --parallel 2",
 }
 """Folders and the commands that make them, each from the folders before it."""
-_FAULTS = {"begun": "update:5:term"}
+_FAULTS = {"begun": "step:5:term"}
 
 
 def make_inputs(command_server: CommandServer, folder: Path) -> None:
@@ -166,7 +166,7 @@ BASES = {
         f"{_RUN} --out store",
     ),
     "targets verify": ("store", "store --root pics --teacher teacher --num-queries 4"),
-    "profile": (f"{_RUN} --updates 1", f"{_RUN} --updates 2 --trace out.json --json out2.json"),
+    "profile": (f"{_RUN} --steps 1", f"{_RUN} --steps 2 --trace out.json --json out2.json"),
     "recipes": ("",),
     "": ("", "--help", "--version"),
 }

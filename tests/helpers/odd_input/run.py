@@ -273,7 +273,7 @@ def _run_program(case: dict[str, Any], streams: list[int | None]) -> typing.NoRe
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST, _LARGEST))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.environ |= {"HOME": os.getcwd(), "DEIT_FAULT": "update:4:term", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"HOME": os.getcwd(), "DEIT_FAULT": "step:4:term", "CUDA_VISIBLE_DEVICES": ""}
     from deit.cli import program
 
     sys.argv = [case["program"], *arguments]

@@ -156,7 +156,7 @@ def test_adapter_model_json_loads(runs, tmp_path):
     assert load_student(tmp_path / "best")[1] == load_student(runs / "base" / "best")[1]
 
 
-@pytest.mark.parametrize("fault", ["update:2:term", "update:5:term", "metrics:1:term"])
+@pytest.mark.parametrize("fault", ["step:2:term", "step:5:term", "metrics:1:term"])
 def test_adapter_run_resumes_bit_equal(runs, tmp_path, fault, monkeypatch):
     stop_at(config_of(runs), tmp_path / "run", fault)
     looked_for, find = [], load_weights.find_base

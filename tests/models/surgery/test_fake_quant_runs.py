@@ -101,7 +101,7 @@ def test_run_starts_with_outputs_of_init_weights(runs):
     assert 20 < signal_to_noise(before, began) < 60
 
 
-@pytest.mark.parametrize("fault", ["update:2:term", "update:7:term", "metrics:1:term"])
+@pytest.mark.parametrize("fault", ["step:2:term", "step:7:term", "metrics:1:term"])
 def test_qat_run_resumes_bit_equal(runs, tmp_path, fault):
     stop_and_resume(config_of(runs), tmp_path / "run", fault)
     assert_same_end(tmp_path / "run", runs / "int8")
@@ -109,12 +109,12 @@ def test_qat_run_resumes_bit_equal(runs, tmp_path, fault):
 
 def test_skipped_step_does_not_move_ranges(runs, tmp_path):
     result = []
-    for name, fault in (("one", "update:3:term"), ("two", "loss:3:nan,update:3:term")):
+    for name, fault in (("one", "step:3:term"), ("two", "loss:3:nan,step:3:term")):
         stop_at(config_of(runs), tmp_path / name, fault)
         result.append(
             ranges_of(run_folder.latest_checkpoint(tmp_path / name) / "model.safetensors")
         )
-    stop_at(config_of(runs), tmp_path / "before", "update:2:term")
+    stop_at(config_of(runs), tmp_path / "before", "step:2:term")
     before = ranges_of(run_folder.latest_checkpoint(tmp_path / "before") / "model.safetensors")
     assert torch.equal(result[1], before)
     assert not torch.equal(result[0], before)

@@ -151,7 +151,7 @@ def test_all_ones_masks_train_bit_equal(runs, tmp_path):
 @pytest.mark.parametrize("step", [6, 8, 11])
 def test_pruned_run_resumes_bit_equal(runs, pruned, tmp_path, step):
     out = tmp_path / "run"
-    stop_at(ticket(runs), out, f"update:{step - 5}:term")
+    stop_at(ticket(runs), out, f"step:{step - 5}:term")
     # The file it began with may be gone.
     lost = ticket(runs, run={"device": "cpu"})
     (runs / "masks.safetensors").rename(runs / "gone")

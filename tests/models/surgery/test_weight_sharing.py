@@ -279,7 +279,7 @@ def test_shared_run_learns_resumes_bit_equal_and_averages(tmp_path, command_serv
     )
     torch.set_num_threads(1)
     train(config, tmp_path / "uninterrupted")
-    stop_and_resume(config, tmp_path / "run", "update:3:term")
+    stop_and_resume(config, tmp_path / "run", "step:3:term")
     assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")
     weights = load_file(
         run_folder.latest_checkpoint(tmp_path / "uninterrupted") / "model.safetensors"

@@ -80,5 +80,5 @@ def _one_thread(_deterministic_and_offline):
 def stopped_run(live_config, tmp_path_factory) -> tuple[Config, Path]:
     """Return the configuration and the folder of a run stopped after its first step."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    stop_at(live_config, out, "update:1:term")
+    stop_at(live_config, out, "step:1:term")
     return live_config, out

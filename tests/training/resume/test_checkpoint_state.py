@@ -34,7 +34,7 @@ def eventful_run(live_config, tmp_path_factory) -> tuple[Config, Path, Path]:
         fault_injection.install_faults(f"loss:{SKIPPED_STEP}:nan")
         train(live_config, folder / "uninterrupted")
         stop_at(
-            live_config, folder / "stopped", f"loss:{SKIPPED_STEP}:nan,update:{SKIPPED_STEP}:term"
+            live_config, folder / "stopped", f"loss:{SKIPPED_STEP}:nan,step:{SKIPPED_STEP}:term"
         )
     return live_config, folder / "uninterrupted", folder / "stopped"
 
@@ -91,7 +91,7 @@ def test_resume_without_a_state_field_differs(name, eventful_run, tmp_path, monk
 
 
 def test_resume_without_the_stores_in_the_state_is_refused(config, tmp_path):
-    stop_at(config, tmp_path / "run", "update:1:term")
+    stop_at(config, tmp_path / "run", "step:1:term")
     folder = run_folder.latest_checkpoint(tmp_path / "run")
     content = json.loads((folder / "state.json").read_text())
     assert len(content["targets"]) == 1

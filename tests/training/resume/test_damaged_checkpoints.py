@@ -35,7 +35,7 @@ def test_resume_renames_a_damaged_checkpoint_and_uses_the_one_before(
     config, uninterrupted_run, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    stop_at(config, out, "update:6:term")
+    stop_at(config, out, "step:6:term")
     newest = run_folder.latest_checkpoint(out)
     assert [step for step, _ in run_folder.list_checkpoints(out)] == [6, 4]
     weights = newest / "model.safetensors"
@@ -59,7 +59,7 @@ def test_unreadable_checkpoint_is_not_treated_as_damaged(
 ):
     """For example a file server fails for a moment: nothing is renamed or trained again."""
     out = tmp_path / "run"
-    stop_at(config, out, "update:6:term")
+    stop_at(config, out, "step:6:term")
     before, sound = set(out.rglob("*")), getattr(Path, call)
 
     def failing(self, *arguments, **options):
@@ -81,7 +81,7 @@ def test_unreadable_checkpoint_is_not_treated_as_damaged(
 @pytest.mark.fault("B3", "B5")
 def test_resume_with_all_checkpoints_damaged_is_refused(live_config, tmp_path):
     out = tmp_path / "run"
-    stop_at(live_config, out, "update:6:term")
+    stop_at(live_config, out, "step:6:term")
     (out / "checkpoint-00000004" / "manifest.json").unlink()
     (out / "checkpoint-00000006" / "optimizer.safetensors").write_bytes(b"")
     before = sorted(out.rglob("*"))
@@ -105,7 +105,7 @@ def test_unlisted_files_in_a_checkpoint_are_reported_and_not_read(
     config, uninterrupted_run, tmp_path, capsys
 ):
     out = tmp_path / "run"
-    stop_at(config, out, "update:6:term")
+    stop_at(config, out, "step:6:term")
     unlisted = run_folder.latest_checkpoint(out) / "optimizer.pt"
     unlisted.write_bytes(b"no")
     train(config, out, resume=True)

@@ -20,7 +20,7 @@ from tests.helpers.resume_helpers import LAST, STEPS, results, resumes_after, st
 @pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, STEPS + 3, LAST])
 def test_resume_after_any_step_is_bit_identical(step, config, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
-    stop_at(config, out, f"update:{step}:term")
+    stop_at(config, out, f"step:{step}:term")
     assert run_folder.checkpoint_step(run_folder.latest_checkpoint(out)) == step
     torch.rand(17)  # a resumed process has a different random state
     workers = 2 if step == 6 else 1 if step == 7 else 0
@@ -32,7 +32,7 @@ def test_resume_after_any_step_is_bit_identical(step, config, uninterrupted_run,
 def test_resume_restores_the_momentum_of_sgd(momentum, live_config, tmp_path):
     live_config = live_config.replace(optim={"name": "sgd", "momentum": momentum})
     train(live_config, tmp_path / "uninterrupted")
-    stop_at(live_config, tmp_path / "run", "update:5:term")
+    stop_at(live_config, tmp_path / "run", "step:5:term")
     train(live_config, tmp_path / "run", resume=True)
     assert results(tmp_path / "run") == results(tmp_path / "uninterrupted")
 
@@ -46,7 +46,7 @@ def test_resume_with_any_number_of_workers_is_bit_identical(
 ):
     out = tmp_path / "run"
     config = config.replace(data={"num_workers": workers})
-    stop_at(config, out, f"update:{step}:term")
+    stop_at(config, out, f"step:{step}:term")
     train(config, out, resume=True)
     assert results(out) == results(uninterrupted_run)
 
@@ -58,7 +58,7 @@ def test_resume_continues_the_count_of_skipped_steps(live_config, tmp_path):
     fault_injection.install_faults("loss:5:nan,loss:6:nan")
     with raises(NumericsError, tmp_path / "uninterrupted" / run_log.NONFINITE_LOG):
         train(live_config, tmp_path / "uninterrupted")
-    stop_at(live_config, tmp_path / "run", "loss:5:nan,update:5:term")
+    stop_at(live_config, tmp_path / "run", "loss:5:nan,step:5:term")
     fault_injection.install_faults("loss:1:nan")
     with raises(NumericsError, tmp_path / "run" / run_log.NONFINITE_LOG):
         train(live_config, tmp_path / "run", resume=True)
@@ -99,7 +99,7 @@ def test_usr1_saves_a_checkpoint_and_training_continues(
         "save_checkpoint",
         lambda out, step, *a, **k: (steps.append(step), write(out, step, *a, **k)),
     )
-    fault_injection.install_faults("update:6:usr1")
+    fault_injection.install_faults("step:6:usr1")
     train(config, tmp_path / "run")
     assert steps == [4, 6, 8, 12]
     assert results(tmp_path / "run") == results(uninterrupted_run)
@@ -122,7 +122,7 @@ def test_save_every_steps_keeps_num_checkpoints(config, uninterrupted_run, tmp_p
 def test_signal_stops_the_run_with_its_exit_code(signum, live_config, tmp_path):
     before = signal.signal(signum, signal.SIG_DFL)  # ignored if the tests run in the background
     name = signal.Signals(signum).name.removeprefix("SIG").lower()
-    fault_injection.install_faults(f"update:2:{name}")
+    fault_injection.install_faults(f"step:2:{name}")
     with pytest.raises(StoppedBySignal) as stop:
         train(live_config, tmp_path / "run")
     assert signal.signal(signum, before) == signal.SIG_DFL  # the handler is restored
@@ -139,7 +139,7 @@ def test_stop_in_an_evaluation_repeats_only_the_evaluation(
     small = config.replace(run={"eval_batch_size": 4})
     stop_at(small, out, "evaluation:5:term")  # the first three evaluate the teacher
     capsys.readouterr()
-    fault_injection.install_faults("update:1:term")
+    fault_injection.install_faults("step:1:term")
     with pytest.raises(StoppedBySignal):
         train(small, out, resume=True)
     assert resumes_after(4, out, capsys.readouterr().out)
@@ -153,7 +153,7 @@ def test_stop_in_an_evaluation_repeats_only_the_evaluation(
 @pytest.mark.fault("A18")
 def test_slow_checkpoint_is_logged(live_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(save, "_SLOW_S", 0.0)
-    stop_at(live_config, tmp_path / "run", "update:1:term")
+    stop_at(live_config, tmp_path / "run", "step:1:term")
     assert str(run_folder.checkpoint_path(tmp_path / "run", 1)) in capsys.readouterr().err
 
 

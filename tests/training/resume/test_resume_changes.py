@@ -31,7 +31,7 @@ def test_resume_on_other_hardware_warns(stopped_run, tmp_path, capsys):
     packages = {**before["packages"], "pillow": "1.1.7"}
     other = {"threads": 7, "device_name": "an abacus", "packages": packages}
     path.write_text(json.dumps({**before, **other}))
-    fault_injection.install_faults("update:1:term")
+    fault_injection.install_faults("step:1:term")
     with pytest.raises(StoppedBySignal):
         train(config, tmp_path / "run", resume=True)
     output = capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_resume_with_changed_data_is_refused(live_config, tmp_path):
     out, image_folder = tmp_path / "run", tmp_path / "pictures"
     shutil.copytree(live_config.data.root, image_folder)
     moved = live_config.replace(data={"root": str(image_folder)})
-    stop_at(moved, out, "update:6:term")
+    stop_at(moved, out, "step:6:term")
     (image_folder / "train" / "class1" / "3.png").unlink()
     with raises(DataError, out, "data.source"):
         train(moved, out, resume=True)
@@ -105,7 +105,7 @@ def test_resume_with_other_weights_of_the_teacher_is_refused(config, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(config.teacher.source[0], folder)
     live = config.replace(teacher={"target_stores": (), "source": (str(folder),)})
-    stop_at(live, tmp_path / "run", "update:1:term")
+    stop_at(live, tmp_path / "run", "step:1:term")
     weights = folder / "best" / "model.safetensors"
     content = {name: value * 1.001 for name, value in load_file(weights).items()}
     save_file(content, weights)
@@ -126,7 +126,7 @@ def test_resume_with_another_torch_version_warns(stopped_run, tmp_path, capsys):
     before = json.loads(path.read_text())
     before["packages"]["torch"] = "1.0"
     path.write_text(json.dumps(before))
-    fault_injection.install_faults("update:1:term")
+    fault_injection.install_faults("step:1:term")
     with pytest.raises(StoppedBySignal):
         train(config, tmp_path / "run", resume=True)
     assert re.search(r"\btorch\b[^;]*\b1\.0\b", capsys.readouterr().err)
@@ -138,7 +138,7 @@ def test_resume_with_one_changed_pixel_is_refused(config, tmp_path):
     shutil.copytree(config.data.root, image_folder)
     data = {"root": str(image_folder), "storage": "memory", "num_workers": None}
     moved = config.replace(data=data, teacher={"target_stores": ()})
-    stop_at(moved, tmp_path / "run", "update:6:term")
+    stop_at(moved, tmp_path / "run", "step:6:term")
     path = image_folder / "train" / "class1" / "3.png"
     with Image.open(path) as image:
         image.putpixel((5, 5), (1, 2, 3))
