@@ -74,7 +74,7 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
     ]
 
 
-COLUMNS = ("", "class head", "distillation head", "fused", "agrees with teacher %", "seconds")
+COLUMNS = ("", "class head", "distillation head", "fused", "agreement with teacher %", "seconds")
 
 
 def section(name: str, result: dict) -> str:

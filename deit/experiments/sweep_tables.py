@@ -22,7 +22,7 @@ _METRICS = (
     "fused",
     "gain",
     "validation",
-    "agrees with teacher %",
+    "agreement with teacher %",
     "seconds",
 )
 _CLASS_GROUPS = ("seen", "unseen")
