@@ -240,9 +240,7 @@ def test_process_exits_with_7_if_the_other_is_killed(command_server, uninterrupt
 
 @pytest.mark.fault("E5")
 def test_process_exits_with_7_if_the_other_hangs(command_server, tmp_path):
-    first, second = start(
-        command_server, tmp_path / "run", "step@1:2:hang", "--run.timeout_s", "4"
-    )
+    first, second = start(command_server, tmp_path / "run", "step@1:2:hang", "--run.timeout_s", "4")
     done = first.wait(timeout=300)
     assert done.code == 7, done.err
     (line,) = own_lines(done.err)
