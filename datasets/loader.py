@@ -20,35 +20,17 @@ from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 from deit.datasets.resizing import resize
 from deit.datasets.stage_timer import StageTimer
-from deit.datasets.view_samplers import RandomView, ViewSampler, teacher_view_sampler
+from deit.datasets.view_samplers import (
+    RandomView,
+    ViewSampler,
+    source_size,
+    teacher_view_sampler,
+    view_sizes,
+)
 from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
 
 _SAMPLED_AT_ONCE = 4096  # views; sampling a few parameters takes as long as sampling many
 _BYTES_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together
-
-
-class Sizes(NamedTuple):
-    """Sides [px] of a view, and of the resized views that student and teacher get."""
-
-    view: int
-    student: int
-    teacher: int
-
-
-def view_sizes(student: int, teacher: int | None, source: int | None) -> Sizes:
-    """Return the sides [px] of views: one view for both networks, as large as the larger input.
-
-    student: side of its input. teacher: side of its input; None without a teacher or if it accepts
-    any size. source: side of images in memory, None for encoded images. A teacher with a larger
-    input than the source gets views of the source's size and enlarges them itself.
-
-    >>> view_sizes(32, 224, source=64)
-    Sizes(view=64, student=32, teacher=64)
-    """
-    side = student if teacher is None else teacher
-    if source is not None:
-        side = min(side, max(source, student))
-    return Sizes(view=max(student, side), student=student, teacher=side)
 
 
 class TeacherInput(NamedTuple):
@@ -69,12 +51,11 @@ class TeacherInput(NamedTuple):
 
 
 class _SampledViews(NamedTuple):
-    """The view parameters of consecutive rows of an epoch."""
+    """The view parameters of consecutive rows of an epoch, one for each sampler."""
 
     samples: Tensor
     target_rows: Tensor
-    student: ViewParameters
-    teacher: ViewParameters | None
+    parameters: tuple[ViewParameters | None, ...]
     mix: Mix | None
 
     def select(self, rows: slice) -> "_SampledViews":
@@ -83,8 +64,7 @@ class _SampledViews(NamedTuple):
         return _SampledViews(
             self.samples[rows],
             self.target_rows[rows],
-            self.student.select(rows),
-            None if self.teacher is None else self.teacher.select(rows),
+            tuple(None if values is None else values.select(rows) for values in self.parameters),
             None if self.mix is None else self.mix.select(pairs),
         )
 
@@ -106,17 +86,17 @@ class TrainLoader:
     by this number, so that neighbors, which are mixed, are different images. Images that do not
     fill a batch at the end of an epoch are skipped; the order changes with every epoch.
 
-    channel_stats: of the training images, for fill colors and erasing. seed: of order and views.
-    process: index of this process. workers: decoding processes, for encoded images. square: side
-    [px] to which encoded images are decoded (data.image_size), unless a random crop is taken from
-    the full-resolution image; default: that of the view. for_teacher: whether batches contain the
-    teacher's input.
+    student_size, teacher_size: sides of their inputs [px]; None for a teacher that accepts any
+    size. decoded_size: side [px] to which encoded images are decoded (data.image_size), unless a
+    random crop is taken from the full-resolution image; default: that of the view. channel_stats:
+    of the training images, for fill colors and erasing. seed: of order and views. process: index of
+    this process. workers: decoding processes, for encoded images. for_teacher: whether batches
+    contain the teacher's input.
 
     >>> images = InMemoryImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20) % 2)
     >>> loader = TrainLoader(
     ...     images, num_classes=2, views=ViewsConfig(), optim=OptimConfig(batch_size=8),
-    ...     sizes=view_sizes(8, None, source=8), seed=0,
-    ...     channel_stats=ChannelStats((0.5,) * 3, (0.25,) * 3))
+    ...     student_size=8, seed=0, channel_stats=ChannelStats((0.5,) * 3, (0.25,) * 3))
     >>> [tuple(batch.images.shape) for batch in loader.epoch(0)]
     [(8, 3, 8, 8), (8, 3, 8, 8)]
     """
@@ -128,14 +108,15 @@ class TrainLoader:
         *,
         views: ViewsConfig,
         optim: OptimConfig,
-        sizes: Sizes,
+        student_size: int,
+        teacher_size: int | None = None,
+        decoded_size: int | None = None,
         channel_stats: ChannelStats,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
         device: torch.device | str = "cpu",
         workers: int = 0,
-        square: int | None = None,
         for_teacher: bool = True,
     ) -> None:
         """Raises ConfigError if a batch cannot be divided into equal (with mixing: even) blocks,
@@ -161,17 +142,18 @@ class TrainLoader:
         self.images = images
         self.labels = images.labels.to(self.device)
         self.num_classes = num_classes
-        self.sizes = sizes
-        self.square, self.channel_stats = square, channel_stats
+        source = source_size(images, views, decoded_size)
+        self.sizes = sizes = view_sizes(student_size, teacher_size, source)
+        self.channel_stats = channel_stats
         self.seed = seed
         self.process = process
         self.workers = workers
         # An epoch keeps its number of views: with repeats it covers fewer images.
         self.steps_per_epoch = num_steps_per_epoch(self.num_images, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
-        settings = {"square": square, "channel_stats": channel_stats, "seed": seed}
-        self.student_sampler = RandomView(images, views, size=sizes.view, **settings)
-        self.teacher_sampler = teacher_view_sampler(images, views, size=sizes.teacher, **settings)
+        settings = {"source": source, "channel_stats": channel_stats, "seed": seed}
+        self.student_sampler = RandomView(views, size=sizes.view, **settings)
+        self.teacher_sampler = teacher_view_sampler(views, size=sizes.teacher, **settings)
         """None if the teacher gets the student's views."""
         self.for_teacher = for_teacher
         self.on_teacher_input: Callable[[TeacherInput], None] | None = None
@@ -220,8 +202,9 @@ class TrainLoader:
         self.stages.reset()
         order = self.order(epoch)
         rows = self._rows()[start_step * self.optim.grad_accum_steps :]
-        teacher_sampler = self.teacher_sampler if self.for_teacher else None
-        samplers = [self.student_sampler] + ([] if teacher_sampler is None else [teacher_sampler])
+        samplers = [self.student_sampler]
+        if self.for_teacher and self.teacher_sampler is not None:
+            samplers.append(self.teacher_sampler)
         requests = (ReadRequest(epoch, *self._locate(order, block)) for block in rows)
         read = self._read_blocks(samplers, requests)
         num_blocks = 1  # made together
@@ -230,12 +213,13 @@ class TrainLoader:
         num_sampled = max(_SAMPLED_AT_ONCE // self.block // num_blocks, 1) * num_blocks
         for sampled_rows in rows.split(num_sampled):
             with self.stages.time("views", 0):
-                sampled = self._sample(epoch, order, sampled_rows.flatten(), teacher_sampler)
+                flat = sampled_rows.flatten()
+                sampled = self._sample(epoch, flat, *self._locate(order, flat), samplers)
             for first in range(0, len(sampled_rows), num_blocks):
                 last = min(first + num_blocks, len(sampled_rows))
                 part = sampled.select(slice(first * self.block, last * self.block))
                 pixels = None if read is None else next(read)
-                yield from self._make_batches(epoch, part, pixels, teacher_sampler)
+                yield from self._make_batches(epoch, part, pixels, samplers)
 
     def teacher_inputs(
         self, epoch: int, rows: Tensor, *, block: int, repeat: int = 0
@@ -248,24 +232,18 @@ class TrainLoader:
         """
         sampler = self.teacher_sampler or self.student_sampler
         order = None if self.views.has_fixed_teacher_view else self.order(epoch)
-        located = self._locate(order, rows, repeat)
-        blocks = zip(*(part.split(block) for part in located))
-        requests = (ReadRequest(epoch, *part) for part in blocks)
-        read = self._read_blocks([sampler], requests)
+        images, repeats = self._locate(order, rows, repeat)
+        blocks = zip(images.split(block), repeats.split(block))
+        read = self._read_blocks([sampler], (ReadRequest(epoch, *part) for part in blocks))
         for part in torch.arange(len(rows)).split(max(_SAMPLED_AT_ONCE // block, 1) * block):
-            samples, repeats = (to_device_async(values[part], self.device) for values in located)
-            parameters = sampler.sample(epoch, samples, repeats)
-            mix = self._sample_mix(epoch, rows[part])
+            sampled = self._sample(epoch, rows[part], images[part], repeats[part], [sampler])
             for first in range(0, len(part), block):
-                batch = slice(first, min(first + block, len(part)))
-                pixels = self.pixels[samples[batch]] if read is None else next(read)[0]
-                selected = None if parameters is None else parameters.select(batch)
-                views = sampler.apply(pixels, selected)
-                pairs = slice(batch.start // 2, batch.stop // 2)
-                pair_mix = None if mix is None else mix.select(pairs)
-                images = self._to_input(views, self.sizes.teacher, pair_mix)
+                batch = sampled.select(slice(first, min(first + block, len(part))))
+                (pixels,) = (self.pixels[batch.samples],) if read is None else next(read)
+                views = sampler.apply(pixels, *batch.parameters)
+                teacher_images = self._to_input(views, self.sizes.teacher, batch.mix)
                 yield TeacherInput(
-                    images, views, pair_mix, samples[batch], epoch, rows[part][batch]
+                    teacher_images, views, batch.mix, batch.samples, epoch, batch.target_rows
                 )
 
     def close(self) -> None:
@@ -290,16 +268,20 @@ class TrainLoader:
         return order[image], index // self.images_per_batch
 
     def _sample(
-        self, epoch: int, order: Tensor, rows: Tensor, teacher_sampler: ViewSampler | None
+        self,
+        epoch: int,
+        rows: Tensor,
+        images: Tensor,
+        repeats: Tensor,
+        samplers: list[ViewSampler],
     ) -> _SampledViews:
-        images, repeats = self._locate(order, rows)
+        """Sample the views of rows of an epoch. images, repeats: of each row, from `_locate`."""
         samples = to_device_async(images, self.device)
         repeats = to_device_async(repeats, self.device)
         return _SampledViews(
             samples,
             images if self.views.has_fixed_teacher_view else rows,
-            self.student_sampler.sample(epoch, samples, repeats),
-            None if teacher_sampler is None else teacher_sampler.sample(epoch, samples, repeats),
+            tuple(sampler.sample(epoch, samples, repeats) for sampler in samplers),
             self._sample_mix(epoch, rows),
         )
 
@@ -342,30 +324,29 @@ class TrainLoader:
         epoch: int,
         sampled: _SampledViews,
         read: tuple[Tensor, ...] | None,
-        teacher_sampler: ViewSampler | None,
+        samplers: list[ViewSampler],
     ) -> Iterator[Batch]:
-        """Make the views of one or more micro-batches."""
-        samples, mix = sampled.samples, sampled.mix
+        """Make the views of one or more micro-batches. read: decoded pixels for each sampler."""
+        samples, target_rows, parameters, mix = sampled
         with self.stages.time("views", len(samples)):
-            pixels = self.pixels[samples] if read is None else read[0]
-            views = self.student_sampler.apply(pixels, sampled.student)
+            pixels = (self.pixels[samples],) * len(samplers) if read is None else read
+            views, *teacher_views = (
+                sampler.apply(*inputs) for sampler, *inputs in zip(samplers, pixels, parameters)
+            )
             images = self._to_input(views, self.sizes.student, mix)
             targets = one_hot(self.labels[samples], self.num_classes).float()
             if mix is not None:
                 targets = mix_targets(targets, mix)
             teacher_images = None
-            if self.for_teacher and teacher_sampler is not None:
-                pixels = pixels if read is None else read[1]
-                teacher_images = to_unit_float(teacher_sampler.apply(pixels, sampled.teacher))
+            if teacher_views:
+                teacher_images = to_unit_float(teacher_views[0])
             elif self.for_teacher and self.sizes.teacher == self.sizes.student:
                 teacher_images = images
             elif self.for_teacher:
                 teacher_images = self._to_input(views, self.sizes.teacher, mix)
             if self.on_teacher_input is not None and self.teacher_sampler is None:
-                self.on_teacher_input(
-                    TeacherInput(images, views, mix, samples, epoch, sampled.target_rows)
-                )
-        parts = [part.split(self.block) for part in (images, targets, samples, sampled.target_rows)]
+                self.on_teacher_input(TeacherInput(images, views, mix, samples, epoch, target_rows))
+        parts = [part.split(self.block) for part in (images, targets, samples, target_rows)]
         teacher_parts = None if teacher_images is None else teacher_images.split(self.block)
         for index, (images, targets, samples, target_rows) in enumerate(zip(*parts)):
             teacher_part = None if teacher_parts is None else teacher_parts[index]

@@ -1,6 +1,7 @@
 """View samplers: the views that a network gets of an image, random or fixed."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,38 +19,73 @@ from deit.datasets.views import (
 )
 
 
+class Sizes(NamedTuple):
+    """Sides [px] of a view, of the resized views that student and teacher get, and of its source.
+
+    source: the square that a view is made from; None if each view is cropped from the image at its
+    full resolution.
+    """
+
+    view: int
+    student: int
+    teacher: int
+    source: int | None
+
+
+def view_sizes(student: int, teacher: int | None, source: int | None) -> Sizes:
+    """Return the sides [px] of views: one view for both networks, as large as the larger input.
+
+    student: side of its input. teacher: side of its input; None without a teacher or if it accepts
+    any size. source: from `source_size`. A teacher with a larger input than the source gets views
+    of the source's size and enlarges them itself.
+
+    >>> view_sizes(32, 224, source=64)
+    Sizes(view=64, student=32, teacher=64, source=64)
+    """
+    side = student if teacher is None else teacher
+    if source is not None:
+        side = min(side, max(source, student))
+    return Sizes(view=max(student, side), student=student, teacher=side, source=source)
+
+
+def source_size(
+    images: InMemoryImages | EncodedImages, views: ViewsConfig, decoded_size: int | None
+) -> int | None:
+    """Return the side [px] of the squares that views are made from, or None (see Sizes).
+
+    decoded_size: side to which encoded images are decoded; None: that of the view.
+    """
+    if isinstance(images, InMemoryImages):
+        return images.pixels.shape[-1]
+    return None if views.crops_a_box else decoded_size
+
+
 class RandomView:
     """A random view for each (epoch, sample, repeat): uint8 squares of `size` [px].
 
-    Encoded images are cropped by the worker processes (`decoder`), so `views` then has no crop.
+    decoder: the part of an encoded image that a worker process decodes. Without a source, that is
+    the random crop, and `views` then has no crop.
     """
 
     def __init__(
         self,
-        images: InMemoryImages | EncodedImages,
         views: ViewsConfig,
         *,
         size: int,
-        square: int | None,
+        source: int | None,
         channel_stats: ChannelStats,
         seed: int,
     ) -> None:
-        """square: side [px] to which encoded images are decoded without a random crop. Default:
-        size. channel_stats: of the training images."""
+        """source: from `source_size`. channel_stats: of the training images."""
         self.size = size
         self.views = views
         self.channel_stats = channel_stats
         self.seed = seed
-        self.decoder: Decoder | None = None
-        if isinstance(images, InMemoryImages):
-            self.source_size = images.pixels.shape[-1]
-        elif views.crop in ("random_resized", "random"):
+        self.source_size = source or size
+        self.decoder: Decoder = CenterSquare(self.source_size)
+        if source is None and views.crops_a_box:
             self.decoder = RandomCrop(views, size, seed)
-            self.source_size = size
             self.views = replace(views, crop="none")
-        else:
-            self.source_size = square or size
-            self.decoder = CenterSquare(self.source_size)
 
     def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> ViewParameters:
         """Sample the view parameters of images. samples, repeats: int64 [batch]."""
@@ -60,7 +96,7 @@ class RandomView:
     def apply(self, pixels: Tensor, parameters: ViewParameters) -> Tensor:
         """Return views, uint8 [batch, 3, size, size].
 
-        pixels: uint8 [batch, 3, side, side], from memory or as returned by `decoder`.
+        pixels: uint8 [batch, 3, side, side], from memory or from `decoder`.
         """
         return apply_views(
             pixels, parameters, self.views, size=self.size, channel_stats=self.channel_stats
@@ -95,13 +131,7 @@ ViewSampler = RandomView | FixedView
 
 
 def teacher_view_sampler(
-    images: InMemoryImages | EncodedImages,
-    views: ViewsConfig,
-    *,
-    size: int,
-    square: int | None,
-    channel_stats: ChannelStats,
-    seed: int,
+    views: ViewsConfig, *, size: int, source: int | None, channel_stats: ChannelStats, seed: int
 ) -> ViewSampler | None:
     """Return the sampler of views.teacher_view; None if the teacher gets the student's views.
 
@@ -115,5 +145,5 @@ def teacher_view_sampler(
         views = replace(views, auto_augment="none", color_jitter=0.0, erasing_prob=0.0)
     teacher_seed = derived_seed(seed, "teacher")
     return RandomView(
-        images, views, size=size, square=square, channel_stats=channel_stats, seed=teacher_seed
+        views, size=size, source=source, channel_stats=channel_stats, seed=teacher_seed
     )

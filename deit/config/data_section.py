@@ -159,6 +159,11 @@ class ViewsConfig:
         return self.teacher_view in ("resized", "center", "crops")
 
     @property
+    def crops_a_box(self) -> bool:
+        """Whether a view is a random box of the image, resized to the view's size."""
+        return self.crop in ("random", "random_resized")
+
+    @property
     def uses_mixing(self) -> bool:
         """Whether training views can be mixed (mixup or cutmix)."""
         return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.mixup_prob > 0

@@ -11,8 +11,7 @@ from deit.config.student_section import StudentConfig
 from deit.config.teachers import TeacherSpec, teacher_specs
 from deit.core.accelerator import create_accelerator
 from deit.datasets.decode_workers import worker_count
-from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader, view_sizes
+from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.datasets.views import ChannelStats
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
@@ -34,16 +33,19 @@ def build_accelerator(run: RunConfig, *, grad_accum_steps: int = 1) -> Accelerat
     )
 
 
-def model_info_from(student: StudentConfig, views: ViewsConfig, splits: Splits) -> ModelInfo:
-    """Return what is saved with a student: its options, class names and normalization.
+def channel_stats(views: ViewsConfig, splits: Splits) -> ChannelStats:
+    """Return the normalization of `views`, or else the mean and standard deviation of the data."""
+    return ChannelStats(views.mean or splits.mean, views.std or splits.std)
 
-    The normalization is that of `views`, or else the mean and standard deviation of the data.
-    """
+
+def model_info_from(student: StudentConfig, views: ViewsConfig, splits: Splits) -> ModelInfo:
+    """Return what is saved with a student: its options, class names and `channel_stats`."""
+    mean, std = channel_stats(views, splits)
     return ModelInfo(
         student=student,
         class_names=splits.class_names,
-        mean=views.mean or splits.mean,
-        std=views.std or splits.std,
+        mean=mean,
+        std=std,
         evaluation_crop=views.eval_crop_pct,
     )
 
@@ -100,23 +102,6 @@ def teacher_input_size(sizes: list[int | None]) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def image_sizes(
-    images: InMemoryImages | EncodedImages,
-    *,
-    student_size: int,
-    teacher_size: int | None,
-    data_size: int | None,
-    crop: str,
-) -> Sizes:
-    """Return the sizes [px] of the student's and the teachers' images, in training and evaluation.
-
-    teacher_size: from `teacher_input_size`; None also without a teacher. data_size: side to which
-    files are decoded (data.image_size). crop: views.crop.
-    """
-    cropped = isinstance(images, EncodedImages) and crop in ("random_resized", "random")
-    return view_sizes(student_size, teacher_size, None if cropped else data_size)
-
-
 def build_train_loader(
     config: Config,
     splits: Splits,
@@ -131,26 +116,19 @@ def build_train_loader(
     teacher_size: from `teacher_input_size`. for_teacher: whether batches hold the teachers' images.
     Raises ConfigError and DataError as TrainLoader does.
     """
-    views, images = config.views, splits.train
-    sizes = image_sizes(
-        images,
+    return TrainLoader(
+        splits.train,
+        len(splits.class_names),
+        views=config.views,
+        optim=config.optim,
         student_size=config.student.image_size,
         teacher_size=teacher_size,
-        data_size=config.data.image_size,
-        crop=views.crop,
-    )
-    return TrainLoader(
-        images,
-        len(splits.class_names),
-        views=views,
-        optim=config.optim,
-        sizes=sizes,
-        channel_stats=ChannelStats(views.mean or splits.mean, views.std or splits.std),
+        decoded_size=config.data.image_size,
+        channel_stats=channel_stats(config.views, splits),
         seed=config.views_seed,
         process=0 if all_ranks else accelerator.process_index,
         num_processes=1 if all_ranks else accelerator.num_processes,
         device=accelerator.device,
         workers=worker_count(config.data.num_workers),
-        square=config.data.image_size,
         for_teacher=for_teacher,
     )

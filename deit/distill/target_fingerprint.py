@@ -41,7 +41,7 @@ def fingerprint_of(splits: Splits, loader: TrainLoader) -> dict[str, Any]:
         "classes": hashlib.sha256("\n".join(splits.class_names).encode()).hexdigest(),
         "images": len(splits.train.labels),
         "storage": "memory" if in_memory else "files",
-        "square": loader.square,
+        "source_size": sizes.source,
         "view_code": view_code.VERSION,
         "views": _view_fields(views),
         "teacher_size": sizes.teacher,

@@ -13,7 +13,8 @@ from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.host_memory import check_inference_memory
 from deit.core.signals import GracefulStop
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.distill.build import image_sizes, teacher_input_size
+from deit.datasets.view_samplers import source_size, view_sizes
+from deit.distill.build import teacher_input_size
 from deit.distill.inference import predict_split
 from deit.distill.teacher_check import check_class_order, log_class_order
 from deit.distill.teacher_ensemble import combine_teachers
@@ -39,13 +40,8 @@ def teacher_logits(
     if not teachers:
         return {}
     teacher_size = teacher_input_size([teacher.image_size for teacher in teachers])
-    size = image_sizes(
-        images,
-        student_size=config.student.image_size,
-        teacher_size=teacher_size,
-        data_size=config.data.image_size,
-        crop=config.views.crop,
-    ).teacher
+    source = source_size(images, config.views, config.data.image_size)
+    size = view_sizes(config.student.image_size, teacher_size, source).teacher
     logits: dict[str, Tensor] = {}
     for teacher in teachers:
         network = teacher.to(accelerator.device)

@@ -14,7 +14,7 @@ from deit.config.data_section import ViewsConfig
 from deit.config.schema import OptimConfig
 from deit.config.student_section import StudentConfig
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.loader import TrainLoader
 from deit.datasets.stores import FolderStore
 from deit.datasets.views import ChannelStats
 from deit.models.saved import ModelInfo, build_student
@@ -40,7 +40,7 @@ def our_loader(
         10,
         views=views,
         optim=OptimConfig(batch_size=_FILES_BATCH if workers else BATCH),
-        sizes=Sizes(side, side, side),
+        student_size=side,
         channel_stats=CHANNEL_STATS,
         seed=0,
         workers=workers,

@@ -26,7 +26,7 @@ from deit.datasets.decode_workers import Reader
 from deit.datasets.decoders import CenterSquare, ReadRequest
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.loader import TrainLoader
 from deit.datasets.views import sample_resized_crop
 from tests.helpers.errors import raises
 from tests.helpers.images import (
@@ -236,14 +236,13 @@ def test_encoded_batches_do_not_depend_on_processes(
 
 
 def test_random_crop_equals_pillow_crop_of_its_key(file_images):
-    sizes = Sizes(SIDE, SIDE, SIDE)
     views = dataclasses.replace(PLAIN, aug_repeats=2)
     train_loader = TrainLoader(
         file_images,
         3,
         views=views,
         optim=OptimConfig(batch_size=16),
-        sizes=sizes,
+        student_size=SIDE,
         channel_stats=CHANNEL_STATS,
         seed=9,
         workers=1,

@@ -11,11 +11,11 @@ from deit.config.presets import AUGMENTATIONS
 from deit.config.schema import OptimConfig
 from deit.core.errors import ConfigError, DataError
 from deit.datasets.images import InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader, view_sizes
+from deit.datasets.loader import TrainLoader
+from deit.datasets.view_samplers import Sizes, view_sizes
 from deit.datasets.views import ChannelStats
 from tests.helpers.errors import raises
 
-SIZES = Sizes(8, 8, 8)
 IMAGES = InMemoryImages(torch.randint(256, (53, 3, 8, 8), dtype=torch.uint8), torch.arange(53) % 4)
 MIXED = ViewsConfig(crop="padded", crop_padding=1, mixup_alpha=0.8, cutmix_alpha=1.0)
 FULL = dataclasses.replace(MIXED, crop="random_resized", **AUGMENTATIONS["deit"])
@@ -29,7 +29,8 @@ def loader(
     views=MIXED,
     seed=5,
     images=IMAGES,
-    sizes=SIZES,
+    student_size=8,
+    teacher_size=8,
     **settings,
 ):
     return TrainLoader(
@@ -37,7 +38,8 @@ def loader(
         4,
         views=views,
         optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
-        sizes=sizes,
+        student_size=student_size,
+        teacher_size=teacher_size,
         channel_stats=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=seed,
         process=process,
@@ -99,7 +101,7 @@ def test_repeats_give_more_views_of_fewer_images(count, batch_size, repeats):
         count,
         views=views,
         optim=OptimConfig(batch_size=batch_size),
-        sizes=Sizes(8, 8, 8),
+        student_size=8,
         channel_stats=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=1,
     )
@@ -137,11 +139,11 @@ def test_repeated_views_differ_and_first_equals_view_without_repeats():
 
 def test_teacher_gets_same_views_at_its_size():
     sizes = view_sizes(student=8, teacher=16, source=16)
-    assert sizes == Sizes(view=16, student=8, teacher=16)
+    assert sizes == Sizes(view=16, student=8, teacher=16, source=16)
     pixels = torch.randint(256, (53, 3, 16, 16), dtype=torch.uint8)
     views = dataclasses.replace(FULL, erasing_prob=0.0, auto_augment="none")
     large = InMemoryImages(pixels, IMAGES.labels)
-    both = next(loader(images=large, sizes=sizes, views=views).epoch(0))
+    both = next(loader(images=large, teacher_size=16, views=views).epoch(0))
     assert both.images.shape[-1] == 8
     assert both.teacher_images.shape[-1] == 16
     smaller = torch.nn.functional.avg_pool2d(both.teacher_images, 2)
@@ -149,7 +151,7 @@ def test_teacher_gets_same_views_at_its_size():
     assert (smaller - both.images).abs().mean() < 0.06
     shuffled = (smaller.roll(2, dims=0) - both.images).abs().mean()
     assert shuffled > 3 * (smaller - both.images).abs().mean()
-    same = next(loader(images=large, sizes=Sizes(16, 16, 16), views=views).epoch(0))
+    same = next(loader(images=large, student_size=16, teacher_size=16, views=views).epoch(0))
     assert torch.equal(same.teacher_images, same.images)
     assert torch.equal(same.targets[:, 0] > 0, both.targets[:, 0] > 0)
 
@@ -167,7 +169,7 @@ def test_teacher_gets_same_views_at_its_size():
     ],
 )
 def test_view_sizes_by_hand(student, teacher, source, expected):
-    assert view_sizes(student, teacher, source) == Sizes(*expected)
+    assert view_sizes(student, teacher, source) == Sizes(*expected, source)
 
 
 def test_loader_memory_does_not_grow_with_epochs():

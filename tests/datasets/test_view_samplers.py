@@ -13,7 +13,7 @@ from deit.config.schema import OptimConfig
 from deit.core.rng import Keys
 from deit.datasets.decoding import center_square, open_image
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.loader import TrainLoader
 from deit.datasets.resizing import resize
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats, evaluation_squares, sample_random_crop, to_unit_float
@@ -47,12 +47,13 @@ def loader(images, views, process=0, num_processes=1, **settings):
         3,
         views=views,
         optim=OptimConfig(batch_size=12),
-        sizes=Sizes(16, 12, 16),
+        student_size=12,
+        teacher_size=16,
         channel_stats=ChannelStats((0.5,) * 3, (0.2,) * 3),
         seed=5,
         process=process,
         num_processes=num_processes,
-        square=16,
+        decoded_size=16,
         **settings,
     )
 
@@ -184,7 +185,8 @@ def test_rows_per_epoch_do_not_depend_on_batch_without_repeats():
             3,
             views=views,
             optim=OptimConfig(batch_size=batch_size),
-            sizes=Sizes(16, 12, 16),
+            student_size=12,
+            teacher_size=16,
             channel_stats=ChannelStats((0.5,) * 3, (0.2,) * 3),
             seed=5,
         ).rows_per_epoch

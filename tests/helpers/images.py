@@ -12,7 +12,7 @@ from PIL import Image
 from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.presets import AUGMENTATIONS
 from deit.config.schema import OptimConfig
-from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats
 
@@ -130,7 +130,8 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
         3,
         views=views,
         optim=OptimConfig(batch_size=batch_size, grad_accum_steps=accumulate),
-        sizes=Sizes(16, SIDE, 16),
+        student_size=SIDE,
+        teacher_size=16,
         channel_stats=CHANNEL_STATS,
         seed=5,
         process=process,

@@ -9,7 +9,7 @@ from deit.config.presets import LOSS_PRESETS
 from deit.config.schema import OptimConfig
 from deit.config.student_section import StudentConfig
 from deit.datasets.images import InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.loader import TrainLoader
 from deit.datasets.views import ChannelStats
 from deit.distill.losses import needs_logits
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
@@ -91,7 +91,7 @@ def make_step_context(
         CLASSES,
         views=loader.get("views", ViewsConfig(flip=0)),
         optim=optim,
-        sizes=Sizes(16, 16, 16),
+        student_size=16,
         channel_stats=ChannelStats((0.5,) * 3, (0.25,) * 3),
         seed=0,
     )

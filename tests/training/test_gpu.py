@@ -16,7 +16,7 @@ from deit.config.student_section import StudentConfig
 from deit.core import fault_injection, run_folder
 from deit.core.rng import Keys, beta, random_words
 from deit.datasets.images import InMemoryImages
-from deit.datasets.loader import Sizes, TrainLoader
+from deit.datasets.loader import TrainLoader
 from deit.datasets.mixing import sample_mix
 from deit.datasets.operations import CODES, FillOptions, apply_operations
 from deit.datasets.resizing import resize_boxes
@@ -121,7 +121,8 @@ def test_loader_on_the_gpu_yields_the_batches_of_the_cpu():
             4,
             views=views_of("deit", "random_resized"),
             optim=OptimConfig(batch_size=16),
-            sizes=Sizes(32, 32, 24),
+            student_size=32,
+            teacher_size=24,
             channel_stats=CHANNEL_STATS,
             seed=1,
             device=device,
@@ -152,7 +153,8 @@ def test_canaries_on_the_gpu_equal_the_cpu(mode):
             4,
             views=views,
             optim=OptimConfig(batch_size=16),
-            sizes=Sizes(32, 32, 24),
+            student_size=32,
+            teacher_size=24,
             channel_stats=CHANNEL_STATS,
             seed=1,
             device=device,
