@@ -29,14 +29,14 @@ from deit.datasets.view_samplers import (
 )
 from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
 
-_SAMPLED_AT_ONCE = 4096  # views; sampling a few parameters takes as long as sampling many
-_BYTES_AT_ONCE = 2 * 2**20  # bytes of views; smaller micro-batches are made together
+_MIN_VIEWS_SAMPLED = 4096  # at once: sampling a few parameters takes as long as sampling many
+_MIN_VIEW_BYTES = 2 * 2**20  # at once: smaller micro-batches in memory are made together
 
 
 class TeacherInput(NamedTuple):
     """A batch of the teacher's input.
 
-    images: float32 [batch, 3, height, width] in [0, 1], after mixing.
+    images: float32 [batch, 3, height, width] in [0, 1]: the views after mixing.
     views: uint8 [batch, 3, height, width], before mixing.
     mix: the mixing of the pairs; None without mixing.
     sample_ids, epoch, target_rows: as in Batch.
@@ -51,7 +51,10 @@ class TeacherInput(NamedTuple):
 
 
 class _SampledViews(NamedTuple):
-    """The view parameters of consecutive rows of an epoch, one for each sampler."""
+    """The view parameters of consecutive rows of an epoch, one for each sampler.
+
+    samples: int64 [rows], the index of each image, on the device. target_rows: as in Batch.
+    """
 
     samples: Tensor
     target_rows: Tensor
@@ -69,9 +72,9 @@ class _SampledViews(NamedTuple):
         )
 
 
-def num_steps_per_epoch(images: int, batch_size: int) -> int:
-    """Return the number of training steps of an epoch of `images` images, at least 1."""
-    return max(images // batch_size, 1)
+def num_steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Return the number of training steps of an epoch, at least 1."""
+    return max(num_images // batch_size, 1)
 
 
 class TrainLoader:
@@ -80,11 +83,13 @@ class TrainLoader:
     Images in memory are kept on the device; encoded images are decoded and cropped by worker
     processes.
 
-    Global batch b of an epoch consists of rows b * batch_size to (b + 1) * batch_size, divided into
-    grad_accum_steps * num_processes equal blocks. With `views.aug_repeats` r, a batch contains
-    ceil(batch_size / r) images: row p of the batch is image p modulo this number, repeat p divided
-    by this number, so that neighbors, which are mixed, are different images. Images that do not
-    fill a batch at the end of an epoch are skipped; the order changes with every epoch.
+    An epoch is a sequence of rows; each row is one view of one image. Global batch b has rows
+    b * batch_size to (b + 1) * batch_size, divided into grad_accum_steps * num_processes equal
+    micro-batches. Images that do not fill a batch at the end of an epoch are skipped; the order
+    changes with every epoch.
+
+    With `views.aug_repeats` r, a batch has n = ceil(batch_size / r) images: its row p is repeat
+    p // n of its image p % n. So neighboring rows, which are mixed, are different images.
 
     student_size, teacher_size: sides of their inputs [px]; None for a teacher that accepts any
     size. decoded_size: side [px] to which encoded images are decoded (data.image_size), unless a
@@ -119,8 +124,8 @@ class TrainLoader:
         workers: int = 0,
         for_teacher: bool = True,
     ) -> None:
-        """Raises ConfigError if a batch cannot be divided into equal (with mixing: even) blocks,
-        and DataError if it needs more images than there are."""
+        """Raises ConfigError if a batch cannot be divided into equal (with mixing: even)
+        micro-batches, and DataError if it needs more images than there are."""
         self.views = views
         self.num_processes = num_processes
         self.set_micro_batches(optim)
@@ -166,16 +171,16 @@ class TrainLoader:
 
         Raises ConfigError if they would not be equal (with mixing: even).
         """
-        blocks = self.num_processes * optim.grad_accum_steps
-        block = optim.batch_size // blocks
-        if optim.batch_size % blocks or (self.views.uses_mixing and block % 2):
+        parts = self.num_processes * optim.grad_accum_steps
+        size = optim.batch_size // parts
+        if optim.batch_size % parts or (self.views.uses_mixing and size % 2):
             kind = "equal, even" if self.views.uses_mixing else "equal"
             raise ConfigError(
                 f"optim.batch_size = {optim.batch_size}: cannot be divided into {kind} "
                 f"micro-batches for {self.num_processes} processes and optim.grad_accum_steps "
                 f"{optim.grad_accum_steps}"
             )
-        self.optim, self.block = optim, block
+        self.optim, self.micro_batch_size = optim, size
 
     @property
     def rows_per_epoch(self) -> int:
@@ -205,41 +210,47 @@ class TrainLoader:
         samplers = [self.student_sampler]
         if self.for_teacher and self.teacher_sampler is not None:
             samplers.append(self.teacher_sampler)
-        requests = (ReadRequest(epoch, *self._locate(order, block)) for block in rows)
-        read = self._read_blocks(samplers, requests)
-        num_blocks = 1  # made together
-        if read is None:
-            num_blocks = max(_BYTES_AT_ONCE // (3 * self.sizes.view**2 * self.block), 1)
-        num_sampled = max(_SAMPLED_AT_ONCE // self.block // num_blocks, 1) * num_blocks
-        for sampled_rows in rows.split(num_sampled):
-            with self.stages.time("views", 0):
-                flat = sampled_rows.flatten()
+        requests = (ReadRequest(epoch, *self._locate(order, batch)) for batch in rows)
+        decoded = self._decode(samplers, requests)
+        at_once = 1  # micro-batches whose views are made together
+        if decoded is None:
+            micro_batch_bytes = 3 * self.sizes.view**2 * self.micro_batch_size
+            at_once = max(_MIN_VIEW_BYTES // micro_batch_bytes, 1)
+        num_sampled = _MIN_VIEWS_SAMPLED // self.micro_batch_size // at_once * at_once
+        for chunk in rows.split(max(num_sampled, at_once)):
+            with self.stages.time("views", 0):  # no images: `_make_batches` counts them
+                flat = chunk.flatten()
                 sampled = self._sample(epoch, flat, *self._locate(order, flat), samplers)
-            for first in range(0, len(sampled_rows), num_blocks):
-                last = min(first + num_blocks, len(sampled_rows))
-                part = sampled.select(slice(first * self.block, last * self.block))
-                pixels = None if read is None else next(read)
+            for first in range(0, len(chunk), at_once):
+                last = min(first + at_once, len(chunk))
+                part = sampled.select(
+                    slice(first * self.micro_batch_size, last * self.micro_batch_size)
+                )
+                pixels = None if decoded is None else next(decoded)
                 yield from self._make_batches(epoch, part, pixels, samplers)
 
     def teacher_inputs(
-        self, epoch: int, rows: Tensor, *, block: int, repeat: int = 0
+        self, epoch: int, rows: Tensor, *, batch_size: int, repeat: int = 0
     ) -> Iterator[TeacherInput]:
-        """Yield the teacher's input for some rows of an epoch, in batches of `block`.
+        """Yield the teacher's input for some rows of an epoch, in batches.
 
-        rows: int64 [n], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even block.
-        repeat: which view of an image, if the teacher's view is fixed; can be called for several
-        repeats at the same time.
+        rows: int64 [n], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
+        batch_size. repeat: which view of an image, if the teacher's view is fixed; can be called
+        for several repeats at the same time.
         """
         sampler = self.teacher_sampler or self.student_sampler
         order = None if self.views.has_fixed_teacher_view else self.order(epoch)
         images, repeats = self._locate(order, rows, repeat)
-        blocks = zip(images.split(block), repeats.split(block))
-        read = self._read_blocks([sampler], (ReadRequest(epoch, *part) for part in blocks))
-        for part in torch.arange(len(rows)).split(max(_SAMPLED_AT_ONCE // block, 1) * block):
-            sampled = self._sample(epoch, rows[part], images[part], repeats[part], [sampler])
-            for first in range(0, len(part), block):
-                batch = sampled.select(slice(first, min(first + block, len(part))))
-                (pixels,) = (self.pixels[batch.samples],) if read is None else next(read)
+        batches = zip(images.split(batch_size), repeats.split(batch_size))
+        decoded = self._decode([sampler], (ReadRequest(epoch, *batch) for batch in batches))
+        num_sampled = max(_MIN_VIEWS_SAMPLED // batch_size, 1) * batch_size
+        for start in range(0, len(rows), num_sampled):
+            chunk = slice(start, start + num_sampled)
+            sampled = self._sample(epoch, rows[chunk], images[chunk], repeats[chunk], [sampler])
+            for first in range(0, len(sampled.samples), batch_size):
+                last = min(first + batch_size, len(sampled.samples))
+                batch = sampled.select(slice(first, last))
+                (pixels,) = (self.pixels[batch.samples],) if decoded is None else next(decoded)
                 views = sampler.apply(pixels, *batch.parameters)
                 teacher_images = self._to_input(views, self.sizes.teacher, batch.mix)
                 yield TeacherInput(
@@ -252,9 +263,9 @@ class TrainLoader:
             reader.close()
 
     def _rows(self) -> Tensor:
-        """Return this process's rows of an epoch, int64 [micro-batches, block]."""
+        """Return this process's rows of an epoch, int64 [micro-batches, micro_batch_size]."""
         rows = torch.arange(self.steps_per_epoch * self.optim.batch_size)
-        rows = rows.view(-1, self.num_processes, self.block)
+        rows = rows.view(-1, self.num_processes, self.micro_batch_size)
         return rows[:, self.process]
 
     def _locate(self, order: Tensor | None, rows: Tensor, repeat: int = 0) -> tuple[Tensor, Tensor]:
@@ -264,8 +275,8 @@ class TrainLoader:
         if self.views.aug_repeats == 1:
             return order[rows], torch.zeros_like(rows)
         batch, index = rows // self.optim.batch_size, rows % self.optim.batch_size
-        image = batch * self.images_per_batch + index % self.images_per_batch
-        return order[image], index // self.images_per_batch
+        position = batch * self.images_per_batch + index % self.images_per_batch
+        return order[position], index // self.images_per_batch
 
     def _sample(
         self,
@@ -291,10 +302,10 @@ class TrainLoader:
         pairs = Keys(self.seed, epoch, to_device_async(rows[::2] // 2, self.device))
         return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
-    def _read_blocks(
+    def _decode(
         self, samplers: list[ViewSampler], requests: Iterable[ReadRequest]
     ) -> Iterator[tuple[Tensor, ...]] | None:
-        """Yield decoded blocks on the device, one tensor per sampler; None for images in memory.
+        """Yield decoded batches on the device, one tensor per sampler; None for images in memory.
 
         The times of reading and of waiting are measured.
         """
@@ -323,13 +334,13 @@ class TrainLoader:
         self,
         epoch: int,
         sampled: _SampledViews,
-        read: tuple[Tensor, ...] | None,
+        decoded: tuple[Tensor, ...] | None,
         samplers: list[ViewSampler],
     ) -> Iterator[Batch]:
-        """Make the views of one or more micro-batches. read: decoded pixels for each sampler."""
+        """Make the views of one or more micro-batches. decoded: the pixels for each sampler."""
         samples, target_rows, parameters, mix = sampled
         with self.stages.time("views", len(samples)):
-            pixels = (self.pixels[samples],) * len(samplers) if read is None else read
+            pixels = (self.pixels[samples],) * len(samplers) if decoded is None else decoded
             views, *teacher_views = (
                 sampler.apply(*inputs) for sampler, *inputs in zip(samplers, pixels, parameters)
             )
@@ -346,8 +357,9 @@ class TrainLoader:
                 teacher_images = self._to_input(views, self.sizes.teacher, mix)
             if self.on_teacher_input is not None and self.teacher_sampler is None:
                 self.on_teacher_input(TeacherInput(images, views, mix, samples, epoch, target_rows))
-        parts = [part.split(self.block) for part in (images, targets, samples, target_rows)]
-        teacher_parts = None if teacher_images is None else teacher_images.split(self.block)
+        size = self.micro_batch_size
+        parts = [part.split(size) for part in (images, targets, samples, target_rows)]
+        teacher_parts = None if teacher_images is None else teacher_images.split(size)
         for index, (images, targets, samples, target_rows) in enumerate(zip(*parts)):
             teacher_part = None if teacher_parts is None else teacher_parts[index]
             yield Batch(images, teacher_part, targets, samples, epoch, target_rows)

@@ -109,7 +109,7 @@ def _taylor_scores(config: Config, num_images: int) -> Scores:
 
 def _losses(run: TrainingRun, student: Student, num_images: int) -> Iterator[Tensor]:
     """Yield the loss of each micro-batch of training views, summed over its images."""
-    num_epochs, micro_batch = run.config.optim.epochs, run.loader.block
+    num_epochs, micro_batch = run.config.optim.epochs, run.loader.micro_batch_size
     per_epoch = run.loader.steps_per_epoch * run.config.optim.grad_accum_steps
     total = min(-(-num_images // micro_batch), per_epoch)
     batches = itertools.islice(run.loader.epoch(0), total)

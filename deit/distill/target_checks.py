@@ -88,23 +88,23 @@ def check_content(
 
 
 def teacher_query(loader: TrainLoader, ensemble: TeacherEnsemble) -> TeacherQuery:
-    """Return a function from a block of teacher images to the outputs that a store keeps.
+    """Return a function from a batch of teacher images to the outputs that a store keeps.
 
     With views.teacher_view crops, these are the mean probabilities over all crops of an image.
     """
 
-    def query(block: TeacherInput) -> TeacherOutput:
-        empty = block.images[:0]
+    def query(inputs: TeacherInput) -> TeacherOutput:
+        empty = inputs.images[:0]
         return ensemble(
-            Batch(empty, block.images, empty, block.sample_ids, block.epoch, block.target_rows)
+            Batch(empty, inputs.images, empty, inputs.sample_ids, inputs.epoch, inputs.target_rows)
         )
 
-    def query_crops(block: TeacherInput) -> TeacherOutput:
+    def query_crops(inputs: TeacherInput) -> TeacherOutput:
         num_crops = loader.views.teacher_num_crops
-        total = query(block).logits.log_softmax(dim=2)
+        total = query(inputs).logits.log_softmax(dim=2)
         for crop in range(1, num_crops):
             (other,) = loader.teacher_inputs(
-                0, block.target_rows, block=len(block.target_rows), repeat=crop
+                0, inputs.target_rows, batch_size=len(inputs.target_rows), repeat=crop
             )
             total = torch.logaddexp(total, query(other).logits.log_softmax(dim=2))
         logits = total - math.log(num_crops)
@@ -145,11 +145,11 @@ def verify_store(
     views = num_queried = num_agreed = 0
     for epoch, first in _sample_canaries(store, num_canaries):
         target_rows = torch.arange(first, min(first + rows, store.layout.rows_per_epoch))
-        for block in loader.teacher_inputs(epoch, target_rows, block=len(target_rows)):
-            store.check_canary(block, 0)
+        for inputs in loader.teacher_inputs(epoch, target_rows, batch_size=len(target_rows)):
+            store.check_canary(inputs, 0)
             views += 1
             if query is not None:
-                agrees = _agreeing(store, epoch, target_rows, query(block))
+                agrees = _agreeing(store, epoch, target_rows, query(inputs))
                 num_agreed, num_queried = num_agreed + int(agrees.sum()), num_queried + len(agrees)
     if num_agreed < _AGREEMENT * num_queried:
         raise DataError(

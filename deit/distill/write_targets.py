@@ -337,7 +337,9 @@ class TargetWriter:
         """Return a shard. Raises NumericsError naming the images if an output is not finite."""
         records, canaries, correct, counted = [], [], 0, 0
         for epoch, first, last in self.layout.epoch_ranges(shard):
-            blocks = self.loader.teacher_inputs(epoch, torch.arange(first, last), block=self.block)
+            blocks = self.loader.teacher_inputs(
+                epoch, torch.arange(first, last), batch_size=self.block
+            )
             for block in interruption.iterate(blocks):
                 next(ticks, None)
                 outputs = self.query(block)

@@ -19,7 +19,7 @@ from deit.training.state import TrainingRun
 
 def grad_accum_advice(run: TrainingRun, size: int) -> str:
     """Return the options that make micro-batches of `size` images."""
-    steps = run.config.optim.grad_accum_steps * run.loader.block // size
+    steps = run.config.optim.grad_accum_steps * run.loader.micro_batch_size // size
     options = f"--optim.grad_accum_steps {steps}"
     # CUDA graphs do not support accumulation.
     return (
@@ -52,10 +52,10 @@ def recomputes(network: nn.Module) -> bool:
 def micro_batch_sizes(run: TrainingRun) -> list[int]:
     """Return the sizes to which a micro-batch can be reduced, each at most half of the one before;
     with mixing all are even."""
-    block, multiple = run.loader.block, 2 if run.config.views.uses_mixing else 1
-    sizes = [block]
-    for size in range(block // 2, 0, -1):
-        if block % size == 0 and size % multiple == 0 and size <= sizes[-1] // 2:
+    micro_batch, multiple = run.loader.micro_batch_size, 2 if run.config.views.uses_mixing else 1
+    sizes = [micro_batch]
+    for size in range(micro_batch // 2, 0, -1):
+        if micro_batch % size == 0 and size % multiple == 0 and size <= sizes[-1] // 2:
             sizes.append(size)
     return sizes[1:]
 
@@ -79,11 +79,15 @@ def check_memory(run: TrainingRun, teachers: list[Teacher]) -> None:
     student, device = accelerator.unwrap_model(run.student), accelerator.device
     if is_sharded(student):
         return  # it computes with all processes only
-    free, block, side = free_memory(device), loader.block, config.student.image_size
+    free, micro_batch, side = (
+        free_memory(device),
+        loader.micro_batch_size,
+        config.student.image_size,
+    )
     fixed = _fixed_bytes(student, config.optim.name)
 
     def is_plenty(per_image: float) -> bool:
-        return fixed + per_image * max(block, config.run.eval_batch_size) < free / 2
+        return fixed + per_image * max(micro_batch, config.run.eval_batch_size) < free / 2
 
     def forward(images: Tensor) -> StudentOutput:
         with accelerator.autocast():
@@ -102,16 +106,16 @@ def check_memory(run: TrainingRun, teachers: list[Teacher]) -> None:
                 teacher, teacher.forward, teacher_size, device, training=False, is_enough=is_plenty
             )
         each = None if each is None or more is None else each + more
-    fitting = block
+    fitting = micro_batch
     if each is not None:
         each += _BYTES_PER_PIXEL * (side**2 + (teacher_size**2 if teachers else 0))
-        sizes = [block, *micro_batch_sizes(run)]
+        sizes = [micro_batch, *micro_batch_sizes(run)]
         fitting_sizes = (size for size in sizes if fixed + _MARGIN * each * size <= free)
-        fitting = block if fixed + each * block <= free else next(fitting_sizes, 0)
-    needed = fixed + (each or 0) * block
+        fitting = micro_batch if fixed + each * micro_batch <= free else next(fitting_sizes, 0)
+    needed = fixed + (each or 0) * micro_batch
     row = torch.tensor([[float(fitting), needed, float(free)]], device=device)
     smallest, needed, free = min(accelerator.gather(row).tolist())  # of all processes
-    if smallest < block:
+    if smallest < micro_batch:
         _reduce_or_raise(run, int(smallest), needed, free)
 
 
@@ -131,9 +135,9 @@ def _reduce_or_raise(run: TrainingRun, fitting: int, needed: float, free: float)
 
     Raises SystemFault without that option, or if none fits (0).
     """
-    optim, block = run.config.optim, run.loader.block
+    optim, micro_batch = run.config.optim, run.loader.micro_batch_size
     message = (
-        f"a step needs at least {format_gib(needed)} with {block} images at once, and "
+        f"a step needs at least {format_gib(needed)} with {micro_batch} images at once, and "
         f"{format_gib(free)} of memory are free"
     )
     if fitting == 0:
@@ -142,7 +146,7 @@ def _reduce_or_raise(run: TrainingRun, fitting: int, needed: float, free: float)
             "--run.activation_checkpointing needs less; otherwise use smaller images, a smaller "
             "student or teacher"
         )
-    accumulate = optim.grad_accum_steps * block // fitting
+    accumulate = optim.grad_accum_steps * micro_batch // fitting
     if not run.config.run.auto_micro_batch:
         raise SystemFault(
             f"{message}: --optim.grad_accum_steps {accumulate} makes micro-batches of {fitting} "
@@ -155,13 +159,13 @@ def _reduce_or_raise(run: TrainingRun, fitting: int, needed: float, free: float)
 
 def _set_grad_accum(run: TrainingRun, accumulate: int) -> None:
     """Split the same batches into other micro-batches."""
-    before, loader = run.loader.block, run.loader
+    before, loader = run.loader.micro_batch_size, run.loader
     run.config = run.config.replace(optim={"grad_accum_steps": accumulate})
     run.accelerator.gradient_accumulation_steps = accumulate
     loader.set_micro_batches(run.config.optim)
     info(
         f"memory    too little for micro-batches of {before} images; using optim.grad_accum_steps "
-        f"{accumulate}: {loader.block} images, the batch size stays"
+        f"{accumulate}: {loader.micro_batch_size} images, the batch size stays"
     )
 
 
@@ -183,16 +187,13 @@ def find_micro_batch(run: TrainingRun) -> None:
 
         if not any_process(run.accelerator, not _try_backward(run, forward)):
             return
-        before, smaller = loader.block, micro_batch_sizes(run)
+        size, smaller = loader.micro_batch_size, micro_batch_sizes(run)
         if not smaller:
             raise SystemFault(
-                f"run.auto_micro_batch: out of memory even with micro-batches of {loader.block} "
-                "images: try "
-                f"{joined_by_or(less_memory_advice(run))}"
+                f"run.auto_micro_batch: out of memory even with micro-batches of {size} images: "
+                f"try {joined_by_or(less_memory_advice(run))}"
             )
-        optim = run.config.optim
-        accumulate = optim.grad_accum_steps * before // smaller[0]
-        _set_grad_accum(run, accumulate)
+        _set_grad_accum(run, run.config.optim.grad_accum_steps * size // smaller[0])
 
 
 def _try_backward(run: TrainingRun, forward: Callable[[], StudentOutput]) -> bool:

@@ -42,7 +42,7 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
         info(f"          {note}")
     info(
         f"batch     {optim.batch_size} = {processes} x "
-        f"{optim.grad_accum_steps} accumulated x {loader.block}; per epoch "
+        f"{optim.grad_accum_steps} accumulated x {loader.micro_batch_size}; per epoch "
         f"{loader.steps_per_epoch} steps and {views} views of {loader.images_per_epoch} different "
         f"images (of {len(splits.train.labels)})"
     )

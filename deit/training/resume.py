@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from deit.config.schema import RESUMABLE_FIELDS, Config, to_dict
 from deit.config.validation import load_config
@@ -56,6 +57,20 @@ def resume_run(run: TrainingRun) -> bool:
         _truncate_logs(run, TrainState())
         return False
     state = read_state(folder)
+    _check_state(run, folder, state)
+    _restore(run, folder, state)
+    check_best(run)
+    _truncate_logs(run, state)
+    epochs = run.config.optim.epochs
+    info(
+        f"{run.out}: resuming after step {state.step} of {epochs * run.loader.steps_per_epoch} "
+        f"(epoch {state.epoch + 1} of {epochs})"
+    )
+    return True
+
+
+def _check_state(run: TrainingRun, folder: Path, state: TrainState) -> None:
+    """Raise DataError or CheckpointError if the state of a checkpoint does not fit the run."""
     _check_data(run, state.fingerprint, state.targets)
     _check_teachers(run, state.teachers)
     steps = run.loader.steps_per_epoch
@@ -68,29 +83,28 @@ def resume_run(run: TrainingRun) -> bool:
         raise CheckpointError(
             f"{folder}: was trained with another run.precision; resume with the same one"
         )
-    student = run.accelerator.unwrap_model(run.student)
+
+
+def _restore(run: TrainingRun, folder: Path, state: TrainState) -> None:
+    """Restore all that `save_checkpoint` writes: student, optimizer, masks, EMA and state."""
+    network = run.accelerator.unwrap_model(run.student).network
     run.adapter_base = read_base(folder)
     read = reader_of(folder, run.model_info)
-    weights = _finite(read(WEIGHTS), origin=folder / WEIGHTS)
-    load_weights(student.network, weights, origin=str(folder / WEIGHTS))
-    load_optimizer(folder / run_folder.OPTIMIZER, run.optimizer, student.network)
+
+    def restore_weights(network: nn.Module, file: str) -> None:
+        weights = _finite(read(file), origin=folder / file)
+        load_weights(network, weights, origin=str(folder / file))
+
+    restore_weights(network, WEIGHTS)
+    load_optimizer(folder / run_folder.OPTIMIZER, run.optimizer, network)
     if (folder / MASKS).is_file():
-        run.masks = PruningMasks(read_masks(folder / MASKS), student.network)
+        run.masks = PruningMasks(read_masks(folder / MASKS), network)
     if run.average is not None:
-        weights = _finite(read(AVERAGE), origin=folder / AVERAGE)
-        load_weights(run.average.model.network, weights, origin=str(folder / AVERAGE))
+        restore_weights(run.average.model.network, AVERAGE)
         run.average.updates.fill_(state.average_updates)
     if state.scaler is not None:
         run.accelerator.scaler.load_state_dict(state.scaler)
     run.state = state
-    check_best(run)
-    _truncate_logs(run, state)
-    epochs = run.config.optim.epochs
-    info(
-        f"{run.out}: resuming after step {state.step} of {epochs * steps} "
-        f"(epoch {state.epoch + 1} of {epochs})"
-    )
-    return True
 
 
 def check_best(run: TrainingRun) -> None:

@@ -64,12 +64,12 @@ def _how_to_resume(run: TrainingRun) -> str:
 
 
 def _memory_fault(run: TrainingRun) -> SystemFault:
-    optim, block = run.config.optim, run.loader.block
+    optim, micro_batch = run.config.optim, run.loader.micro_batch_size
     student = run.accelerator.unwrap_model(run.student)
     # A sharded student computes with all processes, so this process cannot try alone.
     sizes = [] if is_sharded(student) else micro_batch_sizes(run)
     fitting = next((size for size in sizes if fits(run, size)), None)
-    message = f"out of memory with micro-batches of {block} images"
+    message = f"out of memory with micro-batches of {micro_batch} images"
     if fitting is None and is_sharded(student):
         smaller = [grad_accum_advice(run, size) for size in micro_batch_sizes(run)[:1]]
         return SystemFault(

@@ -82,16 +82,18 @@ def writing_case(name: str, folder: Path) -> Case:
         for shard in range(10**9):
             for epoch, first, last in record_format.epoch_ranges(shard % record_format.num_shards):
                 rows = torch.arange(first, last)
-                for inputs in loader.teacher_inputs(epoch, rows, block=config.run.eval_batch_size):
+                for inputs in loader.teacher_inputs(
+                    epoch, rows, batch_size=config.run.eval_batch_size
+                ):
                     encode_block(record_format, inputs, query(inputs))
                     yield len(inputs.target_rows)
 
     def forward_only() -> Iterator[int]:
-        block = config.run.eval_batch_size
-        inputs = next(loader.teacher_inputs(0, torch.arange(block), block=block))
+        batch_size = config.run.eval_batch_size
+        inputs = next(loader.teacher_inputs(0, torch.arange(batch_size), batch_size=batch_size))
         while True:
             teacher(inputs.images)
-            yield block
+            yield batch_size
 
     return Case(name, writing, forward_only, "the teacher's forward pass")
 

@@ -82,7 +82,7 @@ def test_teacher_inputs_equal_teacher_images_of_training(mode, storage, repeats,
         single_process = loader(
             images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1
         )
-        inputs = list(single_process.teacher_inputs(epoch, rows, block=10))
+        inputs = list(single_process.teacher_inputs(epoch, rows, batch_size=10))
         assert torch.equal(torch.cat([part.images for part in inputs]), images_seen)
         assert torch.equal(torch.cat([part.sample_ids for part in inputs]), samples)
         assert torch.equal(torch.cat([part.target_rows for part in inputs]), rows)
@@ -160,7 +160,7 @@ def test_teacher_crops_differ_and_are_equal_in_every_epoch(storage, files):
     rows = torch.tensor([3, 4, 30])
 
     def crop(index):
-        (inputs,) = train_loader.teacher_inputs(0, rows, block=3, repeat=index)
+        (inputs,) = train_loader.teacher_inputs(0, rows, batch_size=3, repeat=index)
         assert torch.equal(inputs.sample_ids, rows)
         return inputs.images
 
@@ -172,7 +172,7 @@ def test_teacher_crops_differ_and_are_equal_in_every_epoch(storage, files):
         chosen(storage, files),
         views_of("fix/ic_ens", auto_augment="none", erasing_prob=0.0, randaugment_magnitude=9.0),
     )
-    (inputs,) = plain.teacher_inputs(0, rows, block=3, repeat=5)
+    (inputs,) = plain.teacher_inputs(0, rows, batch_size=3, repeat=5)
     assert torch.equal(inputs.images, crop(5))
 
 

@@ -159,7 +159,7 @@ def test_canaries_on_the_gpu_equal_the_cpu(mode):
             seed=1,
             device=device,
         )
-        blocks = loader.teacher_inputs(0, torch.arange(64), block=16)
+        blocks = loader.teacher_inputs(0, torch.arange(64), batch_size=16)
         return [canary(part, row) for part in blocks for row in range(0, 16, 2)]
 
     assert canaries("cpu") == canaries("cuda")
