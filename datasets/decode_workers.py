@@ -29,7 +29,7 @@ from deit.core.console import warn
 from deit.core.errors import DeitError, WorkerLost
 from deit.core.hardware import num_cores
 from deit.core.parent_process import SIGNALS, kill_with_parent, processes_on_host
-from deit.datasets.decoders import Decoder, ReadRequest
+from deit.datasets.crops import Decoder, ReadRequest
 from deit.datasets.decoding import open_image
 from deit.datasets.images import EncodedImages
 

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
+from deit.datasets.image_stores import FolderStore
 from deit.datasets.listing import (
     Folder,
     Listing,
@@ -22,7 +23,6 @@ from deit.datasets.listing import (
     split_folders,
     suffix_of,
 )
-from deit.datasets.stores import FolderStore
 
 
 def list_folder(

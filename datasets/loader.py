@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from deit.config.data_section import ViewsConfig
-from deit.config.schema import OptimConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigError, DataError
 from deit.core.rng import Keys, permutation
 from deit.core.tensors import to_device_async
 from deit.core.types import Batch
+from deit.datasets.crops import Decoder, ReadRequest
 from deit.datasets.decode_workers import Reader, ReadResult
-from deit.datasets.decoders import Decoder, ReadRequest
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 from deit.datasets.resizing import resize

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from deit.config.data_section import ViewsConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys, beta, uniform
 
 

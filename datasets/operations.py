@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deit.config.fields import Interpolation
+from deit.config.field_types import Interpolation
 from deit.core.tensors import to_device_async
 from deit.datasets.resizing import blur, chunked
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from deit.config.data_section import ViewsConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys, normal, uniform
 from deit.core.tensors import device_constant
 from deit.datasets.operations import CODES

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from deit.config.fields import Interpolation
+from deit.config.field_types import Interpolation
 
 _SCALE = 2.0**15  # 255 * 1.3 (the sum of a bicubic filter's absolute weights) is below 2**9
 MAX_SIGMA = 2.0  # of a blur [px]; its filter is truncated at four sigmas

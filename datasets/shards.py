@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.console import progress
 from deit.core.errors import DataError, first_line, raise_transient
 from deit.core.file_reading import read_lines
 from deit.datasets.decoding import EXTENSIONS
+from deit.datasets.image_stores import ShardStore
 from deit.datasets.listing import (
     SPLIT_NAMES,
     Folder,
@@ -27,7 +28,6 @@ from deit.datasets.listing import (
     split_folders,
     suffix_of,
 )
-from deit.datasets.stores import ShardStore
 
 IMAGE_FIELDS = frozenset(ending.removeprefix(".") for ending in EXTENSIONS)
 _COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$")

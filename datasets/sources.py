@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, VisionDataset
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError, SystemFault, first_line, raise_transient
 from deit.core.file_reading import read_lines
 from deit.datasets.folders import list_folder

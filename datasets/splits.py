@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError, SystemFault
 from deit.core.host_memory import free_memory
 from deit.core.rng import Keys, random_words

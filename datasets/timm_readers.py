@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import ConfigError, DataError, SystemFault, first_line, raise_transient
+from deit.datasets.image_stores import FolderStore, ReaderStore, ShardStore
 from deit.datasets.listing import (
     Listing,
     OnProblem,
@@ -27,7 +28,6 @@ from deit.datasets.listing import (
     suffix_of,
 )
 from deit.datasets.shards import check_end
-from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
 
 _STREAMS = {
     "wds": "for WebDataset shards use --data.source shards",

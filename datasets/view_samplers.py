@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from deit.config.data_section import ViewsConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys, derived_seed
-from deit.datasets.decoders import CenterSquare, Decoder, RandomCrop, WholeImage
+from deit.datasets.crops import CenterSquare, Decoder, RandomCrop, WholeImage
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.resizing import resize
 from deit.datasets.views import (

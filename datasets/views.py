@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deit.config.data_section import ViewsConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys, random_words, uniform
 from deit.core.tensors import device_constant, to_device_async
 from deit.datasets.operations import FillOptions, apply_operations

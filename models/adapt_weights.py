@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.config.fields import PosEmbedKernel
-from deit.config.student_section import InitConfig, StudentConfig
+from deit.config.field_types import PosEmbedKernel
+from deit.config.sections.init import InitConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import CheckpointError, did_you_mean
 from deit.models.parameters import classifier_names
 from deit.models.pos_embed import grid_side, resize_positions

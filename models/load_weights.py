@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from deit.config.fields import PosEmbedKernel
-from deit.config.student_section import SIZES, InitConfig, StudentConfig
+from deit.config.field_types import PosEmbedKernel
+from deit.config.sections.init import InitConfig
+from deit.config.sections.student import SIZES, StudentConfig
 from deit.core.console import info
 from deit.core.errors import CheckpointError, did_you_mean, first_line, raise_transient
 from deit.core.file_reading import missing_file_reason, read_text
@@ -26,9 +27,9 @@ from deit.models.metadata import (
     find_saved_model,
     read_base,
 )
-from deit.models.networks import create_network
 from deit.models.parameters import trainable_parameters
 from deit.models.pos_embed import grid_side
+from deit.models.registry import create_network
 from deit.models.surgery.pruning_masks import MASKS, read_masks
 from deit.models.transformers_format import from_transformers
 from deit.models.weight_files import read_weights

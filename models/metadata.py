@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 from pydantic import ConfigDict
 from torch import Tensor
 
-from deit.config.fields import PosEmbedKernel
-from deit.config.student_section import StudentConfig
+from deit.config.field_types import PosEmbedKernel
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import CheckpointError
 from deit.core.json_io import load_json_as
 from deit.models.weight_files import digest_of

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from deit.config.schema import RunConfig
+from deit.config.sections.run import RunConfig
 from deit.core.accelerator import any_process
 from deit.core.errors import SystemFault
 from deit.core.hardware import cpu_vendor

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from timm.models import group_parameters
 from torch import nn
 
-from deit.config.fields import TrainableSet
+from deit.config.field_types import TrainableSet
 from deit.core.errors import ConfigError
 from deit.models.surgery.convpass import adapters_of
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from deit.config.fields import PosEmbedKernel
+from deit.config.field_types import PosEmbedKernel
 from deit.core.errors import CheckpointError
 
 

@@ -54,8 +54,8 @@ class Student(nn.Module):
         The class logits have the shape [batch, classes], the distillation logits [batch,
         distillation tokens, classes]; these are None for a network without distillation tokens.
 
-        >>> from deit.config.student_section import StudentConfig
-        >>> from deit.models.networks import create_network
+        >>> from deit.config.sections.student import StudentConfig
+        >>> from deit.models.registry import create_network
         >>> network = create_network(StudentConfig("deit_micro", image_size=8, depth=1), 10)
         >>> student = Student(network, mean=(0.5,) * 3, std=(0.25,) * 3)
         >>> output = student(torch.rand(4, 3, 8, 8))

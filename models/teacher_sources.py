@@ -11,8 +11,8 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from deit.config.schema import CLASS_ORDERS
-from deit.config.student_section import STUDENTS, StudentConfig
+from deit.config.sections.student import STUDENTS, StudentConfig
+from deit.config.sections.teacher import CLASS_ORDERS
 from deit.config.teachers import TeacherSpec
 from deit.core.errors import (
     ConfigError,
@@ -26,9 +26,9 @@ from deit.core.file_reading import missing_file_reason
 from deit.core.types import logits_by_head
 from deit.core.user_code import HUB_PREFIXES, address_hint, import_file, read_names
 from deit.models.metadata import find_saved_model
-from deit.models.networks import create_network
 from deit.models.parameters import classifier_names
-from deit.models.saved import load_student
+from deit.models.registry import create_network
+from deit.models.saved_student import load_student
 from deit.models.student import Student
 from deit.models.teachers import ASSUMED, BY_NAME, LoadedNetwork, Teacher
 from deit.models.weight_files import as_named, load_weights, read_weights
@@ -246,7 +246,7 @@ def _known_names(count: int, class_names: tuple[str, ...]) -> tuple[str, ...] | 
 
 
 def ordered_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the data's class names in one of `deit.config.schema.CLASS_ORDERS`."""
+    """Return the data's class names in one of `deit.config.sections.teacher.CLASS_ORDERS`."""
 
     def natural(name: str) -> list[int | str]:
         # Text and numbers alternate, so that elements at the same index have the same type.

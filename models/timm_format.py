@@ -7,11 +7,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from deit.config.student_section import SIZES, StudentConfig
+from deit.config.sections.student import SIZES, StudentConfig
 from deit.core.errors import ConfigError
 from deit.models.metadata import ModelInfo
-from deit.models.networks import check_plain_blocks
 from deit.models.parameters import classifier_names
+from deit.models.registry import check_plain_blocks
 
 
 def timm_config(model_info: ModelInfo, network: nn.Module) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.config.student_section import SIZES
+from deit.config.sections.student import SIZES
 from deit.core.errors import CheckpointError, ConfigError
 from deit.models.metadata import ModelInfo
-from deit.models.networks import check_plain_blocks
+from deit.models.registry import check_plain_blocks
 
 Weights = dict[str, Tensor]
 

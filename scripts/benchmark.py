@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.config.schema import RunConfig
+from deit.config.sections.run import RunConfig
 from deit.core.accelerator import environment_info, raise_malloc_threshold
 from deit.core.console import info, table
 from deit.core.errors import SystemFault

@@ -19,7 +19,7 @@ from deit.core import run_folder  # noqa: E402
 from deit.core.metrics import topk_accuracy  # noqa: E402
 from deit.core.types import logits_by_head  # noqa: E402
 from deit.datasets.splits import load_splits  # noqa: E402
-from deit.models.saved import load_student  # noqa: E402
+from deit.models.saved_student import load_student  # noqa: E402
 from deit.models.student import Student  # noqa: E402
 from deit.training.train import train  # noqa: E402
 

@@ -14,8 +14,8 @@ import torch
 
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits
-from deit.config.schema import RunConfig
-from deit.config.student_section import StudentConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.accelerator import environment_info, raise_malloc_threshold
 from deit.core.console import info
 from deit.core.filesystem import format_bytes
@@ -25,9 +25,10 @@ from deit.datasets.splits import load_splits
 from deit.distill.build import build_accelerator, build_train_loader, model_info_from
 from deit.distill.losses import distillation_loss
 from deit.distill.run_teachers import RunTeachers
-from deit.models.saved import build_student
+from deit.models.saved_student import build_student
 from deit.training.loop import MetricAccumulator, StepContext, seed_torch, train_epoch
-from deit.training.optimizer import EMA, build_optimizer, lr_at, set_lr
+from deit.training.lr_schedule import lr_at, set_lr
+from deit.training.optimizer import EMA, build_optimizer
 from deit.training.save import save_checkpoint
 from deit.training.state import TrainingRun, TrainState
 

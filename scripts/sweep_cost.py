@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deit.config.schema import RunConfig
+from deit.config.sections.run import RunConfig
 from deit.core.accelerator import environment_info
 from deit.core.console import info
 from deit.core.filesystem import write_json

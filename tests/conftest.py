@@ -60,4 +60,6 @@ def command_server():
 @pytest.fixture
 def fork_runs(command_server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the runs that this process starts in parallel forks of the command server as well."""
-    monkeypatch.setattr("deit.experiments.runner.subprocess", forked_runs(command_server.socket))
+    monkeypatch.setattr(
+        "deit.experiments.parallel_runs.subprocess", forked_runs(command_server.socket)
+    )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.console import info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
 from deit.datasets.decoding import decode_image, map_threads

@@ -25,7 +25,7 @@ from deit.distill.build import build_accelerator
 from deit.evaluation.load_run import resolve_run
 from deit.experiments.base_runs import slugify
 from deit.experiments.shared_targets import content_hash
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.weight_files import digest_of
 
 _CACHE = "measured"  # a folder with one file per measurement

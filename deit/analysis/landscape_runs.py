@@ -23,7 +23,7 @@ from deit.experiments.lottery_options import DENSE, TICKET
 from deit.experiments.lottery_plan import run_path
 from deit.experiments.sweep_tables import MANIFEST, RESULTS, read_results
 from deit.models.load_weights import load_weights_from
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.student import Student
 from deit.models.surgery.pruning_masks import Masks
 from deit.models.weight_files import digest_of

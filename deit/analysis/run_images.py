@@ -10,8 +10,9 @@ from PIL import Image
 
 from deit.analysis.view_sheet import draw_view_sheet
 from deit.config.presets import LOSS_PRESETS
-from deit.config.schema import Config, TeacherConfig
-from deit.config.student_section import InitConfig
+from deit.config.schema import Config
+from deit.config.sections.init import InitConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.core.errors import ConfigError
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.sources import LISTINGS
@@ -19,8 +20,8 @@ from deit.datasets.splits import load_split, load_splits
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.cache import CachedEvaluation
 from deit.evaluation.load_run import evaluation_config, resolve_run, student_at_resolution
-from deit.models.attention import check_attention, rollout
-from deit.models.saved import ModelInfo
+from deit.models.attention_rollout import check_attention, rollout
+from deit.models.saved_student import ModelInfo
 from deit.viz.attention_plot import draw_attention
 
 _CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ from typing import Any
 
 from deit.cli.parser import Parser
 from deit.cli.run_args import RunArguments, given_epochs, parse_data, parse_run, run_name
-from deit.config.data_section import DataConfig
 from deit.config.finetune_schedules import (
     DATA_SIZED_SCHEDULES,
     FINETUNE_SCHEDULES,
@@ -18,7 +17,8 @@ from deit.config.finetune_schedules import (
 )
 from deit.config.recipes import RECIPES
 from deit.config.schema import Config
-from deit.config.student_section import StudentConfig
+from deit.config.sections.data import DataConfig
+from deit.config.sections.student import StudentConfig
 from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError, did_you_mean
 from deit.core.json_io import load_json_as, translate_value_errors

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from deit.cli.grammar import RawValue, option_of, parse_options, plain
-from deit.config.data_section import DataConfig
 from deit.config.presets import PRESETS, apply_presets, fit_epochs
 from deit.config.recipes import RECIPES, find_recipe
-from deit.config.schema import Config, LossConfig, to_dict
+from deit.config.schema import Config, to_dict
+from deit.config.sections.data import DataConfig
+from deit.config.sections.loss import LossConfig
 from deit.config.validation import config_from_dict, unknown_field
 from deit.core.console import info
 from deit.core.errors import ConfigError, ConfigProblem

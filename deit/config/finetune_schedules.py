@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS
-from deit.config.schema import Config, OptimConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.student import StudentConfig
 
 _SHAPE = (
     "patch_size",

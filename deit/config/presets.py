@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
-from deit.config.data_section import ViewsConfig
-from deit.config.fields import TeacherView
-from deit.config.schema import LossConfig
+from deit.config.field_types import TeacherView
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import did_you_mean
 
 _TOKEN = {"head": "distillation", "distillation_weight": 0.5}

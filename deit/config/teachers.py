@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from deit.config.schema import TeacherConfig
+from deit.config.sections.teacher import TeacherConfig
 
 
 class TeacherSpec(NamedTuple):

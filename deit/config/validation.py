@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from deit.config.checks import CHECKS, LIVE_TEACHER_CHECKS
+from deit.config.cross_field_checks import CHECKS, LIVE_TEACHER_CHECKS
 from deit.config.schema import Config, to_dict
 from deit.core.console import count_noun
 from deit.core.errors import (

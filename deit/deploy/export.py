@@ -15,13 +15,13 @@ from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.filesystem import atomic_write_dir, check_writable
 from deit.core.tensors import evenly_spaced
 from deit.datasets.splits import load_splits
-from deit.deploy.formats import FORMATS, ExportFormat, Graph, Heads, InferenceFn, outputs_of
+from deit.deploy.export_formats import FORMATS, ExportFormat, Graph, Heads, InferenceFn, outputs_of
 from deit.deploy.model_card import write_card
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import resolve_run
 from deit.models.metadata import ModelInfo
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.student import Student
 
 BATCHES = (1, 5, 64)

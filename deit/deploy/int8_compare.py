@@ -13,10 +13,17 @@ from deit.core.errors import CheckpointError
 from deit.core.metrics import agreement, topk_accuracy
 from deit.core.tensors import evenly_spaced
 from deit.deploy.export import BATCHES, run_graph
-from deit.deploy.formats import OUTPUTS, Graph, Heads, InferenceFn, onnx_inference_fn, outputs_of
+from deit.deploy.export_formats import (
+    OUTPUTS,
+    Graph,
+    Heads,
+    InferenceFn,
+    onnx_inference_fn,
+    outputs_of,
+)
+from deit.deploy.float_onnx import CHUNK, OnnxStudent, split_images
 from deit.deploy.int8_graph import signal_to_noise
 from deit.deploy.latency import latencies
-from deit.deploy.onnx_student import CHUNK, OnnxStudent, split_images
 from deit.evaluation.evaluate import head_metrics
 from deit.viz.tables import HEADS
 

@@ -75,8 +75,8 @@ def attentions(network: nn.Module) -> list[str]:
 def prepare(source: Path, target: Path) -> QuantizableLayers:
     """Write a float graph with known shapes and folded constants, as quantization needs it.
 
-    source: as deit.deploy.formats.write_onnx_with_metadata writes it. Raises CheckpointError if
-    ONNX Runtime fails.
+    source: as deit.deploy.export_formats.write_onnx_with_metadata writes it. Raises
+    CheckpointError if ONNX Runtime fails.
     """
     import onnx
     from onnxruntime.quantization import quant_pre_process

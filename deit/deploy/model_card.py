@@ -11,7 +11,7 @@ from deit.config.schema import Config
 from deit.config.teachers import teacher_specs
 from deit.core.console import format_percent
 from deit.core.run_folder import ENVIRONMENT, read_environment
-from deit.models.saved import ModelInfo
+from deit.models.saved_student import ModelInfo
 from deit.viz.tables import markdown_table
 
 _LIBRARIES = {"timm": "timm", "transformers": "transformers", "onnx": "onnx", "pt2": "pytorch"}
@@ -31,7 +31,7 @@ def write_card(
 ) -> None:
     """Write README.md with the YAML header of Hugging Face's Hub.
 
-    run: the run's folder. format: a key of deit.deploy.formats.FORMATS. metrics: as
+    run: the run's folder. format: a key of deit.deploy.export_formats.FORMATS. metrics: as
     deit.evaluation.evaluate.evaluate returns them. verified: the comparisons of the export with the
     run, one per loader, as in deit.deploy.export.Verification. license: of the weights. quantized:
     the section on quantization, as Markdown.

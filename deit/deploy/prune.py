@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deit.config.schema import Config, OptimConfig, to_dict
+from deit.config.schema import Config, to_dict
+from deit.config.sections.optim import OptimConfig
 from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.console import info
@@ -26,14 +27,9 @@ from deit.deploy.prune_tables import print_pruning, prune_page, prune_result
 from deit.evaluation.load_run import resolve_run
 from deit.experiments import shared_targets
 from deit.experiments.finished_runs import FinishedRunChecker
-from deit.experiments.runner import (
-    RunProgress,
-    RunSpec,
-    check_num_parallel,
-    combined_error,
-)
+from deit.experiments.parallel_runs import RunProgress, RunSpec, check_num_parallel, combined_error
 from deit.experiments.sweep_execute import train_with_retries, unfinished
-from deit.models.saved import WEIGHTS, ModelInfo, load_student, save_student
+from deit.models.saved_student import WEIGHTS, ModelInfo, load_student, save_student
 from deit.models.surgery.pruning_masks import MASKS
 from deit.models.surgery.structured_pruning import KeptUnits, pruned_config, slice_weights
 from deit.models.weight_files import digest_of, read_weights

@@ -12,7 +12,7 @@ from deit.core.console import format_percent, info, progress, table
 from deit.core.errors import ConfigError
 from deit.deploy.prune_options import PruneOptions
 from deit.distill.losses import distillation_loss
-from deit.models.saved import ModelInfo, load_student
+from deit.models.saved_student import ModelInfo, load_student
 from deit.models.student import Student
 from deit.models.surgery.structured_pruning import (
     KeptUnits,

@@ -11,8 +11,8 @@ from deit.evaluation.cache import EvaluationCache
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import resolve_run
 from deit.evaluation.result_rows import teacher_agreement, top1_by_head
-from deit.experiments.runner import RunSpec
-from deit.models.saved import WEIGHTS
+from deit.experiments.parallel_runs import RunSpec
+from deit.models.saved_student import WEIGHTS
 from deit.viz.tables import HEADS, markdown_table
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deit.config.schema import Config
-from deit.config.student_section import STUDENTS, StudentConfig
+from deit.config.sections.student import STUDENTS, StudentConfig
 from deit.core.accelerator import environment_info
 from deit.core.console import info, progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
@@ -17,7 +17,9 @@ from deit.core.hardware import int8_flags, int8_sums_saturate
 from deit.core.run_folder import read_result
 from deit.datasets.splits import stratified_indices
 from deit.deploy.export import check_output_dir, require_packages
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
+from deit.deploy.float_onnx import OnnxStudent, export_float_onnx, split_images
+from deit.deploy.int8_calibration import calibrate, ranges_from_training
 from deit.deploy.int8_compare import (
     check_batch_invariance,
     compare_on_test,
@@ -26,7 +28,7 @@ from deit.deploy.int8_compare import (
     interleaved_latency,
     layer_sensitivity,
 )
-from deit.deploy.int8_graph import calibrate, ranges_from_training, write_int8
+from deit.deploy.int8_graph import write_int8
 from deit.deploy.int8_layers import METHODS, choose, covers_enough, layers_of
 from deit.deploy.int8_tables import (
     describe,
@@ -35,11 +37,10 @@ from deit.deploy.int8_tables import (
     quantization_card,
 )
 from deit.deploy.model_card import write_card
-from deit.deploy.onnx_student import OnnxStudent, export_float_onnx, split_images
 from deit.deploy.prune_options import MANIFEST, PRUNED, RECOVERED
 from deit.distill.build import build_accelerator
 from deit.evaluation.load_run import evaluation_config, resolve_run
-from deit.models.saved import ModelInfo, load_student
+from deit.models.saved_student import ModelInfo, load_student
 from deit.models.student import Student
 from deit.models.surgery.fake_quant import fake_quant_layers
 
@@ -51,7 +52,7 @@ class QuantizeOptions(NamedTuple):
     """The options of a quantization.
 
     method: a key of deit.deploy.int8_layers.METHODS. images: number of training images that static
-    calibrates on; default: 128. range_method: a key of deit.deploy.int8_graph.CALIBRATIONS;
+    calibrates on; default: 128. range_method: a key of deit.deploy.int8_calibration.CALIBRATIONS;
     default: minmax. percentile: for that range method [%]. attention: whether to quantize products
     of two activations. exclude: a regular expression for the names of layers that stay float.
     """

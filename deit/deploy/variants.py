@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deit.config.schema import Config, RunConfig, differing_split_field
+from deit.config.schema import Config, differing_split_field
+from deit.config.sections.run import RunConfig
 from deit.core import run_folder
 from deit.core.accelerator import environment_info
 from deit.core.console import format_percent, info, progress, warn
@@ -22,10 +23,10 @@ from deit.core.filesystem import (
 from deit.core.json_io import load_json_as
 from deit.core.types import logits_by_head
 from deit.deploy.export import require_packages
-from deit.deploy.formats import FORMATS, OUTPUTS, onnx_inference_fn
+from deit.deploy.export_formats import FORMATS, OUTPUTS, onnx_inference_fn
+from deit.deploy.float_onnx import CHUNK
 from deit.deploy.int8_compare import final_head
 from deit.deploy.latency import latencies
-from deit.deploy.onnx_student import CHUNK
 from deit.deploy.prune_options import CONTROLS, MANIFEST, RECOVERED
 from deit.deploy.variants_tables import draw_variants, markdown, print_variants
 from deit.distill.build import build_accelerator
@@ -38,7 +39,7 @@ from deit.evaluation.load_run import (
 )
 from deit.models.cost import cost_of
 from deit.models.metadata import BASE
-from deit.models.saved import WEIGHTS, ModelInfo, load_student, to_safetensors_bytes
+from deit.models.saved_student import WEIGHTS, ModelInfo, load_student, to_safetensors_bytes
 from deit.models.student import Student
 from deit.models.surgery.token_merging import with_merging
 from deit.models.weight_files import digest_of, read_weights

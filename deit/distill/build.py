@@ -5,9 +5,11 @@ Only `build_train_loader` takes the whole configuration: it maps five sections o
 
 from accelerate import Accelerator
 
-from deit.config.data_section import ViewsConfig
-from deit.config.schema import Config, RunConfig, TeacherConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
+from deit.config.sections.views import ViewsConfig
 from deit.config.teachers import TeacherSpec, teacher_specs
 from deit.core.accelerator import create_accelerator
 from deit.datasets.decode_workers import worker_count
@@ -16,7 +18,7 @@ from deit.datasets.splits import Splits
 from deit.datasets.views import ChannelStats
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
 from deit.models.memory_format import default_memory_format
-from deit.models.saved import ModelInfo
+from deit.models.saved_student import ModelInfo
 from deit.models.teacher_sources import load_teacher
 from deit.models.teachers import Teacher
 

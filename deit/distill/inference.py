@@ -14,8 +14,8 @@ from deit.core.fault_injection import fault_point
 from deit.core.sharding import gathered_parameters
 from deit.core.signals import GracefulStop
 from deit.core.types import StudentOutput
+from deit.datasets.crops import CenterSquare, ReadRequest
 from deit.datasets.decode_workers import Reader, worker_count
-from deit.datasets.decoders import CenterSquare, ReadRequest
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.views import evaluation_views
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from deit.config.schema import LossConfig
+from deit.config.sections.loss import LossConfig
 from deit.core.types import StudentOutput, TeacherOutput
 
 Losses = dict[str, Tensor]

@@ -7,8 +7,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.data_section import DataConfig
-from deit.config.schema import EvalSettings, LossConfig, TeacherConfig
+from deit.config.schema import EvalSettings
+from deit.config.sections.data import DataConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import TeacherSlot, teacher_slots
 from deit.core.accelerator import in_main_process
 from deit.core.console import count_noun, format_percent, info, warn

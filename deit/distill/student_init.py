@@ -6,11 +6,12 @@ from typing import Any
 from torch import nn
 
 from deit.config.schema import Config
-from deit.config.student_section import InitConfig, StudentConfig
+from deit.config.sections.init import InitConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import CheckpointError, first_line, raise_transient
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.load_weights import load_weights_from
-from deit.models.saved import ModelInfo
+from deit.models.saved_student import ModelInfo
 from deit.models.surgery.pruning_masks import Masks, apply, check_fits, read_masks
 from deit.models.weight_files import digest_of, load_weights
 

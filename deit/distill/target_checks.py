@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deit.config.schema import LossConfig, TeacherConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_slots
 from deit.core.errors import ConfigError, DataError
 from deit.core.tensors import evenly_spaced

@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from deit.config.data_section import ViewsConfig
-from deit.config.schema import TeacherConfig
+from deit.config.sections.teacher import TeacherConfig
+from deit.config.sections.views import ViewsConfig
 from deit.config.teachers import teacher_specs
 from deit.datasets import views as view_code
 from deit.datasets.images import InMemoryImages

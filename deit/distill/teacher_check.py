@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.schema import CLASS_ORDERS, EvalSettings, TeacherConfig
+from deit.config.schema import EvalSettings
+from deit.config.sections.teacher import CLASS_ORDERS, TeacherConfig
 from deit.core.console import format_count, format_percent, info, table, warn
 from deit.core.errors import DataError
 from deit.core.metrics import (

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.fields import EnsembleMode
+from deit.config.field_types import EnsembleMode
 from deit.core.accelerator import compile_module
 from deit.core.errors import NumericsError
 from deit.core.tensors import device_constant

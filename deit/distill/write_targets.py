@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.schema import Config, TeacherConfig, to_dict
+from deit.config.schema import Config, to_dict
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
 from deit.core.accelerator import any_process, environment_info

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core import run_folder
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, DataError

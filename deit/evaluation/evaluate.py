@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.data_section import DataConfig
 from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
 from deit.core.accelerator import environment_info, hardware_summary
 from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
@@ -28,7 +28,7 @@ from deit.evaluation.load_run import (
     student_at_resolution,
 )
 from deit.evaluation.teacher_logits import combine_logits, largest_batch, teacher_logits
-from deit.models.attention import token_cosines
+from deit.models.attention_rollout import token_cosines
 from deit.models.cost import cost_of
 from deit.models.metadata import ModelInfo
 from deit.models.onednn_linear import use_onednn

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from deit.config.finetune_schedules import at_resolution
 from deit.config.schema import Config
-from deit.config.student_section import InitConfig
+from deit.config.sections.init import InitConfig
 from deit.config.validation import load_config
 from deit.core import run_folder, run_log
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, DataError
-from deit.datasets.imagenet_variants import load_variant
+from deit.datasets.imagenet_test_sets import load_variant
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import load_split
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.metadata import ModelInfo, find_saved_model
-from deit.models.saved import build_student, load_student
+from deit.models.saved_student import build_student, load_student
 from deit.models.student import Student
 from deit.models.weight_files import load_weights
 

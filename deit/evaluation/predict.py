@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from deit.config.schema import TeacherConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import load_config
 from deit.core import run_folder
@@ -20,9 +20,9 @@ from deit.datasets.decoding import EXTENSIONS, center_square, open_image
 from deit.datasets.listing import SkippedFiles, find_images, open_folder
 from deit.datasets.views import evaluation_views
 from deit.distill.teacher_check import log_class_order
-from deit.models.attention import AttentionMaps, check_attention, rollout
+from deit.models.attention_rollout import AttentionMaps, check_attention, rollout
 from deit.models.metadata import ModelInfo, find_saved_model
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.student import Student
 from deit.models.teacher_sources import load_teacher
 from deit.models.teachers import Teacher

@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.schema import Config, TeacherConfig
+from deit.config.schema import Config
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, ConfigError, DataError

@@ -4,16 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deit.config.data_section import DataConfig
-from deit.config.schema import Config, TeacherConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_slots
 from deit.core import run_folder
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.datasets.splits import load_splits
 from deit.distill.run_teachers import digest_of_teachers
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 from deit.models.teacher_sources import load_teacher
 
 _REMEDY = "restore them, or give another --out"

@@ -21,7 +21,7 @@ from deit.experiments.lottery_masks import mask_report, write_masks
 from deit.experiments.lottery_options import DENSE, RATE, TICKET, LotteryOptions, check_options
 from deit.experiments.lottery_plan import LotteryPlan, LotteryRun, lottery_runs, plan_lottery
 from deit.experiments.lottery_tables import mask_cells, mask_columns, matching, matching_line
-from deit.experiments.runner import (
+from deit.experiments.parallel_runs import (
     FailedRun,
     RunProgress,
     RunSpec,
@@ -33,7 +33,7 @@ from deit.experiments.sweep_execute import SweepFailures, train_all, unfinished
 from deit.experiments.sweep_grid import Point
 from deit.experiments.sweep_plan import SweepPlan, SweepRun, check_base_run, check_inputs_exist
 from deit.experiments.sweep_tables import MANIFEST, write_results
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from deit.models.surgery.pruning_masks import all_ones, prunable, prune_in
 from deit.training.trackers import check_trackers
 

@@ -12,7 +12,7 @@ from deit.core.errors import CheckpointError
 from deit.core.filesystem import atomic_write
 from deit.experiments.lottery_options import ONE_SHOT, RANDOM, REINITIALIZED, TICKET
 from deit.experiments.lottery_plan import LotteryPlan, LotteryRun
-from deit.models.saved import WEIGHTS, load_student, to_safetensors_bytes
+from deit.models.saved_student import WEIGHTS, load_student, to_safetensors_bytes
 from deit.models.surgery.pruning_masks import (
     MASKS,
     Masks,

@@ -7,7 +7,7 @@ from deit.config.schema import Config
 from deit.core import run_folder
 from deit.experiments.base_runs import slugify
 from deit.experiments.lottery_options import DENSE, ONE_SHOT, REINITIALIZED, TICKET, LotteryOptions
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 
 _SEED_OFFSET = 1_000_000  # from the seed of a run to that of its reinitialized control
 

@@ -13,7 +13,7 @@ from deit.config.schema import Config
 from deit.core import run_folder, run_log
 from deit.core.console import format_percent, info
 from deit.core.errors import CheckpointError, ConfigError, SystemFault, first_line, raise_transient
-from deit.experiments.runner import RunProgress, RunSpec, is_retryable
+from deit.experiments.parallel_runs import RunProgress, RunSpec, is_retryable
 from deit.experiments.sweep_grid import Point, with_fields
 from deit.experiments.sweep_spec import SearchSpace, text_of
 from deit.training.save import selection_metric

@@ -12,7 +12,7 @@ from deit.core import run_folder
 from deit.distill.losses import needs_logits
 from deit.distill.target_checks import check_content
 from deit.distill.write_targets import write_targets
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 
 HASH_LENGTH = 12
 

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
 from deit.config.recipes import RECIPES, recipe_of_path
-from deit.config.schema import (
-    Config,
-    LossConfig,
-    OptimConfig,
-)
+from deit.config.schema import Config
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
 from deit.config.teachers import single_teacher
 from deit.config.validation import load_config
 from deit.core.errors import ConfigError

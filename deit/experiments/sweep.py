@@ -13,7 +13,7 @@ from deit.core.json_io import load_json_as
 from deit.evaluation.cache import disagreement_matrix
 from deit.experiments.base_runs import Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
-from deit.experiments.runner import RunSpec, check_num_parallel, combined_error
+from deit.experiments.parallel_runs import RunSpec, check_num_parallel, combined_error
 from deit.experiments.search import DATABASE, check_optuna
 from deit.experiments.sweep_collect import collect_rows, environment_of, print_rows, write_plots
 from deit.experiments.sweep_execute import (

@@ -11,7 +11,7 @@ from deit.core.errors import DeitError, SystemFault
 from deit.core.json_io import load_json_as
 from deit.evaluation import result_rows
 from deit.evaluation.cache import CachedEvaluation, EvaluationCache
-from deit.experiments.runner import FailedRun, RunSpec, combined_error
+from deit.experiments.parallel_runs import FailedRun, RunSpec, combined_error
 from deit.experiments.sweep_execute import SweepFailures
 from deit.experiments.sweep_plan import SweepPlan
 from deit.experiments.sweep_plots import draw_sweep

@@ -12,7 +12,7 @@ from deit.core.errors import ConfigError, DeitError
 from deit.datasets.splits import load_splits
 from deit.experiments import shared_targets
 from deit.experiments.finished_runs import FinishedRunChecker
-from deit.experiments.runner import (
+from deit.experiments.parallel_runs import (
     FailedRun,
     RunProgress,
     RunSpec,

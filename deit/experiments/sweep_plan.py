@@ -13,7 +13,7 @@ from deit.distill.run_teachers import check_inputs
 from deit.distill.target_checks import check_content
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.sweep_grid import Point, boundary_points, differing, points_of
 from deit.experiments.sweep_spec import Sweep
 

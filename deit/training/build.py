@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config.schema import Config, OptimConfig, RunConfig
+from deit.config.schema import Config
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.run import RunConfig
 from deit.core.accelerator import compile_module
 from deit.core.console import info
 from deit.core.errors import ConfigError, DataError, is_out_of_memory
@@ -19,7 +21,7 @@ from deit.distill.student_init import init_masks, init_student
 from deit.models.metadata import base_of
 from deit.models.onednn_linear import use_onednn
 from deit.models.parameters import freeze_except, layer_depths
-from deit.models.saved import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, build_student
 from deit.models.student import Student, has_distillation_head
 from deit.models.surgery.pruning_masks import Masks, PruningMasks
 from deit.training.memory import recomputes

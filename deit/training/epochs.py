@@ -14,8 +14,8 @@ from deit.core.types import logits_by_head
 from deit.datasets.loader import TrainLoader
 from deit.distill.inference import predict_split
 from deit.training.loop import MetricAccumulator, StepContext, train_epoch
+from deit.training.lr_schedule import lr_at
 from deit.training.nonfinite import NonFiniteMonitor
-from deit.training.optimizer import lr_at
 from deit.training.progress_log import log_epoch
 from deit.training.save import finish_epoch, save_checkpoint
 from deit.training.state import TrainingRun

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from deit.config.schema import LossConfig, OptimConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
 from deit.core.fault_injection import inject_nan
 from deit.core.rng import step_seed
 from deit.core.sharding import full_value
@@ -18,7 +19,8 @@ from deit.distill.losses import Losses, distillation_loss
 from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.surgery.fake_quant import ActivationRanges
 from deit.models.surgery.pruning_masks import PruningMasks
-from deit.training.optimizer import EMA, lr_at, set_lr
+from deit.training.lr_schedule import lr_at, set_lr
+from deit.training.optimizer import EMA
 
 
 class StepContext(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from deit.config.schema import LossConfig, OptimConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
 from deit.core.console import count_noun, format_count, format_duration, format_percent, info, warn
 from deit.core.hardware import num_cores
 from deit.core.sharding import shard_degree

@@ -16,7 +16,7 @@ from deit.core.metrics import agreement
 from deit.core.sharding import full_tensors
 from deit.models.metadata import save_base
 from deit.models.parameters import trainable_parameters
-from deit.models.saved import save_student, save_weights
+from deit.models.saved_student import save_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, is_masked
 from deit.training.loop import MetricAccumulator
 from deit.training.optimizer import optimizer_tensors, save_optimizer

@@ -17,7 +17,7 @@ from deit.datasets.splits import Splits
 from deit.distill.run_teachers import RunTeachers
 from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.metadata import AdapterBase
-from deit.models.saved import ModelInfo
+from deit.models.saved_student import ModelInfo
 from deit.models.surgery.pruning_masks import PruningMasks
 from deit.training.optimizer import EMA
 

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from deit.config.choices import EXPORT_PACKAGES
+from deit.config.command_choices import EXPORT_PACKAGES
 from deit.config.schema import Config
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.core import run_log
 from deit.core.console import format_duration, format_percent, info
 from deit.core.errors import ConfigError

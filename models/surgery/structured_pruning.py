@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 
 Weights = dict[str, Tensor]
 PerBlock = tuple[Tensor, ...]

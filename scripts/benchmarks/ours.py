@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.config.data_section import ViewsConfig
 from deit.config.schema import Config
+from deit.config.sections.views import ViewsConfig
 from deit.core.types import Batch
 from deit.training.build import build_run
 from deit.training.epochs import step_context

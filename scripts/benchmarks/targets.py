@@ -12,7 +12,7 @@ from PIL import Image
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.cifar import cifar10_micro
 from deit.config.schema import Config
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.datasets.splits import load_splits
 from deit.distill.build import (
     build_accelerator,
@@ -23,7 +23,7 @@ from deit.distill.build import (
 from deit.distill.target_checks import teacher_query
 from deit.distill.target_store import RecordFormat
 from deit.distill.write_targets import encode_block, write_targets
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from scripts.benchmarks.interleaved import Case, photographs, run_cases
 from scripts.benchmarks.ours import our_steps
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deit.config.data_section import ViewsConfig
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.cifar import cifar10_micro
 from deit.config.schema import Config
+from deit.config.sections.views import ViewsConfig
 from deit.distill.losses import distillation_loss
-from deit.models.saved import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, build_student
 from deit.models.student import Student
 from deit.training.build import build_run
 from deit.training.epochs import step_context

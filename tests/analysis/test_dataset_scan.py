@@ -12,12 +12,12 @@ from PIL import Image
 
 from deit.analysis import dataset_scan
 from deit.cli import run_command
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import TRANSIENT, DataError, NotAllowedError, SystemFault
-from deit.datasets import stores
+from deit.datasets import image_stores as stores
+from deit.datasets.image_stores import FolderStore, ReaderStore, ShardStore
 from deit.datasets.images import ImageStore
 from deit.datasets.splits import load_splits
-from deit.datasets.stores import FolderStore, ReaderStore, ShardStore
 from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
 

@@ -26,7 +26,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_split, stratified_indices
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.surgery.pruning_masks import MASKS, apply, read_masks
 from tests.helpers.small_runs import WITH_AVERAGE
 

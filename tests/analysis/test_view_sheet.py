@@ -10,9 +10,13 @@ from PIL import Image, ImageFont
 
 from deit.analysis import view_sheet
 from deit.analysis.view_sheet import draw_view_sheet
-from deit.config.data_section import DataConfig, ViewsConfig
-from deit.config.schema import Config, LossConfig, OptimConfig, RunConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.views import ViewsConfig
 from deit.datasets.splits import load_splits
 from deit.distill.build import build_train_loader
 from tests.helpers.commands import TEN, assert_refused, fake_teacher, run_in, tree

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deit.config.student_section import StudentConfig
-from deit.models.saved import ModelInfo, build_student
+from deit.config.sections.student import StudentConfig
+from deit.models.saved_student import ModelInfo, build_student
 from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, fake_teacher, tree
 
 TRAIN = "train_deit.py"

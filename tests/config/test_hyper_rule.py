@@ -22,9 +22,9 @@ from deit.config.validation import validate
 from deit.core.errors import ConfigError
 from deit.models.adapt_weights import adapt_weights
 from deit.models.load_weights import load_weights_from
-from deit.models.networks import create_network
 from deit.models.parameters import classifier_names, freeze_except
-from deit.models.saved import save_weights
+from deit.models.registry import create_network
+from deit.models.saved_student import save_weights
 from deit.models.surgery.pruning_masks import prunable
 from tests.helpers.errors import raises
 

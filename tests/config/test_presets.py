@@ -5,11 +5,13 @@ import json
 import pytest
 
 from deit.cli.run_args import parse_run
-from deit.config.checks import CHECKS
+from deit.config.cross_field_checks import CHECKS
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES, apply_presets, fit_epochs
 from deit.config.recipes import RECIPES, find_recipe
 from deit.config.recipes.handwriting import digits
-from deit.config.schema import Config, LossConfig, OptimConfig, to_dict
+from deit.config.schema import Config, to_dict
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
 from deit.config.teachers import TeacherSlot, TeacherSpec, teacher_slots, teacher_specs
 from deit.config.validation import config_from_dict, field_names, load_config, validate
 from deit.core.errors import ConfigError

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit.config.data_section import DataConfig
 from deit.config.recipes.handwriting import digits
 from deit.config.schema import to_dict
+from deit.config.sections.data import DataConfig
 from deit.config.validation import load_config
 from deit.core.errors import ConfigError, DataError, counted
 from deit.core.file_reading import read_lines, read_text

@@ -12,8 +12,9 @@ from torch import nn
 
 from deit.config import recipes
 from deit.config.recipes import handwriting
-from deit.config.schema import Config, TeacherConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.core.errors import (
     TRANSIENT,
@@ -26,11 +27,11 @@ from deit.core.errors import (
     raise_transient,
 )
 from deit.datasets import decoding, sources, timm_readers
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.deploy.int8_layers import by_onnxruntime
 from deit.distill import student_init
 from deit.models import load_weights, teacher_sources, weight_files
-from deit.models.saved import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, build_student
 from deit.training import build, optimizer
 from tests.helpers.errors import raises
 

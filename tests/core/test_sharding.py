@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits
-from deit.config.schema import RunConfig
+from deit.config.sections.run import RunConfig
 from deit.config.validation import validate
 from deit.core import manifest, run_folder, run_log
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.sharding import shard_degree
 from deit.distill.build import build_accelerator
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from tests.helpers.command_server import CommandServer
 from tests.helpers.errors import raises
 from tests.helpers.processes import Completed, last_json, output_of

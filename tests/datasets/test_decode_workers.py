@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deit.config.data_section import ViewsConfig
-from deit.config.schema import OptimConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import WorkerLost
 from deit.core.rng import Keys
 from deit.datasets import decode_workers
+from deit.datasets.crops import CenterSquare, ReadRequest
 from deit.datasets.decode_workers import Reader
-from deit.datasets.decoders import CenterSquare, ReadRequest
 from deit.datasets.decoding import decode_square, open_image
 from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from deit.config.data_section import ViewsConfig
 from deit.config.presets import AUGMENTATIONS
-from deit.config.schema import OptimConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigError, DataError
 from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader

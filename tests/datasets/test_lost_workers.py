@@ -12,11 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from deit.config.data_section import DataConfig, ViewsConfig
-from deit.config.schema import Config, RunConfig
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import DataError, SystemFault, WorkerLost
+from deit.datasets.crops import CenterSquare, ReadRequest
 from deit.datasets.decode_workers import Reader, worker_count
-from deit.datasets.decoders import CenterSquare, ReadRequest
 from deit.datasets.images import InMemoryImages
 from deit.datasets.splits import load_splits
 from deit.distill.inference import predict_split

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deit.config.data_section import ViewsConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 

@@ -7,8 +7,8 @@ import torch
 from timm.data import auto_augment as timm
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from deit.config.data_section import ViewsConfig
-from deit.config.fields import Policy
+from deit.config.field_types import Policy
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys
 from deit.datasets.operations import CODES
 from deit.datasets.policies import (

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from deit.config.data_section import DataConfig
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets.splits import load_splits
 from deit.evaluation.evaluate import evaluate

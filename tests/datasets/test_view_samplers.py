@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.presets import AUGMENTATIONS, VIEW_MODES
-from deit.config.schema import OptimConfig
+from deit.config.sections.data import DataConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys
 from deit.datasets.decoding import center_square, open_image
 from deit.datasets.images import EncodedImages, InMemoryImages

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from deit.config.data_section import ViewsConfig
-from deit.config.fields import Crop, ErasingFill
+from deit.config.field_types import Crop, ErasingFill
 from deit.config.presets import AUGMENTATIONS
 from deit.config.recipes.handwriting import digits
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys
 from deit.datasets.views import (
     ChannelStats,

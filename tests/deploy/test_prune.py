@@ -15,7 +15,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.errors import ConfigError
 from deit.deploy.prune_options import CRITERIA, PruneOptions, prune_options
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.surgery.structured_pruning import magnitudes, select_top
 from deit.training.progress_log import schedule_of
 from tests.helpers.commands import runs_over

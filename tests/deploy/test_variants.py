@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from deit.config.validation import load_config
 from deit.deploy.variants import Variant, _load_variant, find_variants
 from deit.deploy.variants_tables import draw_variants, markdown, print_variants
-from deit.models.saved import load_student, save_weights
+from deit.models.saved_student import load_student, save_weights
 from tests.helpers.small_runs import QUICK_PRUNING, THREE_EPOCHS
 
 pytest.importorskip("sklearn")

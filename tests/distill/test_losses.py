@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
-from deit.config.fields import LossKind
+from deit.config.field_types import LossKind
 from deit.config.presets import LOSS_PRESETS
-from deit.config.schema import LossConfig
+from deit.config.sections.loss import LossConfig
 from deit.core.types import StudentOutput, TeacherOutput
 from deit.distill.losses import (
     DISTILLATION_LOSSES,

@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
 from deit.cli import run_command
-from deit.config.choices import TEST_SETS
+from deit.config.command_choices import TEST_SETS
 from deit.config.recipes.handwriting import digits_teacher
 from deit.config.validation import load_config
 from deit.core import host_memory
@@ -23,13 +23,13 @@ from deit.core.errors import CheckpointError, DataError
 from deit.core.metrics import calibration_error, topk_accuracy
 from deit.core.run_folder import latest_checkpoint
 from deit.core.types import logits_by_head
-from deit.datasets.imagenet_variants import VARIANTS, load_variant
+from deit.datasets.imagenet_test_sets import VARIANTS, load_variant
 from deit.datasets.splits import load_splits
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import student_at_resolution
 from deit.models.pos_embed import resize_positions
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.training.train import train
 from tests.helpers.errors import raises
 

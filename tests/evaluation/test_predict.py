@@ -14,7 +14,7 @@ from deit.config.teachers import teacher_specs
 from deit.config.validation import load_config
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_splits
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.models.teacher_sources import load_teacher
 from deit.models.teachers import BY_NAME
 from deit.training.train import train

@@ -26,11 +26,11 @@ from deit.experiments.lottery_options import (
 )
 from deit.experiments.lottery_plan import lottery_runs, plan_lottery
 from deit.experiments.lottery_tables import matching_line
-from deit.experiments.runner import FailedRun
+from deit.experiments.parallel_runs import FailedRun
 from deit.experiments.shared_targets import teacher_query_key
 from deit.experiments.sweep_execute import SweepFailures
 from deit.experiments.sweep_plan import SweepPlan
-from deit.models.saved import build_student, load_student, save_weights
+from deit.models.saved_student import build_student, load_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, is_masked, num_remaining, read_masks
 from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.search import DATABASE, check_optuna
 from deit.experiments.sweep_spec import SearchRange
 from tests.helpers.errors import raises

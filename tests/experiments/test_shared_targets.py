@@ -4,7 +4,7 @@ import pytest
 
 from deit.config.presets import LOSS_PRESETS, VIEW_MODES
 from deit.config.recipes.handwriting import digits, digits_ensemble
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.shared_targets import (
     content_hash,
     plan_shared_stores,

@@ -11,13 +11,15 @@ from deit.cli.run_args import parse_run
 from deit.config.recipes import RECIPES, recipe_of_path
 from deit.config.recipes.cifar import cifar10_finetune
 from deit.config.recipes.handwriting import digits, digits_ensemble, digits_finetune
-from deit.config.schema import TeacherConfig, to_dict
+from deit.config.schema import to_dict
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
 from deit.experiments.base_runs import BaseRuns, Experiment
 from deit.experiments.studies import STUDIES
-from deit.training.optimizer import build_optimizer, set_lr
+from deit.training.lr_schedule import set_lr
+from deit.training.optimizer import build_optimizer
 from tests.helpers.errors import raises
 
 TAUGHT = [name for name, recipe in RECIPES.items() if recipe().loss.kind != "none"]

@@ -12,7 +12,7 @@ from deit.core.errors import SystemFault
 from deit.distill.build import build_accelerator
 from deit.experiments import shared_targets, sweep_execute
 from deit.experiments.finished_runs import FinishedRunChecker
-from deit.experiments.runner import FailedRun, RunSpec
+from deit.experiments.parallel_runs import FailedRun, RunSpec
 from deit.experiments.shared_targets import TargetStorePlan
 from deit.experiments.sweep_execute import train_all
 from deit.experiments.sweep_grid import SWEEPS

@@ -255,8 +255,9 @@ def _exit_fast(code: int) -> None:
 
 
 class ForkedRun:
-    """The part of `subprocess.Popen` that `deit.experiments.runner` uses, for a run that the server
-    forks, which saves four seconds of imports."""
+    """The part of `subprocess.Popen` that `deit.experiments.parallel_runs` uses, for a forked run.
+
+    A run that the server forks saves four seconds of imports."""
 
     def __init__(self, path: Path, arguments: list[str], env: dict[str, str]) -> None:
         self._path = path
@@ -287,7 +288,7 @@ class ForkedRun:
 
 
 def forked_runs(path: Path) -> SimpleNamespace:
-    """Return a replacement of `subprocess` in deit.experiments.runner that forks from a server."""
+    """Return a replacement of `subprocess`, for deit.experiments.parallel_runs, that forks."""
 
     def popen(arguments: list[str], *, env: dict[str, str], **options: Any) -> Any:
         if env["OMP_NUM_THREADS"] != "1":  # the server runs with one thread
@@ -346,7 +347,7 @@ def _serve(path: Path, parent: int) -> None:
     _parse_once()
     import_module("torch").set_num_threads(1)
     gc.freeze()  # garbage collection in a forked process skips all that was imported
-    runner = import_module("deit.experiments.runner")
+    runner = import_module("deit.experiments.parallel_runs")
     runner.subprocess = forked_runs(path)
     unfinished = path.with_suffix(".starting")
     listener = socket.socket(socket.AF_UNIX)

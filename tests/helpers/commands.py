@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from deit.config.student_section import StudentConfig
-from deit.models.saved import ModelInfo, build_student, save_student
+from deit.config.sections.student import StudentConfig
+from deit.models.saved_student import ModelInfo, build_student, save_student
 from tests.helpers.command_server import shared_server
 
 TEN = tuple("0123456789")

@@ -6,16 +6,16 @@ import json
 import torch
 
 from deit.config.presets import LOSS_PRESETS
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import load_config
 from deit.core.hardware import int8_flags, int8_sums_saturate
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_splits
 from deit.deploy.export import split_normalization
-from deit.deploy.formats import onnx_inference_fn, write_onnx_with_metadata
+from deit.deploy.export_formats import onnx_inference_fn, write_onnx_with_metadata
 from deit.deploy.int8_layers import prepare
 from deit.distill.inference import evaluation_batches
-from deit.models.saved import ModelInfo, build_student, load_student
+from deit.models.saved_student import ModelInfo, build_student, load_student
 
 SMALL_DEIT = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 QUANTIZABLE = [("distilled", "static"), ("distilled", "dynamic"), ("plain", "static")]

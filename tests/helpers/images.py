@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.presets import AUGMENTATIONS
-from deit.config.schema import OptimConfig
+from deit.config.sections.data import DataConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats

@@ -4,16 +4,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from deit.config.data_section import ViewsConfig
 from deit.config.presets import LOSS_PRESETS
-from deit.config.schema import OptimConfig
-from deit.config.student_section import StudentConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.views import ViewsConfig
 from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader
 from deit.datasets.views import ChannelStats
 from deit.distill.losses import needs_logits
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
-from deit.models.saved import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, build_student
 from deit.models.teachers import LoadedNetwork, Teacher
 from deit.training.loop import StepContext
 from deit.training.optimizer import EMA, build_optimizer

@@ -5,9 +5,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from deit.analysis.loss_surface import LossSurface
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.types import StudentOutput
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from deit.models.student import Student
 
 NUM_IMAGES, CLASSES = 12, 3

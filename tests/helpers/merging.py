@@ -4,8 +4,8 @@ import timm
 import torch
 from torch import nn
 
-from deit.config.student_section import StudentConfig
-from deit.models.networks import create_network
+from deit.config.sections.student import StudentConfig
+from deit.models.registry import create_network
 
 SHAPE = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 STUDENTS = {

@@ -7,7 +7,7 @@ from deit.config.recipes.handwriting import digits
 from deit.core import run_folder, run_log
 from deit.experiments.lottery_options import LotteryOptions
 from deit.experiments.lottery_plan import lottery_runs, plan_lottery
-from deit.experiments.runner import RunSpec
+from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.search import Search
 from deit.experiments.sweep_spec import SearchRange, SearchSpace
 from tests.helpers.small_runs import WITH_AVERAGE

@@ -2,9 +2,10 @@
 
 import torch
 
-from deit.config.student_section import InitConfig, StudentConfig
+from deit.config.sections.init import InitConfig
+from deit.config.sections.student import StudentConfig
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from deit.models.weight_files import load_weights
 
 KEEP = InitConfig(weights="here")

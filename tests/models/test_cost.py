@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.models import cost as cost_module
 from deit.models.cost import cost_of, macs_of_image
 from deit.models.memory_format import set_memory_format
-from deit.models.networks import create_network
 from deit.models.onednn_linear import available, use_onednn
 from deit.models.rednet import DEPTHS, RedNet
+from deit.models.registry import create_network
 from deit.models.student import Student
 from deit.models.surgery.pruning_masks import all_ones, apply, prunable
 from deit.models.surgery.token_merging import with_merging

@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from deit.config.student_section import InitConfig
+from deit.config.sections.init import InitConfig
 from deit.core.errors import CheckpointError
 from deit.models.parameters import classifier_names
 from deit.models.pos_embed import resize_positions

@@ -8,8 +8,8 @@ from torch import nn
 
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits, digits_teacher
-from deit.config.schema import LossConfig
-from deit.config.student_section import StudentConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import DataError, StoppedBySignal
 from deit.core.types import Batch, StudentOutput, TeacherOutput
 from deit.datasets.splits import load_splits
@@ -19,7 +19,7 @@ from deit.distill.teacher_ensemble import OnlineTeacher
 from deit.distill.verify_targets import verify_targets
 from deit.distill.write_targets import write_targets
 from deit.models.memory_format import MEMORY_FORMATS, default_memory_format
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from deit.models.teachers import LoadedNetwork, Teacher
 from deit.training.train import train
 from tests.helpers.errors import raises

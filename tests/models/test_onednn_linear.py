@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from deit.config.schema import RunConfig
-from deit.config.student_section import StudentConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
 from deit.core import hardware, run_folder, run_log
 from deit.core.errors import SystemFault
 from deit.distill.build import build_accelerator
 from deit.evaluation.evaluate import evaluate
 from deit.models import onednn_linear
-from deit.models.networks import create_network
 from deit.models.onednn_linear import OneDNNLinear, resolve_linear_backend, use_onednn
+from deit.models.registry import create_network
 from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.small_runs import two_epochs

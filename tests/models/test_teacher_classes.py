@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from deit.config.schema import Config, TeacherConfig
+from deit.config.schema import Config
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError, DataError

@@ -9,13 +9,14 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from deit.config.schema import Config, TeacherConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError, DataError, NotFoundError
 from deit.core.types import logits_by_head
-from deit.models.saved import ModelInfo, build_student, save_student
+from deit.models.saved_student import ModelInfo, build_student, save_student
 from deit.models.teacher_sources import load_teacher as load_teacher_at
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import ASSUMED

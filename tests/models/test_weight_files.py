@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deit.config.student_section import InitConfig
+from deit.config.sections.init import InitConfig
 from deit.core.errors import CheckpointError
 from deit.models.adapt_weights import adapt_weights
 from deit.models.load_weights import load_weights_from

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from deit.config.recipes.handwriting import digits
-from deit.config.student_section import SIZES, InitConfig, StudentConfig
+from deit.config.sections.init import InitConfig
+from deit.config.sections.student import SIZES, StudentConfig
 from deit.core.errors import CheckpointError, ConfigError
 from deit.distill.student_init import init_student
 from deit.models.adapt_weights import LoadedWeights
 from deit.models.load_weights import infer_student_config, load_weights_from
-from deit.models.networks import create_network
 from deit.models.parameters import classifier_names, freeze_except
 from deit.models.pos_embed import resize_positions
-from deit.models.saved import ModelInfo, build_student, save_student
+from deit.models.registry import create_network
+from deit.models.saved_student import ModelInfo, build_student, save_student
 from deit.training.optimizer import read_tensors
 from tests.helpers.errors import raises
 from tests.helpers.weight_files import NAMES, load_adapted, loaded_weights, network, section

@@ -180,10 +180,10 @@ EXCHANGE = """
 import json, sys
 import torch
 from safetensors.torch import save_file
-from deit.config.schema import OptimConfig, RunConfig, StudentConfig
+from deit.config.sections.optim import OptimConfig, RunConfig, StudentConfig
 from deit.core.accelerator import destroy_process_group
 from deit.distill.build import build_accelerator
-from deit.models.saved import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, build_student
 from deit.training.optimizer import build_optimizer
 
 sent = []

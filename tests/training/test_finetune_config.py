@@ -20,10 +20,10 @@ from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS
 from deit.config.recipes import RECIPES
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.schema import Config
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import load_config, validate
 from deit.core.errors import ConfigError
-from deit.training.optimizer import lr_at
+from deit.training.lr_schedule import lr_at
 from deit.training.train import train
 from tests.helpers.commands import tree
 from tests.helpers.errors import raises

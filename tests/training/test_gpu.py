@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deit.config.data_section import ViewsConfig
-from deit.config.fields import Compile, Crop
+from deit.config.field_types import Compile, Crop
 from deit.config.finetune_schedules import at_resolution
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
 from deit.config.recipes.handwriting import digits, digits_teacher
-from deit.config.schema import OptimConfig
-from deit.config.student_section import StudentConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core import fault_injection, run_folder
 from deit.core.rng import Keys, beta, random_words
 from deit.datasets.images import InMemoryImages
@@ -24,10 +24,10 @@ from deit.datasets.views import ChannelStats, apply_views, sample_views
 from deit.distill.target_store import canary
 from deit.distill.write_targets import write_targets
 from deit.evaluation.evaluate import evaluate
-from deit.models.attention import rollout, token_cosines
+from deit.models.attention_rollout import rollout, token_cosines
 from deit.models.cost import cost_of
-from deit.models.networks import create_network
 from deit.models.rednet import involve
+from deit.models.registry import create_network
 from deit.training.build import build_run
 from deit.training.epochs import step_context
 from deit.training.loop import MetricAccumulator, train_epoch

@@ -6,13 +6,14 @@ import re
 import pytest
 import torch
 
-from deit.config.data_section import ViewsConfig
 from deit.config.presets import LOSS_PRESETS
-from deit.config.schema import LossConfig, OptimConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import NumericsError
 from deit.distill.inference import predict
 from deit.training.loop import MetricAccumulator, train_epoch
-from deit.training.optimizer import lr_at
+from deit.training.lr_schedule import lr_at
 from tests.helpers.errors import raises
 from tests.helpers.loop_runs import CLASSES, IMAGES, make_step_context
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit.config.data_section import ViewsConfig
 from deit.config.presets import LOSS_PRESETS
-from deit.config.schema import OptimConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.views import ViewsConfig
 from deit.core import run_log
 from deit.core.errors import NumericsError
 from deit.core.types import StudentOutput

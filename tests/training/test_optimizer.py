@@ -8,19 +8,18 @@ import timm.optim
 import torch
 from torch import nn
 
-from deit.config.schema import OptimConfig
-from deit.config.student_section import StudentConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import ConfigError
-from deit.models.networks import create_network
 from deit.models.parameters import layer_depths
+from deit.models.registry import create_network
+from deit.training.lr_schedule import lr_at, set_lr
 from deit.training.optimizer import (
     EMA,
     build_optimizer,
     ema_decay,
     layer_lr_scales,
-    lr_at,
     parameter_groups,
-    set_lr,
 )
 from tests.helpers.errors import raises
 

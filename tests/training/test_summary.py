@@ -7,7 +7,7 @@ import pytest
 
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.core import run_folder, run_log
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.training.summary import SUMMARY, print_summary, sparkline, summary_of
 from deit.training.train import train
 

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from deit.config.fields import Trackers
+from deit.config.field_types import Trackers
 from deit.config.recipes.handwriting import digits_teacher
 from deit.core import run_log
 from deit.core.console import info

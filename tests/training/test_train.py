@@ -21,7 +21,7 @@ from deit.core.errors import (
 )
 from deit.core.filesystem import clean_leftovers, replace_dir
 from deit.evaluation.evaluate import evaluate
-from deit.models.saved import load_student
+from deit.models.saved_student import load_student
 from deit.training import save
 from deit.training.resume import read_state
 from deit.training.train import train

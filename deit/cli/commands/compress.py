@@ -11,7 +11,7 @@ from deit.cli.run_args import (
     parse_run,
     print_config_if_requested,
 )
-from deit.config.choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
+from deit.config.command_choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_epochs
 from deit.config.schema import Config
 from deit.core import run_folder

@@ -12,7 +12,7 @@ from deit.cli.run_args import (
     parse_run,
     print_config_if_requested,
 )
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.console import info
 from deit.core.errors import ConfigError, did_you_mean
 

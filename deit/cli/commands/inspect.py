@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_numbers
-from deit.config.choices import EXPORT_PACKAGES, TEST_SETS
+from deit.config.command_choices import EXPORT_PACKAGES, TEST_SETS
 from deit.core.errors import ConfigError, did_you_mean
 
 

@@ -1,18 +1,22 @@
 """Recipes for CIFAR-10 and CIFAR-100."""
 
-from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.finetune_schedules import at_resolution, deit, hyper_rule
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS
-from deit.config.recipes.registry import recipe
-from deit.config.recipes.transforms import (
+from deit.config.recipes.modifiers import (
     SHORT_SCHEDULE,
     by_function_matching,
     by_usi,
     class_token_only,
     finetuned,
 )
-from deit.config.schema import Config, OptimConfig, TeacherConfig
-from deit.config.student_section import InitConfig, StudentConfig
+from deit.config.recipes.registry import recipe
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.init import InitConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
+from deit.config.sections.views import ViewsConfig
 
 
 @recipe

@@ -1,16 +1,21 @@
 """Recipes for scikit-learn's digits and for MNIST."""
 
-from deit.config.data_section import DataConfig, ViewsConfig
 from deit.config.presets import LOSS_PRESETS
-from deit.config.recipes.registry import recipe
-from deit.config.recipes.transforms import (
+from deit.config.recipes.modifiers import (
     by_function_matching,
     class_token_only,
     finetuned,
     with_unseen_digits,
 )
-from deit.config.schema import Config, LossConfig, OptimConfig, RunConfig, TeacherConfig
-from deit.config.student_section import StudentConfig
+from deit.config.recipes.registry import recipe
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
+from deit.config.sections.views import ViewsConfig
 
 
 @recipe

@@ -3,8 +3,8 @@
 from deit.config.finetune_schedules import at_resolution, deit
 from deit.config.presets import AUGMENTATIONS
 from deit.config.recipes.cifar import cifar10, cifar10_teacher
+from deit.config.recipes.modifiers import SHORT_SCHEDULE
 from deit.config.recipes.registry import recipe
-from deit.config.recipes.transforms import SHORT_SCHEDULE
 from deit.config.schema import Config
 
 

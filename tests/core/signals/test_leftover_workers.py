@@ -45,7 +45,7 @@ def test_closing_the_reader_ends_a_worker_in_a_batch(image_folder):
 
     import torch
 
-    from deit.datasets.decoders import ReadRequest
+    from deit.datasets.crops import ReadRequest
 
     images = load_splits(image_run_config(image_folder, 1).data).train
     index = torch.zeros(1, dtype=torch.int64)

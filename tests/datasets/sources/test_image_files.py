@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 
 from deit.cli import run_command
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets import decoding
 from deit.datasets.listing import SkippedFiles, is_hidden, suffix_of

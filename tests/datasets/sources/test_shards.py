@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets.listing import SkippedFiles
 from deit.datasets.shards import read_index

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deit.config.data_section import DataConfig
-from deit.config.fields import Source
+from deit.config.field_types import Source
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError, SystemFault
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.sources import SOURCES

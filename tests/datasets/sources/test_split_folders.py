@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from deit.cli import run_command
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets import timm_readers
 from deit.datasets.splits import load_splits

@@ -5,12 +5,12 @@ from multiprocessing import get_context
 
 import pytest
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
+from deit.datasets.image_stores import StringTable
 from deit.datasets.images import EncodedImages
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import load_splits
-from deit.datasets.stores import StringTable
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.stores import (
     CLASSES,

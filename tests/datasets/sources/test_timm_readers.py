@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import ConfigError, DataError, SystemFault
+from deit.datasets.image_stores import ReaderStore
 from deit.datasets.sources import SOURCES
 from deit.datasets.splits import load_splits
-from deit.datasets.stores import ReaderStore
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.stores import (
     CLASSES,

@@ -5,7 +5,7 @@ import pytest
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.core.errors import ConfigError
 from deit.deploy.export import export
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.training.train import train
 from tests.helpers.exports import STUDENTS
 from tests.helpers.trained import trained

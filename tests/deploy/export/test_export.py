@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deit.config.choices import EXPORT_PACKAGES
+from deit.config.command_choices import EXPORT_PACKAGES
 from deit.config.recipes.handwriting import digits
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import load_config
 from deit.core.errors import CheckpointError
 from deit.datasets.decoding import decode_square
 from deit.datasets.splits import load_splits
 from deit.datasets.views import evaluation_views
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.models.adapt_weights import adapt_weights
 from deit.models.load_weights import load_weights_from
-from deit.models.networks import create_network
-from deit.models.saved import ModelInfo, build_student, load_student
+from deit.models.registry import create_network
+from deit.models.saved_student import ModelInfo, build_student, load_student
 from deit.models.timm_format import timm_config
 from deit.models.transformers_format import from_transformers, to_transformers
 from deit.models.weight_files import load_weights

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deit.cli import run_command
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.deploy.export import export, verify
-from deit.deploy.formats import FORMATS
-from deit.models.saved import ModelInfo, build_student
+from deit.deploy.export_formats import FORMATS
+from deit.models.saved_student import ModelInfo, build_student
 from deit.models.timm_format import timm_config
 from deit.models.transformers_format import transformers_config
 from tests.helpers.errors import raises

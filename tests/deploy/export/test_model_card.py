@@ -13,9 +13,9 @@ from PIL import Image
 from deit.config.recipes.handwriting import digits
 from deit.config.validation import load_config
 from deit.datasets.splits import load_splits
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.deploy.model_card import write_card
-from deit.models.saved import ModelInfo
+from deit.models.saved_student import ModelInfo
 from tests.helpers.exports import views_of_test_set
 
 pytest.importorskip("sklearn")

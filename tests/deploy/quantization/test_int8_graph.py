@@ -6,12 +6,13 @@ import numpy
 import pytest
 import torch
 
-from deit.config.choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
-from deit.config.student_section import StudentConfig
+from deit.config.command_choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import ConfigError
 from deit.deploy.export import split_normalization
-from deit.deploy.formats import onnx_inference_fn, write_onnx_with_metadata
-from deit.deploy.int8_graph import CALIBRATIONS, calibrate, signal_to_noise, write_int8
+from deit.deploy.export_formats import onnx_inference_fn, write_onnx_with_metadata
+from deit.deploy.int8_calibration import CALIBRATIONS, calibrate
+from deit.deploy.int8_graph import signal_to_noise, write_int8
 from deit.deploy.int8_layers import (
     METHODS,
     QuantizableLayers,
@@ -21,7 +22,7 @@ from deit.deploy.int8_layers import (
     layers_of,
     prepare,
 )
-from deit.models.saved import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, build_student
 from tests.helpers.errors import raises
 from tests.helpers.exports import SMALL_DEIT, OnnxGraph, int8_inference_fn, prepared_network
 

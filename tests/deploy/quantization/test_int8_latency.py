@@ -5,7 +5,7 @@ import torch
 
 from deit.core import hardware
 from deit.deploy import latency
-from deit.deploy.formats import onnx_inference_fn
+from deit.deploy.export_formats import onnx_inference_fn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("onnx")

@@ -7,9 +7,10 @@ import pytest
 
 from deit.cli import run_command
 from deit.core.errors import CheckpointError
-from deit.deploy import int8_compare, onnx_student, quantize
+from deit.deploy import float_onnx as onnx_student
+from deit.deploy import int8_compare, quantize
 from deit.deploy.export import BATCHES
-from deit.deploy.formats import onnx_inference_fn
+from deit.deploy.export_formats import onnx_inference_fn
 from deit.deploy.int8_layers import prepare
 from deit.deploy.quantize import QuantizeOptions
 from tests.helpers.errors import raises
@@ -163,7 +164,7 @@ def test_quantize_noisy_small_batches_raise(runs, tmp_path, monkeypatch):
 
 
 def test_quantize_unknown_attention_products_raise(runs, tmp_path, monkeypatch):
-    from deit.deploy import onnx_student
+    from deit.deploy import float_onnx as onnx_student
 
     def prepare_without_one(source, target):
         layers = prepare(source, target)

@@ -16,8 +16,9 @@ from deit.cli import run_command
 from deit.config.validation import load_config
 from deit.datasets.splits import load_splits, stratified_indices
 from deit.deploy import quantize
-from deit.deploy.formats import onnx_inference_fn
-from deit.deploy.int8_graph import calibrate, signal_to_noise
+from deit.deploy.export_formats import onnx_inference_fn
+from deit.deploy.int8_calibration import calibrate
+from deit.deploy.int8_graph import signal_to_noise
 from deit.deploy.quantize import QuantizeOptions
 from tests.helpers.exports import QUANTIZABLE, quantization_report, split_views
 

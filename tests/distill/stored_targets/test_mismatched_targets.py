@@ -11,7 +11,7 @@ from torch import nn
 from deit.config.presets import LOSS_PRESETS, VIEW_MODES
 from deit.config.recipes.handwriting import digits
 from deit.config.schema import to_dict
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import DataError
 from deit.core.rng import permutation
 from deit.distill.target_store import (
@@ -168,7 +168,7 @@ def test_store_with_wrong_probabilities_is_refused(teachers, tmp_path):
 
 def test_fingerprint_of_equal_weights_in_another_network_differs():
     """Strides have no weights."""
-    from deit.models.networks import create_network
+    from deit.models.registry import create_network
     from deit.models.teachers import LoadedNetwork
 
     def identity(name):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from deit.config.presets import LOSS_PRESETS, VIEW_MODES
 from deit.config.recipes.handwriting import digits, digits_ensemble, digits_teacher
-from deit.config.schema import LossConfig
+from deit.config.sections.loss import LossConfig
 from deit.config.validation import validate
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.run_folder import latest_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.datasets.sources import LISTINGS
 
 CLASSES = ("ant", "bee")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.datasets.splits import Splits
 
 CLASSES = ("10", "2", "Dog", "cat")  # in code point order; timm would have 2 before 10

@@ -17,7 +17,7 @@ from deit.cli.parser import Parser
 from deit.config.presets import PRESETS
 from deit.config.recipes import RECIPES
 from deit.config.schema import Config
-from deit.config.student_section import STUDENTS
+from deit.config.sections.student import STUDENTS
 from deit.experiments.sweep_grid import SWEEPS
 from tests.helpers.odd_input.inputs import BASES
 

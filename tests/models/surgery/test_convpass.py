@@ -10,13 +10,13 @@ from torch.nn.functional import conv2d
 
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
 from deit.config.recipes.handwriting import digits
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
-from deit.models.attention import rollout, token_cosines
-from deit.models.networks import create_network
+from deit.models.attention_rollout import rollout, token_cosines
 from deit.models.onednn_linear import available, use_onednn
 from deit.models.parameters import freeze_except, layer_depths, trainable_parameters
+from deit.models.registry import create_network
 from deit.models.student import Student
 from deit.models.surgery.convpass import Convpass, ConvpassBlock, adapters_of
 from tests.helpers.errors import raises

@@ -28,7 +28,7 @@ from deit.models import load_weights
 from deit.models.load_weights import load_weights_from, saved_weights
 from deit.models.metadata import BASE, AdapterBase, base_of, read_base
 from deit.models.parameters import trainable_parameters
-from deit.models.saved import load_student, save_weights
+from deit.models.saved_student import load_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, read_masks
 from deit.models.teacher_sources import load_teacher
 from deit.models.weight_files import digest_of

@@ -11,16 +11,22 @@ from torch import nn
 
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_init
 from deit.config.recipes.handwriting import digits
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
 from deit.deploy.export import split_normalization
-from deit.deploy.formats import Graph, onnx_inference_fn, outputs_of, write_onnx_with_metadata
-from deit.deploy.int8_graph import ranges_from_training, signal_to_noise, write_int8
+from deit.deploy.export_formats import (
+    Graph,
+    onnx_inference_fn,
+    outputs_of,
+    write_onnx_with_metadata,
+)
+from deit.deploy.int8_calibration import ranges_from_training
+from deit.deploy.int8_graph import signal_to_noise, write_int8
 from deit.deploy.int8_layers import choose, prepare
-from deit.models.networks import create_network
 from deit.models.onednn_linear import available, use_onednn
-from deit.models.saved import ModelInfo, build_student
+from deit.models.registry import create_network
+from deit.models.saved_student import ModelInfo, build_student
 from deit.models.student import Student
 from deit.models.surgery import fake_quant
 from deit.models.surgery.fake_quant import (

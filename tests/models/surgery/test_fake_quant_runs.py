@@ -22,12 +22,12 @@ from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError
 from deit.core.hardware import int8_flags, int8_sums_saturate
 from deit.deploy.export import export
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.deploy.int8_graph import signal_to_noise
 from deit.deploy.quantize import QuantizeOptions, check_accuracy_drop, quantize
 from deit.evaluation.evaluate import evaluate
 from deit.models.load_weights import infer_student_config, load_weights_from
-from deit.models.saved import load_student, save_student, save_weights
+from deit.models.saved_student import load_student, save_student, save_weights
 from deit.models.surgery.fake_quant import (
     fake_quant_layers,
     fake_quant_weight,

@@ -11,7 +11,7 @@ from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
 from deit.core.errors import CheckpointError, ConfigError
-from deit.models.saved import save_weights
+from deit.models.saved_student import save_weights
 from deit.models.surgery.pruning_masks import (
     MASKS,
     all_ones,
@@ -20,7 +20,7 @@ from deit.models.surgery.pruning_masks import (
     read_masks,
 )
 from deit.training.build import build_run
-from deit.training.optimizer import lr_at
+from deit.training.lr_schedule import lr_at
 from deit.training.train import train
 from tests.helpers.errors import raises
 from tests.helpers.resume_helpers import assert_same_end, stop_at

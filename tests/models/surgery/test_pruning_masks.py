@@ -7,7 +7,7 @@ from torch import nn
 from deit.config.schema import Config
 from deit.config.sparsity import SCOPES, densities_of, groups_of
 from deit.core.errors import CheckpointError, ConfigError
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from deit.models.surgery.pruning_masks import (
     PRUNE,
     PruningMasks,

@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import load_file
 
 from deit.config.schema import Config
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.models.cost import macs_of_image
-from deit.models.networks import create_network
-from deit.models.saved import ModelInfo, build_student, load_student, save_student
+from deit.models.registry import create_network
+from deit.models.saved_student import ModelInfo, build_student, load_student, save_student
 from deit.models.surgery.structured_pruning import (
     KeptUnits,
     TaylorScorer,

@@ -11,13 +11,13 @@ from timm.layers import Attention
 
 from deit.cli import run_command
 from deit.config.recipes.handwriting import digits, digits_teacher
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import ConfigError
 from deit.evaluation.evaluate import evaluate
-from deit.models.attention import token_cosines
+from deit.models.attention_rollout import token_cosines
 from deit.models.cost import cost_of
-from deit.models.networks import create_network
 from deit.models.onednn_linear import OneDNNLinear, available, use_onednn
+from deit.models.registry import create_network
 from deit.models.surgery.token_merging import (
     attend,
     check_merging,

@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 
 from deit.config.recipes.handwriting import digits
 from deit.config.schema import Config
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.config.validation import validate
 from deit.core import run_folder
 from deit.core.errors import CheckpointError, ConfigError
 from deit.deploy.export import split_normalization
-from deit.deploy.formats import FORMATS
+from deit.deploy.export_formats import FORMATS
 from deit.models.adapt_weights import adapt_weights
-from deit.models.attention import check_attention, token_cosines
+from deit.models.attention_rollout import check_attention, token_cosines
 from deit.models.cost import cost_of
 from deit.models.load_weights import load_weights_from
-from deit.models.networks import create_network
-from deit.models.saved import ModelInfo, build_student, load_student, save_student
+from deit.models.registry import create_network
+from deit.models.saved_student import ModelInfo, build_student, load_student, save_student
 from deit.models.surgery.pruning_masks import prunable
 from deit.models.surgery.weight_sharing import MixedAttention
 from deit.models.weight_files import load_weights

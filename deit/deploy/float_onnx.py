@@ -14,7 +14,7 @@ from deit.core.errors import CheckpointError
 from deit.core.tensors import evenly_spaced
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.deploy.export import fill_batches, run_graph, split_normalization, verify
-from deit.deploy.formats import (
+from deit.deploy.export_formats import (
     FORMATS,
     Graph,
     onnx_inference_fn,
@@ -25,7 +25,7 @@ from deit.deploy.formats import (
 from deit.deploy.int8_layers import QuantizableLayers, attentions, prepare
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.load_run import evaluation_images
-from deit.models.saved import ModelInfo
+from deit.models.saved_student import ModelInfo
 from deit.models.student import Student
 from deit.models.surgery.fake_quant import disable_fake_quant
 

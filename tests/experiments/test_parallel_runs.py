@@ -15,8 +15,13 @@ from deit.config.recipes.handwriting import digits_teacher
 from deit.core import run_folder, run_log
 from deit.core.errors import ConfigError, DeitError, SystemFault
 from deit.core.filesystem import lock_dir
-from deit.experiments import runner
-from deit.experiments.runner import RunProgress, RunSpec, check_num_parallel, run_parallel_or_raise
+from deit.experiments import parallel_runs as runner
+from deit.experiments.parallel_runs import (
+    RunProgress,
+    RunSpec,
+    check_num_parallel,
+    run_parallel_or_raise,
+)
 from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
 from tests.helpers.processes import wait_until

@@ -11,7 +11,7 @@ from deit.core import manifest
 from deit.core.json_io import load_json_as
 from deit.models.load_weights import saved_weights
 from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo
-from deit.models.networks import create_network
+from deit.models.registry import create_network
 from deit.models.student import Student
 from deit.models.weight_files import load_weights
 
@@ -21,7 +21,7 @@ def build_student(model_info: ModelInfo) -> Student:
 
     Raises ConfigError as `create_network`.
 
-    >>> from deit.config.student_section import StudentConfig
+    >>> from deit.config.sections.student import StudentConfig
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
     >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
     >>> build_student(model_info).network.head.weight.shape
@@ -63,7 +63,7 @@ def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
     network, or differs from the folder's manifest if it has one.
 
     >>> from tempfile import TemporaryDirectory
-    >>> from deit.config.student_section import StudentConfig
+    >>> from deit.config.sections.student import StudentConfig
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
     >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
     >>> with TemporaryDirectory() as folder:

@@ -1,15 +1,20 @@
 """Checks of a configuration that involve several fields; each problem comes with a remedy."""
 
-from deit.config.checks.images import check_addresses, check_data, check_views
-from deit.config.checks.student import check_adapters, check_init, check_qat, check_student
-from deit.config.checks.teacher import (
+from deit.config.cross_field_checks.images import check_addresses, check_data, check_views
+from deit.config.cross_field_checks.student import (
+    check_adapters,
+    check_init,
+    check_qat,
+    check_student,
+)
+from deit.config.cross_field_checks.teacher import (
     check_crops,
     check_losses,
     check_teacher_mean,
     check_teacher_view,
     check_teachers,
 )
-from deit.config.checks.training import check_optim, check_run
+from deit.config.cross_field_checks.training import check_optim, check_run
 
 CHECKS = {
     check_addresses: {"data", "init", "teacher", "student", "run"},

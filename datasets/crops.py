@@ -7,8 +7,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from deit.config.data_section import ViewsConfig
-from deit.config.fields import Interpolation
+from deit.config.field_types import Interpolation
+from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys
 from deit.datasets.decoding import center_square
 from deit.datasets.views import sample_boxes

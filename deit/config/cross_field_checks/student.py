@@ -1,8 +1,8 @@
 """Checks of the student and its initial weights."""
 
-from deit.config.checks.effects import without_effect
+from deit.config.cross_field_checks.unused_fields import without_effect
 from deit.config.schema import Config
-from deit.config.student_section import STUDENTS, StudentConfig
+from deit.config.sections.student import STUDENTS, StudentConfig
 from deit.core.errors import ConfigProblem, did_you_mean
 
 

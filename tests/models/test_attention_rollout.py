@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deit.config.student_section import StudentConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.errors import ConfigError
-from deit.models.attention import rollout, token_cosines
-from deit.models.networks import create_network
+from deit.models.attention_rollout import rollout, token_cosines
+from deit.models.registry import create_network
 from tests.helpers.errors import raises
 
 KINDS = {

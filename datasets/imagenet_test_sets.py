@@ -11,7 +11,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
-from deit.config.data_section import DataConfig
+from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages

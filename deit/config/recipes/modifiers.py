@@ -4,8 +4,10 @@ import dataclasses
 
 from deit.config.finetune_schedules import at_resolution, short
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
-from deit.config.schema import Config, LossConfig, TeacherConfig
-from deit.config.student_section import StudentConfig
+from deit.config.schema import Config
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.teacher import TeacherConfig
 
 
 def class_token_only(config: Config) -> Config:

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from deit.config.checks.effects import without_effect
-from deit.config.data_section import ViewsConfig
+from deit.config.cross_field_checks.unused_fields import without_effect
 from deit.config.schema import Config
+from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigProblem
 from deit.core.user_code import HUB_PREFIXES, address_hint
 

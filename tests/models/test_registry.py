@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deit.config.student_section import SIZES, STUDENTS, StudentConfig
+from deit.config.sections.student import SIZES, STUDENTS, StudentConfig
 from deit.core.errors import CheckpointError, ConfigError
 from deit.core.types import logits_by_head
 from deit.models.metadata import ModelInfo, find_saved_model
-from deit.models.networks import NETWORKS, create_network
-from deit.models.networks import SIZES as SHAPES
-from deit.models.saved import build_student, load_student, save_student
+from deit.models.registry import NETWORKS, create_network
+from deit.models.registry import SIZES as SHAPES
+from deit.models.saved_student import build_student, load_student, save_student
 from deit.models.student import Student, has_distillation_head
 from deit.models.weight_files import load_weights, read_weights
 from tests.helpers.errors import raises

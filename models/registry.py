@@ -8,7 +8,7 @@ from timm.layers import Attention, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from deit.config.student_section import SIZES, StudentConfig
+from deit.config.sections.student import SIZES, StudentConfig
 from deit.core.errors import ConfigError, did_you_mean
 from deit.models.rednet import DEPTHS, RedNet
 from deit.models.small_networks import Dense, SmallConvNet

@@ -2,9 +2,11 @@
 
 import dataclasses
 
-from deit.config.checks.effects import without_effect
-from deit.config.schema import CLASS_ORDERS, Config, LossConfig
-from deit.config.student_section import STUDENTS
+from deit.config.cross_field_checks.unused_fields import without_effect
+from deit.config.schema import Config
+from deit.config.sections.loss import LossConfig
+from deit.config.sections.student import STUDENTS
+from deit.config.sections.teacher import CLASS_ORDERS
 from deit.core.errors import ConfigProblem, did_you_mean
 
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.config.choices import EXPORT_PACKAGES
+from deit.config.command_choices import EXPORT_PACKAGES
 from deit.core.errors import ConfigError, first_line, raise_transient
 from deit.core.types import logits_by_head
-from deit.models.saved import WEIGHTS, ModelInfo, save_weights
+from deit.models.saved_student import WEIGHTS, ModelInfo, save_weights
 from deit.models.student import Student, has_distillation_head
 from deit.models.timm_format import load_from_timm, timm_config
 from deit.models.transformers_format import (

@@ -1,6 +1,6 @@
 """Checks of the optimizer and the run."""
 
-from deit.config.checks.effects import without_effect
+from deit.config.cross_field_checks.unused_fields import without_effect
 from deit.config.schema import Config
 from deit.core.errors import ConfigProblem
 
