@@ -24,7 +24,10 @@ from deit.models.teachers import Teacher
 
 
 def build_accelerator(run: RunConfig, *, grad_accum_steps: int = 1) -> Accelerator:
-    """Return Accelerate's object for the device, precision and processes of a configuration."""
+    """Return Accelerate's object for the device, precision and processes of a configuration.
+
+    Raises SystemFault if the device or the precision is not available.
+    """
     return create_accelerator(
         device=run.device,
         precision=run.precision,
@@ -36,7 +39,8 @@ def build_accelerator(run: RunConfig, *, grad_accum_steps: int = 1) -> Accelerat
 
 
 def channel_stats(views: ViewsConfig, splits: Splits) -> ChannelStats:
-    """Return the normalization of `views`, or else the mean and standard deviation of the data."""
+    """Return the normalization of `views`, or else the mean and standard deviation of the data, in
+    [0, 1] per channel."""
     return ChannelStats(views.mean or splits.mean, views.std or splits.std)
 
 
@@ -71,7 +75,19 @@ def build_teacher(
 def build_teachers(
     teacher: TeacherConfig, class_names: tuple[str, ...], image_size: int, accelerator: Accelerator
 ) -> list[Teacher]:
-    """Return all teachers of a configuration. Raises the errors of `load_teacher`."""
+    """Return all teachers of a configuration. Raises the errors of `load_teacher`.
+
+    image_size: side of the student's images [px].
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.datasets.splits import load_splits
+        >>> config = find_recipe("digits")
+        >>> names, accelerator = load_splits(config.data).class_names, build_accelerator(config.run)
+        >>> (teacher,) = build_teachers(config.teacher, names, 8, accelerator)
+        >>> teacher.description, teacher.class_order
+        ('small_convnet from checkpoints/digits-teacher', 'its own class names')
+    """
     return [
         build_teacher(spec, class_names, image_size, accelerator) for spec in teacher_specs(teacher)
     ]
@@ -83,7 +99,8 @@ def build_online_ensemble(
     """Return the networks as one call that gives what a target store keeps: logits, at temperature
     1, whatever the loss needs.
 
-    teachers: all of the configuration, or one of them.
+    teachers: all of the configuration, or one of them. Its output has the logits of each teacher,
+    float32 [B, T, C], with teacher.combine `tokens`, otherwise their mean [B, 1, C].
     """
     is_single = len(teachers) == 1
     return TeacherEnsemble(
@@ -100,6 +117,10 @@ def teacher_input_size(sizes: list[int | None]) -> int | None:
     """Return the side [px] of the teachers' images: the largest of `sizes`, None if all are None.
 
     A teacher with a smaller input resizes the images itself; None means that it takes any size.
+
+    Example:
+        >>> teacher_input_size([224, None, 256])
+        256
     """
     return max((size for size in sizes if size is not None), default=None)
 
@@ -117,6 +138,16 @@ def build_train_loader(
 
     teacher_size: from `teacher_input_size`. for_teacher: whether batches hold the teachers' images.
     Raises ConfigError and DataError as TrainLoader does.
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.datasets.splits import load_splits
+        >>> config = find_recipe("digits").replace(optim={"batch_size": 16})
+        >>> splits, accelerator = load_splits(config.data), build_accelerator(config.run)
+        >>> loader = build_train_loader(config, splits, accelerator, teacher_size=None)
+        >>> batch = next(loader.epoch(0))
+        >>> tuple(batch.images.shape), tuple(batch.targets.shape)
+        ((16, 3, 8, 8), (16, 10))
     """
     return TrainLoader(
         splits.train,

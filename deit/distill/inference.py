@@ -35,6 +35,18 @@ def predict_split(
     title: of the progress bar. size: side of the model's images [px]; default: the student's.
     interruption: checked before each batch that all processes have, equally often in each.
     Raises DataError if there are fewer images than processes.
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.core.console import quiet
+        >>> from deit.datasets.splits import load_splits
+        >>> from deit.models.saved import load_student
+        >>> config, (student, _) = find_recipe("digits"), load_student("checkpoints/digits/best")
+        >>> test = load_splits(config.data).test
+        >>> with quiet():
+        ...     output = predict_split(Accelerator(cpu=True), student, test, config.evaluation, "")
+        >>> output.class_logits.shape == (len(test.labels), 10)
+        True
     """
     num_images = len(images.labels)
     if num_images < accelerator.num_processes:

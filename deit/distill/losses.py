@@ -22,6 +22,8 @@ Losses = dict[str, Tensor]
 def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:
     """Return (1 - smoothing) * targets + smoothing / C, for label distributions [B, C].
 
+    smoothing: in [0, 1]. Source: Szegedy et al. 2016, section 7.
+
     Example:
         >>> smooth_labels(torch.tensor([[1.0, 0.0]]), 0.5).tolist()
         [[0.75, 0.25]]
@@ -30,14 +32,19 @@ def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:
 
 
 def label_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """Return the cross-entropy of logits [B, C] with label distributions [B, C], a scalar."""
+    """Return the cross-entropy of logits [B, C] with label distributions [B, C], a scalar.
+
+    It is averaged over the batch, in float32, also for logits of lower precision. smoothing: as in
+    `smooth_labels`.
+    """
     return cross_entropy(logits.float(), smooth_labels(targets.float(), smoothing))
 
 
 def hard_distillation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of logits [B, C] with the teacher's classes, int64 [B], a scalar.
 
-    The teacher's labels are not smoothed. Source: DeiT, equation 3.
+    It is averaged over the batch, in float32. The teacher's labels are not smoothed. Source: DeiT,
+    equation 3, second term.
 
     Example:
         >>> round(hard_distillation_loss(torch.zeros(1, 4), torch.tensor([2])).item(), 4)  # log 4
@@ -51,7 +58,7 @@ def soft_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: 
 
     It is summed over classes and averaged over the batch, as in the paper. The published DeiT code
     also divides by the number of classes. The factor temperature**2 keeps the gradient's magnitude
-    at higher temperatures. Source: DeiT, equation 2.
+    at higher temperatures. No gradient reaches the teacher. Source: DeiT, equation 2, second term.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]])
@@ -66,7 +73,13 @@ def soft_distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: 
 def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return temperature**2 * cross-entropy with the teacher's distribution at a temperature.
 
-    It is `soft_distillation_loss` plus the teacher's entropy, so its gradient is the same.
+    It is `soft_distillation_loss` plus temperature**2 * the teacher's entropy, so its gradient is
+    the same. Logits: [B, C]. Source: Hinton et al. 2015, section 2.
+
+    Example:
+        >>> zeros = torch.zeros(1, 4)
+        >>> round(soft_cross_entropy(zeros, zeros, 1.0).item(), 4)  # log 4, the entropy
+        1.3863
     """
     teacher = (teacher_logits.detach().float() / temperature).softmax(dim=1)
     return temperature**2 * cross_entropy(logits.float() / temperature, teacher)
@@ -80,6 +93,16 @@ def dkd_losses(
     Each is temperature**2 * KL, averaged over the batch. The first compares (p, 1 - p) of the true
     class, the second the distributions over the other classes. logits, teacher_logits: [B, C].
     labels: true classes, int64 [B]. Source: Zhao et al. 2022, equation 7.
+
+    Weighted by 1 and by the teacher's probability of the other classes, they sum to the soft loss:
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+        >>> target, others = dkd_losses(student, teacher, torch.tensor([0]), 1.0)
+        >>> probability = 1 - teacher.softmax(dim=1)[0, 0]
+        >>> soft = soft_distillation_loss(student, teacher, 1.0)
+        >>> torch.allclose(target + probability * others, soft)
+        True
     """
     student, student_others = _decoupled(logits.float() / temperature, labels)
     teacher, teacher_others = _decoupled(teacher_logits.detach().float() / temperature, labels)
@@ -102,7 +125,8 @@ def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def standardize_logits(logits: Tensor) -> Tensor:
     """Return logits [B, C] with mean 0 and standard deviation 1 in each row; equal logits become 0.
 
-    The standard deviation divides by C. Source: Sun et al. 2024, algorithm 1.
+    The result is float32. The standard deviation divides by C. Source: Sun et al. 2024,
+    algorithm 1.
 
     Example:
         >>> standardize_logits(torch.tensor([[3.0, 1.0]])).tolist()
@@ -163,7 +187,9 @@ def needs_logits(loss: LossConfig) -> bool:
 def label_only_loss(outputs: StudentOutput, targets: Tensor, loss: LossConfig) -> Losses:
     """Return the loss without a teacher: cross-entropy with the labels, averaged over all heads.
 
-    Training every head keeps all of them classifiers, and gives every parameter a gradient.
+    targets: label distributions [B, C]. The scalars are `total`, `class` and, with distillation
+    tokens, `distillation`, the mean over the tokens. Training every head keeps all of them
+    classifiers, and gives every parameter a gradient.
     """
     losses = {"class": label_loss(outputs.class_logits, targets, loss.label_smoothing)}
     if outputs.distillation_logits is None:
@@ -189,7 +215,7 @@ def distillation_loss(
     mean over heads of the teacher term. If each head has its own teacher, the teachers' weights are
     used, and `teacher_1`, `teacher_2`, ... are the terms of each. Computed outside autocast.
 
-    targets: label distributions [B, C]. teacher: None without a teacher; it gets no gradient.
+    targets: label distributions [B, C]. teacher: None for `label_only_loss`; it gets no gradient.
     epoch: number of epochs trained so far, for loss.distillation_warmup_epochs.
 
     Example:
@@ -222,7 +248,14 @@ def distillation_loss(
 
 
 def teacher_weight_ramp(loss: LossConfig, epoch: float) -> float:
-    """Return the factor of the teacher term's weight at an epoch, in [0, 1]: a linear warm-up."""
+    """Return the factor of the teacher term's weight at an epoch, in [0, 1]: a linear warm-up.
+
+    epoch: number of epochs trained so far, may be a fraction.
+
+    Example:
+        >>> teacher_weight_ramp(LossConfig(distillation_warmup_epochs=4), epoch=1.0)
+        0.25
+    """
     return (
         min(1.0, epoch / loss.distillation_warmup_epochs)
         if loss.distillation_warmup_epochs > 0

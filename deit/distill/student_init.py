@@ -17,7 +17,13 @@ from deit.models.weight_files import digest_of, load_weights
 
 
 def load_init_weights(init: InitConfig) -> LoadedWeights | None:
-    """Return the initial weights; None if the student starts at random. Raises CheckpointError."""
+    """Return the initial weights; None if the student starts at random. Raises CheckpointError.
+
+    Example:
+        >>> loaded = load_init_weights(InitConfig(weights="checkpoints/digits"))
+        >>> loaded.description, loaded.class_names[:3]
+        ('deit_micro from checkpoints/digits', ('0', '1', '2'))
+    """
     return None if init.weights is None else load_weights_from(init.weights)
 
 
@@ -33,6 +39,7 @@ def init_student(
 ) -> dict[str, Any]:
     """Copy initial weights into the student's network; return a report of how they were adapted.
 
+    The report is the content of init.json: `source`, `found`, `weights` (a SHA-256) and `notes`.
     Raises CheckpointError with the first ten differences, before anything is copied.
     """
     try:
@@ -107,7 +114,7 @@ def init_masks(init: InitConfig, loaded: LoadedWeights | None, network: nn.Modul
     """Return the pruning masks a student trains under and mask its weights; None if it is dense.
 
     loaded: the initial weights, whose masks are kept unless the configuration sets others.
-    Raises CheckpointError.
+    Raises CheckpointError if the masks cannot be read or belong to another network.
     """
     if init.pruning_masks == "none":
         return None

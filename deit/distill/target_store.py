@@ -194,7 +194,19 @@ def _short(value: Any) -> str:
 
 
 class TargetStore:
-    """A complete store. Its files are opened on first use, so it can be sent to other processes."""
+    """A complete store. Its records are opened on first use, so it can be sent to other processes.
+
+    Called with a batch, it returns the targets of the batch's rows, like a live teacher.
+
+    Example:
+        >>> store = open_store("checkpoints/digits-targets")
+        >>> store.layout.content, store.layout.epochs, store.records(0).dtype.itemsize
+        ('full', 1, 21)
+        >>> images, rows = torch.zeros(2, 3, 8, 8), torch.tensor([5, 3])
+        >>> labels, log_probs = store(Batch(images, None, torch.zeros(2, 10), rows, 0, rows))
+        >>> torch.equal(labels, log_probs.argmax(dim=1)), log_probs.shape
+        (True, torch.Size([2, 10]))
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -234,7 +246,8 @@ class TargetStore:
         return self._checks[: self.layout.num_shards]
 
     def records(self, epoch: int) -> np.ndarray:
-        """Return the memory-mapped records of an epoch; one epoch is mapped at a time."""
+        """Return the memory-mapped records of an epoch, [rows_per_epoch] of `layout.dtype`, one
+        epoch at a time. Raises ValueError beyond the stored epochs."""
         if epoch != self._epoch:
             offset = epoch * self.layout.rows_per_epoch * self.layout.dtype.itemsize
             self._records = np.memmap(
@@ -244,7 +257,8 @@ class TargetStore:
         return self._records
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return the targets of a batch: labels, int64 [B]; log-probabilities [B, C] or None."""
+        """Return the targets of a batch: labels, int64 [B]; log-probabilities, float32 [B, C], or
+        None. After the stored epochs they start again with the first."""
         epoch = batch.epoch % self.layout.epochs
         labels, scores = decode(self.layout, self.records(epoch)[batch.target_rows.numpy()])
         device = batch.images.device
@@ -349,12 +363,13 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"records {layout.content!r}")
 
 
-def open_store(path: Path) -> TargetStore:
-    """Return a complete store.
+def open_store(path: str | Path) -> TargetStore:
+    """Return a complete store. path: its folder, as written by `write_targets`.
 
     Raises DataError if there is none or it is incomplete, and CheckpointError if its files are
     truncated or of another format.
     """
+    path = Path(path)
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:

@@ -190,6 +190,13 @@ def better_order(
     of the classes that it moves: by a sign test over the images that only one of the orders gets
     right (McNemar 1947), and by the accuracy averaged over classes, which a teacher that always
     predicts the same class cannot raise.
+
+    Example:
+        >>> labels = torch.tensor([1, 2] * 10)
+        >>> predictions = torch.tensor([2, 1] * 10)  # always the other class
+        >>> better = better_order(predictions, labels, ("1", "10", "2"))
+        >>> better.order, better.before, better.after
+        ('natural', 0.0, 1.0)
     """
     orders: dict[tuple[str, ...], str] = {}
     for name in CLASS_ORDERS:

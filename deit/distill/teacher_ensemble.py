@@ -24,7 +24,11 @@ class TeacherFn(Protocol):
 
 
 class OnlineTeacher:
-    """A teacher network, run in the precision of the run."""
+    """A teacher network, run in the precision of the run and without gradients.
+
+    A call takes a batch with teacher images; it returns labels, int64 [B], and logits, float32
+    [B, C].
+    """
 
     def __init__(self, teacher: Teacher, accelerator: Accelerator) -> None:
         self.teacher = teacher
@@ -38,7 +42,19 @@ class OnlineTeacher:
 
 
 class TeacherEnsemble:
-    """All teachers of a run as one call; checks that every output is finite."""
+    """All teachers of a run as one call; checks that every output is finite.
+
+    Example:
+        >>> def color(batch):  # a teacher: from a batch to labels [B] and logits [B, C]
+        ...     logits = batch.teacher_images.mean(dim=(2, 3))
+        ...     return logits.argmax(dim=1), logits
+        >>> ensemble = TeacherEnsemble([color, color], weights=(0.5, 0.5), mode="logits",
+        ...                            temperature=1.0, needs_logits=True, name=str)
+        >>> images, rows = torch.rand(4, 3, 8, 8), torch.arange(4)
+        >>> output = ensemble(Batch(images, images, torch.zeros(4, 3), rows, 0, rows))
+        >>> output.labels.shape, output.logits.shape  # one output, which combines both teachers
+        (torch.Size([4, 1]), torch.Size([4, 1, 3]))
+    """
 
     def __init__(
         self,
@@ -147,7 +163,13 @@ def _log_mean(logits: Tensor, factors: Tensor) -> Tensor:
 def error_overlap(first: Tensor, second: Tensor, labels: Tensor) -> float | None:
     """Return the share of errors that two teachers have in common, in [0, 1]; None without errors.
 
-    It is |both wrong| / |at least one wrong|. first, second: predictions, int64 [N].
+    It is |both wrong| / |at least one wrong|. first, second: predictions, int64 [N]. labels: true
+    classes, int64 [N].
+
+    Example:
+        >>> labels = torch.tensor([0, 1, 2])
+        >>> error_overlap(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 0]), labels)
+        0.5
     """
     errors = torch.stack([first != labels, second != labels])
     num_either = int(errors.any(dim=0).sum())

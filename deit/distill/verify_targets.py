@@ -33,6 +33,13 @@ def verify_targets(
     root: folder of the images, if they moved since. teacher: sources of the teachers separated by
     commas, if they moved; "none" recomputes no output. num_queries: outputs to recompute.
     Raises DataError for other data, views or teachers, and CheckpointError for damaged files.
+
+    Example:
+        >>> from deit.core.console import quiet
+        >>> with quiet():
+        ...     checked = verify_targets("checkpoints/digits-targets", num_queries=64)
+        >>> checked.views > 0, checked.num_agreed / checked.num_queried > 0.99
+        (True, True)
     """
     store = open_store(Path(store_path))
     layout = store.layout

@@ -65,14 +65,20 @@ def write_targets(
     """Write the teachers' outputs for all training views of a configuration into a store.
 
     Shards that exist are kept.
-
     epochs: how many to write; default: all of the run. content: hard, full or top-K; default: what
     the loss needs. part: (index, number of parts) of the shards to write here, the index from 0.
     teacher_index: write the outputs of this teacher only (from 1), for the views that all teachers
     see; default: the outputs of all teachers.
-
     Returns whether the store is complete, in the main process. Raises the errors of
     deit.core.errors.
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.core.console import quiet
+        >>> config = find_recipe("digits").replace(data={"train_fraction": 0.1})
+        >>> with quiet():
+        ...     write_targets(config, "targets", epochs=2)
+        True
     """
     config = _for_writing(config, teacher_index)
     config = with_init_normalization(config, load_init_weights(config.init))
@@ -96,15 +102,9 @@ def write_targets(
         info(f"{out}: already complete")
         return True
     size = loader.sizes.teacher
-    for teacher in teachers:
-        with accelerator.autocast():
-            check_inference_memory(teacher, teacher.forward, size, accelerator, block)
+    _check_memory(teachers, size, accelerator, block)
     _check_disk(out, layout)
-    weights = tuple(spec.weight for spec in teacher_specs(config.teacher))
-    evaluation = config.evaluation
-    check_teachers(
-        teachers, config.teacher, splits, accelerator, evaluation, weights=weights, size=size
-    )
+    _check_teachers(teachers, config, splits, accelerator, size)
     store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
     shards = _shards_of(part, layout.num_shards, accelerator)
@@ -135,6 +135,23 @@ def _check_disk(out: Path, layout: RecordFormat) -> None:
     """Check that the disk has space for the shards and for the file that they are merged into."""
     written = sum(file.stat().st_size for file in (out / SHARDS).glob("*.bin"))
     check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
+
+
+def _check_memory(teachers: list[Teacher], size: int, accelerator: Accelerator, block: int) -> None:
+    """Check that a block of images fits the memory, for each teacher."""
+    for teacher in teachers:
+        with accelerator.autocast():
+            check_inference_memory(teacher, teacher.forward, size, accelerator, block)
+
+
+def _check_teachers(
+    teachers: list[Teacher], config: Config, splits: Splits, accelerator: Accelerator, size: int
+) -> None:
+    """Measure the teachers on the validation images, as a run does."""
+    weights = tuple(spec.weight for spec in teacher_specs(config.teacher))
+    check_teachers(
+        teachers, config.teacher, splits, accelerator, config.evaluation, weights=weights, size=size
+    )
 
 
 def _manifest(

@@ -33,10 +33,20 @@ _NO_FOLDER = Path(os.devnull)
 
 
 def build_run(config: Config) -> TrainingRun:
-    """Build a run that writes no folder, for profiling and benchmarks.
+    """Build a run that writes no folder, for profiling, benchmarks and your own training loop.
 
     Teachers and stores are checked, and networks compiled if the configuration has run.compile.
     Raises the errors of deit.core.errors.
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.core.console import quiet
+        >>> with quiet():
+        ...     run = build_run(find_recipe("digits"))
+        >>> batch = next(run.loader.epoch(0))
+        >>> output, teacher = run.student(batch.images), run.ensemble(batch)
+        >>> output.class_logits.shape, teacher.logits.shape  # [B, C] and [B, teachers, C]
+        (torch.Size([32, 10]), torch.Size([32, 1, 10]))
     """
     run = build(resolve(config), _NO_FOLDER)
     check_run_teachers(run)
@@ -44,7 +54,11 @@ def build_run(config: Config) -> TrainingRun:
 
 
 def build(resolved: ResolvedConfig, out: Path) -> TrainingRun:
-    """Build every part of a run. out: its folder, to which nothing is written here."""
+    """Build every part of a run. out: its folder, to which nothing is written here.
+
+    Raises the errors of deit.core.errors; DataError if there are fewer validation images than
+    processes.
+    """
     config, accelerator, teachers = resolved.config, resolved.accelerator, resolved.teachers
     splits = load_splits(config.data)
     if len(splits.validation.labels) < accelerator.num_processes:

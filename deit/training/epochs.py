@@ -26,7 +26,8 @@ def train_epochs(run: TrainingRun, interruption: GracefulStop) -> None:
     """Train from the epoch and step of the run's state to the last epoch.
 
     The checkpoint of an epoch is written before its evaluation: a run that is killed while it
-    evaluates repeats the evaluation, not the training. Raises StoppedBySignal after a checkpoint.
+    evaluates repeats the evaluation, not the training. Raises StoppedBySignal after a checkpoint,
+    and NumericsError after too many steps in a row whose loss or gradient is not finite.
     """
     config, state, steps = run.config, run.state, run.loader.steps_per_epoch
     while state.epoch < config.optim.epochs:
@@ -48,7 +49,23 @@ def train_epochs(run: TrainingRun, interruption: GracefulStop) -> None:
 
 
 def step_context(run: TrainingRun) -> StepContext:
-    """Return what the training loop needs of a run."""
+    """Return what the training loop needs of a run.
+
+    Example:
+        >>> from itertools import islice
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.core.console import quiet
+        >>> from deit.training.build import build_run
+        >>> with quiet():
+        ...     run = build_run(find_recipe("digits"))
+        >>> metrics, batches = MetricAccumulator(run.accelerator, {}), run.loader.epoch(0)
+        >>> batches = islice(batches, 2)
+        >>> results = train_epoch(step_context(run), batches, metrics, step=0, steps=40)
+        >>> [bool(result.applied) for result in results]
+        [True, True]
+        >>> metrics.compute()["loss"] > 0
+        True
+    """
     return StepContext(
         accelerator=run.accelerator,
         student=run.student,

@@ -72,8 +72,10 @@ def train_epoch(
 ) -> Iterator[StepResult]:
     """Train on the batches of an epoch; yield the result of each step.
 
-    metrics: accumulates the steps that were applied. step: of the first update, counted from 0 over
-    the run. steps: of a whole epoch.
+    batches: micro-batches, optim.grad_accum_steps per step. metrics: accumulates the steps that
+    were applied. step: of the first update, counted from 0 over the run. steps: of a whole epoch.
+    A step whose loss or gradient is not finite changes no weight. Raises NumericsError if a
+    teacher's output is not finite. deit.training.epochs.step_context has an example.
     """
     accelerator, student = context.accelerator, context.student
     student.train()
@@ -217,8 +219,8 @@ class MetricAccumulator:
     def compute(self) -> dict[str, float]:
         """Return means over the samples of all processes.
 
-        These are the losses by name, `<head>_top1` against the label with the largest weight in
-        each view, and with teachers `agreement` and `teacher_top1`.
+        These are the losses by name, `<head>_top1` in [0, 1] against the label with the largest
+        weight in each view, and with teachers `agreement` and `teacher_top1`, both in [0, 1].
         """
         totals = {name: math.fsum(values) for name, values in self.state().items()}
         num_samples = totals.pop("number", 0)

@@ -26,6 +26,11 @@ def parameter_groups(
 
     Biases and norms (one-dimensional parameters), tokens and position embeddings have no decay.
     Frozen parameters are in no group. scales: a factor for each parameter name; default: 1 for all.
+
+    Example:
+        >>> groups = parameter_groups(nn.Linear(3, 2), weight_decay=0.05)
+        >>> [(group["weight_decay"], group["params"][0].shape) for group in groups]
+        [(0.05, torch.Size([2, 3])), (0.0, torch.Size([2]))]
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -86,12 +91,27 @@ def ema_decay(updates: Tensor, *, horizon: float) -> Tensor:
     horizon: number of updates after which the share of a weight has dropped by a factor of e. The
     decay rises as (1 + updates) / (10 + updates) up to exp(-1 / horizon), so that the initial
     weights do not dominate a short run.
+
+    Example:
+        >>> round(ema_decay(torch.tensor(0), horizon=100.0).item(), 4)  # 1 / 10
+        0.1
+        >>> round(ema_decay(torch.tensor(10**6), horizon=100.0).item(), 4)  # exp(-1 / 100)
+        0.99
     """
     return ((1 + updates) / (10 + updates)).clamp(max=math.exp(-1 / horizon))
 
 
 class EMA:
-    """An exponential moving average of a model's weights and buffers, itself a model."""
+    """An exponential moving average of a model's weights and buffers; `model` has the averages.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> average, _ = EMA(model, horizon=100.0), nn.init.zeros_(model.weight)
+        >>> before = average.model.weight.item()
+        >>> average.update(model, applied=torch.tensor(True))
+        >>> round(average.model.weight.item() / before, 4)  # the decay of the first update
+        0.1
+    """
 
     def __init__(
         self, model: nn.Module, *, horizon: float, device: torch.device | None = None
@@ -135,7 +155,10 @@ def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tupl
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the state by key and parameter name, such as `exp_avg/blocks.0.norm1.weight`."""
+    """Return the state by key and parameter name, such as `exp_avg/blocks.0.norm1.weight`.
+
+    Tensors have the shape of their parameter; `step/...` of AdamW are scalars.
+    """
     tensors: dict[str, Tensor] = {}
     shaped, scalars = _state_keys(optimizer)
     for name, parameter in model.named_parameters():

@@ -36,6 +36,12 @@ def resolve(config: Config, *, resume_from: Path | None = None) -> ResolvedConfi
     These are the normalization (that of the initial weights), device, precision and processes, and
     the implementation of linear layers. resume_from: the folder of a run to resume.
     Raises the errors of deit.core.errors.
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> resolved = resolve(find_recipe("digits"))
+        >>> resolved.teachers.live_sources, resolved.config.run.linear_backend != "auto"
+        (['checkpoints/digits-teacher'], True)
     """
     resuming = resume_from is not None
     # The initial weights of a resumed run are in its checkpoint; their file can be gone.

@@ -29,7 +29,12 @@ from deit.training.state import TrainingRun, TrainState
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return the state of a checkpoint. Raises CheckpointError."""
+    """Return the state of a checkpoint. Raises CheckpointError.
+
+    Example:
+        >>> read_state(Path("checkpoints/digits/best")).skipped
+        0
+    """
     path = folder / run_folder.STATE
     state = load_json_as(path, TrainState)
     values = load_json_as(path, dict[str, Any])  # the dataclass would use defaults

@@ -28,7 +28,14 @@ _SLOW_S = 10.0
 
 def selection_metric(validation: dict[str, float]) -> float:
     """Return the accuracy that selects `best`: of the EMA if there is one, of the fused heads if
-    there are two."""
+    there are two.
+
+    validation: the metrics of a row of metrics.jsonl, in [0, 1].
+
+    Example:
+        >>> selection_metric({"class_top1": 0.8, "distillation_top1": 0.82, "fused_top1": 0.83})
+        0.83
+    """
     for name in ("average_fused_top1", "average_class_top1", "fused_top1"):
         if name in validation:
             return validation[name]

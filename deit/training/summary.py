@@ -30,7 +30,16 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
 
     It has time, speed, memory, the best epoch with its validation top-1 by head and the accuracy
     that selected it, the teacher's accuracy, the curve over epochs, and a command that can use the
-    student. result: the content of result.json.
+    student. Accuracies are in [0, 1], times in seconds, memory in MiB. result: the content
+    of result.json.
+
+    Example:
+        >>> from deit.config.validation import load_config
+        >>> from deit.core.run_folder import read_result
+        >>> run = Path("checkpoints/digits")
+        >>> summary = summary_of(load_config(run / "config.json"), run, read_result(run))
+        >>> summary["student"], summary["epochs"], sorted(summary["best"])
+        ('deit_micro', 2, ['class', 'distillation', 'fused'])
     """
     rows = run_log.read_metrics(out)
     measured = [row for row in rows if "loader" in row]

@@ -40,6 +40,18 @@ def train(
 
     Returns the content of result.json; of a dry run, the state after its step.
     Raises the errors of deit.core.errors; what can be checked is checked before the first step.
+
+    Example:
+        >>> from deit.config.recipes import find_recipe
+        >>> from deit.core.console import quiet
+        >>> config = find_recipe("digits").replace(optim={"epochs": 1, "warmup_epochs": 0},
+        ...                                        data={"train_fraction": 0.2})
+        >>> with quiet():
+        ...     result = train(config, "runs/short")
+        >>> result["epochs"], result["step"]  # 8 batches of 32 of the 259 images
+        (1, 8)
+        >>> sorted(file.name for file in Path("runs/short/best").glob("model*"))
+        ['model.json', 'model.safetensors']
     """
     config, out = validate(config), Path(out)
     start = check_start(config, out, resume=resume, dry_run=dry_run)
