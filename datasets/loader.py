@@ -73,7 +73,11 @@ class _SampledViews(NamedTuple):
 
 
 def num_steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return the number of training steps of an epoch, at least 1."""
+    """Return the number of training steps of an epoch, at least 1.
+
+    >>> num_steps_per_epoch(1294, batch_size=32)  # 14 images are left over
+    40
+    """
     return max(num_images // batch_size, 1)
 
 
@@ -196,13 +200,18 @@ class TrainLoader:
         return self.num_images - self.num_images % 2 if self.views.uses_mixing else self.num_images
 
     def order(self, epoch: int) -> Tensor:
-        """Return the order of the images in an epoch, int64 [images], on the CPU."""
+        """Return the order of the images in an epoch, int64 [images], on the CPU.
+
+        A function of seed and epoch only.
+        """
         return permutation(self.seed, epoch, self.num_images)
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
         """Yield this process's micro-batches of an epoch, `optim.grad_accum_steps` per step.
 
-        epoch: from 0 on. start_step: skip the steps before it; their images are not read.
+        epoch: from 0 on. start_step: skip the steps before it; their images are not read. Raises
+        DataError for an image that cannot be read, and WorkerLost for a decoding process that was
+        killed.
         """
         self.stages.reset()
         order = self.order(epoch)
@@ -236,7 +245,7 @@ class TrainLoader:
 
         rows: int64 [n], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
         batch_size. repeat: which view of an image, if the teacher's view is fixed; can be called
-        for several repeats at the same time.
+        for several repeats at the same time. Raises DataError for an image that cannot be read.
         """
         sampler = self.teacher_sampler or self.student_sampler
         order = None if self.views.has_fixed_teacher_view else self.order(epoch)

@@ -38,7 +38,12 @@ def sample_mix(keys: Keys, *, views: ViewsConfig, size: int) -> Mix:
 
     size: side [px] of the student's image. mixup (Zhang et al. 2018): lam ~ Beta(alpha, alpha).
     cutmix (Yun et al. 2019): a box of area 1 - lam with a uniform center, clipped at the border;
-    lam is then corrected to the area that is not pasted over.
+    lam is then corrected to the share of the area that is not pasted over.
+
+    >>> views = ViewsConfig(mixup_alpha=0.8, cutmix_alpha=1.0)
+    >>> mix = sample_mix(Keys(seed=0, epoch=0, samples=torch.arange(16)), views=views, size=32)
+    >>> mix.lam.shape, mix.boxes.shape
+    (torch.Size([16]), torch.Size([16, 4]))
     """
     switch = uniform(keys, "mix/switch", 2)
     ones = torch.ones_like(switch[:, 0])
@@ -67,7 +72,12 @@ def _boxes(centers: Tensor, weight: Tensor, size: int) -> Tensor:
 def mix_images(images: Tensor, mix: Mix) -> Tensor:
     """Mix each image with its partner: rows 2k and 2k + 1.
 
-    images: float [batch, 3, height, width], not changed. Return the same shape.
+    images: float [batch, 3, height, width], an even number, not changed. Return the same shape.
+
+    >>> mix = Mix(torch.tensor([0.75]).double(), torch.tensor([False]), torch.zeros(1, 4).long(), 8)
+    >>> black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    >>> mix_images(black_and_white, mix)[:, 0, 0, 0].tolist()
+    [0.25, 0.75]
     """
     pairs = rearrange(images, "(pair two) c h w -> pair two c h w", two=2)
     lam = rearrange(_own_weights(mix, *images.shape[-2:]).to(images.dtype), "p h w -> p 1 1 h w")
@@ -77,7 +87,12 @@ def mix_images(images: Tensor, mix: Mix) -> Tensor:
 
 
 def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
-    """Mix each target, float [batch, classes], with that of its partner, by the corrected lam."""
+    """Mix each target, float [batch, classes], with that of its partner, by the corrected lam.
+
+    >>> mix = Mix(torch.tensor([0.75]).double(), torch.tensor([False]), torch.zeros(1, 4).long(), 8)
+    >>> mix_targets(torch.eye(2), mix).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
+    """
     lam = repeat(mix.lam, "pair -> (pair 2) 1").to(targets.dtype)
     partner = torch.arange(len(targets), device=targets.device) ^ 1
     return lam * targets + (1 - lam) * targets[partner]

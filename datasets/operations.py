@@ -308,6 +308,12 @@ def apply_operations(
     images: uint8 [batch, 3, height, width], not changed. codes: int64 [batch], values of CODES, on
     the CPU, so that images can be grouped by operation without waiting for the device. arguments:
     float32 [batch]. Return uint8 of the same shape.
+
+    >>> options = FillOptions(torch.zeros(3, dtype=torch.uint8), "bicubic")
+    >>> images = torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)
+    >>> invert = torch.tensor([CODES["invert"]])
+    >>> apply_operations(images, invert, torch.zeros(1), options).unique().tolist()
+    [55]
     """
     if not codes.any():
         return images

@@ -107,6 +107,10 @@ def load_splits(config: DataConfig) -> Splits:
     Parts that the source does not provide are split off the training images by
     data.validation_fraction and data.test_fraction. Raises DataError if images are missing,
     unreadable or too few, SystemFault if they do not fit into memory.
+
+    >>> splits = load_splits(DataConfig(source="folder", root="pets", image_size=8))
+    >>> splits.class_names, splits.train.pixels.shape  # 14 of the 20 images in pets/cat, pets/dog
+    (('cat', 'dog'), torch.Size([14, 3, 8, 8]))
     """
     class_names, train, validation, test, identities, split_notes, skipped = _load_and_split(config)
     splits, notes = (train, validation, test), list(split_notes)
@@ -137,6 +141,10 @@ def load_split(
     """Return the class names and the images of one split: train, validation or test.
 
     Only the images of this split are decoded. Raises DataError and SystemFault as `load_splits`.
+
+    >>> class_names, images = load_split(DataConfig(source="digits", image_size=8), "test")
+    >>> len(class_names), images.pixels.dtype, images.pixels[0].shape
+    (10, torch.uint8, torch.Size([3, 8, 8]))
     """
     splits = _load_and_split(config)
     images: InMemoryImages | EncodedImages = getattr(splits, name)
@@ -263,6 +271,10 @@ def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
     Both are for values in [0, 1], computed exactly from a histogram. The standard deviation of a
     constant channel is 1.
+
+    >>> pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    >>> channel_statistics(pixels)
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     """
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []

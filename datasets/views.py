@@ -155,13 +155,23 @@ def _mean_levels(channel_stats: ChannelStats) -> Tensor:
 
 
 def to_unit_float(images: Tensor) -> Tensor:
-    """Convert uint8 to float32 in [0, 1], to the same values on every device."""
+    """Convert uint8 to float32 in [0, 1], to the same values on every device.
+
+    >>> to_unit_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist()
+    [0.0, 1.0]
+    """
     # CUDA divides by a number by multiplying with its reciprocal; a CPU does not.
     return images.float() * (1 / 255)
 
 
 def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
-    """Return `evaluation_squares` as float32 [batch, 3, size, size] in [0, 1]."""
+    """Return `evaluation_squares` as float32 [batch, 3, size, size] in [0, 1].
+
+    >>> pixels = torch.full((2, 3, 40, 30), 255, dtype=torch.uint8)
+    >>> images = evaluation_views(pixels, size=32, crop=0.875)
+    >>> images.shape, images.min().item()
+    (torch.Size([2, 3, 32, 32]), 1.0)
+    """
     return to_unit_float(evaluation_squares(pixels, size=size, crop=crop))
 
 
@@ -275,12 +285,12 @@ def _box_sides(
 
 
 def sample_flip(keys: Keys, probability: float) -> Tensor:
-    """Sample which images are flipped, bool [batch]."""
+    """Sample which images are flipped horizontally, bool [batch]. probability: in [0, 1]."""
     return uniform(keys, "flip", 1).squeeze(1) < probability
 
 
 def apply_flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Flip the selected images horizontally. flipped: bool [batch]."""
+    """Flip the selected images [batch, 3, height, width] horizontally. flipped: bool [batch]."""
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
 
 

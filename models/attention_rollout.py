@@ -33,6 +33,12 @@ def rollout(network: nn.Module, images: Tensor) -> AttentionMaps:
     It is the product over the blocks of 0.5 * attention, averaged over the heads, + 0.5 * identity
     for the residual path. images: normalized, float [batch, 3, height, width]. Raises ConfigError
     for a network without timm's attention.
+
+    >>> from deit.models.saved import load_student
+    >>> student, _ = load_student("checkpoints/digits/best")
+    >>> attention = rollout(student.network, torch.zeros(4, 3, 8, 8))
+    >>> attention.names, attention.maps.shape  # 4 x 4 patches of 2 px
+    (('class', 'distillation'), torch.Size([4, 2, 4, 4]))
     """
     check_attention(network)
     with _attention_of(network) as matrices:
@@ -102,6 +108,11 @@ def token_cosines(network: nn.Module, images: Tensor) -> Tensor:
     final norm. The paper (section 5.2) reports 0.06 at the input and 0.93 at the output of a
     DeiT-B. images: normalized, float [batch, 3, height, width]. Raises ConfigError for a network
     without both tokens.
+
+    >>> from deit.models.saved import load_student
+    >>> student, _ = load_student("checkpoints/digits/best")
+    >>> token_cosines(student.network, torch.zeros(4, 3, 8, 8)).shape  # one block
+    torch.Size([4, 2])
     """
     if not isinstance(network, VisionTransformer) or network.num_prefix_tokens < 2:
         raise ConfigError(

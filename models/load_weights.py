@@ -44,6 +44,10 @@ def load_weights_from(source: str) -> LoadedWeights:
     source: a run folder, a timm or transformers folder, a weight file, or a timm name, whose
     published weights are downloaded. Raises CheckpointError if the source is missing, cannot be
     read without running code, or contains values that are not finite.
+
+    >>> loaded = load_weights_from("checkpoints/digits")
+    >>> loaded.student.name, loaded.weights["head.weight"].shape
+    ('deit_micro', torch.Size([10, 16]))
     """
     try:
         loaded = _load(source)

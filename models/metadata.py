@@ -40,7 +40,11 @@ class ModelInfo:
 
 
 def find_saved_model(folder: str | Path) -> Path | None:
-    """Return `folder` if it holds a saved student, or `folder/best` if that does, or None."""
+    """Return `folder` if it holds a saved student, or `folder/best` if that does, or None.
+
+    >>> find_saved_model("checkpoints/digits").as_posix()
+    'checkpoints/digits/best'
+    """
     folder = Path(folder)
     for candidate in (folder, folder / "best"):
         if (candidate / MODEL_INFO).is_file() and (candidate / WEIGHTS).is_file():

@@ -34,6 +34,12 @@ def trainable_parameters(network: nn.Module, part: TrainableSet) -> set[str]:
     part: all; heads: the classifier layers; attention: heads and all attention layers (Touvron et
     al. 2022, arXiv 2203.09795, section 4); adapters: heads and all adapters. Raises ConfigError if
     the network has no such part.
+
+    >>> from deit.config.student_section import StudentConfig
+    >>> from deit.models.networks import create_network
+    >>> network = create_network(StudentConfig("deit_micro", image_size=8, depth=1), 10)
+    >>> sorted(trainable_parameters(network, "heads"))
+    ['head.bias', 'head.weight', 'head_dist.bias', 'head_dist.weight']
     """
     names = [name for name, _ in network.named_parameters()]
     if part == "all":
@@ -88,7 +94,11 @@ def layer_depths(network: nn.Module) -> dict[str, int]:
 
 
 def count_parameters(network: nn.Module, *, trainable: bool = False) -> int:
-    """Return the number of parameters. trainable: count those that require a gradient only."""
+    """Return the number of parameters. trainable: count those that require a gradient only.
+
+    >>> count_parameters(nn.Linear(3, 2))  # 3 * 2 weights and 2 biases
+    8
+    """
     return sum(
         parameter.numel()
         for parameter in network.parameters()

@@ -27,6 +27,11 @@ def involve(features: Tensor, kernels: Tensor, *, stride: int = 1) -> Tensor:
     dtype of `features`; sums are computed in float32, also under autocast.
 
     Computed as a sum of shifted images, because unfolding needs side**2 copies of the features.
+
+    >>> kernels = torch.zeros(1, 1, 9, 4, 4)
+    >>> kernels[:, :, 4] = 2.0  # only the center of a 3 x 3 kernel
+    >>> involve(torch.ones(1, 16, 4, 4), kernels).unique().tolist()
+    [2.0]
     """
     groups, kernel_size = kernels.shape[1:3]
     border = round(kernel_size**0.5) // 2

@@ -10,6 +10,10 @@ class SmallConvNet(nn.Module):
 
     The side is halved between the stages. 0.3 M parameters for 10 classes. Input: normalized
     images, float [batch, 3, side, side], side from 8 to 64 px; output: [batch, num_classes].
+
+    >>> import torch
+    >>> SmallConvNet(10)(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -51,6 +55,9 @@ class Dense(nn.Module):
     For MNIST 784, 196 and 10 units, as the student of github.com/AditMeh/Distillation. Input:
     normalized images, float [batch, 3, side, side], averaged over the channels; output: [batch,
     num_classes].
+
+    >>> Dense(28, 10).hidden
+    Linear(in_features=784, out_features=196, bias=True)
     """
 
     def __init__(self, side: int, num_classes: int) -> None:

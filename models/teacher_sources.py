@@ -78,6 +78,9 @@ def resolve_source(source: str) -> str:
     """Return the kind of a teacher.source: callable, run, timm or file.
 
     Reads no file. Raises NotFoundError if the source does not exist.
+
+    >>> resolve_source("checkpoints/digits-teacher"), resolve_source("resnet18")
+    ('run', 'timm')
     """
     path = Path(source).expanduser()
     if ".py:" in source:
@@ -246,7 +249,11 @@ def _known_names(count: int, class_names: tuple[str, ...]) -> tuple[str, ...] | 
 
 
 def ordered_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the data's class names in one of `deit.config.sections.teacher.CLASS_ORDERS`."""
+    """Return the data's class names in one of `deit.config.sections.teacher.CLASS_ORDERS`.
+
+    >>> ordered_classes("natural", ("room1", "room10", "room2"))
+    ('room1', 'room2', 'room10')
+    """
 
     def natural(name: str) -> list[int | str]:
         # Text and numbers alternate, so that elements at the same index have the same type.

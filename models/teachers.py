@@ -40,6 +40,12 @@ class Teacher(nn.Module):
 
     It is no part of the student, is not passed to `accelerator.prepare`, and is not saved in
     checkpoints.
+
+    >>> network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    >>> loaded = LoadedNetwork(network, "color", 8, (0.5,) * 3, (0.25,) * 3, ("r", "g", "b"))
+    >>> teacher = Teacher(loaded, class_indices=(2, 0))  # the data's classes are b and r
+    >>> teacher(torch.ones(4, 3, 16, 16))[0].tolist()  # (1 - 0.5) / 0.25
+    [2.0, 2.0]
     """
 
     def __init__(
@@ -97,10 +103,8 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Call `forward`. Raises DataError if the network's code exits (SystemExit).
-
-        Otherwise the whole program would end as if it had finished.
-        """
+        """Call `forward`. Raises DataError if the network's code exits (SystemExit), which would
+        end the whole program as if it had finished."""
         try:
             return super().__call__(images)
         except SystemExit as error:

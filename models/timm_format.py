@@ -57,6 +57,10 @@ def timm_name(student: StudentConfig) -> tuple[str, dict[str, Any]]:
     """Return timm's registered name of a network and the arguments that build it.
 
     Raises ConfigError if timm has no such network.
+
+    >>> name, settings = timm_name(StudentConfig("deit_micro", image_size=32, patch_size=4))
+    >>> name, settings["img_size"], settings["embed_dim"]
+    ('deit_tiny_distilled_patch16_224', 32, 96)
     """
     if student.name.startswith("timm:"):
         name = student.name.removeprefix("timm:")

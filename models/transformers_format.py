@@ -39,6 +39,9 @@ def to_transformers(weights: Weights) -> Weights:
     """Rename the weights of a deit_* or vit_* from timm's names to those of transformers' files.
 
     These are the names of transformers 4; version 5 renamed its modules and reads both.
+
+    >>> list(to_transformers({"norm.bias": torch.zeros(6), "head.bias": torch.zeros(2)}))
+    ['vit.layernorm.bias', 'classifier.bias']
     """
     kind = "deit" if "dist_token" in weights else "vit"
     converted: Weights = {}

@@ -336,7 +336,7 @@ def as_named(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors, with their names, dtypes and shapes."""
+    """Return the SHA-256 of tensors in hexadecimal, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

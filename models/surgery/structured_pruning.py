@@ -106,6 +106,10 @@ def select_top(scores: PerBlock, count: int, *, scope: str) -> tuple[tuple[int, 
     Of equal scores the first win. scope: global ranks all blocks together; layerwise keeps the
     same share of each block, rounded down. Raises ValueError if there are fewer units than `count`
     or more blocks.
+
+    >>> scores = (torch.tensor([9.0, 8.0, 7.0]), torch.tensor([1.0, 2.0]))
+    >>> select_top(scores, 3, scope="global")
+    ((0, 1), (1,))
     """
     total = sum(map(len, scores))
     if not len(scores) <= count <= total:
