@@ -34,7 +34,7 @@ def rollout(network: nn.Module, images: Tensor) -> AttentionMaps:
     for the residual path. images: normalized, float [batch, 3, height, width]. Raises ConfigError
     for a network without timm's attention.
 
-    >>> from deit.models.saved import load_student
+    >>> from deit.models.saved_student import load_student
     >>> student, _ = load_student("checkpoints/digits/best")
     >>> attention = rollout(student.network, torch.zeros(4, 3, 8, 8))
     >>> attention.names, attention.maps.shape  # 4 x 4 patches of 2 px
@@ -109,7 +109,7 @@ def token_cosines(network: nn.Module, images: Tensor) -> Tensor:
     DeiT-B. images: normalized, float [batch, 3, height, width]. Raises ConfigError for a network
     without both tokens.
 
-    >>> from deit.models.saved import load_student
+    >>> from deit.models.saved_student import load_student
     >>> student, _ = load_student("checkpoints/digits/best")
     >>> token_cosines(student.network, torch.zeros(4, 3, 8, 8)).shape  # one block
     torch.Size([4, 2])

@@ -35,8 +35,8 @@ def trainable_parameters(network: nn.Module, part: TrainableSet) -> set[str]:
     al. 2022, arXiv 2203.09795, section 4); adapters: heads and all adapters. Raises ConfigError if
     the network has no such part.
 
-    >>> from deit.config.student_section import StudentConfig
-    >>> from deit.models.networks import create_network
+    >>> from deit.config.sections.student import StudentConfig
+    >>> from deit.models.registry import create_network
     >>> network = create_network(StudentConfig("deit_micro", image_size=8, depth=1), 10)
     >>> sorted(trainable_parameters(network, "heads"))
     ['head.bias', 'head.weight', 'head_dist.bias', 'head_dist.weight']

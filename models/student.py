@@ -85,7 +85,7 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
 def has_distillation_head(network: nn.Module) -> bool:
     """Return whether the network has a distillation head in addition to its class head.
 
-    >>> from deit.models.saved import load_student
+    >>> from deit.models.saved_student import load_student
     >>> has_distillation_head(load_student("checkpoints/digits/best")[0].network)
     True
     """

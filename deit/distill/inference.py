@@ -40,7 +40,7 @@ def predict_split(
         >>> from deit.config.recipes import find_recipe
         >>> from deit.core.console import quiet
         >>> from deit.datasets.splits import load_splits
-        >>> from deit.models.saved import load_student
+        >>> from deit.models.saved_student import load_student
         >>> config, (student, _) = find_recipe("digits"), load_student("checkpoints/digits/best")
         >>> test = load_splits(config.data).test
         >>> with quiet():
