@@ -17,19 +17,19 @@ from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages
 
 _NUM_IMAGES = 50_000  # of the validation set, which ReaL relabels
-VARIANTS = {
-    "real": "imagenet_synsets.txt",
-    "v2": "imagenet_synsets.txt",
-    "a": "imagenet_a_synsets.txt",
-    "r": "imagenet_r_synsets.txt",
-    "sketch": "imagenet_synsets.txt",
+SYNSET_FILES = {
+    "imagenet-real": "imagenet_synsets.txt",
+    "imagenet-v2": "imagenet_synsets.txt",
+    "imagenet-a": "imagenet_a_synsets.txt",
+    "imagenet-r": "imagenet_r_synsets.txt",
+    "imagenet-sketch": "imagenet_synsets.txt",
 }
 """timm's file with the classes of each test set: ReaL (Beyer et al. 2020, new labels of the
 validation images), V2 (Recht et al. 2019), A (Hendrycks et al. 2021b), R (Hendrycks et al. 2021a),
 Sketch (Wang et al. 2019)."""
 
 
-class Variant(NamedTuple):
+class TestSet(NamedTuple):
     """A test set, restricted to the classes of a network.
 
     class_indices: the network's classes that the test set has; its prediction is the most likely
@@ -46,26 +46,26 @@ class Variant(NamedTuple):
 
 def check_has_classes(name: str, class_names: tuple[str, ...]) -> None:
     """Raise DataError if the network has none of the test set's classes."""
-    if set(class_names).isdisjoint(_synsets(VARIANTS[name])):
+    if set(class_names).isdisjoint(_synsets(SYNSET_FILES[name])):
         raise DataError(
             f"the network has none of the classes of test set {name}; its classes are named "
             f"{', '.join(map(repr, class_names[:3]))}, not by synset"
         )
 
 
-def load_variant(name: str, root: str | Path, class_names: tuple[str, ...]) -> Variant:
+def load_test_set(name: str, root: str | Path, class_names: tuple[str, ...]) -> TestSet:
     """Load a test set from ROOT/CLASS/*, with classes named by synset (V2: or by index).
 
-    name: one of VARIANTS. class_names: synsets of the network. Raises DataError if the folder is
-    not that test set, or the network has none of its classes.
+    name: one of SYNSET_FILES. class_names: synsets of the network. Raises DataError if the folder
+    is not that test set, or the network has none of its classes.
     """
     listing = list_folder(DataConfig(source="folder", root=str(root)), ())
     check_has_classes(name, class_names)
     rows = torch.cat(list(listing.splits.values()))
     images = EncodedImages(listing.labels[rows], listing.store, rows)
-    expected, imagenet = _synsets(VARIANTS[name]), ImageNetInfo().label_names()
+    expected, imagenet = _synsets(SYNSET_FILES[name]), ImageNetInfo().label_names()
     synsets = listing.class_names
-    if name == "v2" and all(synset.isdecimal() for synset in synsets):
+    if name == "imagenet-v2" and all(synset.isdecimal() for synset in synsets):
         if max(map(int, synsets)) >= len(imagenet):
             raise DataError(
                 f"--data.root {root}: class {max(synsets, key=int)} is not one of the 1000 classes"
@@ -75,7 +75,7 @@ def load_variant(name: str, root: str | Path, class_names: tuple[str, ...]) -> V
     if unknown or len(synsets) != len(expected):
         example = f", including the unknown {unknown[0]!r}" if unknown else ""
         raise DataError(
-            f"--data.root {root}: ImageNet's test set {name} has {len(expected)} classes in "
+            f"--data.root {root}: test set {name} has {len(expected)} classes in "
             f"folders named by synset, but the folder has {len(synsets)}{example}"
         )
     present = set(synsets)
@@ -83,7 +83,7 @@ def load_variant(name: str, root: str | Path, class_names: tuple[str, ...]) -> V
     if not class_indices:
         raise DataError(f"--data.root {root}: contains none of the network's classes")
     columns = {class_names[index]: column for column, index in enumerate(class_indices)}
-    if name == "real":
+    if name == "imagenet-real":
         column_of = [columns.get(synset, -1) for synset in imagenet]
         accepted = _real_labels(images, column_of, len(columns))
     else:
@@ -91,7 +91,7 @@ def load_variant(name: str, root: str | Path, class_names: tuple[str, ...]) -> V
         accepted = labels[:, None] == torch.arange(len(columns))
     used = accepted.any(dim=1)
     note = f"{int(used.sum())} of {len(used)} images, {len(columns)} of {len(synsets)} classes"
-    return Variant(images.select(used), class_indices, accepted[used], note)
+    return TestSet(images.select(used), class_indices, accepted[used], note)
 
 
 @cache

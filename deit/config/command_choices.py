@@ -11,5 +11,5 @@ QUANTIZATION_METHODS = ("static", "dynamic")
 """Where the ranges of activations are computed: on training images, or on each input batch."""
 CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 """How a range is computed from the activations of training images."""
-TEST_SETS = ("real", "v2", "a", "r", "sketch")
+TEST_SETS = ("imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")
 """Additional test sets for ImageNet models: ReaL, V2, A, R and Sketch."""

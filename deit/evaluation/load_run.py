@@ -13,7 +13,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder, run_log
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, DataError
-from deit.datasets.imagenet_test_sets import load_variant
+from deit.datasets.imagenet_test_sets import load_test_set
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import load_split
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
@@ -46,12 +46,12 @@ def evaluation_images(
     test_set: str | None,
     root: str | None,
 ) -> EvaluationSet:
-    """Return the images of a split, or of a variant of ImageNet. Raises DataError."""
+    """Return the images of a split, or of another test set of ImageNet. Raises DataError."""
     if test_set is not None:
-        loaded = load_variant(test_set, root or config.data.root, model_info.class_names)
-        single = bool((loaded.accepted.sum(dim=1) == 1).all()) and test_set != "real"
+        loaded = load_test_set(test_set, root or config.data.root, model_info.class_names)
+        single = bool((loaded.accepted.sum(dim=1) == 1).all()) and test_set != "imagenet-real"
         labels = loaded.accepted.long().argmax(dim=1) if single else loaded.accepted
-        name = f"ImageNet {test_set}"
+        name = test_set
         return EvaluationSet(loaded.images, list(loaded.class_indices), labels, name, loaded.note)
     class_names, images = load_split(config.data, split)
     if class_names != model_info.class_names:

@@ -1,4 +1,4 @@
-"""Tests of `deit evaluate`: resolutions, crops, several runs, ImageNet's variants, costs."""
+"""Tests of `deit evaluate`: resolutions, crops, several runs, ImageNet's other test sets, costs."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from deit.core.errors import CheckpointError, DataError
 from deit.core.metrics import calibration_error, topk_accuracy
 from deit.core.run_folder import latest_checkpoint
 from deit.core.types import logits_by_head
-from deit.datasets.imagenet_test_sets import VARIANTS, load_variant
+from deit.datasets.imagenet_test_sets import SYNSET_FILES, load_test_set
 from deit.datasets.splits import load_splits
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.evaluate import evaluate
@@ -128,10 +128,10 @@ def test_evaluate_runs_on_different_classes_have_no_agreement(runs, tmp_path):
         (("--resolution", "0"), 2, ["--resolution 0"]),
         (("--crop", "1.5"), 2, ["--crop 1.5"]),
         (("--test-set", "b", "--data.root", "x"), 2, ["--test-set b", *TEST_SETS]),
-        (("--test-set", "a"), 2, ["--test-set a", "--data.root"]),
-        (("--test-set", "a", "--data.root", "none"), 3, ["data.root none"]),
+        (("--test-set", "imagenet-a"), 2, ["--test-set imagenet-a", "--data.root"]),
+        (("--test-set", "imagenet-a", "--data.root", "none"), 3, ["data.root none"]),
         (
-            ("--test-set", "a", "--data.root", "x", "--split", "validation"),
+            ("--test-set", "imagenet-a", "--data.root", "x", "--split", "validation"),
             2,
             ["--test-set", "--split"],
         ),
@@ -168,7 +168,7 @@ def test_evaluate_batch_size_does_not_change_accuracy(runs):
         assert metrics["top1"] == small[head]["top1"]
 
 
-# ImageNet's variants
+# ImageNet's other test sets
 
 
 @cache
@@ -177,8 +177,10 @@ def synsets():
 
 
 @cache
-def classes_of(variant):
-    return tuple((resources.files("timm.data") / "_info" / VARIANTS[variant]).read_text().split())
+def classes_of(test_set):
+    return tuple(
+        (resources.files("timm.data") / "_info" / SYNSET_FILES[test_set]).read_text().split()
+    )
 
 
 def write_class_images(root, names, files=("a.png",)):
@@ -189,45 +191,47 @@ def write_class_images(root, names, files=("a.png",)):
     return root
 
 
-def test_variants_equal_test_sets_of_command_line():
-    assert tuple(VARIANTS) == TEST_SETS
+def test_synset_files_equal_test_sets_of_command_line():
+    assert tuple(SYNSET_FILES) == TEST_SETS
 
 
-@pytest.mark.parametrize(("name", "num_classes"), [("a", 200), ("r", 200), ("sketch", 1000)])
-def test_load_variant_has_its_classes_and_labels(name, num_classes, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "num_classes"), [("imagenet-a", 200), ("imagenet-r", 200), ("imagenet-sketch", 1000)]
+)
+def test_load_test_set_has_its_classes_and_labels(name, num_classes, tmp_path):
     expected = classes_of(name)
     assert len(expected) == num_classes
     root = write_class_images(tmp_path / name, expected)
-    variant = load_variant(name, str(root), synsets())
-    assert len(variant.class_indices) == num_classes
-    assert {synsets()[column] for column in variant.class_indices} == set(expected)
+    test_set = load_test_set(name, str(root), synsets())
+    assert len(test_set.class_indices) == num_classes
+    assert {synsets()[column] for column in test_set.class_indices} == set(expected)
     # The correct class of every image is that of its folder.
     for row in (0, num_classes // 2, num_classes - 1):
-        column = variant.class_indices[int(variant.accepted[row].long().argmax())]
-        assert f"/{synsets()[column]}/" in variant.images.name(row).replace("\\", "/")
-        assert variant.accepted[row].sum() == 1
+        column = test_set.class_indices[int(test_set.accepted[row].long().argmax())]
+        assert f"/{synsets()[column]}/" in test_set.images.name(row).replace("\\", "/")
+        assert test_set.accepted[row].sum() == 1
 
 
-def test_load_variant_v2_folders_are_numbers(tmp_path):
+def test_load_test_set_v2_folders_are_numbers(tmp_path):
     root = write_class_images(tmp_path / "v2", [str(label) for label in range(1000)])
-    variant = load_variant("v2", str(root), synsets())
-    assert variant.class_indices == tuple(range(1000))
+    test_set = load_test_set("imagenet-v2", str(root), synsets())
+    assert test_set.class_indices == tuple(range(1000))
     for row in (0, 11, 999):
-        label = int(variant.images.name(row).replace("\\", "/").split("/")[-2])
-        assert int(variant.accepted[row].long().argmax()) == label
+        label = int(test_set.images.name(row).replace("\\", "/").split("/")[-2])
+        assert int(test_set.accepted[row].long().argmax()) == label
 
 
-def test_load_variant_network_with_few_classes_skips_other_images(tmp_path):
-    expected = classes_of("a")
+def test_load_test_set_network_with_few_classes_skips_other_images(tmp_path):
+    expected = classes_of("imagenet-a")
     root = write_class_images(tmp_path / "a", expected)
     known = (expected[7], "n00000000", expected[3])
-    variant = load_variant("a", str(root), known)
-    assert variant.class_indices == (0, 2)
-    assert len(variant.images.labels) == 2
-    assert re.findall(r"\d+", variant.note) == ["2", "200", "2", "200"]  # images, then classes
+    test_set = load_test_set("imagenet-a", str(root), known)
+    assert test_set.class_indices == (0, 2)
+    assert len(test_set.images.labels) == 2
+    assert re.findall(r"\d+", test_set.note) == ["2", "200", "2", "200"]  # images, then classes
 
 
-def test_load_variant_real_accepts_several_classes(tmp_path):
+def test_load_test_set_real_accepts_several_classes(tmp_path):
     names = [f"ILSVRC2012_val_{index + 1:08d}.JPEG" for index in range(50_000)]
     labels = RealLabelsImagenet(names).real_labels
     ambiguous = next(name for name in names if len(labels[name]) > 1)
@@ -239,28 +243,28 @@ def test_load_variant_real_accepts_several_classes(tmp_path):
     folder = root / synsets()[0]
     for name in (ambiguous, unlabeled):
         Image.new("RGB", (4, 4)).save(folder / name)
-    variant = load_variant("real", str(root), synsets())
-    assert len(variant.images.labels) == 1001  # without the unlabeled image
-    rows = {variant.images.name(row).rpartition("/")[2]: row for row in range(1001)}
-    accepted = variant.accepted[rows[ambiguous]]
+    test_set = load_test_set("imagenet-real", str(root), synsets())
+    assert len(test_set.images.labels) == 1001  # without the unlabeled image
+    rows = {test_set.images.name(row).rpartition("/")[2]: row for row in range(1001)}
+    accepted = test_set.accepted[rows[ambiguous]]
     assert accepted.nonzero().flatten().tolist() == sorted(labels[ambiguous])
     (folder / ambiguous).rename(folder / "other.JPEG")
     with raises(DataError, "other.JPEG", names[0]):
-        load_variant("real", str(root), synsets())
+        load_test_set("imagenet-real", str(root), synsets())
 
 
-def test_load_variant_other_folder_raises(tmp_path):
+def test_load_test_set_other_folder_raises(tmp_path):
     root = write_class_images(tmp_path / "cats", ["cat", "dog"])
     with raises(DataError, "'cat'"):
-        load_variant("a", str(root), synsets())
-    complete = write_class_images(tmp_path / "a", classes_of("a"))
-    with raises(DataError, "test set a", "'ant'"):
-        load_variant("a", str(complete), ("ant", "bee"))
+        load_test_set("imagenet-a", str(root), synsets())
+    complete = write_class_images(tmp_path / "a", classes_of("imagenet-a"))
+    with raises(DataError, "test set imagenet-a", "'ant'"):
+        load_test_set("imagenet-a", str(complete), ("ant", "bee"))
 
 
-def test_evaluate_variant_from_command_line(tmp_path, capsys):
+def test_evaluate_test_set_from_command_line(tmp_path, capsys):
     """Evaluate a student of three ImageNet classes on ImageNet-A; the numbers are known."""
-    expected = classes_of("a")
+    expected = classes_of("imagenet-a")
     names = sorted(expected[:3])
     for split in ("train", "test"):
         write_class_images(tmp_path / "data" / split, names, [f"{n}.png" for n in range(12)])
@@ -270,13 +274,13 @@ def test_evaluate_variant_from_command_line(tmp_path, capsys):
     )
     train(config, tmp_path / "run")
     root = write_class_images(tmp_path / "a", expected, ("x.png", "y.png"))
-    arguments = [str(tmp_path / "run"), "--test-set", "a", "--data.root", str(root)]
+    arguments = [str(tmp_path / "run"), "--test-set", "imagenet-a", "--data.root", str(root)]
     code = run_command(
         "evaluate", [*arguments, "--json", str(tmp_path / "f.json")], "deit evaluate"
     )
     assert code == 0, capsys.readouterr().err
     metrics = json.loads((tmp_path / "f.json").read_text())
-    assert (metrics["split"], metrics["num_samples"]) == ("ImageNet a", 6)
+    assert (metrics["split"], metrics["num_samples"]) == ("imagenet-a", 6)
     assert metrics["command"].startswith("deit evaluate ")
     assert metrics["command"].endswith(f"--json {tmp_path / 'f.json'}")
     assert re.search(r"\b6\b.*\b400\b.*\b3\b.*\b200\b", capsys.readouterr().out)
@@ -342,10 +346,10 @@ def test_evaluate_reports_name_of_checkpoint(runs):
 
 
 def test_evaluate_several_runs_unknown_classes_fail_first(runs, tmp_path, capsys):
-    arguments = [str(runs / "labels"), str(runs / "student"), "--test-set", "a"]
+    arguments = [str(runs / "labels"), str(runs / "student"), "--test-set", "imagenet-a"]
     assert run_command("evaluate", [*arguments, "--data.root", str(tmp_path)], "deit evaluate") == 3
     output = capsys.readouterr()
-    assert re.search(r"\btest set a\b.*'0'", output.err)
+    assert re.search(r"\btest set imagenet-a\b.*'0'", output.err)
     assert output.out == ""
 
 
