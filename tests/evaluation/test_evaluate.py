@@ -1,16 +1,13 @@
-"""Tests of `deit evaluate`: resolutions, crops, several runs, ImageNet's other test sets, costs."""
+"""Tests of `deit evaluate`: resolutions, crops, several runs, other test sets, costs."""
 
 import json
 import re
 import shlex
 import shutil
-from functools import cache
-from importlib import resources
 
 import pytest
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import nn
 
 from deit.cli import run_command
@@ -19,11 +16,10 @@ from deit.config.recipes.handwriting import digits_teacher
 from deit.config.validation import load_config
 from deit.core import host_memory
 from deit.core.console import format_percent
-from deit.core.errors import CheckpointError, DataError
+from deit.core.errors import CheckpointError
 from deit.core.metrics import calibration_error, topk_accuracy
 from deit.core.run_folder import latest_checkpoint
 from deit.core.types import logits_by_head
-from deit.datasets.imagenet_test_sets import SYNSET_FILES, load_test_set
 from deit.datasets.splits import load_splits
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.evaluate import evaluate
@@ -32,6 +28,7 @@ from deit.models.pos_embed import resize_positions
 from deit.models.saved_student import load_student
 from deit.training.train import train
 from tests.helpers.errors import raises
+from tests.helpers.images import imagenet_classes, write_class_images
 
 pytest.importorskip("sklearn")
 
@@ -168,103 +165,9 @@ def test_evaluate_batch_size_does_not_change_accuracy(runs):
         assert metrics["top1"] == small[head]["top1"]
 
 
-# ImageNet's other test sets
-
-
-@cache
-def synsets():
-    return tuple(ImageNetInfo().label_names())
-
-
-@cache
-def classes_of(test_set):
-    return tuple(
-        (resources.files("timm.data") / "_info" / SYNSET_FILES[test_set]).read_text().split()
-    )
-
-
-def write_class_images(root, names, files=("a.png",)):
-    for index, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        for file in files:
-            Image.new("RGB", (4, 4), (index % 256, 0, 0)).save(root / name / file)
-    return root
-
-
-def test_synset_files_equal_test_sets_of_command_line():
-    assert tuple(SYNSET_FILES) == TEST_SETS
-
-
-@pytest.mark.parametrize(
-    ("name", "num_classes"), [("imagenet-a", 200), ("imagenet-r", 200), ("imagenet-sketch", 1000)]
-)
-def test_load_test_set_has_its_classes_and_labels(name, num_classes, tmp_path):
-    expected = classes_of(name)
-    assert len(expected) == num_classes
-    root = write_class_images(tmp_path / name, expected)
-    test_set = load_test_set(name, str(root), synsets())
-    assert len(test_set.class_indices) == num_classes
-    assert {synsets()[column] for column in test_set.class_indices} == set(expected)
-    # The correct class of every image is that of its folder.
-    for row in (0, num_classes // 2, num_classes - 1):
-        column = test_set.class_indices[int(test_set.accepted[row].long().argmax())]
-        assert f"/{synsets()[column]}/" in test_set.images.name(row).replace("\\", "/")
-        assert test_set.accepted[row].sum() == 1
-
-
-def test_load_test_set_v2_folders_are_numbers(tmp_path):
-    root = write_class_images(tmp_path / "v2", [str(label) for label in range(1000)])
-    test_set = load_test_set("imagenet-v2", str(root), synsets())
-    assert test_set.class_indices == tuple(range(1000))
-    for row in (0, 11, 999):
-        label = int(test_set.images.name(row).replace("\\", "/").split("/")[-2])
-        assert int(test_set.accepted[row].long().argmax()) == label
-
-
-def test_load_test_set_network_with_few_classes_skips_other_images(tmp_path):
-    expected = classes_of("imagenet-a")
-    root = write_class_images(tmp_path / "a", expected)
-    known = (expected[7], "n00000000", expected[3])
-    test_set = load_test_set("imagenet-a", str(root), known)
-    assert test_set.class_indices == (0, 2)
-    assert len(test_set.images.labels) == 2
-    assert re.findall(r"\d+", test_set.note) == ["2", "200", "2", "200"]  # images, then classes
-
-
-def test_load_test_set_real_accepts_several_classes(tmp_path):
-    names = [f"ILSVRC2012_val_{index + 1:08d}.JPEG" for index in range(50_000)]
-    labels = RealLabelsImagenet(names).real_labels
-    ambiguous = next(name for name in names if len(labels[name]) > 1)
-    unlabeled = next(name for name in names if not labels[name])
-    single = next(name for name in names if len(labels[name]) == 1)
-    root = write_class_images(tmp_path / "real", synsets())
-    for file in root.rglob("a.png"):
-        file.rename(file.with_name(single))
-    folder = root / synsets()[0]
-    for name in (ambiguous, unlabeled):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    test_set = load_test_set("imagenet-real", str(root), synsets())
-    assert len(test_set.images.labels) == 1001  # without the unlabeled image
-    rows = {test_set.images.name(row).rpartition("/")[2]: row for row in range(1001)}
-    accepted = test_set.accepted[rows[ambiguous]]
-    assert accepted.nonzero().flatten().tolist() == sorted(labels[ambiguous])
-    (folder / ambiguous).rename(folder / "other.JPEG")
-    with raises(DataError, "other.JPEG", names[0]):
-        load_test_set("imagenet-real", str(root), synsets())
-
-
-def test_load_test_set_other_folder_raises(tmp_path):
-    root = write_class_images(tmp_path / "cats", ["cat", "dog"])
-    with raises(DataError, "'cat'"):
-        load_test_set("imagenet-a", str(root), synsets())
-    complete = write_class_images(tmp_path / "a", classes_of("imagenet-a"))
-    with raises(DataError, "test set imagenet-a", "'ant'"):
-        load_test_set("imagenet-a", str(complete), ("ant", "bee"))
-
-
 def test_evaluate_test_set_from_command_line(tmp_path, capsys):
     """Evaluate a student of three ImageNet classes on ImageNet-A; the numbers are known."""
-    expected = classes_of("imagenet-a")
+    expected = imagenet_classes("imagenet-a")
     names = sorted(expected[:3])
     for split in ("train", "test"):
         write_class_images(tmp_path / "data" / split, names, [f"{n}.png" for n in range(12)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from deit.config.presets import AUGMENTATIONS
 from deit.config.sections.data import DataConfig
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
+from deit.datasets.imagenet_test_sets import SYNSET_FILES
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats
@@ -139,3 +141,18 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
         num_processes=num_processes,
         workers=workers,
     )
+
+
+def imagenet_classes(test_set):
+    """Return timm's class names of one of ImageNet's other test sets."""
+    file = resources.files("timm.data") / "_info" / SYNSET_FILES[test_set]
+    return tuple(file.read_text().split())
+
+
+def write_class_images(root, names, files=("a.png",)):
+    """Write 4x4 images to ROOT/NAME/FILE for each class; return the root."""
+    for index, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for file in files:
+            Image.new("RGB", (4, 4), (index % 256, 0, 0)).save(root / name / file)
+    return root
