@@ -60,7 +60,9 @@ def workspace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_examples_in_docstrings_give_what_they_show(name, workspace, tmp_path, monkeypatch):
+def test_examples_in_docstrings_give_what_they_show(
+    name, workspace, tmp_path, monkeypatch, fork_runs
+):
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     results = doctest.testmod(importlib.import_module(name))

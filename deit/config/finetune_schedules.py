@@ -52,6 +52,11 @@ def at_resolution(config: Config, side: int) -> Config:
 
     The images and the border of crop `padded` are scaled in proportion. The teachers get the
     student's resolution, as in the DeiT paper.
+
+    >>> from deit.config.recipes import find_recipe
+    >>> config = at_resolution(find_recipe("digits"), 16)
+    >>> config.student.image_size, config.data.image_size, config.views.crop_padding
+    (16, 16, 2)
     """
     scale = side / config.student.image_size
     padding = config.views.crop_padding
@@ -85,6 +90,11 @@ def short(config: Config) -> Config:
 
     DeiT's learning rate is too small for them, and a constant tenth of the run's loses 3 points on
     digits at 16 px (docs/log.md).
+
+    >>> from deit.config.recipes import find_recipe
+    >>> config = short(find_recipe("digits").replace(init={"weights": "checkpoints/digits"}))
+    >>> config.optim.epochs, config.init.weights  # a third of 60
+    (20, 'checkpoints/digits')
     """
     config = _with_epochs_and_horizons(config, max(round(config.optim.epochs / 3), 1))
     warmup = min(config.optim.warmup_epochs, config.optim.epochs / 6)

@@ -99,6 +99,13 @@ def validate(config: Config, *, live_teacher: bool = True) -> Config:
     """Return the configuration after validating it as `config_from_dict` does.
 
     Raises ConfigError with all problems.
+
+    >>> from deit.config.recipes import find_recipe
+    >>> try:
+    ...     validate(find_recipe("digits").replace(optim={"epochs": 0}))
+    ... except ConfigError as error:
+    ...     print(error.problems[0].field)
+    optim.epochs
     """
     return config_from_dict(to_dict(config), live_teacher=live_teacher)
 
@@ -108,6 +115,9 @@ def load_config(path: str | Path) -> Config:
 
     A relative path in it that does not exist in the working directory is taken relative to the
     directory in which the run was started. Raises ConfigError.
+
+    >>> load_config("checkpoints/digits/config.json").student.depth
+    1
     """
     path = Path(path)
     try:

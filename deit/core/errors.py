@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 
 
 class DeitError(Exception):
-    """An error caused by input or environment; printed as one message without a traceback."""
+    """An error caused by input or environment; printed as one message without a traceback.
+
+    All errors of this package that are not bugs are of this class; `exit_code` is that of the
+    command.
+
+    >>> from deit.config.recipes import find_recipe
+    >>> try:
+    ...     find_recipe("digit")
+    ... except DeitError as error:
+    ...     print(type(error).__name__, error.exit_code)
+    ConfigError 2
+    """
 
     exit_code = 1
 
@@ -47,6 +58,10 @@ class ConfigError(DeitError):
 
     problems: all problems found. By default there is one, parsed from the message, which then has
     the form `FIELD VALUE: hint` or `FIELD = VALUE: hint`.
+
+    >>> problem = ConfigError("--parallel 0: should be at least 1").problems[0]
+    >>> problem.field, problem.value, problem.hint
+    ('--parallel', '0', 'should be at least 1')
     """
 
     exit_code = 2

@@ -155,6 +155,10 @@ def read_result(out: str | Path) -> dict[str, Any] | None:
     """Return the result of a finished run; None if the run is not finished.
 
     Raises CheckpointError if result.json is invalid.
+
+    >>> result = read_result("checkpoints/digits")
+    >>> result["epochs"], result["best"]["epoch"] in (1, 2), result["skipped"]
+    (2, True, 0)
     """
     path = Path(out) / RESULT
     if not path.is_file():
@@ -303,7 +307,11 @@ def damaged_checkpoints(out: Path) -> list[Path]:
 
 
 def find_checkpoint(out: str | Path, name: str) -> Path | None:
-    """Return the folder of a checkpoint by name (one of NAMES); None if there is none."""
+    """Return the folder of a checkpoint by name (one of NAMES); None if there is none.
+
+    >>> find_checkpoint("checkpoints/digits", "best").as_posix()
+    'checkpoints/digits/best'
+    """
     if name == "last":
         return latest_checkpoint(out)
     path = Path(out) / name

@@ -107,6 +107,10 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics, oldest first. A last line cut off by a kill is ignored.
 
     Raises CheckpointError if another line is not a valid row.
+
+    >>> rows = read_metrics("checkpoints/digits")
+    >>> [row["epoch"] for row in rows], 0 <= rows[-1]["validation"]["fused_top1"] <= 1
+    ([1, 2], True)
     """
     path = Path(run) / METRICS
     rows = read(path)

@@ -61,6 +61,11 @@ def logits_by_head(outputs: StudentOutput) -> dict[str, Tensor]:
 
     With several tokens, `distillation` is the mean of their logits, `distillation_1` and so on are
     the single ones, and the fused heads are means over all heads (Ren et al. 2022).
+
+    >>> output = StudentOutput(torch.tensor([[2.0, 0.0]]), torch.tensor([[[0.0, 4.0]]]))
+    >>> heads = logits_by_head(output)
+    >>> list(heads), heads["fused"].tolist()
+    (['class', 'distillation', 'fused', 'fused_softmax'], [[1.0, 2.0]])
     """
     class_logits = outputs.class_logits.float()
     heads = {"class": class_logits}

@@ -39,7 +39,11 @@ def page(title: str, lead: str, body: Iterable[str], *, foot: str) -> str:
 
 
 def text(value: object) -> str:
-    """Return any value as text, with everything escaped that HTML would interpret."""
+    """Return any value as text, with everything escaped that HTML would interpret.
+
+    >>> text("a < b & c")
+    'a &lt; b &amp; c'
+    """
     return html.escape(printable(str(value)))
 
 

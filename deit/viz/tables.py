@@ -13,6 +13,9 @@ def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -
     """Return `97.2`, or `97.2 +- 0.3` (sample standard deviation) for several values.
 
     Return `-` if any value is None.
+
+    >>> mean_std([0.97, 0.98], scale=100), mean_std([0.5], scale=100)
+    ('97.5 +- 0.7', '50.0')
     """
     if any(value is None for value in values):
         return "-"
@@ -22,7 +25,13 @@ def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -
 
 
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table; the first column is aligned left, the others right."""
+    """Return a Markdown table; the first column is aligned left, the others right.
+
+    >>> print(markdown_table(("head", "top-1 %"), [("class", "97.2")]))
+    | head | top-1 % |
+    | :-- | --: |
+    | class | 97.2 |
+    """
     columns = list(columns)
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(in_line, line)) + " |" for line in lines)
