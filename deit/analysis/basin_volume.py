@@ -29,6 +29,11 @@ class BasinVolume:
     largest_radius, so with any of them the estimate is a lower bound too. log_radii: natural
     logarithm for each ray, in units of the scales if there are scales. log_radius_quantiles: at 0,
     1/4, 1/2, 3/4, 1. evaluations: calls of the function per ray; one more was made at the point.
+
+    >>> ball = basin_volume(lambda point: float(point.square().sum()), torch.zeros(3),
+    ...                     loss_rise=1.0, largest_radius=10.0, rays=8)
+    >>> round(math.exp(ball.log_volume))  # 4 pi / 3
+    4
     """
 
     size: int

@@ -70,6 +70,9 @@ class LossLine:
     """Values along the line between two points.
 
     positions: in [0, 1], from the first point to the second. values: by name, one per position.
+
+    >>> LossLine((0.0, 0.5, 1.0), {"loss": (1.0, 4.0, 2.0)}).barrier("loss")  # 4 above 1.5
+    2.5
     """
 
     positions: tuple[float, ...]

@@ -33,6 +33,13 @@ class LossSurface:
 
     point: the weights of the network. weights: the mapping of coordinates to weights. images: total
     number of images.
+
+    >>> network, images = nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [3.0]])
+    >>> surface = LossSurface(  # the mean of (w x)^2 is 5 w^2
+    ...     network, [images], lambda network, images: network(images).square().mean(), sizes=[2])
+    >>> point = torch.tensor([2.0])
+    >>> surface.value(point), surface.gradient(point).item(), surface.hvp(torch.ones(1)).item()
+    (20.0, 20.0, 10.0)
     """
 
     def __init__(

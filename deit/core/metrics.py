@@ -41,7 +41,13 @@ def agreement(first: Tensor, second: Tensor) -> float:
 
 
 def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the confusion matrix, counts int64 [C, C]: rows are labels, columns predictions."""
+    """Return the confusion matrix, counts int64 [C, C]: rows are labels, columns predictions.
+
+    predictions, labels: int64 [N].
+
+    >>> confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
     flat = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return flat.reshape(num_classes, num_classes)
 
@@ -51,6 +57,10 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
     It is the mean over samples of |confidence - accuracy| of their bin, in [0, 1].
     logits: [N, C]. labels: as in `topk_accuracy`.
+
+    >>> certain = torch.tensor([[100.0, 0.0], [100.0, 0.0]])
+    >>> calibration_error(certain, torch.tensor([0, 1]))  # confidence 1, accuracy 1/2
+    0.5
     """
     confidence, predictions = logits.double().softmax(dim=1).max(dim=1)
     correct = is_correct(predictions[:, None], labels)[:, 0].double()
@@ -60,7 +70,11 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 
 def majority_accuracy(labels: Tensor, num_classes: int) -> float:
-    """Return the accuracy of always predicting the most frequent class, in [0, 1]."""
+    """Return the accuracy of always predicting the most frequent class, in [0, 1].
+
+    >>> majority_accuracy(torch.tensor([0, 0, 0, 1]), num_classes=2)
+    0.75
+    """
     return torch.bincount(labels, minlength=num_classes).max().item() / len(labels)
 
 

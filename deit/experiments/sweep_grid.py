@@ -58,6 +58,11 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
 
     config: the recipe with the fields that are set in all runs. Raises ConfigError for invalid
     configurations, with the problems of all.
+
+    >>> from deit.config.recipes import find_recipe
+    >>> spec = Sweep("lr", grid={"optim.lr": (0.001, 0.002), "optim.batch_size": (32,)})
+    >>> [point.name for point in points_of(spec, find_recipe("digits"))]
+    ['lr 0.001, batch size 32', 'lr 0.002, batch size 32']
     """
     points: list[Point] = []
     errors: list[ConfigError] = []

@@ -50,6 +50,11 @@ def best_of(rows: dict[str, dict[str, Any]], top: int) -> list[str]:
     Points are ranked by their mean over seeds. Points with fewer seeds than others are left out,
     since one seed can be lucky. The test split is not used for selection. Returns none if points
     held out different classes, since their validation splits then have different classes.
+
+    >>> rows = {"a": {"values": {"lr": "1"}, "validation": [0.7]},
+    ...         "b": {"values": {"lr": "2"}, "validation": [0.9]}}
+    >>> best_of(rows, top=1)
+    ['b']
     """
     finished = [name for name, row in rows.items() if row["values"] and row["validation"]]
     most = max((len(rows[name]["validation"]) for name in finished), default=0)
