@@ -231,7 +231,7 @@ def test_code_named_in_a_store_of_targets_is_not_run(command_server, tmp_path):
     assert done.code == 0, done.err
     code, canary = evil(store)
     manifest = read_manifest(store)
-    manifest["about"]["config"]["teacher"]["source"] = [f"{code}:teacher"]
+    manifest["provenance"]["config"]["teacher"]["source"] = [f"{code}:teacher"]
     (store / "store.json").write_bytes(manifest_bytes(manifest))
     done = command_server.run("targets", "verify", store)
     assert done.code in (2, 4), done.err

@@ -74,7 +74,7 @@ class RunTeachers:
     @property
     def num_stored_epochs(self) -> int | None:
         """The smallest number of epochs in a store; None without stores."""
-        return min((store.layout.epochs for store in self._open), default=None)
+        return min((store.record_format.epochs for store in self._open), default=None)
 
     @property
     def digests(self) -> list[str]:
@@ -225,17 +225,17 @@ class RunTeachers:
 
 def _log_store(store: TargetStore, checked: StoreCheck, accelerator: Accelerator) -> None:
     """Log what a store holds and how far it was checked."""
-    layout = store.layout
-    epochs = count_noun(layout.epochs, "epoch")
-    parts = [f"{layout.content} targets of {epochs}", *store.provenance["teachers"]]
+    record_format = store.record_format
+    epochs = count_noun(record_format.epochs, "epoch")
+    parts = [f"{record_format.content} targets of {epochs}", *store.provenance["teachers"]]
     if checked.num_queried:
         share = format_percent(checked.num_agreed / checked.num_queried)
         parts.append(f"{share} % of {checked.num_queried} recomputed outputs agree")
     else:
         parts.append("outputs not spot-checked: the teacher is not available")
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    if store.query["precision"] != precision:
-        parts.append(f"written in {store.query['precision']}, this run uses {precision}")
+    if store.inference["precision"] != precision:
+        parts.append(f"written in {store.inference['precision']}, this run uses {precision}")
     info(f"targets   {store.path}: {'; '.join(parts)}")
 
 

@@ -47,7 +47,7 @@ def open_stores(teacher: TeacherConfig, loss: LossConfig) -> list[TargetStore | 
         store = open_store(Path(slot.target_store).expanduser())
         where = f"teacher.target_stores {store.path}"
         combine = store.fingerprint.get("combine")
-        check_content(store.layout.content, teacher, loss, combine=combine, where=where)
+        check_content(store.record_format.content, teacher, loss, combine=combine, where=where)
         stores.append(store)
     return stores
 
@@ -145,7 +145,7 @@ def verify_store(
         num_canaries = -(-num_queries // rows)
     views = num_queried = num_agreed = 0
     for epoch, first in _sample_canaries(store, num_canaries):
-        target_rows = torch.arange(first, min(first + rows, store.layout.rows_per_epoch))
+        target_rows = torch.arange(first, min(first + rows, store.record_format.rows_per_epoch))
         for inputs in loader.teacher_inputs(epoch, target_rows, batch_size=len(target_rows)):
             store.check_canary(inputs, 0)
             views += 1
@@ -156,8 +156,8 @@ def verify_store(
         raise DataError(
             f"teacher.target_stores {store.path}: only {num_agreed} of {num_queried} recomputed "
             f"teacher outputs agree with the store, which was written in "
-            f"{store.query['precision']}; did the teacher's code, the device or a library change? "
-            "Write the store again"
+            f"{store.inference['precision']}; did the teacher's code, the device or a library "
+            "change? Write the store again"
         )
     return StoreCheck(views, num_queried, num_agreed)
 
@@ -191,8 +191,8 @@ def _compare_fingerprints(
 
 def _sample_canaries(store: TargetStore, num_canaries: int) -> list[tuple[int, int]]:
     """Return (epoch, row) of evenly spaced canaries, the first and the last included."""
-    rows = store.layout.canary_rows
-    chosen = evenly_spaced(store.layout.epochs * len(rows), num_canaries).tolist()
+    rows = store.record_format.canary_rows
+    chosen = evenly_spaced(store.record_format.epochs * len(rows), num_canaries).tolist()
     return [(index // len(rows), rows[index % len(rows)]) for index in chosen]
 
 
@@ -204,13 +204,13 @@ def _agreeing(
     A label agrees if the teacher holds it almost as likely as its first. Probabilities agree if
     they differ by at most 0.01 in total variation.
     """
-    labels, scores = decode(store.layout, store.records(epoch)[target_rows.numpy()])
+    labels, scores = decode(store.record_format, store.records(epoch)[target_rows.numpy()])
     log_probs = recomputed.logits[:, 0].float().cpu().log_softmax(dim=1)
     of_label = log_probs.gather(1, labels[:, None]).squeeze(1)
     agrees = log_probs.max(dim=1).values - of_label <= _TIE_MARGIN
     if scores is None:
         return agrees
     difference = (scores.exp() - log_probs.exp()).abs()
-    if store.layout.top_k is not None:  # the others share the remaining probability equally
-        difference = difference.gather(1, log_probs.topk(store.layout.top_k, dim=1).indices)
+    if store.record_format.top_k is not None:  # the others share the remaining probability equally
+        difference = difference.gather(1, log_probs.topk(store.record_format.top_k, dim=1).indices)
     return agrees & (difference.sum(dim=1) / 2 <= _VARIATION)

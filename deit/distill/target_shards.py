@@ -53,8 +53,10 @@ class ShardedTargetWriter:
     def __init__(self, store: Path, manifest: dict[str, Any]) -> None:
         self.store = store
         self.manifest = manifest
-        self.layout = RecordFormat(**manifest["layout"])
-        common = {key: manifest[key] for key in ("format", "fingerprint", "asked", "layout")}
+        self.record_format = RecordFormat(**manifest["record_format"])
+        common = {
+            key: manifest[key] for key in ("format", "fingerprint", "inference", "record_format")
+        }
         # Written into every shard, so that those of another store are detected.
         self.digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).digest()[:16]
 
@@ -81,7 +83,7 @@ class ShardedTargetWriter:
     def _match(self) -> bool:
         """Return whether the existing store is complete. Raises FileNotFoundError, ConfigError."""
         existing = read_manifest(self.store)
-        keys = ("fingerprint", "asked", "layout")
+        keys = ("fingerprint", "inference", "record_format")
         differing = differences(
             *({k: manifest[k] for k in keys} for manifest in (existing, self.manifest))
         )
@@ -149,9 +151,9 @@ class ShardedTargetWriter:
             raise CheckpointError(
                 f"{self.path(index)}: damaged; delete it and run the same command again"
             )
-        end = rows * self.layout.dtype.itemsize
+        end = rows * self.record_format.dtype.itemsize
         return TargetShard(
-            np.frombuffer(payload[:end], self.layout.dtype),
+            np.frombuffer(payload[:end], self.record_format.dtype),
             np.frombuffer(payload[end : end + 4 * canaries], "<u4"),
             *_TRACE.unpack(payload[end + 4 * canaries :]),
         )
@@ -165,7 +167,7 @@ class ShardedTargetWriter:
         Several processes can do so at once: they write the same. Raises CheckpointError if a shard
         is damaged.
         """
-        num_shards = self.layout.num_shards
+        num_shards = self.record_format.num_shards
         num_written = sum(self.path(index).is_file() for index in range(num_shards))
         try:
             if num_written == num_shards:
@@ -184,7 +186,7 @@ class ShardedTargetWriter:
         """Write all records into one file, then their checks, then the complete manifest."""
         sums, canaries, counts = [], [], []
         temporary = self.store / f".{TARGETS}.{uuid.uuid4().hex}"
-        shards = range(self.layout.num_shards)
+        shards = range(self.record_format.num_shards)
         try:
             with temporary.open("wb") as file:
                 for index in progress(shards, total=len(shards), title="finishing"):
@@ -214,12 +216,12 @@ class ShardedTargetWriter:
         self._log_complete(top1)
 
     def _log_complete(self, top1: float | None) -> None:
-        layout = self.layout
+        record_format = self.record_format
         size = sum((self.store / name).stat().st_size for name in (TARGETS, CHECKS, MANIFEST))
-        epochs = count_noun(layout.epochs, "epoch")
+        epochs = count_noun(record_format.epochs, "epoch")
         info(
-            f"{self.store}: complete, {layout.rows} {layout.content} targets ({epochs} of "
-            f"{layout.rows_per_epoch}) in {size / 1e6:.2f} MB; teacher top-1 "
+            f"{self.store}: complete, {record_format.rows} {record_format.content} targets "
+            f"({epochs} of {record_format.rows_per_epoch}) in {size / 1e6:.2f} MB; teacher top-1 "
             f"{format_percent(top1)} %"
         )
 

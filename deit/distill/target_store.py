@@ -24,11 +24,11 @@ from deit.core.json_io import digest_of_value, parse_strict_json
 from deit.core.types import Batch
 from deit.datasets.loader import TeacherInput
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "store.json"
 TARGETS = "targets.bin"
 CHECKS = "checks.bin"
-SHARDS = "units"
+SHARDS = "shards"
 _MAX_SHARDS = 2048
 _MIN_ROWS = 4096
 _CANARY_STEP = 1024
@@ -107,7 +107,7 @@ class RecordFormat(NamedTuple):
         return ranges
 
 
-def encode(layout: RecordFormat, logits: Tensor) -> np.ndarray:
+def encode(record_format: RecordFormat, logits: Tensor) -> np.ndarray:
     """Return the records [rows] of a teacher's logits, float32 [rows, C].
 
     The label is the argmax before rounding. Log-probabilities are stored instead of logits:
@@ -115,39 +115,39 @@ def encode(layout: RecordFormat, logits: Tensor) -> np.ndarray:
     the probability is large.
 
     Example:
-        >>> layout = RecordFormat("hard", 3, epochs=1, rows_per_epoch=2, mixed_pairs=False)
-        >>> records = encode(layout, torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]]))
-        >>> records.nbytes, decode(layout, records)[0].tolist()
+        >>> record_format = RecordFormat("hard", 3, epochs=1, rows_per_epoch=2, mixed_pairs=False)
+        >>> records = encode(record_format, torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]]))
+        >>> records.nbytes, decode(record_format, records)[0].tolist()
         (2, [1, 0])
     """
-    records = np.zeros(len(logits), dtype=layout.dtype)
+    records = np.zeros(len(logits), dtype=record_format.dtype)
     scores = logits.double().log_softmax(dim=1).clamp_min(-65504.0)
-    if layout.top_k is not None:
+    if (k := record_format.top_k) is not None:
         # Sorted before rounding, which can make different values equal.
-        order = logits.double().argsort(dim=1, descending=True, stable=True)[:, : layout.top_k]
+        order = logits.double().argsort(dim=1, descending=True, stable=True)[:, :k]
         records["labels"] = order.cpu().numpy()
         records["scores"] = scores.gather(1, order).cpu().numpy()
         return records
     records["label"] = logits.argmax(dim=1).cpu().numpy()
-    if layout.content == "full":
+    if record_format.content == "full":
         records["scores"] = scores.cpu().numpy()
     return records
 
 
-def decode(layout: RecordFormat, records: np.ndarray) -> tuple[Tensor, Tensor | None]:
+def decode(record_format: RecordFormat, records: np.ndarray) -> tuple[Tensor, Tensor | None]:
     """Return labels, int64 [rows], and log-probabilities, float32 [rows, C], if they are stored.
 
     With top-K, the other classes share the remaining probability equally.
     """
-    if layout.content == "hard":
+    if record_format.content == "hard":
         return torch.from_numpy(records["label"].astype(np.int64)), None
     scores = torch.from_numpy(records["scores"].astype(np.float32))
-    if layout.top_k is None:
+    if record_format.top_k is None:
         return torch.from_numpy(records["label"].astype(np.int64)), scores
     labels = torch.from_numpy(records["labels"].astype(np.int64))
-    num_others = max(layout.num_classes - layout.top_k, 1)
+    num_others = max(record_format.num_classes - record_format.top_k, 1)
     rest = (1 - scores.exp().sum(dim=1, keepdim=True)).clamp_min(1e-8) / num_others
-    remaining = rest.log().expand(-1, layout.num_classes)
+    remaining = rest.log().expand(-1, record_format.num_classes)
     return labels[:, 0], remaining.scatter(1, labels, scores)
 
 
@@ -200,7 +200,7 @@ class TargetStore:
 
     Example:
         >>> store = open_store("checkpoints/digits-targets")
-        >>> store.layout.content, store.layout.epochs, store.records(0).dtype.itemsize
+        >>> store.record_format.content, store.record_format.epochs, store.records(0).dtype.itemsize
         ('full', 1, 21)
         >>> images, rows = torch.zeros(2, 3, 8, 8), torch.tensor([5, 3])
         >>> labels, log_probs = store(Batch(images, None, torch.zeros(2, 10), rows, 0, rows))
@@ -211,11 +211,11 @@ class TargetStore:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
-        self.provenance: dict[str, Any] = manifest["about"]
-        self.query: dict[str, Any] = manifest["asked"]
-        self.layout = RecordFormat(**manifest["layout"])
+        self.provenance: dict[str, Any] = manifest["provenance"]
+        self.inference: dict[str, Any] = manifest["inference"]
+        self.record_format = RecordFormat(**manifest["record_format"])
         self.teacher_top1: float | None = manifest["teacher_top1"]
-        self._epoch, self._records = -1, np.empty(0, self.layout.dtype)
+        self._epoch, self._records = -1, np.empty(0, self.record_format.dtype)
         self._checked_epoch = -1
         self._checks = np.fromfile(path / CHECKS, "<u4")
 
@@ -228,39 +228,37 @@ class TargetStore:
     def digest(self) -> str:
         """SHA-256 of fingerprint, format and checksums, and so of every target. A store that was
         moved, or written again with the same content, has the same digest."""
-        header = {"fingerprint": self.fingerprint, "layout": self.layout._asdict()}
+        header = {"fingerprint": self.fingerprint, "record_format": self.record_format._asdict()}
         content = json.dumps(header, sort_keys=True).encode() + self._checks.tobytes()
         return hashlib.sha256(content).hexdigest()
 
     @property
     def canaries(self) -> np.ndarray:
         """The canaries, uint32 [epochs, canary rows]."""
-        num_canaries = len(self.layout.canary_rows)
-        return self._checks[self.layout.num_shards : -2 * self.layout.num_shards].reshape(
-            -1, num_canaries
-        )
+        num_shards = self.record_format.num_shards
+        canaries = self._checks[num_shards : -2 * num_shards]
+        return canaries.reshape(-1, len(self.record_format.canary_rows))
 
     @property
     def checksums(self) -> np.ndarray:
         """CRC-32 of each shard's records, uint32 [shards]."""
-        return self._checks[: self.layout.num_shards]
+        return self._checks[: self.record_format.num_shards]
 
     def records(self, epoch: int) -> np.ndarray:
-        """Return the memory-mapped records of an epoch, [rows_per_epoch] of `layout.dtype`, one
-        epoch at a time. Raises ValueError beyond the stored epochs."""
+        """Return the memory-mapped records of an epoch, [rows_per_epoch], one epoch at a time.
+        Raises ValueError beyond the stored epochs."""
         if epoch != self._epoch:
-            offset = epoch * self.layout.rows_per_epoch * self.layout.dtype.itemsize
-            self._records = np.memmap(
-                self.path / TARGETS, self.layout.dtype, "r", offset, (self.layout.rows_per_epoch,)
-            )
+            dtype, num_rows = self.record_format.dtype, self.record_format.rows_per_epoch
+            offset = epoch * num_rows * dtype.itemsize
+            self._records = np.memmap(self.path / TARGETS, dtype, "r", offset, (num_rows,))
             self._epoch = epoch
         return self._records
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the targets of a batch: labels, int64 [B]; log-probabilities, float32 [B, C], or
         None. After the stored epochs they start again with the first."""
-        epoch = batch.epoch % self.layout.epochs
-        labels, scores = decode(self.layout, self.records(epoch)[batch.target_rows.numpy()])
+        epoch = batch.epoch % self.record_format.epochs
+        labels, scores = decode(self.record_format, self.records(epoch)[batch.target_rows.numpy()])
         device = batch.images.device
         scores = None if scores is None else scores.to(device, non_blocking=True)
         return labels.to(device, non_blocking=True), scores
@@ -272,8 +270,9 @@ class TargetStore:
         """
         if block.epoch == self._checked_epoch:
             return
-        for row in (block.target_rows % self.layout.canary_step == 0).nonzero().flatten().tolist():
-            if int(block.target_rows[row]) in self.layout.canary_rows:
+        is_candidate = block.target_rows % self.record_format.canary_step == 0
+        for row in is_candidate.nonzero().flatten().tolist():
+            if int(block.target_rows[row]) in self.record_format.canary_rows:
                 self._checked_epoch = block.epoch
                 self.check_canary(block, row)
                 return
@@ -281,8 +280,9 @@ class TargetStore:
     def check_canary(self, block: TeacherInput, row: int) -> None:
         """Compare the view in a canary row with the store. Raises DataError."""
         target_row = int(block.target_rows[row])
-        epoch = block.epoch % self.layout.epochs
-        if canary(block, row) != int(self.canaries[epoch][target_row // self.layout.canary_step]):
+        epoch = block.epoch % self.record_format.epochs
+        stored = self.canaries[epoch][target_row // self.record_format.canary_step]
+        if canary(block, row) != int(stored):
             packages = self.provenance["packages"]
             raise DataError(
                 f"teacher.target_stores {self.path}: row {target_row} of epoch {epoch} (training "
@@ -294,12 +294,12 @@ class TargetStore:
     def verify_checksums(self) -> None:
         """Read all records and compare the checksums of shards. Raises CheckpointError naming the
         first shard that differs."""
-        size = self.layout.rows_per_shard * self.layout.dtype.itemsize
-        shards = range(self.layout.num_shards)
+        size = self.record_format.rows_per_shard * self.record_format.dtype.itemsize
+        shards = range(self.record_format.num_shards)
         with (self.path / TARGETS).open("rb") as file:
             for shard in progress(shards, total=len(shards), title="reading the store"):
                 if zlib.crc32(file.read(size)) != int(self.checksums[shard]):
-                    epoch, row, _ = self.layout.epoch_ranges(shard)[0]
+                    epoch, row, _ = self.record_format.epoch_ranges(shard)[0]
                     raise CheckpointError(
                         f"{self.path / TARGETS}: shard {shard} (from epoch {epoch}, row {row}) is "
                         "damaged: its checksum differs; write the store again"
@@ -344,23 +344,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-_PARTS = {"fingerprint": dict, "about": dict, "asked": dict, "layout": dict, "complete": bool}
+_SECTIONS = ("fingerprint", "provenance", "inference", "record_format")
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
     """Raise KeyError, TypeError, ValueError or AttributeError if a value is missing or invalid."""
-    for name, kind in _PARTS.items():
+    for name, kind in (dict.fromkeys(_SECTIONS, dict) | {"complete": bool}).items():
         if not isinstance(manifest[name], kind):
             raise TypeError(f"{name} is {manifest[name]!r}")
     manifest["teacher_top1"]
     for teacher in manifest["fingerprint"]["teacher"].values():
         teacher["image_size"]
-    layout = RecordFormat(**manifest["layout"])
-    counts = (layout.num_classes, layout.epochs, layout.rows_per_epoch)
+    record_format = RecordFormat(**manifest["record_format"])
+    counts = (record_format.num_classes, record_format.epochs, record_format.rows_per_epoch)
     if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise ValueError(f"layout {tuple(layout)}")
-    if layout.content not in ("hard", "full") and layout.top_k is None:
-        raise ValueError(f"records {layout.content!r}")
+        raise ValueError(f"record_format {tuple(record_format)}")
+    if record_format.content not in ("hard", "full") and record_format.top_k is None:
+        raise ValueError(f"records {record_format.content!r}")
 
 
 def open_store(path: str | Path) -> TargetStore:
@@ -377,17 +377,18 @@ def open_store(path: str | Path) -> TargetStore:
             f"teacher.target_stores {path}: is not a target store (no {MANIFEST}); write one with "
             "`deit targets write RECIPE --out STORE`"
         ) from None
-    layout = RecordFormat(**manifest["layout"])
+    record_format = RecordFormat(**manifest["record_format"])
     if not manifest["complete"]:
         num_written = len(list((path / SHARDS).glob("[0-9]*.bin")))
         raise DataError(
-            f"teacher.target_stores {path}: incomplete, {num_written} of {layout.num_shards} "
-            "shards are written; run the same `deit targets write` command again to finish it"
+            f"teacher.target_stores {path}: incomplete, {num_written} of "
+            f"{record_format.num_shards} shards are written; run the same `deit targets write` "
+            "command again to finish it"
         )
-    canaries = layout.epochs * len(layout.canary_rows)
+    canaries = record_format.epochs * len(record_format.canary_rows)
     sizes = {
-        TARGETS: layout.rows * layout.dtype.itemsize,
-        CHECKS: 4 * (3 * layout.num_shards + canaries),
+        TARGETS: record_format.rows * record_format.dtype.itemsize,
+        CHECKS: 4 * (3 * record_format.num_shards + canaries),
     }
     for name, size in sizes.items():
         file = path / name

@@ -42,9 +42,12 @@ def verify_targets(
         (True, True)
     """
     store = open_store(Path(store_path))
-    layout = store.layout
+    record_format = store.record_format
     store.verify_checksums()
-    info(f"checksums {layout.num_shards} shards, {layout.rows} {layout.content} targets: intact")
+    info(
+        f"checksums {record_format.num_shards} shards, {record_format.rows} "
+        f"{record_format.content} targets: intact"
+    )
     config = _config_of(store, root=root, teacher=teacher)
     accelerator = build_accelerator(config.run)
     with_teachers = teacher != "none"
@@ -53,7 +56,7 @@ def verify_targets(
             resolve_source(spec.source)
     splits = load_splits(config.data)
     checked = _compare(store, config, splits, accelerator, with_teachers, num_queries)
-    epochs = count_noun(layout.epochs, "epoch")
+    epochs = count_noun(record_format.epochs, "epoch")
     info(f"data      same fingerprint; {checked.views} views of {epochs} recomputed: same pixels")
     if checked.num_queried:
         share = format_percent(checked.num_agreed / checked.num_queried)

@@ -94,21 +94,21 @@ def write_targets(
     if teacher_index is not None:
         teachers = teachers[teacher_index - 1 : teacher_index]
         config = _with_one_teacher(config, teacher_index)
-    layout = _record_format(config, loader, len(splits.class_names), epochs, content)
-    block = max(config.run.eval_batch_size // 2 * 2, 2)
-    manifest = _manifest(config, splits, loader, teachers, layout, accelerator, block)
+    record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
+    batch_size = max(config.run.eval_batch_size // 2 * 2, 2)
+    manifest = _manifest(config, splits, loader, teachers, record_format, accelerator, batch_size)
     store = ShardedTargetWriter(out, manifest)
     if _is_complete(store, accelerator):
         info(f"{out}: already complete")
         return True
     size = loader.sizes.teacher
-    _check_memory(teachers, size, accelerator, block)
-    _check_disk(out, layout)
+    _check_memory(teachers, size, accelerator, batch_size)
+    _check_disk(out, record_format)
     _check_teachers(teachers, config, splits, accelerator, size)
     store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
-    shards = _shards_of(part, layout.num_shards, accelerator)
-    writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, block)
+    shards = _shards_of(part, record_format.num_shards, accelerator)
+    writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, batch_size)
     _write_all(writer, accelerator)
     return accelerator.is_main_process and store.merge_if_complete()
 
@@ -131,10 +131,12 @@ def _check_paths(teacher: TeacherConfig, out: Path) -> None:
     check_writable(out, option="--out")
 
 
-def _check_disk(out: Path, layout: RecordFormat) -> None:
+def _check_disk(out: Path, record_format: RecordFormat) -> None:
     """Check that the disk has space for the shards and for the file that they are merged into."""
     written = sum(file.stat().st_size for file in (out / SHARDS).glob("*.bin"))
-    check_space(out, 2 * layout.rows * layout.dtype.itemsize - written, option="--out")
+    check_space(
+        out, 2 * record_format.rows * record_format.dtype.itemsize - written, option="--out"
+    )
 
 
 def _check_memory(teachers: list[Teacher], size: int, accelerator: Accelerator, block: int) -> None:
@@ -159,9 +161,9 @@ def _manifest(
     splits: Splits,
     loader: TrainLoader,
     teachers: list[Teacher],
-    layout: RecordFormat,
+    record_format: RecordFormat,
     accelerator: Accelerator,
-    block: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Return the manifest of a store that is not yet complete."""
     environment = environment_info(accelerator)
@@ -169,14 +171,14 @@ def _manifest(
         "format": FORMAT,
         "complete": False,
         # The last bits of an output depend on these, so all writers of a store share them.
-        "asked": {"precision": environment["precision"], "block": block},
+        "inference": {"precision": environment["precision"], "batch_size": batch_size},
         "fingerprint": {
             **fingerprint_of(splits, loader),
             **teachers_fingerprint(config.teacher, teachers),
         },
-        "layout": layout._asdict(),
+        "record_format": record_format._asdict(),
         "teacher_top1": None,
-        "about": _provenance(config, teachers, environment),
+        "provenance": _provenance(config, teachers, environment),
     }
 
 
@@ -266,19 +268,21 @@ def _record_format(
                 "epoch; give --epochs 1"
             )
         epochs = 1
-    layout = RecordFormat(
+    record_format = RecordFormat(
         content=content,
         num_classes=num_classes,
         epochs=epochs or config.optim.epochs,
         rows_per_epoch=loader.rows_per_epoch,
         mixed_pairs=views.uses_mixing,
     )
-    if layout.top_k is not None and layout.top_k >= num_classes:
+    if record_format.top_k is not None and record_format.top_k >= num_classes:
         raise ConfigError(f"--content {content}: there are {num_classes} classes; use full")
     single = single_teacher(teacher, 0) if is_ensemble else teacher
     combine = teacher.combine if is_ensemble else None
-    check_content(layout.content, single, loss, combine=combine, where=f"--content {content}")
-    return layout
+    check_content(
+        record_format.content, single, loss, combine=combine, where=f"--content {content}"
+    )
+    return record_format
 
 
 def _provenance(
@@ -297,7 +301,8 @@ def _provenance(
 class TargetWriter:
     """Computes the teachers' outputs for missing shards and writes them.
 
-    missing: the shards to write. num_blocks: how many blocks of at most `block` views they take.
+    missing: the shards to write. num_blocks: how many blocks of at most `batch_size` views they
+    take.
     """
 
     def __init__(
@@ -307,23 +312,25 @@ class TargetWriter:
         loader: TrainLoader,
         ensemble: TeacherEnsemble,
         labels: Tensor,
-        block: int,
+        batch_size: int,
     ) -> None:
         """own_shards: of this process. labels: of the training images, int64 [N]."""
         self.store = store
-        self.layout = store.layout
+        self.record_format = store.record_format
         self.loader = loader
         self.ensemble = ensemble
         self.query = teacher_query(loader, ensemble)
         self.labels = labels
-        self.block = block
+        self.batch_size = batch_size
         self.missing = [shard for shard in own_shards if not store.path(shard).is_file()]
         if len(self.missing) < len(own_shards):
             num_written = len(own_shards) - len(self.missing)
             info(f"{num_written} of {len(own_shards)} shards are already written")
-        ranges = [piece for shard in self.missing for piece in self.layout.epoch_ranges(shard)]
+        ranges = [
+            piece for shard in self.missing for piece in self.record_format.epoch_ranges(shard)
+        ]
         self.num_rows = sum(last - first for _, first, last in ranges)
-        self.num_blocks = sum(-(-(last - first) // block) for _, first, last in ranges)
+        self.num_blocks = sum(-(-(last - first) // batch_size) for _, first, last in ranges)
 
     def write(self, interruption: GracefulStop) -> None:
         """Write the missing shards. Raises StoppedBySignal between two blocks."""
@@ -354,14 +361,14 @@ class TargetWriter:
     ) -> TargetShard:
         """Return a shard. Raises NumericsError naming the images if an output is not finite."""
         records, canaries, correct, counted = [], [], 0, 0
-        for epoch, first, last in self.layout.epoch_ranges(shard):
+        for epoch, first, last in self.record_format.epoch_ranges(shard):
             blocks = self.loader.teacher_inputs(
-                epoch, torch.arange(first, last), batch_size=self.block
+                epoch, torch.arange(first, last), batch_size=self.batch_size
             )
             for block in interruption.iterate(blocks):
                 next(ticks, None)
                 outputs = self.query(block)
-                block_records, block_canaries = encode_block(self.layout, block, outputs)
+                block_records, block_canaries = encode_block(self.record_format, block, outputs)
                 records.append(block_records)
                 canaries += block_canaries
                 unmixed = _is_unmixed(block)
@@ -373,16 +380,16 @@ class TargetWriter:
 
 
 def encode_block(
-    layout: RecordFormat, block: TeacherInput, outputs: TeacherOutput
+    record_format: RecordFormat, block: TeacherInput, outputs: TeacherOutput
 ) -> tuple[np.ndarray, list[int]]:
     """Return the records of a block, and the canaries of the canary rows in it."""
-    candidates = (block.target_rows % layout.canary_step == 0).nonzero().flatten().tolist()
+    candidates = (block.target_rows % record_format.canary_step == 0).nonzero().flatten().tolist()
     canaries = [
         canary(block, row)
         for row in candidates
-        if int(block.target_rows[row]) in layout.canary_rows
+        if int(block.target_rows[row]) in record_format.canary_rows
     ]
-    return encode(layout, outputs.logits[:, 0]), canaries
+    return encode(record_format, outputs.logits[:, 0]), canaries
 
 
 def _is_unmixed(block: TeacherInput) -> Tensor:

@@ -51,8 +51,8 @@ def test_shards_cover_every_row_once(layout):
     assert layout.rows_per_shard % 2 == 0
     seen = np.zeros(layout.rows if layout.rows < 10**6 else 0, dtype=int)
     last = 0
-    for unit in range(layout.num_shards):
-        for epoch, first, stop in layout.epoch_ranges(unit):
+    for shard in range(layout.num_shards):
+        for epoch, first, stop in layout.epoch_ranges(shard):
             start = epoch * layout.rows_per_epoch + first
             assert start == last
             last = epoch * layout.rows_per_epoch + stop
@@ -194,8 +194,8 @@ with (place / "targets.bin").open("wb") as file:
         file.write(bytes(layout.rows_per_epoch * layout.dtype.itemsize))
 checks = 3 * layout.num_shards + layout.epochs * len(layout.canary_rows)
 np.zeros(checks, "<u4").tofile(place / "checks.bin")
-manifest = dict.fromkeys(("fingerprint", "about", "asked", "teacher_top1"), {})
-manifest["layout"] = layout._asdict()
+manifest = dict.fromkeys(("fingerprint", "provenance", "inference", "teacher_top1"), {})
+manifest["record_format"] = layout._asdict()
 store = TargetStore(place, manifest)
 images = torch.zeros(10_000, 0)
 

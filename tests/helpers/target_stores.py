@@ -126,7 +126,7 @@ def write_arguments(teacher, out, *more):
 def forge(store, change):
     """Change the records of a store and make its checksums fit: only views can reveal it."""
     opened = open_store(store)
-    layout = opened.layout
+    layout = opened.record_format
     records = np.fromfile(store / TARGETS, layout.dtype)
     records, canaries = change(records.reshape(layout.epochs, -1), opened.canaries.copy())
     records.tofile(store / TARGETS)

@@ -121,17 +121,17 @@ def test_resume_after_a_kill_of_two_processes_is_bit_identical(
 
 
 @pytest.fixture(scope="module")
-def three_units(teacher) -> tuple[str, ...]:
-    """The command that writes targets that fill three units."""
+def three_shards(teacher) -> tuple[str, ...]:
+    """The command that writes targets that fill three shards."""
     more = ("--data.train_fraction", "1", "--optim.batch_size", "256", "--epochs", "9")
     return ("targets", "write", *SMALL, *teacher, *more, "--run.eval_batch_size", "256")
 
 
 @pytest.fixture(scope="module")
-def single_process_store(command_server, three_units, tmp_path_factory) -> Path:
+def single_process_store(command_server, three_shards, tmp_path_factory) -> Path:
     """What one process writes."""
     out = tmp_path_factory.mktemp("single-process") / "targets"
-    done = command_server.run(*three_units, "--out", out)
+    done = command_server.run(*three_shards, "--out", out)
     assert done.code == 0, done.err
     return out
 
@@ -139,11 +139,11 @@ def single_process_store(command_server, three_units, tmp_path_factory) -> Path:
 @pytest.mark.fault("A13")
 @pytest.mark.parametrize(("rank", "block"), [(0, 1), (1, 2), (0, 24)])
 def test_signal_to_one_process_stops_both_target_writers(
-    rank, block, command_server, three_units, single_process_store, tmp_path
+    rank, block, command_server, three_shards, single_process_store, tmp_path
 ):
-    """There are three units: at the end the second process waits for the first."""
+    """There are three shards: at the end the second process waits for the first."""
     out = tmp_path / "targets"
-    arguments = (*three_units, "--out", out)
+    arguments = (*three_shards, "--out", out)
     done = [
         rank.wait()
         for rank in both(command_server, *arguments, fault=f"teacher@{rank}:{block}:term")

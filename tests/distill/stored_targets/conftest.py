@@ -53,5 +53,5 @@ def single_process_store(teachers, command_server, tmp_path_factory):
         ).code
         == 0
     )
-    assert open_store(out).layout.num_shards == 3
+    assert open_store(out).record_format.num_shards == 3
     return out

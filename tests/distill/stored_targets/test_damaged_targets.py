@@ -41,19 +41,19 @@ pytest.importorskip("sklearn")
 def test_damaged_shard_is_refused_and_leaves_the_store_incomplete(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(0, 3))
-    unit = next((out / SHARDS).glob("[0-9]*.bin"))
-    damaged = bytearray(unit.read_bytes())
+    shard = next((out / SHARDS).glob("[0-9]*.bin"))
+    damaged = bytearray(shard.read_bytes())
     damaged[500] ^= 1
-    unit.write_bytes(damaged)
+    shard.write_bytes(damaged)
     for part in (1, 2):
         if part == 2:
-            with raises(CheckpointError, unit):
+            with raises(CheckpointError, shard):
                 write_targets(configuration(teachers[0]), out, part=(part, 3))
         else:
             write_targets(configuration(teachers[0]), out, part=(part, 3))
-    unit.unlink()
+    shard.unlink()
     write_targets(configuration(teachers[0]), out)
-    assert open_store(out).layout.num_shards == 3
+    assert open_store(out).record_format.num_shards == 3
 
 
 def test_shard_of_another_store_is_refused(teachers, tmp_path):

@@ -84,7 +84,7 @@ def test_store_of_several_teacher_crops_read_by_workers_verifies(workers, consta
     config = config.replace(views={"teacher_num_crops": 3})
     write_targets(config, tmp_path / "store")
     opened = open_store(tmp_path / "store")
-    assert opened.layout.rows_per_epoch > 8
+    assert opened.record_format.rows_per_epoch > 8
     verify_targets(
         tmp_path / "store", root=None, teacher=str(config.teacher.source[0]), num_queries=8
     )
@@ -278,10 +278,10 @@ def test_damaged_store_stops_every_process(store, tmp_path):
 BROKEN = {
     "no fingerprint": lambda manifest: manifest.pop("fingerprint"),
     "text as fingerprint": lambda manifest: manifest.update(fingerprint="x"),
-    "no layout": lambda manifest: manifest.update(layout={}),
-    "no places": lambda manifest: manifest["layout"].update(rows_per_epoch=0, epochs=0),
-    "text as places": lambda manifest: manifest["layout"].update(rows_per_epoch="many"),
-    "unknown records": lambda manifest: manifest["layout"].update(content="soft"),
+    "no layout": lambda manifest: manifest.update(record_format={}),
+    "no places": lambda manifest: manifest["record_format"].update(rows_per_epoch=0, epochs=0),
+    "text as places": lambda manifest: manifest["record_format"].update(rows_per_epoch="many"),
+    "unknown records": lambda manifest: manifest["record_format"].update(content="soft"),
     "no teacher": lambda manifest: manifest["fingerprint"].update(teacher=None),
     "no format": lambda manifest: [manifest.pop(key) for key in list(manifest) if key != "format"],
 }

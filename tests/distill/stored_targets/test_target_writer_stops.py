@@ -91,14 +91,14 @@ class _KilledError(BaseException):
 
 @pytest.fixture(scope="module")
 def one_epoch(teachers, tmp_path_factory):
-    """Writes a store of one epoch in three small units; and what it holds."""
+    """Writes a store of one epoch in three small shards; and what it holds."""
 
     def write(out):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(target_store, "_MIN_ROWS", 32)
             few = configuration(teachers[0], data={"train_fraction": 0.07})
             write_targets(few, out, epochs=1)
-            assert open_store(out).layout.num_shards == 3
+            assert open_store(out).record_format.num_shards == 3
 
     whole = tmp_path_factory.mktemp("one-epoch") / "store"
     write(whole)

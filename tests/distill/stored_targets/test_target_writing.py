@@ -110,7 +110,7 @@ def test_parts_with_another_eval_batch_size_are_refused(teachers, tmp_path):
     other = configuration(teachers[0], run={"eval_batch_size": 64})
     with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
         write_targets(other, tmp_path / "s", part=(1, 3))
-    assert_differs(refused, "asked.block", "256", "64")
+    assert_differs(refused, "inference.batch_size", "256", "64")
 
 
 @pytest.mark.fault("D9")

@@ -71,7 +71,7 @@ def test_every_view_mode_trains_from_a_store_as_online(mode, teachers, tmp_path)
     write_targets(config, tmp_path / "store")
     train(with_targets(config, tmp_path / "store"), tmp_path / "stored")
     stored = metric_rows(tmp_path / "stored")
-    layout = open_store(tmp_path / "store").layout
+    layout = open_store(tmp_path / "store").record_format
     assert layout.content == "full"
     assert layout.epochs == (1 if mode.startswith("fix/") else 2)
     if mode != "fix/ic_ens":
