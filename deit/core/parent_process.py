@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cache
 from types import FrameType
 
-PARALLEL_RUNS_ENV = "DEIT_AT_ONCE"
+PARALLEL_RUNS_ENV = "DEIT_PARALLEL_RUNS"
 """Environment variable of runs that `deit sweep` started: how many run in parallel."""
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", PARALLEL_RUNS_ENV)
 _ACCELERATE_VARIABLE = "ACCELERATE_MIXED_PRECISION"
