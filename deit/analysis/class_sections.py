@@ -3,7 +3,10 @@
 import math
 from pathlib import Path
 
+import torch
+
 from deit.analysis.run_report import RunReport, write_csv
+from deit.core.metrics import confusion
 from deit.viz import charts, html
 
 _HEADS = ("class", "distillation", "fused", "teacher")
@@ -17,9 +20,7 @@ def class_sections(report: RunReport, folder: Path) -> list[str]:
     evaluation = report.evaluation
     class_names = evaluation.metrics["class_names"]
     _write_class_csv(report, folder / f"{report.slug}-classes.csv")
-    counts = confusion(
-        evaluation.predictions[report.final_head], evaluation.labels, len(class_names)
-    )
+    counts = _confusion_counts(report, report.final_head)
     content = [_class_accuracies(report, folder)]
     pairs = _confused_pairs(counts, class_names)
     if pairs:
@@ -88,9 +89,7 @@ def _confusion_matrices(report: RunReport, counts: list[list[int]], folder: Path
         )
     ]
     if "teacher" in evaluation.predictions:
-        teacher = _row_percent(
-            confusion(evaluation.predictions["teacher"], evaluation.labels, len(names))
-        )
+        teacher = _row_percent(_confusion_counts(report, "teacher"))
         difference = [
             [a - b for a, b in zip(student_row, teacher_row)]
             for student_row, teacher_row in zip(student, teacher)
@@ -111,12 +110,12 @@ def _confusion_matrices(report: RunReport, counts: list[list[int]], folder: Path
     return matrices
 
 
-def confusion(predictions: list[int], labels: list[int], num_classes: int) -> list[list[int]]:
-    """Return the confusion matrix as counts, [true class][predicted class]."""
-    counts = [[0] * num_classes for _ in range(num_classes)]
-    for prediction, label in zip(predictions, labels, strict=True):
-        counts[label][prediction] += 1
-    return counts
+def _confusion_counts(report: RunReport, head: str) -> list[list[int]]:
+    """Return the confusion matrix of a head as counts, [true class][predicted class]."""
+    evaluation = report.evaluation
+    predictions = torch.tensor(evaluation.predictions[head])
+    labels = torch.tensor(evaluation.labels)
+    return confusion(predictions, labels, len(evaluation.metrics["class_names"])).tolist()
 
 
 def _row_percent(counts: list[list[int]]) -> list[list[float]]:

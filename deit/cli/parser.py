@@ -142,13 +142,13 @@ class Parser(argparse.ArgumentParser):
             help="Checkpoint of the run to load.",
         )
 
-    def add_data_root(self) -> None:
-        """Add --data.root as `root`."""
+    def add_data_root(self, *, since: str = "training") -> None:
+        """Add --data.root as `root`. since: what the folder has moved after, for the help."""
         self.add_argument(
             "--data.root",
             dest="root",
             metavar="DIR",
-            help="Folder of the images, if it has moved since training.",
+            help=f"Folder of the images, if it has moved since {since}.",
         )
 
     def add_json(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deit.analysis import report
-from deit.analysis.class_sections import confusion, reliability_bins
+from deit.analysis.class_sections import reliability_bins
 from deit.analysis.run_images import hardest_images
 from deit.analysis.run_report import RunReport
 from deit.analysis.run_sections import schedules_of
@@ -89,10 +89,6 @@ def test_reliability_bins_match_the_calibration_error_of_evaluate():
         sum(abs(confidence - accuracy) * samples for confidence, accuracy, samples in bins) / 500
     )
     assert error == pytest.approx(calibration_error(logits, labels))
-
-
-def test_confusion_counts_true_class_by_predicted_class():
-    assert confusion([0, 1, 1, 2], [0, 0, 1, 1], 3) == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
 
 
 def test_hardest_images_are_sorted_by_teacher_and_confidence():

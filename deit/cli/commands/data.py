@@ -209,11 +209,7 @@ def _verify_targets(arguments: list[str], program: str) -> None:
         "or teachers differ; exit code 4 if files are damaged.",
     )
     parser.add_argument("store", type=Path, metavar="STORE", help="Folder of the store.")
-    parser.add_argument(
-        "--root",
-        metavar="DIR",
-        help="Folder of the images, if it has moved since the store was written.",
-    )
+    parser.add_data_root(since="the store was written")
     parser.add_argument(
         "--teacher",
         metavar="A,B",

@@ -165,7 +165,7 @@ BASES = {
         f"{_RUN} --out new --epochs 1 --content top-2 --part 0/2",
         f"{_RUN} --out store",
     ),
-    "targets verify": ("store", "store --root pics --teacher teacher --num-queries 4"),
+    "targets verify": ("store", "store --data.root pics --teacher teacher --num-queries 4"),
     "profile": (f"{_RUN} --steps 1", f"{_RUN} --steps 2 --trace out.json --json out2.json"),
     "recipes": ("",),
     "": ("", "--help", "--version"),
