@@ -111,17 +111,31 @@ def _add_section(parser: argparse.ArgumentParser, section: str, base: Any) -> No
     group = parser.add_argument_group(f"{section} options", " ".join(summary.split()))
     for field in dataclasses.fields(base):
         name, value = f"{section}.{field.name}", getattr(base, field.name)
-        text = _escaped(_field_helps(type(base))[field.name])
-        if value not in (None, ()) or "Default" not in text:
-            text += f" (default: {_escaped(_format_value(value))})"
+        metavar = _metavar(field.type)
+        text = _field_helps(type(base))[field.name]
+        text = _escaped(_with_default(text, value, takes_none=metavar.endswith("|none")))
         if field.type is bool:
             off = f"--{section}.no_{field.name}"
             group.add_argument(f"--{name}", off, action=_Switch, help=text, nargs=0)
         else:
-            metavar = _metavar(field.type)
             group.add_argument(
                 f"--{name}", nargs="*", default=None, metavar=metavar, help=text, dest=name
             )
+
+
+def _with_default(text: str, value: Any, *, takes_none: bool) -> str:
+    """Return the help of a field with its default, stated once.
+
+    text: its docstring, which can end in `Default: ...`, the meaning of None or (). value: the
+    default of the recipe. takes_none: whether `none` is a value of the option.
+    """
+    text, _, meaning = text.partition(" Default: ")
+    if not meaning:
+        return f"{text} (default: {_format_value(value)})"
+    if value in (None, ()):
+        return f"{text} (default: {meaning.removesuffix('.')})"
+    none = f" none: {meaning}" if takes_none else ""
+    return f"{text}{none} (default: {_format_value(value)})"
 
 
 class _Switch(argparse.Action):

@@ -71,10 +71,10 @@ def _compare_parser(program: str) -> Parser:
         metavar="NAME",
         help="The students to compare: teacher (with and without the teacher), view-modes (every "
         "view mode), epochs (shorter and longer training), ensemble (several teachers combined and "
-        "each alone), resolution (fine-tuning at a higher resolution, by teacher and without), or "
-        "a table of the DeiT paper: table-2 (ConvNet and transformer teachers), table-3 (hard and "
-        "soft distillation, class and distillation token), table-4 (disagreement between teacher "
-        "and students), table-8 (ablation of the training).",
+        "each alone), resolution (fine-tuning at a higher resolution, with each teacher and "
+        "without one), or a table of the DeiT paper: table-2 (ConvNet and transformer teachers), table-3 "
+        "(hard and soft distillation, class and distillation token), table-4 (disagreement between "
+        "teacher and students), table-8 (ablation of the training).",
     )
     parser.add_argument(
         "--arms", default="", metavar="A,B", help="Students of the study to train. (default: all)"
@@ -186,7 +186,10 @@ def _split_sweep(arguments: list[str], program: str) -> tuple[Sweep, list[str]]:
 def _sweep_parser(program: str, plan: Sweep) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--recipe", default=plan.recipe, metavar="RECIPE", help="Recipe to use instead of SWEEP's."
+        "--recipe",
+        default=plan.recipe,
+        metavar="RECIPE",
+        help="Recipe to train. (default: that of SWEEP)",
     )
     parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
     parser.add_argument(

@@ -114,7 +114,7 @@ def _evaluate_parser(program: str) -> Parser:
         dest="batch",
         type=int,
         metavar="N",
-        help="Images per evaluation step. (default: the run's)",
+        help="Images per batch and process. (default: the run's)",
     )
     parser.add_argument(
         "--plot",

@@ -73,7 +73,7 @@ def digits_involution_teacher() -> Config:
 
 @recipe
 def digits_transformer_teacher() -> Config:
-    """`digits` without distillation token and teacher: a transformer as a teacher for digits."""
+    """The student of `digits` as a ViT, trained without a teacher: a transformer as a teacher."""
     return class_token_only(digits())
 
 

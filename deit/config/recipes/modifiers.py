@@ -11,7 +11,7 @@ from deit.config.sections.teacher import TeacherConfig
 
 
 def class_token_only(config: Config) -> Config:
-    """Return a recipe for the same student without distillation token and teacher."""
+    """Return a recipe for the same student as a ViT, without distillation token and teacher."""
     name = config.student.name.replace("deit_", "vit_", 1)
     return config.replace(
         student={"name": name}, teacher=TeacherConfig(), loss=LOSS_PRESETS["none"]

@@ -53,19 +53,19 @@ class StudentConfig:
     patch_size: Count = 4
     """Side [px] of a patch (deit_* and vit_*)."""
     embed_dim: OptionalCount = None
-    """Embedding dimension. Default: that of the named size (deit_* and vit_*)."""
+    """Embedding dimension (deit_* and vit_*). Default: that of the named size."""
     depth: Annotated[
         Annotated[int, Field(ge=1, le=1000)] | None, BeforeValidator(none_from_text)
     ] = None
-    """Number of blocks. Default: that of the named size (deit_* and vit_*)."""
+    """Number of blocks (deit_* and vit_*). Default: that of the named size."""
     num_heads: OptionalCount = None
-    """Number of attention heads. Default: that of the named size (deit_* and vit_*)."""
+    """Number of attention heads (deit_* and vit_*). Default: that of the named size."""
     heads_per_block: Counts = ()
     """Number of attention heads in each block, as in a pruned student; the width of a head does not
-    change. One value applies to all blocks. Default: num_heads (deit_* and vit_*)."""
+    change. One value applies to all blocks (deit_* and vit_*). Default: num_heads."""
     mlp_hidden_per_block: Counts = ()
-    """Number of hidden units in each block's MLP; one value applies to all blocks. Default: 4 *
-    embed_dim (deit_* and vit_*)."""
+    """Number of hidden units in each block's MLP; one value applies to all blocks (deit_* and
+    vit_*). Default: 4 * embed_dim."""
     shared_block_size: Count = 1
     """Number of consecutive blocks that share attention and MLP weights (MiniViT); norms and the
     transformations of the heads are not shared. Fewer parameters, the same compute (deit_* and

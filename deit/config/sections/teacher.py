@@ -51,9 +51,9 @@ class TeacherConfig:
     """Output of an ensemble. probabilities: their mean (at loss.temperature); logits: their mean;
     tokens: not combined, each teacher has its own distillation token."""
     memory_format: MemoryFormats = ()
-    """Memory format of a teacher's images: contiguous, channels_last or auto; which one is faster
-    depends on the network. Default: auto, channels_last for ConvNets on a CPU or in mixed
-    precision."""
+    """Memory format of a teacher's images: contiguous, channels_last or auto (channels_last for
+    ConvNets on a CPU or in mixed precision); which one is faster depends on the network. Default:
+    auto."""
     target_stores: StrTuple = ()
     """Stored teacher outputs (`deit targets write`), used instead of running the teachers. With
     several teachers: one per teacher (`none` to run it), or one store of their combined outputs."""

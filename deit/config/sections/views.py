@@ -54,7 +54,7 @@ class ViewsConfig:
     randaugment_num_ops: Count = 2
     """Number of operations that RandAugment draws for an image."""
     randaugment_prob: Probability = 0.5
-    """Probability that each drawn operation is applied (timm: 0.5)."""
+    """Probability that each drawn operation is applied."""
     color_jitter: Probability = 0.0
     """Largest change of brightness, contrast and saturation, as a fraction; applied after
     auto_augment."""
@@ -80,9 +80,9 @@ class ViewsConfig:
     mixup_switch_prob: Probability = 0.5
     """Probability that a mixed pair uses cutmix instead of mixup, if both are enabled."""
     teacher_view: TeacherView = "same"
-    """The teacher's view. same: the student's view; independent: another random view; and three
-    that do not change between epochs. resized: the whole image; center: its center; crops: the mean
-    of the teacher's outputs for teacher_num_crops random crops."""
+    """The teacher's view. same: the student's view; independent: another random view; resized: the
+    whole image; center: the center crop; crops: the mean of the teacher's outputs for
+    teacher_num_crops random crops. The last three do not change between epochs."""
     teacher_num_crops: Annotated[int, Field(ge=1, lt=2**16)] = 1000
     """Number of crops of an image for teacher_view crops; their probabilities (at temperature 1)
     are averaged."""

@@ -121,7 +121,7 @@ def test_store_with_wrong_labels_is_refused(store, teachers, tmp_path):
 
     forge(copy, other_answers)
     with raises(
-        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
+        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).inference["precision"]
     ):
         check(with_targets(configuration(teachers[0]), copy))
 
@@ -130,7 +130,7 @@ def test_store_with_labels_in_another_order_is_refused(store, teachers, tmp_path
     copy = copied(store, tmp_path)
     forge(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
     with raises(
-        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).query["precision"]
+        DataError, f"teacher.target_stores {copy}", 428, open_store(copy).inference["precision"]
     ):
         check(with_targets(configuration(teachers[0]), copy))
 
@@ -161,7 +161,7 @@ def test_store_with_wrong_probabilities_is_refused(teachers, tmp_path):
 
         forge(store, flatter)
         with raises(
-            DataError, f"teacher.target_stores {store}", open_store(store).query["precision"]
+            DataError, f"teacher.target_stores {store}", open_store(store).inference["precision"]
         ):
             check(with_targets(plain, store))
 
