@@ -27,10 +27,10 @@ TITLES = {
     "digits": "Digits: mixup and cutmix, soft distillation (the quickstart)",
     "digits-strong-views": "Digits: strong views (15 degrees, quarter-width shifts), soft labels",
     "digits-deit": "Digits: DeiT's whole augmentation (RandAugment, erasing, mixing, 3 repeats)",
-    "digits-teaching": "Digits: view modes (KL divergence only, temperature 3) and other losses",
+    "digits-view-modes": "Digits: view modes (KL divergence only, temperature 3) and other losses",
     "digits-ensemble": "Digits: a ConvNet and an involution network as teachers, both and single",
     "digits-finetune": "Digits: fine-tuning from 8 to 16 px, 20 epochs, three teachers and none",
-    "cifar10-teaching": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: view modes",
+    "cifar10-view-modes": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: view modes",
     "cifar10-ensemble": "CIFAR-10 (JPEG 75), a tenth of the images, 10 epochs: two teachers",
     "cifar10-finetune": "CIFAR-10 (JPEG 75), a tenth of the images: from 32 to 48 px in 6 epochs",
     "tiny-imagenet-micro": "Tiny-ImageNet, 50 classes: the full recipe, 8 epochs on a CPU",
@@ -41,17 +41,17 @@ SWEEPS = {
     "digits-table-2": "Digits: different teachers (Table 2)",
     "digits-table-4": "Digits: disagreement between models (Table 4)",
     "digits-table-8": "Digits: ablation of DeiT's training (Table 8)",
-    "digits-patience": "Digits: 15 to 120 epochs, with the teacher and without",
-    "digits-teaching-sweep": "Digits: every view mode of teacher and student",
+    "digits-epochs": "Digits: 15 to 120 epochs, with the teacher and without",
+    "digits-view-modes-sweep": "Digits: every view mode of teacher and student",
     "cifar10-table-3": "CIFAR-10 (JPEG 75), a fifth of the images, 8 epochs: ways of distilling",
     "tiny-imagenet-table-3": "Tiny-ImageNet, 20 classes, 8 epochs: ways of distilling (Table 3)",
     "digits-held-out": "Digits: classes 6, 7, 8 and 9 unseen (temperature, weight, learning rate)",
 }
-PLOTTED_SWEEPS = ("digits-patience",)
+PLOTTED_SWEEPS = ("digits-epochs",)
 TICKETS = {"digits-tickets": "Digits: lottery tickets and their controls"}
 COMPRESSION = {
-    "digits-smaller": "Digits: one student and its smaller variants",
-    "cifar10-smaller": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
+    "digits-compression": "Digits: one student and its smaller variants",
+    "cifar10-compression": "CIFAR-10 (JPEG 75), three tenths of the images, 10 epochs: the same",
 }
 LANDSCAPES = {"digits-landscape": "Digits: the loss around the levels of a lottery search, seed 0"}
 SEEDS = {

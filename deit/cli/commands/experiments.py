@@ -72,9 +72,9 @@ def _compare_parser(program: str) -> Parser:
         help="The students to compare: teacher (with and without the teacher), view-modes (every "
         "view mode), epochs (shorter and longer training), ensemble (several teachers combined and "
         "each alone), resolution (fine-tuning at a higher resolution, with each teacher and "
-        "without one), or a table of the DeiT paper: table-2 (ConvNet and transformer teachers), table-3 "
-        "(hard and soft distillation, class and distillation token), table-4 (disagreement between "
-        "teacher and students), table-8 (ablation of the training).",
+        "without one), or a table of the DeiT paper: table-2 (ConvNet and transformer teachers), "
+        "table-3 (hard and soft distillation, class and distillation token), table-4 (disagreement "
+        "between teacher and students), table-8 (ablation of the training).",
     )
     parser.add_argument(
         "--arms", default="", metavar="A,B", help="Students of the study to train. (default: all)"
