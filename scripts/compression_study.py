@@ -16,7 +16,7 @@ from deit.deploy.int8_layers import METHODS
 from deit.deploy.prune_options import RECOVERED
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER, RUN, PRUNED, SHARED, ROUNDED = "teacher", "run", "pruned", "shared", "rounded"
+TEACHER, RUN, PRUNED, SHARED, QAT = "teacher", "run", "pruned", "shared", "qat"
 
 
 def deit(*arguments: str) -> None:
@@ -47,7 +47,7 @@ def study(
     recipe: str, seed: int, folder: Path, rest: list[str], options: argparse.Namespace
 ) -> Any:
     """Return the results of one seed: quantization, pruning with its controls, and variants."""
-    run, pruned, shared, rounded = (folder / name for name in (RUN, PRUNED, SHARED, ROUNDED))
+    run, pruned, shared, qat = (folder / name for name in (RUN, PRUNED, SHARED, QAT))
     arguments = [f"--teacher.source={folder.parent / TEACHER}", f"--run.seed={seed}", *rest]
     epochs = [] if options.epochs is None else [f"--optim.epochs={options.epochs}"]
     train(recipe, run, *arguments, *epochs)
@@ -60,10 +60,10 @@ def study(
     quantize_with(pruned / RECOVERED)
     train(recipe, shared, *arguments, *epochs, "--student.shared_block_size=2")
     start = ("--from", str(run), "--schedule=int8")
-    deit("finetune", *start, *arguments, "--out", str(rounded), "--resume")
-    quantize_with(rounded, ["static"])
+    deit("finetune", *start, *arguments, "--out", str(qat), "--resume")
+    quantize_with(qat, ["static"])
     merge = [] if options.merge_tokens is None else [f"--merge-tokens={options.merge_tokens}"]
-    deit("variants", str(run), str(shared), str(rounded), *merge, "--force")
+    deit("variants", str(run), str(shared), str(qat), *merge, "--force")
     results["variants"] = json.loads(
         (run / "variants" / "variants.json").read_text(encoding="utf-8")
     )

@@ -35,7 +35,7 @@ def compression_table(result: dict[str, Any]) -> str:
         if name == f"{PRUNED}, {RECOVERED}":
             pruned = [seed["prune"]["rows"][PRUNED] for seed in result["seeds"].values()]
             rows.append([f"{PRUNED}, not recovered", *_accuracies(pruned), "-", *size, "-", "-"])
-        agreement = mean_std([row["same_answers"] for row in seed_rows], scale=100)
+        agreement = mean_std([row["agreement"] for row in seed_rows], scale=100)
         times = [f"{_time(seed_rows, batch):.3g}" for batch in ("1", "64")]
         rows.append([name, *_accuracies(seed_rows), agreement, *size, *times])
     return markdown_table(_COLUMNS, rows)

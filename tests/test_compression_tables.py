@@ -11,7 +11,7 @@ def variant(top1, *, size=1000, milliseconds=2.0, heads=True):
     fused = top1 if heads else None
     return {
         "top1": {"class": top1, "distillation": fused, "fused": fused},
-        "same_answers": 1.0,
+        "agreement": 1.0,
         "parameters": size,
         "bytes": 4 * size,
         "gmacs": 0.002,

@@ -144,9 +144,9 @@ def interleaved_latency(
 def check_batch_invariance(file: OnnxStudent, target: Path) -> dict[str, Any]:
     """Measure how much the output for an image depends on the batch size, on test images.
 
-    Returns among others `difference`, the largest difference of a logit, and `other_answers`, the
-    number of images with different predictions. Raises CheckpointError if one batch size is far
-    noisier than the largest.
+    Returns among others `difference`, the largest difference of a logit, and
+    `num_changed_predictions`, the number of images whose prediction depends on the batch size.
+    Raises CheckpointError if one batch size is far noisier than the largest.
     """
     inference_fn = onnx_inference_fn(target)
     inputs = file.test_inputs(max(BATCHES))
@@ -169,7 +169,7 @@ def check_batch_invariance(file: OnnxStudent, target: Path) -> dict[str, Any]:
         "sizes": list(BATCHES),
         "num_samples": len(inputs),
         "difference": (logits.amax(dim=0) - logits.amin(dim=0)).max().item(),
-        "other_answers": int((predictions != predictions[0]).any(dim=0).sum()),
+        "num_changed_predictions": int((predictions != predictions[0]).any(dim=0).sum()),
         "sqnr_db": {str(size): _finite(value) for size, value in decibels.items()},
     }
 

@@ -22,7 +22,7 @@ def print_quantization(report: dict[str, Any]) -> None:
     table(title, _HEAD_COLUMNS, _head_rows(report))
     table(_file_title(report), _FILE_COLUMNS, _file_rows(report))
     info(_batch_line(report))
-    if "as_the_run" in report:
+    if "vs_run" in report:
         info(_fake_quant_line(report))
 
 
@@ -49,7 +49,7 @@ def print_sensitivity(sensitivity: dict[str, Any]) -> None:
 def quantization_card(report: dict[str, Any]) -> str:
     """Return the section on quantization of the model card, as Markdown."""
     lines = [*describe(report), _batch_line(report)]
-    if "as_the_run" in report:
+    if "vs_run" in report:
         lines.append(_fake_quant_line(report))
     file_title = _file_title(report)
     return "\n\n".join(
@@ -88,10 +88,10 @@ def describe(report: dict[str, Any]) -> list[str]:
 def _describe_ranges(calibration: dict[str, Any] | None) -> str:
     if calibration is None:
         return "computed in every batch (dynamic), no calibration"
-    if calibration["how"] == "learnt":
+    if calibration["method"] == "trained":
         return "from training with fake quantization, no calibration"
     percentile = calibration["percentile"]
-    method = calibration["how"] + ("" if percentile is None else f" {percentile:g}")
+    method = calibration["method"] + ("" if percentile is None else f" {percentile:g}")
     return (
         f"{method} over {calibration['num_samples']} training images in their evaluation view, "
         f"stratified by class (seed {calibration['seed']})"
@@ -140,14 +140,14 @@ def _batch_line(report: dict[str, Any]) -> str:
     sizes = ", ".join(map(str, batches["sizes"]))
     return (
         f"between batches of {sizes}, int8 logits of an image differ by "
-        f"{batches['difference']:.2g} at most, and {batches['other_answers']} of "
+        f"{batches['difference']:.2g} at most, and {batches['num_changed_predictions']} of "
         f"{batches['num_samples']} predictions"
     )
 
 
 def _fake_quant_line(report: dict[str, Any]) -> str:
     """Compare the file with the run that was trained for it; `float` is neither of them."""
-    comparison = report["as_the_run"]
+    comparison = report["vs_run"]
     head = "fused" if "fused" in comparison["sqnr_db"] else "class"
     bits = ", but with weights of 8 bits instead of 7" if report["reduce_range"] else ""
     return (

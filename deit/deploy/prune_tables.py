@@ -43,8 +43,8 @@ def prune_result(
         "split": metrics["split"],
         "num_samples": metrics["num_samples"],
         "rows": rows,
-        "kept": units,
-        "asked": load_json_as(out / MANIFEST, dict[str, Any]),
+        "kept_units": units,
+        "request": load_json_as(out / MANIFEST, dict[str, Any]),
         "command": command,
         "environment": metrics["environment"] | {"command": command},
     }
@@ -101,7 +101,7 @@ def _title(result: dict[str, Any]) -> str:
 
 def prune_page(result: dict[str, Any]) -> str:
     """Return the table, the units of each block and the environment as Markdown."""
-    units = result["kept"]
+    units = result["kept_units"]
     blocks = ", ".join(
         f"{len(heads)} heads and {len(hidden)} units"
         for heads, hidden in zip(units["heads"], units["hidden"])

@@ -136,7 +136,7 @@ def _compare(
     """Return the report with the comparison of float and int8. Raises CheckpointError."""
     report = report | compare_on_test(file, target)
     if file.fake_quant is not None:
-        report["as_the_run"] = compare_to_run(file, target)
+        report["vs_run"] = compare_to_run(file, target)
     other_methods = _other_methods(file, options)
     trainable = _is_trainable(file.config.student)
     return report | check_accuracy_drop(report, max_drop, other_methods, trainable=trainable)
@@ -263,7 +263,7 @@ def _trained_ranges(file: OnnxStudent) -> tuple[Any, dict[str, Any]]:
     """Return the ranges of activations from training, and where they are from."""
     layers = fake_quant_layers(file.fake_quant.network)
     ranges = {name: layer.range for name, layer in layers.items()}
-    calibration = {"split": "train", "view": "training", "how": "learnt"}
+    calibration = {"split": "train", "view": "training", "method": "trained"}
     return ranges_from_training(file.prepared, file.layers, ranges), calibration
 
 
@@ -281,7 +281,7 @@ def _calibrate(file: OnnxStudent, options: QuantizeOptions) -> tuple[Any, dict[s
         "split": "train",
         "view": "evaluation",
         "num_samples": len(rows),
-        "how": method,
+        "method": method,
         "percentile": options.percentile,
         "seed": seed,
     }
@@ -301,11 +301,11 @@ def check_accuracy_drop(
         return {"drop_points": drop, "max_drop_points": max_drop}
     suggestions = [f"--method {name}" for name in other_methods]
     calibration = report["calibration"]
-    if calibration is not None and calibration["how"] != "learnt":
+    if calibration is not None and calibration["method"] != "trained":
         suggestions += [
             f"--calibration-method {method}"
             for method in ("minmax", "percentile")
-            if method != calibration["how"]
+            if method != calibration["method"]
         ]
         if calibration["num_samples"] < _NUM_CALIBRATION_IMAGES:
             suggestions.append(f"--calibration-images {_NUM_CALIBRATION_IMAGES}")

@@ -111,7 +111,7 @@ def variants(
         rows[name] = {
             **entries[name].properties,
             "top1": {head: _agreement(by_head.get(head), labels) for head in HEADS},
-            "same_answers": _agreement(final_head(by_head), reference),
+            "agreement": _agreement(final_head(by_head), reference),
         }
     networks = {name: entries[name].infer for name in rows}
     for name, by_batch in _latencies(networks, next(views())).items():

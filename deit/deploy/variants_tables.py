@@ -45,7 +45,7 @@ def print_variants(result: dict[str, Any]) -> None:
 def _cells(result: dict[str, Any]) -> list[list[str]]:
     cells = []
     for name, row in result["rows"].items():
-        shares = [*(row["top1"][head] for head in HEADS), row["same_answers"]]
+        shares = [*(row["top1"][head] for head in HEADS), row["agreement"]]
         cells.append(
             [
                 name,

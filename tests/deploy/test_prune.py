@@ -62,7 +62,7 @@ def printed_selection(done):
 
 def test_prune_half_keeps_weights_of_selected_units(workspace, pruned):
     out, done = pruned
-    units = read_results(out)["kept"]
+    units = read_results(out)["kept_units"]
     assert [sum(map(len, units[part])) for part in ("heads", "hidden")] == [3, 96]
     _, model_info = load_student(out / "pruned" / "best")
     for part, shape in (

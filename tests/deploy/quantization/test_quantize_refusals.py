@@ -63,13 +63,13 @@ def test_check_accuracy_drop_limit_is_inclusive(top1, max_drop, is_refused):
         ("minmax", 128, ["--calibration-method percentile"]),
         ("entropy", 128, ["--calibration-method minmax", "--calibration-method percentile"]),
         ("percentile", 3, ["--calibration-method minmax", "--calibration-images 128"]),
-        ("learnt", 0, []),
+        ("trained", 0, []),
     ],
 )
 def test_check_accuracy_drop_suggests_untried_methods(method, num_images, suggestions):
     top1 = {"float": 1, "int8": 0}
     report = {name: {"heads": {"class": {"top1": value}}} for name, value in top1.items()}
-    report |= {"calibration": {"how": method, "num_samples": num_images}, "run": "runs/x"}
+    report |= {"calibration": {"method": method, "num_samples": num_images}, "run": "runs/x"}
     with raises(CheckpointError, "runs/x", "--max-drop 1", "--exclude") as refused:
         quantize.check_accuracy_drop(report, 1.0, [], trainable=False)
     assert re.findall(r"--calibration-\w+ \w+", str(refused.value)) == suggestions

@@ -53,7 +53,7 @@ def test_quantize_calibrates_on_training_images_in_evaluation_view(runs, tmp_pat
         "view": "evaluation",
         "num_samples": 40,
         "seed": 0,
-        "how": "minmax",
+        "method": "minmax",
         "percentile": None,
     }
 
@@ -104,7 +104,7 @@ def test_quantize_only_dynamic_depends_on_batch(name, method, runs, folders):
     difference = (one_by_one - infer(inputs[rows])["logits"]).abs().max().item()
     assert difference <= batches["difference"] + 1e-5
     assert (batches["difference"] > 1e-3) == (method == "dynamic")
-    assert batches["other_answers"] <= 3
+    assert batches["num_changed_predictions"] <= 3
 
 
 def test_quantize_file_has_metadata_and_default_opset_only(runs, folders):

@@ -282,19 +282,19 @@ def test_qat_commands_from_run_to_int8_file(runs, command_server, tmp_path, caps
     output = " ".join(capsys.readouterr().out.split())
     assert "fake quantization" in output
     result = json.loads(Path("run/quantized-static/quantization.json").read_text())
-    assert f"{result['as_the_run']['sqnr_db']['fused']:.1f} dB" in output
-    assert result["calibration"]["how"] == "learnt"
+    assert f"{result['vs_run']['sqnr_db']['fused']:.1f} dB" in output
+    assert result["calibration"]["method"] == "trained"
     evaluated = evaluate(Path("run"))["heads"]
     assert "fake quantization" in Path("run/quantized-static/README.md").read_text()
     # Weights have 7 bits where sums of 8-bit products saturate: not those that were trained.
     assert result["reduce_range"] is int8_sums_saturate(int8_flags())
     if result["reduce_range"]:
-        assert min(result["as_the_run"]["agreement"].values()) > 0.9
+        assert min(result["vs_run"]["agreement"].values()) > 0.9
         return
     for head, row in result["int8"]["heads"].items():
         assert row["top1"] == pytest.approx(evaluated[head]["top1"], abs=0.003)
-        assert result["as_the_run"]["agreement"][head] > 0.995
-        assert result["as_the_run"]["sqnr_db"][head] > 12 + result["sqnr_db"][head]
+        assert result["vs_run"]["agreement"][head] > 0.995
+        assert result["vs_run"]["sqnr_db"][head] > 12 + result["sqnr_db"][head]
 
 
 @pytest.mark.slow
