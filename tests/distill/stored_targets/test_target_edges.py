@@ -331,7 +331,7 @@ def test_ensemble_study_with_one_combined_store_is_refused():
 def test_standardized_logits_with_mean_of_probabilities_are_refused():
     soft = dataclasses.replace(LOSS_PRESETS["deit-soft"], standardize_logits=True)
     config = digits_ensemble().replace(loss=soft)
-    assert validate(config)  # a token each
+    assert validate(config)  # one token per teacher
     one_token = config.replace(student={"num_distillation_tokens": 1})
     assert validate(one_token.replace(teacher={"combine": "logits"}))
     with raises(ConfigError, "loss.standardize_logits", "teacher.combine"):
