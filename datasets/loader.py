@@ -33,21 +33,29 @@ _MIN_VIEWS_SAMPLED = 4096  # at once: sampling a few parameters takes as long as
 _MIN_VIEW_BYTES = 2 * 2**20  # at once: smaller micro-batches in memory are made together
 
 
-class TeacherInput(NamedTuple):
-    """A batch of the teacher's input.
+class UnmixedViews(NamedTuple):
+    """A batch of views before mixing, which a teacher's output is a function of.
 
-    images: float32 [batch, 3, height, width] in [0, 1]: the views after mixing.
-    views: uint8 [batch, 3, height, width], before mixing.
+    pixels: uint8 [batch, 3, height, width].
     mix: the mixing of the pairs; None without mixing.
     sample_ids, epoch, target_rows: as in Batch.
     """
 
-    images: Tensor
-    views: Tensor
+    pixels: Tensor
     mix: Mix | None
     sample_ids: Tensor
     epoch: int
     target_rows: Tensor
+
+
+class TeacherInput(NamedTuple):
+    """A batch of the teacher's input.
+
+    images: float32 [batch, 3, height, width] in [0, 1]: the views after mixing.
+    """
+
+    images: Tensor
+    views: UnmixedViews
 
 
 class _SampledViews(NamedTuple):
@@ -98,9 +106,9 @@ class TrainLoader:
     student_size, teacher_size: sides of their inputs [px]; None for a teacher that accepts any
     size. decoded_size: side [px] to which encoded images are decoded (data.image_size), unless a
     random crop is taken from the full-resolution image; default: that of the view. channel_stats:
-    of the training images, for fill colors and erasing. seed: of order and views. process: index of
-    this process. workers: decoding processes, for encoded images. for_teacher: whether batches
-    contain the teacher's input.
+    of the training images, for fill colors and erasing. seed: of order and views. num_workers:
+    decoding processes, for encoded images. with_teacher_images: whether batches contain the images
+    of the teachers.
 
     >>> images = InMemoryImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20) % 2)
     >>> loader = TrainLoader(
@@ -122,11 +130,11 @@ class TrainLoader:
         decoded_size: int | None = None,
         channel_stats: ChannelStats,
         seed: int,
-        process: int = 0,
+        process_index: int = 0,
         num_processes: int = 1,
         device: torch.device | str = "cpu",
-        workers: int = 0,
-        for_teacher: bool = True,
+        num_workers: int = 0,
+        with_teacher_images: bool = True,
     ) -> None:
         """Raises ConfigError if a batch cannot be divided into equal (with mixing: even)
         micro-batches, and DataError if it needs more images than there are."""
@@ -155,8 +163,8 @@ class TrainLoader:
         self.sizes = sizes = view_sizes(student_size, teacher_size, source)
         self.channel_stats = channel_stats
         self.seed = seed
-        self.process = process
-        self.workers = workers
+        self.process_index = process_index
+        self.num_workers = num_workers
         # An epoch keeps its number of views: with repeats it covers fewer images.
         self.steps_per_epoch = num_steps_per_epoch(self.num_images, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
@@ -164,9 +172,9 @@ class TrainLoader:
         self.student_sampler = RandomView(views, size=sizes.view, **settings)
         self.teacher_sampler = teacher_view_sampler(views, size=sizes.teacher, **settings)
         """None if the teacher gets the student's views."""
-        self.for_teacher = for_teacher
-        self.on_teacher_input: Callable[[TeacherInput], None] | None = None
-        """Called with the teacher's input of each batch, if it gets the student's views."""
+        self.with_teacher_images = with_teacher_images
+        self.on_views: Callable[[UnmixedViews], None] | None = None
+        """Called with the views of one or more micro-batches, if the teacher gets the student's."""
         self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
         self._readers: dict[tuple[Decoder, ...], Reader] = {}
 
@@ -217,7 +225,7 @@ class TrainLoader:
         order = self.order(epoch)
         rows = self._rows()[start_step * self.optim.grad_accum_steps :]
         samplers = [self.student_sampler]
-        if self.for_teacher and self.teacher_sampler is not None:
+        if self.with_teacher_images and self.teacher_sampler is not None:
             samplers.append(self.teacher_sampler)
         requests = (ReadRequest(epoch, *self._locate(order, batch)) for batch in rows)
         decoded = self._decode(samplers, requests)
@@ -261,9 +269,9 @@ class TrainLoader:
                 batch = sampled.select(slice(first, last))
                 (pixels,) = (self.pixels[batch.samples],) if decoded is None else next(decoded)
                 views = sampler.apply(pixels, *batch.parameters)
-                teacher_images = self._to_input(views, self.sizes.teacher, batch.mix)
                 yield TeacherInput(
-                    teacher_images, views, batch.mix, batch.samples, epoch, batch.target_rows
+                    self._to_input(views, self.sizes.teacher, batch.mix),
+                    UnmixedViews(views, batch.mix, batch.samples, epoch, batch.target_rows),
                 )
 
     def close(self) -> None:
@@ -275,7 +283,7 @@ class TrainLoader:
         """Return this process's rows of an epoch, int64 [micro-batches, micro_batch_size]."""
         rows = torch.arange(self.steps_per_epoch * self.optim.batch_size)
         rows = rows.view(-1, self.num_processes, self.micro_batch_size)
-        return rows[:, self.process]
+        return rows[:, self.process_index]
 
     def _locate(self, order: Tensor | None, rows: Tensor, repeat: int = 0) -> tuple[Tensor, Tensor]:
         """Return the image index and repeat of each row; without an order, rows are images."""
@@ -324,7 +332,7 @@ class TrainLoader:
         reader = self._readers.get(decoders)
         if reader is None:
             pin = self.device.type == "cuda"
-            reader = Reader(self.images, decoders, workers=self.workers, pin=pin)
+            reader = Reader(self.images, decoders, workers=self.num_workers, pin=pin)
             self._readers[decoders] = reader
         return self._timed(reader.read(requests))
 
@@ -360,12 +368,12 @@ class TrainLoader:
             teacher_images = None
             if teacher_views:
                 teacher_images = to_unit_float(teacher_views[0])
-            elif self.for_teacher and self.sizes.teacher == self.sizes.student:
+            elif self.with_teacher_images and self.sizes.teacher == self.sizes.student:
                 teacher_images = images
-            elif self.for_teacher:
+            elif self.with_teacher_images:
                 teacher_images = self._to_input(views, self.sizes.teacher, mix)
-            if self.on_teacher_input is not None and self.teacher_sampler is None:
-                self.on_teacher_input(TeacherInput(images, views, mix, samples, epoch, target_rows))
+            if self.on_views is not None and self.teacher_sampler is None:
+                self.on_views(UnmixedViews(views, mix, samples, epoch, target_rows))
         size = self.micro_batch_size
         parts = [part.split(size) for part in (images, targets, samples, target_rows)]
         teacher_parts = None if teacher_images is None else teacher_images.split(size)

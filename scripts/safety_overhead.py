@@ -60,7 +60,9 @@ def make_job(
     targets = torch.eye(10)[torch.arange(batch) % 10]
     ids = torch.arange(batch)
     batches = [Batch(images, None, targets, ids, 0, ids)]
-    loader = build_train_loader(config, splits, accelerator, teacher_size=None, for_teacher=False)
+    loader = build_train_loader(
+        config, splits, accelerator, teacher_size=None, with_teacher_images=False
+    )
     run = TrainingRun(
         config=config,
         out=Path(),

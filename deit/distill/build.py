@@ -131,12 +131,13 @@ def build_train_loader(
     accelerator: Accelerator,
     *,
     teacher_size: int | None,
-    for_teacher: bool = True,
-    all_ranks: bool = False,
+    with_teacher_images: bool = True,
+    all_processes: bool = False,
 ) -> TrainLoader:
-    """Return the loader of this process's training views, or with `all_ranks` of all processes'.
+    """Return the loader of this process's training views, or with `all_processes` those of all.
 
-    teacher_size: from `teacher_input_size`. for_teacher: whether batches hold the teachers' images.
+    teacher_size: from `teacher_input_size`. with_teacher_images: whether batches contain the images
+    of the teachers.
     Raises ConfigError and DataError as TrainLoader does.
 
     Example:
@@ -159,9 +160,9 @@ def build_train_loader(
         decoded_size=config.data.image_size,
         channel_stats=channel_stats(config.views, splits),
         seed=config.views_seed,
-        process=0 if all_ranks else accelerator.process_index,
-        num_processes=1 if all_ranks else accelerator.num_processes,
+        process_index=0 if all_processes else accelerator.process_index,
+        num_processes=1 if all_processes else accelerator.num_processes,
         device=accelerator.device,
-        workers=worker_count(config.data.num_workers),
-        for_teacher=for_teacher,
+        num_workers=worker_count(config.data.num_workers),
+        with_teacher_images=with_teacher_images,
     )

@@ -16,7 +16,7 @@ from deit.core.accelerator import in_main_process
 from deit.core.console import count_noun, format_percent, info, warn
 from deit.core.errors import NotFoundError
 from deit.datasets.listing import check_root
-from deit.datasets.loader import TeacherInput, TrainLoader
+from deit.datasets.loader import TrainLoader, UnmixedViews
 from deit.datasets.splits import Splits
 from deit.distill.build import build_online_ensemble, build_teacher, teacher_input_size
 from deit.distill.losses import needs_logits
@@ -194,11 +194,11 @@ class RunTeachers:
             )
         stores = self._open
 
-        def check_views(block: TeacherInput) -> None:
+        def check_views(views: UnmixedViews) -> None:
             for store in stores:
-                store.check_batch(block)
+                store.check_once_per_epoch(views)
 
-        loader.on_teacher_input = check_views if stores else None
+        loader.on_views = check_views if stores else None
         all_loaded = all(self.teachers)
         self.teachers = [
             teachers if store is None else [] for teachers, store in zip(self.teachers, self.stores)

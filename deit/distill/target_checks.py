@@ -17,13 +17,14 @@ from deit.core.types import Batch, TeacherOutput
 from deit.datasets.loader import TeacherInput, TrainLoader
 from deit.datasets.splits import Splits
 from deit.distill.losses import needs_logits
-from deit.distill.target_fingerprint import fingerprint_of, teachers_fingerprint
-from deit.distill.target_store import TargetStore, decode, differences, open_store, top_k_of
+from deit.distill.target_fingerprint import differences, fingerprint_of, teachers_fingerprint
+from deit.distill.target_format import decode, top_k_of
+from deit.distill.target_store import TargetStore, open_store
 from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.teachers import Teacher
 
 TeacherQuery = Callable[[TeacherInput], TeacherOutput]
-# Before training: number of canaries, spread over all epochs, and outputs recomputed at each.
+# Before training: number of views checked, over all epochs, and outputs recomputed at each.
 _CHECKS = (16, 32)
 _CHECKS_WITH_CROPS = (4, 2)  # each takes teacher_num_crops forward passes
 _AGREEMENT = 0.995
@@ -95,18 +96,18 @@ def teacher_query(loader: TrainLoader, ensemble: TeacherEnsemble) -> TeacherQuer
     """
 
     def query(inputs: TeacherInput) -> TeacherOutput:
-        empty = inputs.images[:0]
+        images, views = inputs
+        empty = images[:0]
         return ensemble(
-            Batch(empty, inputs.images, empty, inputs.sample_ids, inputs.epoch, inputs.target_rows)
+            Batch(empty, images, empty, views.sample_ids, views.epoch, views.target_rows)
         )
 
     def query_crops(inputs: TeacherInput) -> TeacherOutput:
         num_crops = loader.views.teacher_num_crops
         total = query(inputs).logits.log_softmax(dim=2)
         for crop in range(1, num_crops):
-            (other,) = loader.teacher_inputs(
-                0, inputs.target_rows, batch_size=len(inputs.target_rows), repeat=crop
-            )
+            rows = inputs.views.target_rows
+            (other,) = loader.teacher_inputs(0, rows, batch_size=len(rows), repeat=crop)
             total = torch.logaddexp(total, query(other).logits.log_softmax(dim=2))
         logits = total - math.log(num_crops)
         return TeacherOutput(logits.argmax(dim=2), logits)
@@ -140,14 +141,14 @@ def verify_store(
     """
     _compare_fingerprints(store, splits, loader, config, teachers)
     crops = loader.views.teacher_view == "crops"
-    num_canaries, rows = _CHECKS_WITH_CROPS if crops else _CHECKS
+    num_views, rows = _CHECKS_WITH_CROPS if crops else _CHECKS
     if num_queries is not None:
-        num_canaries = -(-num_queries // rows)
+        num_views = -(-num_queries // rows)
     views = num_queried = num_agreed = 0
-    for epoch, first in _sample_canaries(store, num_canaries):
+    for epoch, first in _sample_checked_rows(store, num_views):
         target_rows = torch.arange(first, min(first + rows, store.record_format.rows_per_epoch))
         for inputs in loader.teacher_inputs(epoch, target_rows, batch_size=len(target_rows)):
-            store.check_canary(inputs, 0)
+            store.check_view(inputs.views, 0)
             views += 1
             if query is not None:
                 agrees = _agreeing(store, epoch, target_rows, query(inputs))
@@ -189,10 +190,10 @@ def _compare_fingerprints(
     )
 
 
-def _sample_canaries(store: TargetStore, num_canaries: int) -> list[tuple[int, int]]:
-    """Return (epoch, row) of evenly spaced canaries, the first and the last included."""
-    rows = store.record_format.canary_rows
-    chosen = evenly_spaced(store.record_format.epochs * len(rows), num_canaries).tolist()
+def _sample_checked_rows(store: TargetStore, count: int) -> list[tuple[int, int]]:
+    """Return (epoch, row) of evenly spaced checked rows, the first and the last included."""
+    rows = store.record_format.checked_rows
+    chosen = evenly_spaced(store.record_format.epochs * len(rows), count).tolist()
     return [(index // len(rows), rows[index % len(rows)]) for index in chosen]
 
 

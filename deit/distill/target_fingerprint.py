@@ -82,3 +82,29 @@ def _view_fields(views: ViewsConfig) -> dict[str, Any]:
 def _as_json(value: Any) -> Any:
     """Return the value that JSON gives back."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dictionary as a flat one, with keys such as `views.crop`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Return `key: X in the store, Y in this run` for each value that differs."""
+    before, now = _flatten(stored), _flatten(current)
+    return [
+        f"{key}: {_short(before.get(key))} in the store, {_short(now.get(key))} in this run"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    digest = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]}..." if digest else repr(value)

@@ -16,35 +16,35 @@ from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.fault_injection import fault_point
 from deit.core.file_reading import read_bytes
 from deit.core.filesystem import atomic_write, describe_os_error, is_temporary, sync, write_once
+from deit.distill.target_fingerprint import differences
+from deit.distill.target_format import FORMAT_VERSION, RecordFormat, StoreChecks
 from deit.distill.target_store import (
     CHECKS,
-    FORMAT,
     MANIFEST,
     SHARDS,
     TARGETS,
-    RecordFormat,
-    differences,
     manifest_bytes,
     read_manifest,
 )
 
 _MAGIC = b"deit-unit"
-_HEADER = struct.Struct("<9sB16sIIII")  # magic, format, digest, shard, rows, canaries, CRC-32
-_TRACE = struct.Struct("<II")
+# Magic, format version, digest, shard, number of rows and of view checksums, CRC-32.
+_HEADER = struct.Struct("<9sB16sIIII")
+_COUNTS = struct.Struct("<II")
 _OUTLIER = 6.0  # standard deviations
 
 
 class TargetShard(NamedTuple):
-    """Some of the records, with their canaries.
+    """Consecutive records of a store, with their checks.
 
-    canaries: of the canary rows in the shard, uint32. correct, counted: number of views of (almost)
-    one image whose label the teacher predicts, and number of such views.
+    view_checksums: of the checked rows in the shard, uint32. num_unmixed: number of views of
+    (almost) one image; num_correct: for how many of them the teacher predicts the label.
     """
 
     records: np.ndarray
-    canaries: np.ndarray
-    correct: int
-    counted: int
+    view_checksums: np.ndarray
+    num_correct: int
+    num_unmixed: int
 
 
 class ShardedTargetWriter:
@@ -121,10 +121,11 @@ class ShardedTargetWriter:
 
     def commit(self, index: int, shard: TargetShard) -> None:
         """Write a shard atomically."""
-        trace = _TRACE.pack(shard.correct, shard.counted)
-        payload = shard.records.tobytes() + shard.canaries.astype("<u4").tobytes() + trace
-        sizes = (index, len(shard.records), len(shard.canaries), zlib.crc32(payload))
-        header = _HEADER.pack(_MAGIC, FORMAT, self.digest, *sizes)
+        checksums = shard.view_checksums.astype("<u4").tobytes()
+        counts = _COUNTS.pack(shard.num_correct, shard.num_unmixed)
+        payload = shard.records.tobytes() + checksums + counts
+        sizes = (index, len(shard.records), len(shard.view_checksums), zlib.crc32(payload))
+        header = _HEADER.pack(_MAGIC, FORMAT_VERSION, self.digest, *sizes)
         try:
             fault_point("targets")
             atomic_write(self.path(index), header + payload)
@@ -139,23 +140,23 @@ class ShardedTargetWriter:
         """Return a written shard. Raises CheckpointError if it is damaged or of another store."""
         content = read_bytes(self.path(index))
         payload = content[_HEADER.size :]
-        header, rows, canaries, crc = (), 0, 0, -1
+        header, num_rows, num_checksums, crc = (), 0, 0, -1
         if len(content) > _HEADER.size:
-            *header, rows, canaries, crc = _HEADER.unpack(content[: _HEADER.size])
-        if len(header) == 4 and header[:2] == [_MAGIC, FORMAT] and header[2] != self.digest:
+            *header, num_rows, num_checksums, crc = _HEADER.unpack(content[: _HEADER.size])
+        if len(header) == 4 and header[:2] == [_MAGIC, FORMAT_VERSION] and header[2] != self.digest:
             raise CheckpointError(
                 f"{self.path(index)}: was written for another store ({header[2].hex()[:12]}, not "
                 f"{self.digest.hex()[:12]}); delete it and run the same command again"
             )
-        if header != [_MAGIC, FORMAT, self.digest, index] or zlib.crc32(payload) != crc:
+        if header != [_MAGIC, FORMAT_VERSION, self.digest, index] or zlib.crc32(payload) != crc:
             raise CheckpointError(
                 f"{self.path(index)}: damaged; delete it and run the same command again"
             )
-        end = rows * self.record_format.dtype.itemsize
+        end = num_rows * self.record_format.dtype.itemsize
         return TargetShard(
             np.frombuffer(payload[:end], self.record_format.dtype),
-            np.frombuffer(payload[end : end + 4 * canaries], "<u4"),
-            *_TRACE.unpack(payload[end + 4 * canaries :]),
+            np.frombuffer(payload[end : end + 4 * num_checksums], "<u4"),
+            *_COUNTS.unpack(payload[end + 4 * num_checksums :]),
         )
 
     def _complete(self) -> bool:
@@ -184,7 +185,7 @@ class ShardedTargetWriter:
 
     def _merge(self) -> None:
         """Write all records into one file, then their checks, then the complete manifest."""
-        sums, canaries, counts = [], [], []
+        checksums, views, counts = [], [], []
         temporary = self.store / f".{TARGETS}.{uuid.uuid4().hex}"
         shards = range(self.record_format.num_shards)
         try:
@@ -192,13 +193,13 @@ class ShardedTargetWriter:
                 for index in progress(shards, total=len(shards), title="finishing"):
                     shard = self.read(index)
                     file.write(shard.records.tobytes())
-                    sums.append(zlib.crc32(shard.records.tobytes()))
-                    canaries.append(shard.canaries)
-                    counts.append((shard.correct, shard.counted))
+                    checksums.append(zlib.crc32(shard.records.tobytes()))
+                    views.append(shard.view_checksums)
+                    counts.append((shard.num_correct, shard.num_unmixed))
                 sync(file)
-            trace = np.array(counts, "<u4")
-            checks = np.concatenate([np.array(sums, "<u4"), *canaries, trace.ravel()])
-            atomic_write(self.store / CHECKS, checks.tobytes())
+            labels = np.array(counts, "<u4")
+            checks = StoreChecks(np.array(checksums, "<u4"), np.concatenate(views), labels)
+            atomic_write(self.store / CHECKS, checks.to_bytes())
             temporary.replace(self.store / TARGETS)
         except FileNotFoundError:
             raise
@@ -207,12 +208,12 @@ class ShardedTargetWriter:
             raise SystemFault(f"{self.store}: {reason}") from None
         finally:
             temporary.unlink(missing_ok=True)
-        correct, counted = (int(part) for part in trace.sum(axis=0, dtype=np.int64))
-        top1 = correct / counted if counted else None
+        num_correct, num_unmixed = (int(total) for total in labels.sum(axis=0, dtype=np.int64))
+        top1 = num_correct / num_unmixed if num_unmixed else None
         finished = {**self.manifest, "complete": True, "teacher_top1": top1}
         atomic_write(self.store / MANIFEST, manifest_bytes(finished))
         self.clean_up()
-        self._warn_of_outliers(trace)
+        self._warn_of_outliers(labels)
         self._log_complete(top1)
 
     def _log_complete(self, top1: float | None) -> None:
@@ -232,14 +233,18 @@ class ShardedTargetWriter:
             for leftover in self.store.glob(f".{name}.*"):
                 leftover.unlink(missing_ok=True)
 
-    def _warn_of_outliers(self, accuracy_trace: np.ndarray) -> None:
-        """Warn about shards whose teacher accuracy is far from the mean: rows may be misaligned."""
-        correct, counted = accuracy_trace.astype(np.float64).T
-        mean = correct.sum() / max(counted.sum(), 1)
-        deviation = np.sqrt(np.maximum(counted * mean * (1 - mean), 1e-12))
-        for index in np.flatnonzero(np.abs(correct - counted * mean) > _OUTLIER * deviation):
+    def _warn_of_outliers(self, labels: np.ndarray) -> None:
+        """Warn about shards whose teacher accuracy is far from the mean: rows may be misaligned.
+
+        labels: as in StoreChecks.
+        """
+        num_correct, num_unmixed = labels.astype(np.float64).T
+        mean = num_correct.sum() / max(num_unmixed.sum(), 1)
+        deviation = np.sqrt(np.maximum(num_unmixed * mean * (1 - mean), 1e-12))
+        is_outlier = np.abs(num_correct - num_unmixed * mean) > _OUTLIER * deviation
+        for index in np.flatnonzero(is_outlier):
             warn(
-                f"{self.store}: in shard {index} the teacher predicts {correct[index]:.0f} of "
-                f"{counted[index]:.0f} labels, on average {format_percent(mean)} %; check it with "
-                "`deit targets verify`"
+                f"{self.store}: in shard {index} the teacher predicts {num_correct[index]:.0f} of "
+                f"{num_unmixed[index]:.0f} labels, on average {format_percent(mean)} %; check it "
+                "with `deit targets verify`"
             )

@@ -105,7 +105,7 @@ def _compare(
         )
     # The size in the store, not the teachers': the view can be larger than some of them need.
     size = store.fingerprint["teacher_size"]
-    loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_ranks=True)
+    loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_processes=True)
     query = None
     if teachers is not None:
         ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)

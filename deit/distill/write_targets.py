@@ -1,7 +1,7 @@
 """Write the teachers' outputs for every training view into a target store."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from deit.core.filesystem import check_space, check_writable
 from deit.core.host_memory import check_inference_memory
 from deit.core.signals import GracefulStop
 from deit.core.types import TeacherOutput
-from deit.datasets.loader import TeacherInput, TrainLoader
+from deit.datasets.loader import TeacherInput, TrainLoader, UnmixedViews
 from deit.datasets.splits import Splits, load_splits
 from deit.distill.build import (
     build_accelerator,
@@ -36,14 +36,9 @@ from deit.distill.losses import needs_logits
 from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.distill.target_checks import check_content, teacher_query
 from deit.distill.target_fingerprint import fingerprint_of, teachers_fingerprint
+from deit.distill.target_format import FORMAT_VERSION, RecordFormat, encode, view_checksum
 from deit.distill.target_shards import ShardedTargetWriter, TargetShard
-from deit.distill.target_store import (
-    FORMAT,
-    SHARDS,
-    RecordFormat,
-    canary,
-    encode,
-)
+from deit.distill.target_store import SHARDS
 from deit.distill.teacher_check import check_teachers
 from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.teacher_sources import resolve_source
@@ -80,7 +75,9 @@ def write_targets(
         ...     write_targets(config, "targets", epochs=2)
         True
     """
-    config = _for_writing(config, teacher_index)
+    config = validate(config.replace(teacher={"target_stores": ()}), live_teacher=False)
+    one_teacher = teacher_index is not None
+    _check_combinable(_with_one_teacher(config, teacher_index) if one_teacher else config)
     config = with_init_normalization(config, load_init_weights(config.init))
     out = Path(out).resolve()
     _check_paths(config.teacher, out)
@@ -90,8 +87,8 @@ def write_targets(
         config.teacher, splits.class_names, config.student.image_size, accelerator
     )
     size = teacher_input_size([teacher.image_size for teacher in teachers])
-    loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_ranks=True)
-    if teacher_index is not None:
+    loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_processes=True)
+    if one_teacher:
         teachers = teachers[teacher_index - 1 : teacher_index]
         config = _with_one_teacher(config, teacher_index)
     record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
@@ -139,11 +136,13 @@ def _check_disk(out: Path, record_format: RecordFormat) -> None:
     )
 
 
-def _check_memory(teachers: list[Teacher], size: int, accelerator: Accelerator, block: int) -> None:
-    """Check that a block of images fits the memory, for each teacher."""
+def _check_memory(
+    teachers: list[Teacher], size: int, accelerator: Accelerator, batch_size: int
+) -> None:
+    """Check that a batch of images fits the memory, for each teacher."""
     for teacher in teachers:
         with accelerator.autocast():
-            check_inference_memory(teacher, teacher.forward, size, accelerator, block)
+            check_inference_memory(teacher, teacher.forward, size, accelerator, batch_size)
 
 
 def _check_teachers(
@@ -168,7 +167,7 @@ def _manifest(
     """Return the manifest of a store that is not yet complete."""
     environment = environment_info(accelerator)
     return {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "complete": False,
         # The last bits of an output depend on these, so all writers of a store share them.
         "inference": {"precision": environment["precision"], "batch_size": batch_size},
@@ -194,36 +193,33 @@ def _shards_of(part: tuple[int, int], num_shards: int, accelerator: Accelerator)
 
 def _write_all(writer: "TargetWriter", accelerator: Accelerator) -> None:
     """Write a process's shards; a signal stops all processes together."""
-    blocks = torch.tensor([writer.num_blocks], device=accelerator.device)
-    longest = int(accelerator.gather(blocks).max())
+    num_batches = torch.tensor([writer.num_batches], device=accelerator.device)
+    most = int(accelerator.gather(num_batches).max())
     with GracefulStop(accelerator) as interruption:
         writer.write(interruption)
-        # Other processes can have more blocks: a signal to one of them stops this one as well.
-        for _ in range(longest - writer.num_blocks):
+        # Each of these calls is collective, so all processes make the same number of them: a signal
+        # to a process with more batches stops this one as well.
+        for _ in range(most - writer.num_batches):
             interruption.raise_if_stopped()
         interruption.raise_if_stopped(now=True)
 
 
 def _with_one_teacher(config: Config, teacher_index: int) -> Config:
-    """Return the configuration with one of its teachers, counted from 1."""
+    """Return the configuration with one of its teachers, counted from 1. Raises ConfigError."""
+    num_teachers = len(config.teacher.source)
+    if not 1 <= teacher_index <= num_teachers:
+        raise ConfigError(
+            f"--teacher-index {teacher_index}: should be in 1 ... {num_teachers}, the number of "
+            "teachers"
+        )
     config = replace(config, teacher=single_teacher(config.teacher, teacher_index - 1))
-    return config.replace(student={"num_distillation_tokens": 1})
+    config = config.replace(student={"num_distillation_tokens": 1})
+    return validate(config, live_teacher=False)
 
 
-def _for_writing(config: Config, teacher_index: int | None) -> Config:
-    """Return the configuration with live teachers. Raises ConfigError if it has no outputs to
-    store."""
-    config = validate(config.replace(teacher={"target_stores": ()}), live_teacher=False)
+def _check_combinable(config: Config) -> None:
+    """Raise ConfigError unless the outputs of all teachers of a configuration make one target."""
     teacher, loss = config.teacher, config.loss
-    if teacher_index is not None:
-        num_teachers = len(teacher.source)
-        if not 1 <= teacher_index <= num_teachers:
-            raise ConfigError(
-                f"--teacher-index {teacher_index}: should be in 1 ... {num_teachers}, the number "
-                "of teachers"
-            )
-        _for_writing(_with_one_teacher(config, teacher_index), None)
-        return config
     if loss.kind == "none":
         raise ConfigError("loss.kind = 'none': has no teacher; choose another --loss")
     if not teacher.source:
@@ -233,14 +229,13 @@ def _for_writing(config: Config, teacher_index: int | None) -> Config:
             "teacher.combine = 'tokens': the teachers are not combined; write a store for each "
             "(--teacher-index 1, --teacher-index 2), then train with --teacher.target_stores A,B"
         )
-    mean = len(teacher.source) > 1 and teacher.combine == "probabilities"
-    if mean and needs_logits(loss) and loss.temperature != 1:
+    averages_probabilities = len(teacher.source) > 1 and teacher.combine == "probabilities"
+    if averages_probabilities and needs_logits(loss) and loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature = {loss.temperature:g}: a mean of probabilities differs at each "
             "temperature; write a store for each teacher (--teacher-index 1, --teacher-index 2), "
             "then train with --teacher.target_stores A,B; or use --teacher.combine logits"
         )
-    return config
 
 
 def _record_format(
@@ -254,11 +249,11 @@ def _record_format(
     views, teacher, loss = config.views, config.teacher, config.loss
     is_ensemble = len(teacher.source) > 1
     if content is None:
-        # With many classes, only the largest probabilities, if the loss is exact enough with them.
+        # With many classes, only the largest probabilities, unless the loss needs all of them.
         exact = loss.temperature == 1 and not loss.standardize_logits and loss.kind != "dkd"
         exact &= not is_ensemble or teacher.combine != "logits"
-        full = "top-10" if num_classes > 100 and exact else "full"
-        content = full if needs_logits(loss) else "hard"
+        soft = "top-10" if num_classes > 100 and exact else "full"
+        content = soft if needs_logits(loss) else "hard"
     if num_classes > _MAX_CLASSES:
         raise ConfigError(f"{num_classes} classes: a target store holds at most {_MAX_CLASSES}")
     if views.has_fixed_teacher_view:
@@ -301,20 +296,20 @@ def _provenance(
 class TargetWriter:
     """Computes the teachers' outputs for missing shards and writes them.
 
-    missing: the shards to write. num_blocks: how many blocks of at most `batch_size` views they
+    missing: the shards to write. num_batches: how many batches of at most `batch_size` views they
     take.
     """
 
     def __init__(
         self,
         store: ShardedTargetWriter,
-        own_shards: list[int],
+        shards: list[int],
         loader: TrainLoader,
         ensemble: TeacherEnsemble,
         labels: Tensor,
         batch_size: int,
     ) -> None:
-        """own_shards: of this process. labels: of the training images, int64 [N]."""
+        """shards: of this process. labels: of the training images, int64 [N]."""
         self.store = store
         self.record_format = store.record_format
         self.loader = loader
@@ -322,78 +317,70 @@ class TargetWriter:
         self.query = teacher_query(loader, ensemble)
         self.labels = labels
         self.batch_size = batch_size
-        self.missing = [shard for shard in own_shards if not store.path(shard).is_file()]
-        if len(self.missing) < len(own_shards):
-            num_written = len(own_shards) - len(self.missing)
-            info(f"{num_written} of {len(own_shards)} shards are already written")
-        ranges = [
-            piece for shard in self.missing for piece in self.record_format.epoch_ranges(shard)
-        ]
+        self.missing = [shard for shard in shards if not store.path(shard).is_file()]
+        if len(self.missing) < len(shards):
+            num_written = len(shards) - len(self.missing)
+            info(f"{num_written} of {len(shards)} shards are already written")
+        ranges = [rows for shard in self.missing for rows in self.record_format.epoch_ranges(shard)]
         self.num_rows = sum(last - first for _, first, last in ranges)
-        self.num_blocks = sum(-(-(last - first) // batch_size) for _, first, last in ranges)
+        self.num_batches = sum(-(-(last - first) // batch_size) for _, first, last in ranges)
 
     def write(self, interruption: GracefulStop) -> None:
-        """Write the missing shards. Raises StoppedBySignal between two blocks."""
+        """Write the missing shards. Raises StoppedBySignal between two batches."""
+        steps = progress(range(self.num_batches), total=self.num_batches, title="writing targets")
 
-        def with_progress() -> Iterator[None]:
-            blocks = range(self.num_blocks)
-            for _ in progress(blocks, total=self.num_blocks, title="writing targets"):
-                fault_point("teacher")
-                interruption.raise_if_stopped()
-                yield
+        def before_batch() -> None:
+            next(steps, None)
+            fault_point("teacher")
+            interruption.raise_if_stopped()
 
-        ticks = with_progress()
         started = time.monotonic()
         for shard in self.missing:
             with interruption.interruptible():
-                content = self._compute(shard, ticks, interruption)
-            self.store.commit(shard, content)
-        next(ticks, None)  # ends the progress bar
-        took = time.monotonic() - started
+                targets = self._compute(shard, interruption, before_batch)
+            self.store.commit(shard, targets)
+        next(steps, None)  # ends the progress bar
+        seconds = time.monotonic() - started
         if self.num_rows:
             info(
-                f"computed {self.num_rows} teacher outputs in {format_duration(took)}: "
-                f"{self.num_rows / took:.0f} images/s"
+                f"computed {self.num_rows} teacher outputs in {format_duration(seconds)}: "
+                f"{self.num_rows / seconds:.0f} images/s"
             )
 
     def _compute(
-        self, shard: int, ticks: Iterator[None], interruption: GracefulStop
+        self, shard: int, interruption: GracefulStop, before_batch: Callable[[], None]
     ) -> TargetShard:
         """Return a shard. Raises NumericsError naming the images if an output is not finite."""
-        records, canaries, correct, counted = [], [], 0, 0
+        records, checksums, num_correct, num_unmixed = [], [], 0, 0
         for epoch, first, last in self.record_format.epoch_ranges(shard):
-            blocks = self.loader.teacher_inputs(
-                epoch, torch.arange(first, last), batch_size=self.batch_size
-            )
-            for block in interruption.iterate(blocks):
-                next(ticks, None)
-                outputs = self.query(block)
-                block_records, block_canaries = encode_block(self.record_format, block, outputs)
-                records.append(block_records)
-                canaries += block_canaries
-                unmixed = _is_unmixed(block)
-                same = outputs.labels[:, 0].cpu() == self.labels[block.sample_ids.cpu()]
-                correct += int((same & unmixed).sum())
-                counted += int(unmixed.sum())
+            rows = torch.arange(first, last)
+            batches = self.loader.teacher_inputs(epoch, rows, batch_size=self.batch_size)
+            for inputs in interruption.iterate(batches):
+                before_batch()
+                outputs = self.query(inputs)
+                batch_records, batch_checksums = encode_batch(self.record_format, inputs, outputs)
+                records.append(batch_records)
+                checksums += batch_checksums
+                unmixed = _is_unmixed(inputs.views)
+                correct = outputs.labels[:, 0].cpu() == self.labels[inputs.views.sample_ids.cpu()]
+                num_correct += int((correct & unmixed).sum())
+                num_unmixed += int(unmixed.sum())
         self.ensemble.check()
-        return TargetShard(np.concatenate(records), np.array(canaries, "<u4"), correct, counted)
+        view_checksums = np.array(checksums, "<u4")
+        return TargetShard(np.concatenate(records), view_checksums, num_correct, num_unmixed)
 
 
-def encode_block(
-    record_format: RecordFormat, block: TeacherInput, outputs: TeacherOutput
+def encode_batch(
+    record_format: RecordFormat, inputs: TeacherInput, outputs: TeacherOutput
 ) -> tuple[np.ndarray, list[int]]:
-    """Return the records of a block, and the canaries of the canary rows in it."""
-    candidates = (block.target_rows % record_format.canary_step == 0).nonzero().flatten().tolist()
-    canaries = [
-        canary(block, row)
-        for row in candidates
-        if int(block.target_rows[row]) in record_format.canary_rows
-    ]
-    return encode(record_format, outputs.logits[:, 0]), canaries
+    """Return the records of a batch, and the checksums of the checked views in it."""
+    indices = record_format.checked_indices(inputs.views.target_rows)
+    checksums = [view_checksum(inputs.views, index) for index in indices]
+    return encode(record_format, outputs.logits[:, 0]), checksums
 
 
-def _is_unmixed(block: TeacherInput) -> Tensor:
+def _is_unmixed(views: UnmixedViews) -> Tensor:
     """Return which views are (almost) one image, bool [rows], on the CPU."""
-    if block.mix is None:
-        return torch.ones(len(block.target_rows), dtype=torch.bool)
-    return (block.mix.lam > _UNMIXED_WEIGHT).repeat_interleave(2).cpu()
+    if views.mix is None:
+        return torch.ones(len(views.target_rows), dtype=torch.bool)
+    return (views.mix.lam > _UNMIXED_WEIGHT).repeat_interleave(2).cpu()

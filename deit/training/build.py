@@ -70,7 +70,7 @@ def build(resolved: ResolvedConfig, out: Path) -> TrainingRun:
         splits,
         accelerator,
         teacher_size=teachers.input_size,
-        for_teacher=None in teachers.stores,
+        with_teacher_images=None in teachers.stores,
     )
     _check_steps(config, loader.steps_per_epoch)
     bare_student, init_report, masks = _build_student(resolved, model_info)

@@ -43,7 +43,7 @@ def our_loader(
         student_size=side,
         channel_stats=CHANNEL_STATS,
         seed=0,
-        workers=workers,
+        num_workers=workers,
     )
 
 

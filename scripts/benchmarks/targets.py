@@ -21,8 +21,8 @@ from deit.distill.build import (
     build_train_loader,
 )
 from deit.distill.target_checks import teacher_query
-from deit.distill.target_store import RecordFormat
-from deit.distill.write_targets import encode_block, write_targets
+from deit.distill.target_format import RecordFormat
+from deit.distill.write_targets import encode_batch, write_targets
 from deit.models.registry import create_network
 from scripts.benchmarks.interleaved import Case, photographs, run_cases
 from scripts.benchmarks.ours import our_steps
@@ -73,7 +73,7 @@ def writing_case(name: str, folder: Path) -> Case:
     (teacher,) = build_teachers(
         config.teacher, splits.class_names, config.student.image_size, accelerator
     )
-    loader = build_train_loader(config, splits, accelerator, teacher_size=None, all_ranks=True)
+    loader = build_train_loader(config, splits, accelerator, teacher_size=None, all_processes=True)
 
     def writing() -> Iterator[int]:
         ensemble = build_online_ensemble([teacher], config.teacher, splits, accelerator)
@@ -85,8 +85,8 @@ def writing_case(name: str, folder: Path) -> Case:
                 for inputs in loader.teacher_inputs(
                     epoch, rows, batch_size=config.run.eval_batch_size
                 ):
-                    encode_block(record_format, inputs, query(inputs))
-                    yield len(inputs.target_rows)
+                    encode_batch(record_format, inputs, query(inputs))
+                    yield len(inputs.images)
 
     def forward_only() -> Iterator[int]:
         batch_size = config.run.eval_batch_size

@@ -245,7 +245,7 @@ def test_random_crop_equals_pillow_crop_of_its_key(file_images):
         student_size=SIDE,
         channel_stats=CHANNEL_STATS,
         seed=9,
-        workers=1,
+        num_workers=1,
     )
     seen = set()
     for batch in train_loader.epoch(4):

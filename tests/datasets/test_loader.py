@@ -42,7 +42,7 @@ def loader(
         teacher_size=teacher_size,
         channel_stats=ChannelStats((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         seed=seed,
-        process=process,
+        process_index=process,
         num_processes=num_processes,
         **settings,
     )

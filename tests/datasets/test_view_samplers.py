@@ -52,7 +52,7 @@ def loader(images, views, process=0, num_processes=1, **settings):
         teacher_size=16,
         channel_stats=ChannelStats((0.5,) * 3, (0.2,) * 3),
         seed=5,
-        process=process,
+        process_index=process,
         num_processes=num_processes,
         decoded_size=16,
         **settings,
@@ -85,8 +85,8 @@ def test_teacher_inputs_equal_teacher_images_of_training(mode, storage, repeats,
         )
         inputs = list(single_process.teacher_inputs(epoch, rows, batch_size=10))
         assert torch.equal(torch.cat([part.images for part in inputs]), images_seen)
-        assert torch.equal(torch.cat([part.sample_ids for part in inputs]), samples)
-        assert torch.equal(torch.cat([part.target_rows for part in inputs]), rows)
+        assert torch.equal(torch.cat([part.views.sample_ids for part in inputs]), samples)
+        assert torch.equal(torch.cat([part.views.target_rows for part in inputs]), rows)
 
 
 @pytest.mark.parametrize("mode", ONLINE)
@@ -162,7 +162,7 @@ def test_teacher_crops_differ_and_are_equal_in_every_epoch(storage, files):
 
     def crop(index):
         (inputs,) = train_loader.teacher_inputs(0, rows, batch_size=3, repeat=index)
-        assert torch.equal(inputs.sample_ids, rows)
+        assert torch.equal(inputs.views.sample_ids, rows)
         return inputs.images
 
     assert torch.equal(crop(5), crop(5))
@@ -200,7 +200,7 @@ def test_rows_per_epoch_do_not_depend_on_batch_without_repeats():
 
 
 def test_loader_without_teacher_makes_no_teacher_images():
-    train_loader = loader(MEMORY, views_of("same/ic"), for_teacher=False)
+    train_loader = loader(MEMORY, views_of("same/ic"), with_teacher_images=False)
     expected = student_of("same/ic")
     batch = next(train_loader.epoch(0))
     assert batch.teacher_images is None

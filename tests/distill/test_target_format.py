@@ -1,20 +1,21 @@
-"""The layout of a store, its records and canaries, by arithmetic."""
+"""The format of stored targets: records, checks and sizes, by arithmetic."""
 
 import numpy as np
 import pytest
 import torch
 
-from deit.datasets.loader import TeacherInput
+from deit.datasets.loader import UnmixedViews
 from deit.datasets.mixing import Mix
-from deit.distill.target_store import RecordFormat, canary, decode, differences, encode
+from deit.distill.target_fingerprint import differences
+from deit.distill.target_format import RecordFormat, decode, encode, view_checksum
 
 HARD = RecordFormat("hard", 10, 300, 50_000, False)
 
 
 def size(layout):
     """Bytes of targets.bin and checks.bin."""
-    canaries = layout.epochs * len(layout.canary_rows)
-    return layout.rows * layout.dtype.itemsize, 4 * (3 * layout.num_shards + canaries)
+    checksums = layout.epochs * len(layout.checked_rows)
+    return layout.rows * layout.dtype.itemsize, 4 * (3 * layout.num_shards + checksums)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -64,7 +65,7 @@ def test_shards_cover_every_row_once(layout):
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "paired", "step", "num_canaries"),
+    ("num_rows", "paired", "step", "num_checked"),
     [
         (50_000, False, 1024, 49),
         (1294, True, 160, 9),
@@ -73,11 +74,11 @@ def test_shards_cover_every_row_once(layout):
         (1, False, 2, 1),
     ],
 )
-def test_canary_step_grows_with_the_epoch(num_rows, paired, step, num_canaries):
+def test_check_interval_grows_with_the_epoch(num_rows, paired, step, num_checked):
     layout = RecordFormat("hard", 10, 2, num_rows, paired)
-    assert layout.canary_step == step
-    assert len(layout.canary_rows) == num_canaries
-    assert all(row + paired < num_rows for row in layout.canary_rows)
+    assert layout.check_interval == step
+    assert len(layout.checked_rows) == num_checked
+    assert all(row + paired < num_rows for row in layout.checked_rows)
 
 
 LOGITS = 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(2))
@@ -126,8 +127,8 @@ def test_decoded_extreme_logits_are_finite():
     assert decode(top_two, encode(top_two, torch.tensor([[1e6, 0.0, -1e6]])))[1].isfinite().all()
 
 
-def teacher_input(**changes):
-    views = torch.randint(
+def unmixed_views(**changes):
+    pixels = torch.randint(
         256, (4, 3, 6, 6), generator=torch.Generator().manual_seed(4), dtype=torch.uint8
     )
     mix = Mix(
@@ -136,7 +137,7 @@ def teacher_input(**changes):
         torch.tensor([[0, 0, 0, 0], [1, 2, 4, 5]]),
         6,
     )
-    base = TeacherInput(views / 255, views, mix, torch.arange(4), 0, torch.arange(4))
+    base = UnmixedViews(pixels, mix, torch.arange(4), 0, torch.arange(4))
     return base._replace(**changes)
 
 
@@ -146,24 +147,25 @@ def with_change(value, row, amount):
     return value
 
 
-def test_canary_changes_with_every_pixel_and_mixing_parameter():
-    base = teacher_input()
-    expected = canary(base, 2)
+def test_view_checksum_changes_with_every_pixel_and_mixing_parameter():
+    base = unmixed_views()
+    expected = view_checksum(base, 2)
     mix = base.mix
     noticed = {
-        "own pixel": teacher_input(views=with_change(base.views, (2, 1, 3, 3), 1)),
-        "partner's pixel": teacher_input(views=with_change(base.views, (3, 0, 0, 5), 1)),
-        "weight": teacher_input(mix=mix._replace(lam=with_change(mix.lam, 1, 1e-4))),
-        "kind": teacher_input(mix=mix._replace(is_cutmix=torch.tensor([False, False]))),
-        "box": teacher_input(mix=mix._replace(boxes=with_change(mix.boxes, (1, 3), 1))),
-        "unmixed": teacher_input(mix=None),
+        "own pixel": unmixed_views(pixels=with_change(base.pixels, (2, 1, 3, 3), 1)),
+        "partner's pixel": unmixed_views(pixels=with_change(base.pixels, (3, 0, 0, 5), 1)),
+        "weight": unmixed_views(mix=mix._replace(lam=with_change(mix.lam, 1, 1e-4))),
+        "kind": unmixed_views(mix=mix._replace(is_cutmix=torch.tensor([False, False]))),
+        "box": unmixed_views(mix=mix._replace(boxes=with_change(mix.boxes, (1, 3), 1))),
+        "unmixed": unmixed_views(mix=None),
     }
     for name, other in noticed.items():
-        assert canary(other, 2) != expected, name
+        assert view_checksum(other, 2) != expected, name
     # The other pair, and the last bits of the weight, do not matter.
-    assert canary(teacher_input(views=with_change(base.views, (1, 0, 0, 0), 1)), 2) == expected
+    other_pair = unmixed_views(pixels=with_change(base.pixels, (1, 0, 0, 0), 1))
+    assert view_checksum(other_pair, 2) == expected
     close = mix._replace(lam=with_change(mix.lam, 1, 1e-12))
-    assert canary(teacher_input(mix=close), 2) == expected
+    assert view_checksum(unmixed_views(mix=close), 2) == expected
 
 
 def test_differences_name_the_path_of_each_value():
@@ -184,7 +186,8 @@ from pathlib import Path
 import psutil
 import torch
 from deit.core.types import Batch
-from deit.distill.target_store import RecordFormat, TargetStore
+from deit.distill.target_format import RecordFormat
+from deit.distill.target_store import TargetStore
 import numpy as np
 
 place, epochs = Path(sys.argv[1]), int(sys.argv[2])
@@ -192,7 +195,7 @@ layout = RecordFormat("full", 10, epochs, 10_000, False)
 with (place / "targets.bin").open("wb") as file:
     for _ in range(epochs):
         file.write(bytes(layout.rows_per_epoch * layout.dtype.itemsize))
-checks = 3 * layout.num_shards + layout.epochs * len(layout.canary_rows)
+checks = 3 * layout.num_shards + layout.epochs * len(layout.checked_rows)
 np.zeros(checks, "<u4").tofile(place / "checks.bin")
 manifest = dict.fromkeys(("fingerprint", "provenance", "inference", "teacher_top1"), {})
 manifest["record_format"] = layout._asdict()

@@ -137,9 +137,9 @@ def loader(images, process=0, num_processes=1, accumulate=1, batch_size=16, view
         teacher_size=16,
         channel_stats=CHANNEL_STATS,
         seed=5,
-        process=process,
+        process_index=process,
         num_processes=num_processes,
-        workers=workers,
+        num_workers=workers,
     )
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from deit.core import fault_injection
-from deit.distill import target_store
+from deit.distill import target_format
 from tests.helpers.command_server import wait_until
 
 LEAST_ROWS = 1024
@@ -44,4 +44,4 @@ def _wait_at_gate() -> None:
 
 def make_small_shards() -> None:
     """Make this process write and read target stores with small shards."""
-    target_store._MIN_ROWS = LEAST_ROWS
+    target_format._MIN_ROWS_PER_SHARD = LEAST_ROWS

@@ -14,11 +14,7 @@ from deit.core.run_folder import latest_checkpoint
 from deit.datasets.splits import load_splits
 from deit.distill.build import build_train_loader
 from deit.distill.target_checks import open_stores
-from deit.distill.target_store import (
-    CHECKS,
-    TARGETS,
-    open_store,
-)
+from deit.distill.target_store import CHECKS, TARGETS, open_store
 from deit.training.resolve import resolve
 from tests.helpers.process_setup import LEAST_ROWS
 
@@ -66,7 +62,7 @@ def check(config):
         splits,
         accelerator,
         teacher_size=teachers.input_size,
-        for_teacher=None in teachers.stores,
+        with_teacher_images=None in teachers.stores,
     )
     ensemble = teachers.ensemble(splits, accelerator)
     teachers.check(splits, accelerator, loader, config.evaluation)
@@ -128,17 +124,15 @@ def forge(store, change):
     opened = open_store(store)
     layout = opened.record_format
     records = np.fromfile(store / TARGETS, layout.dtype)
-    records, canaries = change(records.reshape(layout.epochs, -1), opened.canaries.copy())
+    records, views = change(records.reshape(layout.epochs, -1), opened.checks.views.copy())
     records.tofile(store / TARGETS)
     size = layout.rows_per_shard * layout.dtype.itemsize
     content = records.tobytes()
-    sums = [
+    shards = [
         zlib.crc32(content[shard * size : (shard + 1) * size]) for shard in range(layout.num_shards)
     ]
-    checks = np.fromfile(store / CHECKS, "<u4")
-    checks[: layout.num_shards] = sums
-    checks[layout.num_shards : -2 * layout.num_shards] = canaries.ravel()
-    checks.tofile(store / CHECKS)
+    checks = opened.checks._replace(shards=np.array(shards, "<u4"), views=views)
+    (store / CHECKS).write_bytes(checks.to_bytes())
 
 
 def metric_rows(out):

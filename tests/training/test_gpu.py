@@ -21,7 +21,7 @@ from deit.datasets.mixing import sample_mix
 from deit.datasets.operations import CODES, FillOptions, apply_operations
 from deit.datasets.resizing import resize_boxes
 from deit.datasets.views import ChannelStats, apply_views, sample_views
-from deit.distill.target_store import canary
+from deit.distill.target_format import view_checksum
 from deit.distill.write_targets import write_targets
 from deit.evaluation.evaluate import evaluate
 from deit.models.attention_rollout import rollout, token_cosines
@@ -140,14 +140,14 @@ def test_loader_on_the_gpu_yields_the_batches_of_the_cpu():
 
 
 @pytest.mark.parametrize("mode", VIEW_MODES)
-def test_canaries_on_the_gpu_equal_the_cpu(mode):
+def test_view_checksums_on_the_gpu_equal_the_cpu(mode):
     images = InMemoryImages(
         torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 4
     )
     views = views_of("deit", "random_resized")
     views = dataclasses.replace(views, **VIEW_MODES[mode].fields(dataclasses.asdict(views)))
 
-    def canaries(device):
+    def checksums(device):
         loader = TrainLoader(
             images,
             4,
@@ -160,9 +160,9 @@ def test_canaries_on_the_gpu_equal_the_cpu(mode):
             device=device,
         )
         blocks = loader.teacher_inputs(0, torch.arange(64), batch_size=16)
-        return [canary(part, row) for part in blocks for row in range(0, 16, 2)]
+        return [view_checksum(part.views, row) for part in blocks for row in range(0, 16, 2)]
 
-    assert canaries("cpu") == canaries("cuda")
+    assert checksums("cpu") == checksums("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -189,7 +189,7 @@ def test_store_written_on_the_cpu_trains_on_the_gpu(tmp_path):
     stored = config.replace(
         teacher={"target_stores": (str(tmp_path / "store"),)}, run={"device": "cuda"}
     )
-    train(stored, tmp_path / "run")  # its canaries and targets are compared with the GPU's
+    train(stored, tmp_path / "run")  # its checksums and targets are compared with the GPU's
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -3,10 +3,8 @@
 import pytest
 
 from deit.config.recipes.handwriting import digits_teacher
-from deit.distill import target_store
-from deit.distill.target_store import (
-    open_store,
-)
+from deit.distill import target_format
+from deit.distill.target_store import open_store
 from deit.distill.write_targets import write_targets
 from tests.helpers.process_setup import LEAST_ROWS
 from tests.helpers.target_stores import (
@@ -19,9 +17,9 @@ from tests.helpers.trained import trained
 
 @pytest.fixture(autouse=True, scope="package")
 def small_shards():
-    """Units of a quarter of the rows, for a quarter of the images."""
+    """Write shards of a quarter of the rows, for a quarter of the images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_store, "_MIN_ROWS", LEAST_ROWS)
+        patch.setattr(target_format, "_MIN_ROWS_PER_SHARD", LEAST_ROWS)
         yield
 
 

@@ -8,14 +8,7 @@ import pytest
 from deit.core.errors import CheckpointError, DataError
 from deit.distill.target_checks import open_stores
 from deit.distill.target_shards import ShardedTargetWriter
-from deit.distill.target_store import (
-    CHECKS,
-    MANIFEST,
-    SHARDS,
-    TARGETS,
-    open_store,
-    read_manifest,
-)
+from deit.distill.target_store import CHECKS, MANIFEST, SHARDS, TARGETS, open_store, read_manifest
 from deit.distill.verify_targets import verify_targets
 from deit.distill.write_targets import write_targets
 from deit.training.train import train
@@ -108,7 +101,7 @@ def test_verify_targets_of_a_valid_store_logs_every_check(store, capsys):
     sums, views, outputs = capsys.readouterr().out.splitlines()
     assert (numbers_in(sums), "hard" in sums) == (["3", "2268"], True)
     assert numbers_in(views) == ["4", str(EPOCHS)]
-    # 32 outputs at 3 canaries; the last canary is 4 rows before the end.
+    # 32 outputs at 3 checksums; the last checked row is 4 rows before the end.
     assert numbers_in(outputs) == ["100.0", "100"]
 
 

@@ -14,12 +14,7 @@ from deit.config.schema import to_dict
 from deit.config.sections.student import StudentConfig
 from deit.core.errors import DataError
 from deit.core.rng import permutation
-from deit.distill.target_store import (
-    MANIFEST,
-    manifest_bytes,
-    open_store,
-    read_manifest,
-)
+from deit.distill.target_store import MANIFEST, manifest_bytes, open_store, read_manifest
 from deit.distill.verify_targets import verify_targets
 from deit.distill.write_targets import write_targets
 from deit.models.teachers import Teacher
@@ -91,7 +86,7 @@ def test_store_of_another_teacher_normalization_is_refused(store, teachers):
 
 def test_store_with_shifted_epochs_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    forge(copy, lambda records, canaries: (np.roll(records, 1, 0), np.roll(canaries, 1, 0)))
+    forge(copy, lambda records, checksums: (np.roll(records, 1, 0), np.roll(checksums, 1, 0)))
     with raises(DataError, f"teacher.target_stores {copy}", *VIEW_LIBRARIES) as refused:
         check(with_targets(configuration(teachers[0]), copy))
     numbers = numbers_in(str(refused.value).partition("pillow")[0], copy)
@@ -102,7 +97,7 @@ def test_store_with_shifted_epochs_is_refused(store, teachers, tmp_path):
 
 
 @pytest.mark.fault("D5")
-def test_store_with_a_forged_interpolation_fails_its_canaries(store, teachers, tmp_path):
+def test_store_with_a_forged_interpolation_fails_its_view_checksums(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
     manifest = read_manifest(copy)
     manifest["fingerprint"]["views"]["interpolation"] = "bilinear"
@@ -115,9 +110,9 @@ def test_store_with_a_forged_interpolation_fails_its_canaries(store, teachers, t
 def test_store_with_wrong_labels_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
 
-    def other_answers(records, canaries):
+    def other_answers(records, checksums):
         records["label"] = (records["label"] + 1) % 10
-        return records, canaries
+        return records, checksums
 
     forge(copy, other_answers)
     with raises(
@@ -128,14 +123,14 @@ def test_store_with_wrong_labels_is_refused(store, teachers, tmp_path):
 
 def test_store_with_labels_in_another_order_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
-    forge(copy, lambda records, canaries: (np.roll(records, 2, 1), canaries))
+    forge(copy, lambda records, checksums: (np.roll(records, 2, 1), checksums))
     with raises(
         DataError, f"teacher.target_stores {copy}", 428, open_store(copy).inference["precision"]
     ):
         check(with_targets(configuration(teachers[0]), copy))
 
 
-def test_changed_views_fail_the_canaries_during_training(store, teachers):
+def test_changed_views_fail_their_checksums_during_training(store, teachers):
     """A loader whose views differ from those that were checked."""
     loader, _, _ = check(with_targets(configuration(teachers[0]), store))
     for _ in loader.epoch(2):
@@ -155,9 +150,9 @@ def test_store_with_wrong_probabilities_is_refused(teachers, tmp_path):
         write_targets(plain, store, content=records)
         assert check(with_targets(plain, store))
 
-        def flatter(records, canaries):
+        def flatter(records, checksums):
             records["scores"] = np.float16(0.5) * records["scores"]
-            return records, canaries
+            return records, checksums
 
         forge(store, flatter)
         with raises(
@@ -216,10 +211,10 @@ def test_resume_with_changed_targets_is_refused(teachers, store, tmp_path):
     config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
     train(config, tmp_path / "run")
     forge(
-        copy, lambda records, canaries: (np.where(records == records, records, records), canaries)
+        copy, lambda records, checksums: (np.where(records == records, records, records), checksums)
     )
     train(config, tmp_path / "run", resume=True)  # the same targets: complete already
-    forge(copy, lambda records, canaries: (_turned(records), canaries))
+    forge(copy, lambda records, checksums: (_turned(records), checksums))
     with raises(DataError, tmp_path / "run", "teacher.target_stores"):
         train(config, tmp_path / "run", resume=True)
 

@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from deit.core.errors import DataError
-from deit.distill import target_store
-from deit.distill.target_store import (
-    MANIFEST,
-    SHARDS,
-    TARGETS,
-    open_store,
-    read_manifest,
-)
+from deit.distill import target_format
+from deit.distill.target_store import MANIFEST, SHARDS, TARGETS, open_store, read_manifest
 from deit.distill.write_targets import write_targets
 from tests.helpers.errors import raises
 from tests.helpers.target_stores import (
@@ -95,7 +89,7 @@ def one_epoch(teachers, tmp_path_factory):
 
     def write(out):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(target_store, "_MIN_ROWS", 32)
+            patch.setattr(target_format, "_MIN_ROWS_PER_SHARD", 32)
             few = configuration(teachers[0], data={"train_fraction": 0.07})
             write_targets(few, out, epochs=1)
             assert open_store(out).record_format.num_shards == 3

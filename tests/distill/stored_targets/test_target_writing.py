@@ -14,12 +14,7 @@ from deit.config.presets import LOSS_PRESETS, VIEW_MODES
 from deit.config.schema import to_dict
 from deit.core.errors import ConfigError, NumericsError
 from deit.core.rng import permutation
-from deit.distill.target_store import (
-    CHECKS,
-    MANIFEST,
-    SHARDS,
-    TARGETS,
-)
+from deit.distill.target_store import CHECKS, MANIFEST, SHARDS, TARGETS
 from deit.distill.write_targets import write_targets
 from deit.models.teachers import Teacher
 from tests.helpers.errors import raises

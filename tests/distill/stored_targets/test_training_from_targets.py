@@ -9,9 +9,7 @@ from deit.config.presets import LOSS_PRESETS, VIEW_MODES
 from deit.config.schema import to_dict
 from deit.core.errors import ConfigError, DataError
 from deit.distill.target_checks import open_stores
-from deit.distill.target_store import (
-    open_store,
-)
+from deit.distill.target_store import open_store
 from deit.distill.write_targets import write_targets
 from deit.training.train import train
 from tests.helpers.errors import raises
