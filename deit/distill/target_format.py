@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deit.datasets.loader import UnmixedViews
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MAX_SHARDS = 2048
 _MIN_ROWS_PER_SHARD = 4096
 _CHECK_INTERVAL = 1024
