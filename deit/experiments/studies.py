@@ -108,7 +108,8 @@ def ensemble(config: Config) -> Arms:
         arms[f"mean of {combine}"] = config.replace(student=one_token, teacher={"combine": combine})
     if config.student.has_distillation_token and config.loss.head == "distillation":
         tokens = {"num_distillation_tokens": len(teacher.source)}
-        arms["one token per teacher"] = config.replace(student=tokens, teacher={"combine": "tokens"})
+        with_tokens = config.replace(student=tokens, teacher={"combine": "tokens"})
+        arms["one token per teacher"] = with_tokens
     names = [source.rstrip("/").rpartition("/")[2] for source in teacher.source]
     if len(set(names)) < len(names):
         names = list(teacher.source)
