@@ -1,4 +1,4 @@
-"""Objectives against hand arithmetic, and where their gradients go."""
+"""Losses compared with arithmetic by hand, and which heads get their gradients."""
 
 import math
 from typing import get_args
@@ -75,13 +75,13 @@ def test_soft_distillation_loss_by_hand(temperature):
 
 def test_soft_loss_gradient_norm_is_stable_at_high_temperature():
     student, teacher = torch.randn(16, 10, requires_grad=True), torch.randn(16, 10)
-    sizes = []
+    norms = []
     for temperature in (50.0, 100.0):
         (gradient,) = torch.autograd.grad(
             soft_distillation_loss(student, teacher, temperature), student
         )
-        sizes.append(gradient.norm().item())
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+        norms.append(gradient.norm().item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
 def test_soft_loss_is_zero_for_equal_logits_and_ignores_class_order():
@@ -101,11 +101,11 @@ def entropy(logits, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_cross_entropy_is_kl_plus_teacher_entropy(temperature):
     student, teacher = torch.randn(6, 7, requires_grad=True), torch.randn(6, 7)
-    crossed = soft_cross_entropy(student, teacher, temperature)
-    divergence = soft_distillation_loss(student, teacher, temperature)
-    expected = divergence + temperature**2 * entropy(teacher, temperature)
-    assert crossed.item() == pytest.approx(expected.item(), rel=1e-5)
-    gradients = [torch.autograd.grad(loss, student)[0] for loss in (crossed, divergence)]
+    cross_entropy = soft_cross_entropy(student, teacher, temperature)
+    kl = soft_distillation_loss(student, teacher, temperature)
+    expected = kl + temperature**2 * entropy(teacher, temperature)
+    assert cross_entropy.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (cross_entropy, kl)]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
@@ -134,35 +134,35 @@ def test_cross_entropy_loss_with_label_weight_by_hand():
 
 def test_dkd_losses_by_hand():
     student, teacher = [1.0, 0.0, -1.0], [2.0, 1.0, 0.0]
-    temperature, true = 2.0, 1
+    temperature, label = 2.0, 1
     s = softmax([value / temperature for value in student])
     t = softmax([value / temperature for value in teacher])
-    target = t[1] * math.log(t[1] / s[1]) + (1 - t[1]) * math.log((1 - t[1]) / (1 - s[1]))
-    s_others, t_others = ([p[0] / (1 - p[1]), p[2] / (1 - p[1])] for p in (s, t))
-    others = sum(p * math.log(p / q) for p, q in zip(t_others, s_others))
+    tckd = t[1] * math.log(t[1] / s[1]) + (1 - t[1]) * math.log((1 - t[1]) / (1 - s[1]))
+    s_non_target, t_non_target = ([p[0] / (1 - p[1]), p[2] / (1 - p[1])] for p in (s, t))
+    nckd = sum(p * math.log(p / q) for p, q in zip(t_non_target, s_non_target))
     result = dkd_losses(
-        torch.tensor([student]), torch.tensor([teacher]), torch.tensor([true]), temperature
+        torch.tensor([student]), torch.tensor([teacher]), torch.tensor([label]), temperature
     )
-    assert result[0].item() == pytest.approx(temperature**2 * target, rel=1e-5)
-    assert result[1].item() == pytest.approx(temperature**2 * others, abs=1e-6)
+    assert result[0].item() == pytest.approx(temperature**2 * tckd, rel=1e-5)
+    assert result[1].item() == pytest.approx(temperature**2 * nckd, abs=1e-6)
 
 
 def test_dkd_losses_recombine_to_the_kl():
-    """KL = target + (1 - p_true) * others, for each sample (Zhao et al. 2022, equation 5)."""
+    """KL = TCKD + (1 - p_label) * NCKD for each sample (Zhao et al. 2022, equation 5)."""
     student, teacher, labels = torch.randn(8, 6), torch.randn(8, 6), torch.arange(8) % 6
     for row in range(8):
-        rows = slice(row, row + 1)
-        target, others = dkd_losses(student[rows], teacher[rows], labels[rows], 1.0)
-        rest = 1 - teacher[row].softmax(0)[labels[row]]
-        whole = soft_distillation_loss(student[rows], teacher[rows], 1.0)
-        assert (target + rest * others).item() == pytest.approx(whole.item(), abs=1e-5)
+        sample = slice(row, row + 1)
+        tckd, nckd = dkd_losses(student[sample], teacher[sample], labels[sample], 1.0)
+        non_target = 1 - teacher[row].softmax(0)[labels[row]]
+        kl = soft_distillation_loss(student[sample], teacher[sample], 1.0)
+        assert (tckd + non_target * nckd).item() == pytest.approx(kl.item(), abs=1e-5)
 
 
 def test_dkd_losses_of_confident_outputs_are_finite():
-    sure = torch.tensor([[1000.0, 0.0, -1000.0]])
+    teacher = torch.tensor([[1000.0, 0.0, -1000.0]])
     for labels in (torch.tensor([0]), torch.tensor([2])):
-        student = (-sure).requires_grad_()
-        total = sum(dkd_losses(student, sure, labels, 1.0))
+        student = (-teacher).requires_grad_()
+        total = sum(dkd_losses(student, teacher, labels, 1.0))
         total.backward()
         assert total.isfinite()
         assert student.grad.isfinite().all()
@@ -217,9 +217,9 @@ def test_deit_hard_is_half_labels_half_teacher():
 
 def test_hard_distillation_without_teacher_logits_is_equal():
     outputs, loss = two_heads(), LOSS_PRESETS["deit-hard"]
-    full = distillation_loss(outputs, TARGETS, TEACHER, loss)
-    stored = distillation_loss(outputs, TARGETS, TEACHER._replace(logits=None), loss)
-    assert torch.equal(full["total"], stored["total"])
+    with_logits = distillation_loss(outputs, TARGETS, TEACHER, loss)
+    without_logits = distillation_loss(outputs, TARGETS, TEACHER._replace(logits=None), loss)
+    assert torch.equal(with_logits["total"], without_logits["total"])
 
 
 def test_deit_soft_has_lambda_and_tau_of_the_paper():
@@ -234,18 +234,18 @@ def test_function_matching_is_the_mean_kl_of_the_heads():
     outputs, loss = two_heads(), LOSS_PRESETS["function-matching"]
     total = distillation_loss(outputs, TARGETS, TEACHER, loss)["total"]
     heads = [outputs.class_logits, outputs.distillation_logits[:, 0]]
-    each = [soft_distillation_loss(head, TEACHER.logits[:, 0], 1.0) for head in heads]
-    assert torch.allclose(total, (each[0] + each[1]) / 2)
-    other = distillation_loss(outputs, TARGETS.flip(0), TEACHER, loss)["total"]
-    assert torch.equal(total, other)
+    kls = [soft_distillation_loss(head, TEACHER.logits[:, 0], 1.0) for head in heads]
+    assert torch.allclose(total, (kls[0] + kls[1]) / 2)
+    total_of_other_labels = distillation_loss(outputs, TARGETS.flip(0), TEACHER, loss)["total"]
+    assert torch.equal(total, total_of_other_labels)
 
 
 def test_usi_is_label_loss_plus_five_times_kl():
     outputs = StudentOutput(torch.randn(4, 3))
     total = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["usi"])["total"]
     label = label_loss(outputs.class_logits, TARGETS, 0.0)
-    divergence = soft_distillation_loss(outputs.class_logits, TEACHER.logits[:, 0], 1.0)
-    assert torch.allclose(total, label + 5 * divergence)
+    kl = soft_distillation_loss(outputs.class_logits, TEACHER.logits[:, 0], 1.0)
+    assert torch.allclose(total, label + 5 * kl)
 
 
 def test_teacher_term_warms_up():
@@ -263,42 +263,46 @@ def test_each_distillation_token_learns_from_its_teacher():
     outputs = two_heads(tokens=2)
     teachers = TeacherOutput(torch.tensor([[0, 1], [1, 1], [2, 0], [0, 2]]), None, (0.75, 0.25))
     losses = distillation_loss(outputs, TARGETS, teachers, LOSS_PRESETS["deit-hard"])
-    each = [
+    token_losses = [
         hard_distillation_loss(outputs.distillation_logits[:, index], teachers.labels[:, index])
         for index in (0, 1)
     ]
-    assert torch.allclose(losses["teacher_1"], each[0])
-    assert torch.allclose(losses["teacher_2"], each[1])
-    assert torch.allclose(losses["teacher"], 0.75 * each[0] + 0.25 * each[1])
+    assert torch.allclose(losses["teacher_1"], token_losses[0])
+    assert torch.allclose(losses["teacher_2"], token_losses[1])
+    assert torch.allclose(losses["teacher"], 0.75 * token_losses[0] + 0.25 * token_losses[1])
 
 
 @pytest.mark.parametrize("name", LOSS_PRESETS)
 def test_each_head_gets_gradients_of_its_own_term_only(name):
     loss = LOSS_PRESETS[name]
-    single = loss.head == "class"
-    outputs = two_heads() if not single else StudentOutput(torch.randn(4, 3, requires_grad=True))
+    only_class_head = loss.head == "class"
+    outputs = two_heads()
+    if only_class_head:
+        outputs = StudentOutput(outputs.class_logits)
     logits = TEACHER.logits.clone().requires_grad_()
     teacher_output = None if loss.kind == "none" else TEACHER._replace(logits=logits)
     losses = distillation_loss(outputs, TARGETS, teacher_output, loss)
     losses["total"].backward()
     assert logits.grad is None
     assert outputs.class_logits.grad.abs().sum() > 0
-    if not single:
+    if not only_class_head:
         assert outputs.distillation_logits.grad.abs().sum() > 0
     if loss.kind != "none" and loss.head == "distillation":
         # The label term alone reaches the class head, the teacher term the distillation head.
-        (of_label,) = torch.autograd.grad(
-            distillation_loss(two := two_heads(), TARGETS, TEACHER, loss)["class"],
-            two.distillation_logits,
+        outputs = two_heads()
+        (label_gradient,) = torch.autograd.grad(
+            distillation_loss(outputs, TARGETS, TEACHER, loss)["class"],
+            outputs.distillation_logits,
             allow_unused=True,
         )
-        assert of_label is None
-        (of_teacher,) = torch.autograd.grad(
-            distillation_loss(two := two_heads(), TARGETS, TEACHER, loss)["teacher"],
-            two.class_logits,
+        assert label_gradient is None
+        outputs = two_heads()
+        (teacher_gradient,) = torch.autograd.grad(
+            distillation_loss(outputs, TARGETS, TEACHER, loss)["teacher"],
+            outputs.class_logits,
             allow_unused=True,
         )
-        assert of_teacher is None
+        assert teacher_gradient is None
 
 
 def test_every_loss_kind_has_a_distillation_loss():
@@ -335,6 +339,6 @@ def test_losses_of_extreme_bf16_logits_are_finite_float32(kind, standardize):
 def test_loss_without_a_teacher_is_the_mean_label_loss_of_the_heads(tokens):
     outputs = two_heads(tokens=tokens)
     losses = distillation_loss(outputs, TARGETS, None, LOSS_PRESETS["none"])
-    each = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
-    heads = [label_loss(logits, TARGETS, 0.1) for logits in each]
-    assert torch.allclose(losses["total"], sum(heads) / (1 + tokens))
+    head_logits = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
+    head_losses = [label_loss(logits, TARGETS, 0.1) for logits in head_logits]
+    assert torch.allclose(losses["total"], sum(head_losses) / (1 + tokens))

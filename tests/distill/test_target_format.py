@@ -1,4 +1,4 @@
-"""The format of stored targets: records, checks and sizes, by arithmetic."""
+"""The format of stored targets: records, checks and sizes, compared with arithmetic by hand."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ HARD = RecordFormat("hard", 10, 300, 50_000, False)
 
 
 def size(layout):
-    """Bytes of targets.bin and checks.bin."""
+    """Return the bytes of targets.bin and checks.bin."""
     checksums = layout.epochs * len(layout.checked_rows)
     return layout.rows * layout.dtype.itemsize, 4 * (3 * layout.num_shards + checksums)
 
@@ -90,8 +90,8 @@ def test_decoded_labels_are_exact_in_every_record_format(records):
     layout = RecordFormat(records, 10, 1, 500, False)
     labels, _ = decode(layout, encode(layout, LOGITS))
     assert torch.equal(labels, LOGITS.argmax(dim=1))
-    nearly = torch.tensor([[1.0, 1.0 + 1e-6, 0.5] + [0.0] * 7])  # equal once rounded to fp16
-    assert decode(layout, encode(layout, nearly))[0].tolist() == [1]
+    near_tie = torch.tensor([[1.0, 1.0 + 1e-6, 0.5] + [0.0] * 7])  # equal once rounded to fp16
+    assert decode(layout, encode(layout, near_tie))[0].tolist() == [1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
@@ -111,9 +111,9 @@ def test_top_k_records_spread_the_rest_evenly():
     actual, exact = scores.softmax(dim=1), LOGITS.softmax(dim=1)
     top, indices = exact.topk(3, dim=1)
     assert torch.allclose(actual.gather(1, indices), top, atol=2e-3)
-    rest = (1 - top.sum(dim=1, keepdim=True)) / 7
-    others = actual.scatter(1, indices, 0.0).sum(dim=1, keepdim=True) / 7
-    assert torch.allclose(others, rest, atol=1e-3)
+    expected_rest = (1 - top.sum(dim=1, keepdim=True)) / 7
+    rest = actual.scatter(1, indices, 0.0).sum(dim=1, keepdim=True) / 7
+    assert torch.allclose(rest, expected_rest, atol=1e-3)
 
 
 @pytest.mark.fault("D8")
@@ -151,16 +151,16 @@ def test_view_checksum_changes_with_every_pixel_and_mixing_parameter():
     base = unmixed_views()
     expected = view_checksum(base, 2)
     mix = base.mix
-    noticed = {
-        "own pixel": unmixed_views(pixels=with_change(base.pixels, (2, 1, 3, 3), 1)),
-        "partner's pixel": unmixed_views(pixels=with_change(base.pixels, (3, 0, 0, 5), 1)),
+    changed = {
+        "pixel": unmixed_views(pixels=with_change(base.pixels, (2, 1, 3, 3), 1)),
+        "pixel of the partner": unmixed_views(pixels=with_change(base.pixels, (3, 0, 0, 5), 1)),
         "weight": unmixed_views(mix=mix._replace(lam=with_change(mix.lam, 1, 1e-4))),
         "kind": unmixed_views(mix=mix._replace(is_cutmix=torch.tensor([False, False]))),
         "box": unmixed_views(mix=mix._replace(boxes=with_change(mix.boxes, (1, 3), 1))),
         "unmixed": unmixed_views(mix=None),
     }
-    for name, other in noticed.items():
-        assert view_checksum(other, 2) != expected, name
+    for name, views in changed.items():
+        assert view_checksum(views, 2) != expected, name
     # The other pair, and the last bits of the weight, do not matter.
     other_pair = unmixed_views(pixels=with_change(base.pixels, (1, 0, 0, 0), 1))
     assert view_checksum(other_pair, 2) == expected
@@ -190,16 +190,16 @@ from deit.distill.target_format import RecordFormat
 from deit.distill.target_store import TargetStore
 import numpy as np
 
-place, epochs = Path(sys.argv[1]), int(sys.argv[2])
+folder, epochs = Path(sys.argv[1]), int(sys.argv[2])
 layout = RecordFormat("full", 10, epochs, 10_000, False)
-with (place / "targets.bin").open("wb") as file:
+with (folder / "targets.bin").open("wb") as file:
     for _ in range(epochs):
         file.write(bytes(layout.rows_per_epoch * layout.dtype.itemsize))
 checks = 3 * layout.num_shards + layout.epochs * len(layout.checked_rows)
-np.zeros(checks, "<u4").tofile(place / "checks.bin")
+np.zeros(checks, "<u4").tofile(folder / "checks.bin")
 manifest = dict.fromkeys(("fingerprint", "provenance", "inference", "teacher_top1"), {})
 manifest["record_format"] = layout._asdict()
-store = TargetStore(place, manifest)
+store = TargetStore(folder, manifest)
 images = torch.zeros(10_000, 0)
 
 def resident():

@@ -1,4 +1,4 @@
-"""The ensemble: form of its output, and errors for outputs that are not finite."""
+"""Outputs of the teacher ensemble, and errors for nonfinite outputs."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def online_teacher():
     return OnlineTeacher(network, Accelerator(cpu=True))
 
 
-def stored(labels):
+def stored_teacher(labels):
     return lambda batch: (labels[batch.target_rows], None)
 
 
@@ -35,9 +35,9 @@ def make_ensemble(*teachers, mode="probabilities", needs_logits=False):
     return TeacherEnsemble(list(teachers), weights=weights, name="image {}".format, **settings)
 
 
-def batch(images, samples=None):
-    samples = torch.arange(len(images)) + 40 if samples is None else samples
-    return Batch(images, images, torch.zeros(0), samples, 0, torch.arange(len(images)))
+def batch(images, sample_ids=None):
+    sample_ids = torch.arange(len(images)) + 40 if sample_ids is None else sample_ids
+    return Batch(images, images, torch.zeros(0), sample_ids, 0, torch.arange(len(images)))
 
 
 IMAGES = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -51,9 +51,8 @@ def test_ensemble_of_one_network_has_one_output(needs_logits):
 
 
 def test_ensemble_of_tokens_combines_networks_and_stored_labels():
-    outputs = make_ensemble(online_teacher(), stored(torch.tensor([2, 1, 0, 2])), mode="tokens")(
-        batch(IMAGES)
-    )
+    teachers = online_teacher(), stored_teacher(torch.tensor([2, 1, 0, 2]))
+    outputs = make_ensemble(*teachers, mode="tokens")(batch(IMAGES))
     assert outputs.labels.shape == (4, 2)
     assert outputs.labels[:, 1].tolist() == [2, 1, 0, 2]
 

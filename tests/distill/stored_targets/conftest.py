@@ -25,7 +25,7 @@ def small_shards():
 
 @pytest.fixture(scope="package")
 def teachers(tmp_path_factory):
-    """Two teachers of digits, of two seeds."""
+    """Return the run folders of two digits teachers with different seeds."""
     folder = tmp_path_factory.mktemp("teachers")
     for seed in (0, 1):
         config = digits_teacher().replace(optim={"epochs": 3}, run={"seed": seed})
@@ -35,7 +35,7 @@ def teachers(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def store(teachers, tmp_path_factory):
-    """A hard store of seven epochs, written by one process."""
+    """Return a store of hard labels for seven epochs, written in this process."""
     out = tmp_path_factory.mktemp("stores") / "hard"
     write_targets(configuration(teachers[0]), out)
     return out
@@ -43,13 +43,9 @@ def store(teachers, tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def single_process_store(teachers, command_server, tmp_path_factory):
-    """A store written by one process."""
-    out = tmp_path_factory.mktemp("alone") / "store"
-    assert (
-        command_server.run(
-            "targets", "write", *write_arguments(teachers[0], out), **SMALL_SHARDS
-        ).code
-        == 0
-    )
+    """Return a store that the command writes in one process."""
+    out = tmp_path_factory.mktemp("single-process") / "store"
+    arguments = write_arguments(teachers[0], out)
+    assert command_server.run("targets", "write", *arguments, **SMALL_SHARDS).code == 0
     assert open_store(out).record_format.num_shards == 3
     return out

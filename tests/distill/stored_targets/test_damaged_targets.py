@@ -53,17 +53,22 @@ def test_shard_of_another_store_is_refused(teachers, tmp_path):
     for index, seed in enumerate((0, 3)):
         config = configuration(teachers[0], views={"seed": seed})
         write_targets(config, tmp_path / str(index), part=(0, 3))
-    first, second = (tmp_path / str(n) / SHARDS / "000000.bin" for n in (0, 1))
-    shutil.copy(first, second)
-    damaged_store, other = (
+    first_shard, second_shard = (tmp_path / str(n) / SHARDS / "000000.bin" for n in (0, 1))
+    shutil.copy(first_shard, second_shard)
+    first_writer, second_writer = (
         ShardedTargetWriter(tmp_path / n, read_manifest(tmp_path / n)) for n in ("0", "1")
     )
-    damaged_store.read(0)  # the same bytes
-    with raises(CheckpointError, second, damaged_store.digest.hex()[:12], other.digest.hex()[:12]):
-        other.read(0)
+    first_writer.read(0)  # its own shard
+    with raises(
+        CheckpointError,
+        second_shard,
+        first_writer.digest.hex()[:12],
+        second_writer.digest.hex()[:12],
+    ):
+        second_writer.read(0)
 
 
-# ---- refused where it is not the run's
+# ---- verified by the command and before training
 
 
 @pytest.mark.fault("D7")
@@ -98,11 +103,11 @@ def test_incomplete_store_is_refused_with_its_progress(teachers, tmp_path):
 
 def test_verify_targets_of_a_valid_store_logs_every_check(store, capsys):
     verify_targets(store, root=None, teacher=None, num_queries=128)
-    sums, views, outputs = capsys.readouterr().out.splitlines()
-    assert (numbers_in(sums), "hard" in sums) == (["3", "2268"], True)
-    assert numbers_in(views) == ["4", str(EPOCHS)]
+    checksum_line, views_line, outputs_line = capsys.readouterr().out.splitlines()
+    assert (numbers_in(checksum_line), "hard" in checksum_line) == (["3", "2268"], True)
+    assert numbers_in(views_line) == ["4", str(EPOCHS)]
     # 32 outputs at 3 checksums; the last checked row is 4 rows before the end.
-    assert numbers_in(outputs) == ["100.0", "100"]
+    assert numbers_in(outputs_line) == ["100.0", "100"]
 
 
 @pytest.mark.fault("D7")
@@ -118,11 +123,11 @@ def test_training_verifies_checksums_before_the_first_step(offset, store, teache
 
 
 def test_store_reader_maps_one_epoch_at_a_time(store, teachers):
-    """One epoch is mapped at a time, whatever the number of epochs."""
+    """Memory does not grow with the number of epochs."""
     _, ensemble, _ = check(with_targets(configuration(teachers[0]), store))
     (reader,) = ensemble.teachers
-    whole = (store / TARGETS).read_bytes()
+    content = (store / TARGETS).read_bytes()
     for epoch in (0, 6, 2):
         records = reader.records(epoch)
         assert isinstance(records, np.memmap)
-        assert records.tobytes() == whole[epoch * ROWS_PER_EPOCH : (epoch + 1) * ROWS_PER_EPOCH]
+        assert records.tobytes() == content[epoch * ROWS_PER_EPOCH : (epoch + 1) * ROWS_PER_EPOCH]

@@ -74,7 +74,7 @@ def test_store_of_another_teacher_is_refused(store, teachers):
         DataError, f"teacher.target_stores {store}", "teacher.1.weights", stored[:12]
     ) as refused:
         check(config)
-    assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(refused.value)))) == 2  # and the one here
+    assert len(set(re.findall(r"\b[0-9a-f]{12}\b", str(refused.value)))) == 2  # and the current one
 
 
 @pytest.mark.fault("D5", "D6")
@@ -91,7 +91,7 @@ def test_store_with_shifted_epochs_is_refused(store, teachers, tmp_path):
         check(with_targets(configuration(teachers[0]), copy))
     numbers = numbers_in(str(refused.value).partition("pillow")[0], copy)
     image = permutation(0, 0, ROWS_PER_EPOCH)[0].item()
-    assert sorted(numbers) == ["0", "0", str(image)]  # epoch and place
+    assert sorted(numbers) == ["0", "0", str(image)]  # epoch, row and image
     with raises(DataError, f"teacher.target_stores {copy}", *VIEW_LIBRARIES):
         verify_targets(copy, root=None, teacher="none", num_queries=64)
 
@@ -110,11 +110,11 @@ def test_store_with_a_forged_interpolation_fails_its_view_checksums(store, teach
 def test_store_with_wrong_labels_is_refused(store, teachers, tmp_path):
     copy = copied(store, tmp_path)
 
-    def other_answers(records, checksums):
+    def shift_labels(records, checksums):
         records["label"] = (records["label"] + 1) % 10
         return records, checksums
 
-    forge(copy, other_answers)
+    forge(copy, shift_labels)
     with raises(
         DataError, f"teacher.target_stores {copy}", 428, open_store(copy).inference["precision"]
     ):
@@ -131,7 +131,7 @@ def test_store_with_labels_in_another_order_is_refused(store, teachers, tmp_path
 
 
 def test_changed_views_fail_their_checksums_during_training(store, teachers):
-    """A loader whose views differ from those that were checked."""
+    """The views of the loader change after the checks."""
     loader, _, _ = check(with_targets(configuration(teachers[0]), store))
     for _ in loader.epoch(2):
         pass
@@ -142,66 +142,65 @@ def test_changed_views_fail_their_checksums_during_training(store, teachers):
 
 
 def test_store_with_wrong_probabilities_is_refused(teachers, tmp_path):
-    """Its labels are right, what it holds of the other classes is not."""
+    """The labels are right, the scores of the other classes are not."""
     config = quick(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]))
-    for records in ("full", "top-3"):
-        store = tmp_path / records
-        plain = config.replace(loss={"temperature": 1.0})
-        write_targets(plain, store, content=records)
-        assert check(with_targets(plain, store))
+    for content in ("full", "top-3"):
+        store = tmp_path / content
+        at_temperature_1 = config.replace(loss={"temperature": 1.0})
+        write_targets(at_temperature_1, store, content=content)
+        assert check(with_targets(at_temperature_1, store))
 
-        def flatter(records, checksums):
+        def halve_scores(records, checksums):
             records["scores"] = np.float16(0.5) * records["scores"]
             return records, checksums
 
-        forge(store, flatter)
+        forge(store, halve_scores)
         with raises(
             DataError, f"teacher.target_stores {store}", open_store(store).inference["precision"]
         ):
-            check(with_targets(plain, store))
+            check(with_targets(at_temperature_1, store))
 
 
 def test_fingerprint_of_equal_weights_in_another_network_differs():
-    """Strides have no weights."""
+    """The networks differ in a stride, which has no weights."""
     from deit.models.registry import create_network
     from deit.models.teachers import LoadedNetwork
 
-    def identity(name):
+    def fingerprint_of(name):
         torch.manual_seed(0)
         network = create_network(StudentConfig(name=name, image_size=32), 10)
         return Teacher(LoadedNetwork(network, name, 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
 
-    first, second = identity("regnety_002_small_stem"), identity("timm:regnety_002")
+    first, second = fingerprint_of("regnety_002_small_stem"), fingerprint_of("timm:regnety_002")
     assert first["weights"] == second["weights"]
     assert first["layers"] != second["layers"]
-    assert identity("timm:regnety_002") == second
+    assert fingerprint_of("timm:regnety_002") == second
 
 
 def test_fingerprint_does_not_depend_on_library_versions(monkeypatch):
-    """Another version of PyTorch shows more of a layer, another one of timm has one more that does
-    nothing."""
+    """A later PyTorch can print more of a layer, a later timm can add a layer without effect."""
     from deit.models.teachers import LoadedNetwork
 
-    def identity(network):
+    def fingerprint_of(network):
         return Teacher(LoadedNetwork(network, "", 32, (0.0,) * 3, (1.0,) * 3, None)).fingerprint()
 
     def network(**settings):
         torch.manual_seed(0)
         return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 3, 3, **settings), act=nn.GELU()))
 
-    before = identity(network())
-    assert identity(network(padding=1)) != before
-    other = network()
-    other.act = nn.GELU(approximate="tanh")
-    assert identity(other) != before
+    before = fingerprint_of(network())
+    assert fingerprint_of(network(padding=1)) != before
+    tanh_gelu = network()
+    tanh_gelu.act = nn.GELU(approximate="tanh")
+    assert fingerprint_of(tanh_gelu) != before
     monkeypatch.setattr(nn.Conv2d, "extra_repr", lambda self: "words of a later version")
     later = network()
     later.drop = nn.Dropout(0.1)
-    assert identity(later) == before
+    assert fingerprint_of(later) == before
 
 
-def _turned(records):
-    """One target of 2,268 differs: too few for the recomputed outputs to detect."""
+def _with_another_label(records):
+    """Change one target of 2,268: too few for the recomputed outputs to detect."""
     records["label"][4, 200] = 9 - records["label"][4, 200]
     return records
 
@@ -210,17 +209,15 @@ def test_resume_with_changed_targets_is_refused(teachers, store, tmp_path):
     copy = copied(store, tmp_path)
     config = with_targets(configuration(teachers[0], optim={"epochs": 2}), copy)
     train(config, tmp_path / "run")
-    forge(
-        copy, lambda records, checksums: (np.where(records == records, records, records), checksums)
-    )
+    forge(copy, lambda records, checksums: (records, checksums))
     train(config, tmp_path / "run", resume=True)  # the same targets: complete already
-    forge(copy, lambda records, checksums: (_turned(records), checksums))
+    forge(copy, lambda records, checksums: (_with_another_label(records), checksums))
     with raises(DataError, tmp_path / "run", "teacher.target_stores"):
         train(config, tmp_path / "run", resume=True)
 
 
 def test_store_of_an_unavailable_teacher_is_used_with_a_warning(store, capsys, monkeypatch):
-    """A timm name without network: its weights are missing, but its targets are stored."""
+    """The weights of a timm teacher cannot be downloaded, but its targets are stored."""
 
     def unreachable(name, **settings):
         raise OSError(f"no hub for {name}")

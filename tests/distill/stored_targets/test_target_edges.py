@@ -1,4 +1,4 @@
-"""Stores of targets at their edges: workers, sizes, moved folders, broken manifests."""
+"""Edge cases of target stores: workers, sizes, moved folders, broken manifests."""
 
 import dataclasses
 import json
@@ -49,8 +49,8 @@ from tests.helpers.trained import trained
 
 
 @pytest.fixture
-def constant(tmp_path):
-    """A teacher for any classes that always predicts the same."""
+def constant_teacher(tmp_path):
+    """Return a function that writes a teacher of N classes with constant outputs."""
     file = tmp_path / "constant.py"
     file.write_text(
         "import torch\n"
@@ -61,22 +61,24 @@ def constant(tmp_path):
         "    return Constant()\n"
     )
 
-    def of(classes):
-        text = file.read_text().replace("{classes}", str(classes))
-        (tmp_path / f"of{classes}.py").write_text(text)
-        return f"{tmp_path / f'of{classes}.py'}:teacher"
+    def write(num_classes):
+        text = file.read_text().replace("{classes}", str(num_classes))
+        (tmp_path / f"of{num_classes}.py").write_text(text)
+        return f"{tmp_path / f'of{num_classes}.py'}:teacher"
 
-    return of
+    return write
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_store_of_several_teacher_crops_read_by_workers_verifies(workers, constant, tmp_path):
-    """Several blocks: while one is read, its further crops are read as well."""
+def test_store_of_several_teacher_crops_read_by_workers_verifies(
+    workers, constant_teacher, tmp_path
+):
+    """The images fill several blocks, each of which is read with all its crops."""
     images = write_class_folders(tmp_path / "data", images_per_class=24, size=(12, 12))
     config = digits().replace(
         data={"source": "folder", "root": str(images), "storage": "files", "num_workers": workers},
         views=VIEW_MODES["fix/ic_ens"].fields(dataclasses.asdict(digits().views)),
-        teacher={"source": (constant(3),), "allow_near_chance": True},
+        teacher={"source": (constant_teacher(3),), "allow_near_chance": True},
         loss=LOSS_PRESETS["function-matching"],
         optim={"epochs": 1, "warmup_epochs": 0, "batch_size": 4},
         run={"eval_batch_size": 4},
@@ -117,8 +119,8 @@ def test_records_that_the_loss_cannot_use_are_refused(records, teachers, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def sizes(teachers, tmp_path_factory):
-    """Two teachers of digits at 8 and at 16 px."""
+def teachers_of_two_sizes(teachers, tmp_path_factory):
+    """Return the run folders of two digits teachers, at 8 and at 16 px."""
     larger = digits_teacher().replace(
         student={"image_size": 16},
         data={"image_size": 16, "train_fraction": 0.3},
@@ -128,11 +130,13 @@ def sizes(teachers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("combine", ["tokens", "probabilities"])
-def test_stores_of_teachers_with_two_image_sizes_train_together(combine, sizes, tmp_path, capsys):
+def test_stores_of_teachers_with_two_image_sizes_train_together(
+    combine, teachers_of_two_sizes, tmp_path, capsys
+):
     config = digits_ensemble().replace(
         data={"image_size": 16, "train_fraction": 0.2},
         student={"depth": 1, "embed_dim": 16, "num_heads": 2},
-        teacher={"source": sizes, "combine": combine},
+        teacher={"source": teachers_of_two_sizes, "combine": combine},
         optim={"epochs": 1, "warmup_epochs": 0},
         loss=LOSS_PRESETS["deit-hard" if combine == "tokens" else "deit-soft"],
     )
@@ -145,16 +149,16 @@ def test_stores_of_teachers_with_two_image_sizes_train_together(combine, sizes, 
         verify_targets(tmp_path / f"store{index}", root=None, teacher=None, num_queries=32)
     assert re.search(r"100\.0 %\D*\b32\b", capsys.readouterr().out)
     train(config, tmp_path / "online")
-    expected = load_file(latest_checkpoint(tmp_path / "online") / "model.safetensors")
+    online_weights = load_file(latest_checkpoint(tmp_path / "online") / "model.safetensors")
     for name, targets in {"stored": tuple(stores), "half": ("none", stores[1])}.items():
         train(config.replace(teacher={"target_stores": targets}), tmp_path / name)
         for key, value in load_file(
             latest_checkpoint(tmp_path / name) / "model.safetensors"
         ).items():
-            if combine == "tokens":  # hard labels: the very same training
-                assert torch.equal(value, expected[key])
+            if combine == "tokens":  # hard labels: bit-identical training
+                assert torch.equal(value, online_weights[key])
             else:
-                torch.testing.assert_close(value, expected[key], atol=2e-3, rtol=0)
+                torch.testing.assert_close(value, online_weights[key], atol=2e-3, rtol=0)
     for invalid in (0, 3):
         with raises(ConfigError, f"--teacher-index {invalid}"):
             write_targets(config, tmp_path / "x", teacher_index=invalid)
@@ -167,9 +171,9 @@ def test_standardize_equal_logits_has_a_finite_gradient():
     assert torch.equal(standardize_logits(logits), torch.zeros(3, 5))
 
 
-def test_refused_teacher_leaves_no_store_folder(constant, teachers, tmp_path):
+def test_refused_teacher_leaves_no_store_folder(constant_teacher, teachers, tmp_path):
     with raises(DataError, "of10.py", "--teacher.allow_near_chance"):
-        write_targets(configuration(constant(10)), tmp_path / "store")
+        write_targets(configuration(constant_teacher(10)), tmp_path / "store")
     assert not (tmp_path / "store").exists()
     write_targets(configuration(teachers[0]), tmp_path / "store", epochs=1)
 
@@ -178,14 +182,14 @@ def test_refused_store_without_shards_advises_to_delete_it(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(8, 9))
 
-    def requested_rows():
+    def num_out_suggestions():
         with raises(ConfigError, f"--out {out}", "teacher.1.weights") as refused:
             write_targets(configuration(teachers[1]), out)
         return str(refused.value).count("--out") - 1
 
-    assert requested_rows() == 0
+    assert num_out_suggestions() == 0
     write_targets(configuration(teachers[0]), out, part=(0, 3))
-    assert requested_rows() == 1
+    assert num_out_suggestions() == 1
 
 
 def test_part_without_shards_is_logged(teachers, tmp_path, capsys):
@@ -205,15 +209,17 @@ def test_complete_store_is_cleaned_of_leftovers(store, teachers, tmp_path):
 
 
 def test_store_with_an_invalid_teacher_is_refused_and_missing_one_warns(
-    constant,
+    constant_teacher,
     store,
     teachers,
     tmp_path,
     capsys,
 ):
-    of_three = configuration(constant(3)).replace(teacher={"target_stores": (str(store),)})
+    three_classes = configuration(constant_teacher(3)).replace(
+        teacher={"target_stores": (str(store),)}
+    )
     with raises(DataError, "of3.py", "--teacher.classes"):
-        check(of_three)
+        check(three_classes)
     broken = tmp_path / "broken"
     shutil.copytree(teachers[0], broken)
     weights = broken / "best" / "model.safetensors"
@@ -241,8 +247,8 @@ def test_store_matches_proportional_teacher_weights(teachers, tmp_path):
         teacher={"source": tuple(teachers), "weights": (3.0, 1.0), "combine": "logits"},
     )
     write_targets(config, tmp_path / "store")
-    other = config.replace(teacher={"weights": (0.3, 0.1)})
-    assert check(with_targets(other, tmp_path / "store"))
+    proportional = config.replace(teacher={"weights": (0.3, 0.1)})
+    assert check(with_targets(proportional, tmp_path / "store"))
 
 
 @pytest.mark.fault("E6")
@@ -256,19 +262,21 @@ def test_damaged_store_stops_every_process(store, tmp_path):
     )
     teachers.load(splits.class_names, config.student.image_size, build_accelerator(config.run))
 
-    def process(main, others):
+    def fake_accelerator(is_main, other_codes):
         return SimpleNamespace(
-            is_main_process=main,
+            is_main_process=is_main,
             device=torch.device("cpu"),
-            reduce=lambda value, reduction: value + others,
+            reduce=lambda value, reduction: value + other_codes,
         )
 
     with raises(CheckpointError, copy / TARGETS):
-        teachers.check(splits, process(main=True, others=0), loader, config.evaluation)
+        teachers.check(
+            splits, fake_accelerator(is_main=True, other_codes=0), loader, config.evaluation
+        )
     with raises(CheckpointError, f"teacher.target_stores {copy}") as refused:
         teachers.check(
             splits,
-            process(main=False, others=-CheckpointError.exit_code),
+            fake_accelerator(is_main=False, other_codes=-CheckpointError.exit_code),
             loader,
             config.evaluation,
         )
@@ -279,8 +287,8 @@ BROKEN = {
     "no fingerprint": lambda manifest: manifest.pop("fingerprint"),
     "text as fingerprint": lambda manifest: manifest.update(fingerprint="x"),
     "no layout": lambda manifest: manifest.update(record_format={}),
-    "no places": lambda manifest: manifest["record_format"].update(rows_per_epoch=0, epochs=0),
-    "text as places": lambda manifest: manifest["record_format"].update(rows_per_epoch="many"),
+    "no rows": lambda manifest: manifest["record_format"].update(rows_per_epoch=0, epochs=0),
+    "text as rows": lambda manifest: manifest["record_format"].update(rows_per_epoch="many"),
     "unknown records": lambda manifest: manifest["record_format"].update(content="soft"),
     "no teacher": lambda manifest: manifest["fingerprint"].update(teacher=None),
     "no format": lambda manifest: [manifest.pop(key) for key in list(manifest) if key != "format"],
@@ -305,11 +313,11 @@ def test_broken_manifest_is_refused_in_one_line(name, store, teachers, tmp_path)
 
 def test_edited_manifest_is_refused(store, tmp_path):
     copy = copied(store, tmp_path)
-    good = json.loads((copy / MANIFEST).read_text())
+    manifest = json.loads((copy / MANIFEST).read_text())
     open_store(copy)
-    changes = [edited for _, edited in edits(good, depth=4)]
-    assert len(changes) > 200
-    for edited in changes:
+    edited_manifests = [edited for _, edited in edits(manifest, depth=4)]
+    assert len(edited_manifests) > 200
+    for edited in edited_manifests:
         (copy / MANIFEST).write_text(json.dumps(edited))
         with pytest.raises(CheckpointError):
             open_store(copy)

@@ -1,4 +1,4 @@
-"""A writer of targets that is killed or stopped resumes to the same bytes."""
+"""A target writer that is killed or stopped resumes to the same bytes."""
 
 import os
 import random
@@ -27,7 +27,7 @@ pytest.importorskip("sklearn")
 def test_killed_writers_resume_to_the_same_bytes(
     single_process_store, teachers, tmp_path, command_server
 ):
-    """kill -9 at random moments until a writer is left to finish; two shards at once."""
+    """Two writers, each with a part, are killed at random moments; the last two finish."""
     killed = tmp_path / "killed"
 
     def write(out, *more):
@@ -35,14 +35,14 @@ def test_killed_writers_resume_to_the_same_bytes(
             "targets", "write", *write_arguments(teachers[0], out, *more), **SMALL_SHARDS
         )
 
-    moments = random.Random(7)
+    generator = random.Random(7)
     for attempt in range(4):
         writers = [write(killed, "--part", f"{part}/2") for part in (0, 1)]
         started = time.monotonic()
-        # At first at once, then later and later: while reading, computing, committing.
+        # First at once, then later and later: while reading, computing, committing.
         while time.monotonic() - started < 20 and not (killed / SHARDS).is_dir():
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.15) * attempt)
+        time.sleep(generator.uniform(0, 0.15) * attempt)
         for writer in writers:
             writer.signal(signal.SIGKILL)
             writer.wait()
@@ -51,7 +51,7 @@ def test_killed_writers_resume_to_the_same_bytes(
     was_complete = manifest.is_file() and read_manifest(killed)["complete"]
     first, last = (write(killed, "--part", f"{part}/2").wait() for part in (0, 1))
     assert (first.code, last.code) == (0, 0)
-    # The one that finds the store complete prints how to use it.
+    # A writer that ends with a complete store prints how to use it.
     advice = f"--teacher.target_stores {killed}"
     assert (advice in first.out, advice in last.out) == (was_complete, True)
     finished, expected = content(killed), content(single_process_store)
@@ -60,10 +60,10 @@ def test_killed_writers_resume_to_the_same_bytes(
 
 @pytest.mark.fault("A7", "A11")
 def test_sigterm_keeps_the_written_shards(single_process_store, teachers, tmp_path, command_server):
-    stopped = tmp_path / "stopped"
+    out = tmp_path / "stopped"
 
     def write(fault=""):
-        arguments = write_arguments(teachers[0], stopped)
+        arguments = write_arguments(teachers[0], out)
         return command_server.run("targets", "write", *arguments, DEIT_FAULT=fault, **SMALL_SHARDS)
 
     done = write("targets:2:term")
@@ -71,32 +71,32 @@ def test_sigterm_keeps_the_written_shards(single_process_store, teachers, tmp_pa
     (line,) = done.err.splitlines()
     assert line.startswith("deit: error: ")
     assert "SIGTERM" in line
-    assert len(list((stopped / SHARDS).glob("0*.bin"))) == 2  # the one under way too
-    again = write("targets:1:term,targets:1:int")
-    assert again.code == 143  # two at once are one
-    assert again.err == done.err
+    assert len(list((out / SHARDS).glob("0*.bin"))) == 2  # with the shard in progress
+    repeated = write("targets:1:term,targets:1:int")
+    assert repeated.code == 143  # two signals at once count as one
+    assert repeated.err == done.err
     assert write().code == 0
-    assert content(stopped) == content(single_process_store)
+    assert content(out) == content(single_process_store)
 
 
 class _KilledError(BaseException):
-    """A stand-in for the end of a process."""
+    """Stands in for the kill of a process."""
 
 
 @pytest.fixture(scope="module")
 def one_epoch(teachers, tmp_path_factory):
-    """Writes a store of one epoch in three small shards; and what it holds."""
+    """Return a function that writes a store of one epoch in three shards, and its content."""
 
     def write(out):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(target_format, "_MIN_ROWS_PER_SHARD", 32)
-            few = configuration(teachers[0], data={"train_fraction": 0.07})
-            write_targets(few, out, epochs=1)
+            config = configuration(teachers[0], data={"train_fraction": 0.07})
+            write_targets(config, out, epochs=1)
             assert open_store(out).record_format.num_shards == 3
 
-    whole = tmp_path_factory.mktemp("one-epoch") / "store"
-    write(whole)
-    return write, content(whole)
+    store = tmp_path_factory.mktemp("one-epoch") / "store"
+    write(store)
+    return write, content(store)
 
 
 @pytest.mark.fault("A7")
@@ -104,23 +104,23 @@ def one_epoch(teachers, tmp_path_factory):
 def test_kill_at_any_file_operation_leaves_no_partial_shard(
     moment, one_epoch, tmp_path, monkeypatch
 ):
-    """The process ends at the moment-th fsync or rename; the next one finishes the store."""
+    """The process is killed at one fsync or rename; the next process completes the store."""
     write, expected = one_epoch
-    out, left = tmp_path / "store", [moment]
+    out, remaining = tmp_path / "store", [moment]
     replace, fsync = Path.replace, os.fsync
 
-    def counted(do):
-        def instead(*arguments):
-            if left[0] == 0:
+    def killing(operation):
+        def wrapper(*arguments):
+            if remaining[0] == 0:
                 raise _KilledError
-            left[0] -= 1
-            return do(*arguments)
+            remaining[0] -= 1
+            return operation(*arguments)
 
-        return instead
+        return wrapper
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", counted(replace))
-        patched.setattr(os, "fsync", counted(fsync))
+        patched.setattr(Path, "replace", killing(replace))
+        patched.setattr(os, "fsync", killing(fsync))
         with pytest.raises(_KilledError):
             write(out)
     with raises(DataError, f"teacher.target_stores {out}"):

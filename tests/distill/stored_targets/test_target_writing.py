@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+from collections import namedtuple
 
 import pytest
 
@@ -41,22 +43,24 @@ def test_store_consists_of_three_files(store):
     assert 0.5 < manifest["teacher_top1"] <= 1
 
 
-# ---- written by several processes, killed and resumed
+# ---- written in parts and by several processes
 
 
 @pytest.mark.fault("D9")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_store_written_in_parts_has_the_same_bytes(order, teachers, store, tmp_path, capsys):
     out = tmp_path / "parts"
-    for done, part in enumerate(order, start=1):
+    for num_done, part in enumerate(order, start=1):
         complete = write_targets(configuration(teachers[0]), out, part=(part, 3))
-        assert complete is (done == 3)
+        assert complete is (num_done == 3)
         output = capsys.readouterr().out
         assert "images/s" in output  # the teacher was run
-        last = output.splitlines()[-1]
-        assert str(out) in last
-        numbers = [str(EPOCHS * ROWS_PER_EPOCH)] if complete else [str(done), "3", str(3 - done)]
-        assert set(numbers) <= set(numbers_in(last, out))
+        last_line = output.splitlines()[-1]
+        assert str(out) in last_line
+        numbers = (
+            [str(EPOCHS * ROWS_PER_EPOCH)] if complete else [str(num_done), "3", str(3 - num_done)]
+        )
+        assert set(numbers) <= set(numbers_in(last_line, out))
     assert content(out) == content(store)
     assert write_targets(configuration(teachers[0]), out)
     output = capsys.readouterr().out
@@ -69,23 +73,23 @@ def test_store_written_in_parts_has_the_same_bytes(order, teachers, store, tmp_p
 def test_store_written_by_two_processes_has_the_same_bytes(
     single_process_store, teachers, command_server, tmp_path
 ):
-    shared = tmp_path / "together"
-    again = command_server.run(
+    out = tmp_path / "store"
+    repeated = command_server.run(
         "targets", "write", *write_arguments(teachers[0], single_process_store), **SMALL_SHARDS
     )
-    assert again.code == 0
-    assert "images/s" not in again.out  # the teacher is not run
-    assert again.out.count(f"--teacher.target_stores {single_process_store}") == 1
-    _, following = again.out.split("next: deit ")
-    used = command_server.run(*shlex.split(following), "--dry-run", **SMALL_SHARDS)
-    assert used.code == 0, used.err
-    done = command_server.run_processes(
-        "targets", "write", *write_arguments(teachers[0], shared), **SMALL_SHARDS
+    assert repeated.code == 0
+    assert "images/s" not in repeated.out  # the teacher is not run
+    assert repeated.out.count(f"--teacher.target_stores {single_process_store}") == 1
+    _, next_command = repeated.out.split("next: deit ")
+    dry_run = command_server.run(*shlex.split(next_command), "--dry-run", **SMALL_SHARDS)
+    assert dry_run.code == 0, dry_run.err
+    processes = command_server.run_processes(
+        "targets", "write", *write_arguments(teachers[0], out), **SMALL_SHARDS
     )
-    assert [process.code for process in done] == [0, 0], done
-    assert any("images/s" in process.out for process in done)
-    assert sum(process.out.count(f"--teacher.target_stores {shared}") for process in done) == 1
-    assert content(shared) == content(single_process_store)
+    assert [process.code for process in processes] == [0, 0], processes
+    assert any("images/s" in process.out for process in processes)
+    assert sum(process.out.count(f"--teacher.target_stores {out}") for process in processes) == 1
+    assert content(out) == content(single_process_store)
 
 
 def test_out_with_other_files_or_another_store_is_refused(teachers, store, tmp_path):
@@ -102,26 +106,26 @@ def test_out_with_other_files_or_another_store_is_refused(teachers, store, tmp_p
 def test_parts_with_another_eval_batch_size_are_refused(teachers, tmp_path):
     """Another block size, like another precision, can change the last bits of an output."""
     write_targets(configuration(teachers[0]), tmp_path / "s", part=(0, 3))
-    other = configuration(teachers[0], run={"eval_batch_size": 64})
+    config = configuration(teachers[0], run={"eval_batch_size": 64})
     with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
-        write_targets(other, tmp_path / "s", part=(1, 3))
+        write_targets(config, tmp_path / "s", part=(1, 3))
     assert_differs(refused, "inference.batch_size", "256", "64")
 
 
 @pytest.mark.fault("D9")
 def test_concurrent_writer_with_another_config_is_refused(teachers, tmp_path, monkeypatch):
-    """The second comes between the first's look at the folder and its manifest."""
+    """The other writer starts after the first has looked at the folder, and writes first."""
     from deit.distill import target_shards
 
-    put_first, other = target_shards.write_once, []
+    write_once, started = target_shards.write_once, []
 
-    def slow(path, content):
-        if not other:
-            other.append(True)
+    def write_after_another(path, content):
+        if not started:
+            started.append(True)
             write_targets(configuration(teachers[0], run={"seed": 1}), tmp_path / "s", part=(0, 3))
-        return put_first(path, content)
+        return write_once(path, content)
 
-    monkeypatch.setattr(target_shards, "write_once", slow)
+    monkeypatch.setattr(target_shards, "write_once", write_after_another)
     with raises(ConfigError, f"--out {tmp_path / 's'}") as refused:
         write_targets(configuration(teachers[0]), tmp_path / "s")
     assert_differs(refused, "fingerprint.seed", "1", "0")
@@ -141,13 +145,13 @@ def test_out_with_dots_through_a_missing_folder_overwrites_nothing(teachers, sto
 def test_nonfinite_teacher_outputs_are_not_written(teachers, tmp_path, monkeypatch):
     original = Teacher.forward
 
-    def broken(self, images):
+    def forward_with_nan(self, images):
         logits = original(self, images)
         if len(logits) == 256:  # a whole block of training views
             logits[3] = float("nan")
         return logits
 
-    monkeypatch.setattr(Teacher, "forward", broken)
+    monkeypatch.setattr(Teacher, "forward", forward_with_nan)
     with raises(NumericsError, "--run.precision fp32") as stopped:
         write_targets(configuration(teachers[0]), tmp_path / "store")
     assert numbers_in(str(stopped.value)) == [str(permutation(0, 0, ROWS_PER_EPOCH)[3].item())]
@@ -168,10 +172,8 @@ def test_write_targets_with_invalid_options_is_refused(teachers, tmp_path):
         write_targets(ensemble, tmp_path / "s")
     with raises(ConfigError, "--content top-10") as refused:
         write_targets(config, tmp_path / "s", content="top-10")
-    assert numbers_in(str(refused.value)) == [
-        "10",
-        "10",
-    ]  # the K of top-K, and the number of classes
+    # The K of top-K, and the number of classes.
+    assert numbers_in(str(refused.value)) == ["10", "10"]
     views = VIEW_MODES["fix/cc"].fields(to_dict(config)["views"])
     with raises(ConfigError, "--epochs 4", "views.teacher_view center"):
         write_targets(config.replace(views=views), tmp_path / "s", epochs=4)
@@ -181,22 +183,14 @@ def test_write_targets_with_invalid_options_is_refused(teachers, tmp_path):
 def test_write_targets_full_disk_is_refused_before_inference(
     teachers, tmp_path, command_server, monkeypatch
 ):
-    import shutil as system
-    from collections import namedtuple
-
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 100, 100)
-    monkeypatch.setattr(system, "disk_usage", lambda folder: usage)
-    assert (
-        run_command("targets", ["write", *write_arguments(teachers[0], tmp_path / "s")], "deit")
-        == 5
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    arguments = ["write", *write_arguments(teachers[0], tmp_path / "s")]
+    assert run_command("targets", arguments, "deit") == 5
     assert not (tmp_path / "s").exists()
     monkeypatch.undo()
-    done = command_server.run(
-        *("targets", "write", *write_arguments(teachers[0], tmp_path / "s")),
-        DEIT_FAULT="targets:2:full",
-        **SMALL_SHARDS,
-    )
+    fault = {"DEIT_FAULT": "targets:2:full", **SMALL_SHARDS}
+    done = command_server.run("targets", *arguments, **fault)
     assert done.code == 5
     assert str(tmp_path / "s" / SHARDS) in done.err
     assert os.strerror(errno.ENOSPC) in done.err

@@ -1,4 +1,4 @@
-"""Training from stored targets gives the same bits as training with the teacher itself."""
+"""Training from stored targets matches training with the live teacher."""
 
 import dataclasses
 import re
@@ -31,8 +31,8 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
-def online(teachers, tmp_path_factory):
-    """A run with a live teacher."""
+def online_run(teachers, tmp_path_factory):
+    """Return a run with a live teacher."""
     out = tmp_path_factory.mktemp("online") / "run"
     train(quick(configuration(teachers[0])), out)
     return out
@@ -40,21 +40,20 @@ def online(teachers, tmp_path_factory):
 
 @pytest.mark.parametrize("source", ["with its teacher", "without"])
 def test_hard_targets_train_bit_identical_to_the_live_teacher(
-    source, online, store, teachers, tmp_path, capsys
+    source, online_run, store, teachers, tmp_path, capsys
 ):
-    stored = with_targets(quick(configuration(teachers[0])), store)
+    config = with_targets(quick(configuration(teachers[0])), store)
     if source == "without":
-        stored = stored.replace(teacher={"source": ()})
+        config = config.replace(teacher={"source": ()})
     capsys.readouterr()
-    train(stored, tmp_path / "stored")
+    train(config, tmp_path / "stored")
     output = capsys.readouterr().out
     line = line_about(output, store)
     assert "hard" in line
     assert numbers_in(line, store)[0] == str(EPOCHS)
     assert ("100.0 %" in line) is (source == "with its teacher")  # of the recomputed outputs
-    assert latest_weights(tmp_path / "stored") == latest_weights(online)
-    actual, online_row = metric_rows(tmp_path / "stored"), metric_rows(online)
-    assert actual == online_row
+    assert latest_weights(tmp_path / "stored") == latest_weights(online_run)
+    assert metric_rows(tmp_path / "stored") == metric_rows(online_run)
 
 
 @pytest.mark.fault("D17")
@@ -68,15 +67,17 @@ def test_every_view_mode_trains_from_a_store_as_online(mode, teachers, tmp_path)
     config = quick(base, views=views)
     write_targets(config, tmp_path / "store")
     train(with_targets(config, tmp_path / "store"), tmp_path / "stored")
-    stored = metric_rows(tmp_path / "stored")
+    stored_rows = metric_rows(tmp_path / "stored")
     layout = open_store(tmp_path / "store").record_format
     assert layout.content == "full"
     assert layout.epochs == (1 if mode.startswith("fix/") else 2)
     if mode != "fix/ic_ens":
         train(config, tmp_path / "online")
-        for actual, online_row in zip(stored, metric_rows(tmp_path / "online"), strict=True):
-            assert actual["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
-            assert actual["teacher_top1"] == online_row["teacher_top1"]
+        for stored_row, online_row in zip(
+            stored_rows, metric_rows(tmp_path / "online"), strict=True
+        ):
+            assert stored_row["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
+            assert stored_row["teacher_top1"] == online_row["teacher_top1"]
 
 
 def test_fewer_stored_epochs_are_reused_cyclically_and_logged(store, teachers, tmp_path, capsys):
@@ -104,21 +105,21 @@ def test_hard_records_with_a_loss_of_logits_are_refused(store, teachers):
         ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "--content full"
     ):
         open_stores(config.teacher, config.loss)
-    both = configuration(teachers[0]).replace(
+    ensemble = configuration(teachers[0]).replace(
         teacher={"source": tuple(teachers), "target_stores": (str(store), str(store))},
     )
     with raises(ConfigError, f"teacher.target_stores {store}", "teacher.combine", "--content full"):
-        open_stores(both.teacher, both.loss)
+        open_stores(ensemble.teacher, ensemble.loss)
 
 
 def test_top_k_records_with_a_temperature_are_refused(teachers, tmp_path):
     config = configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"])
-    plain = config.replace(loss={"temperature": 1.0})
-    write_targets(plain, tmp_path / "top", epochs=1, content="top-3")
+    at_temperature_1 = config.replace(loss={"temperature": 1.0})
+    write_targets(at_temperature_1, tmp_path / "top", epochs=1, content="top-3")
     where = f"teacher.target_stores {tmp_path / 'top'}"
     with raises(ConfigError, where, "loss.temperature", "--content full"):
         stores_with(config, tmp_path / "top")
-    assert stores_with(plain, tmp_path / "top")
+    assert stores_with(at_temperature_1, tmp_path / "top")
 
 
 def test_store_of_mean_probabilities_at_another_temperature_is_refused(teachers, tmp_path):
@@ -129,16 +130,14 @@ def test_store_of_mean_probabilities_at_another_temperature_is_refused(teachers,
     with raises(ConfigError, f"loss.temperature = {temperature}", "--teacher.combine logits"):
         write_targets(config, tmp_path / "mean", epochs=1)
     write_targets(config.replace(loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
-    single_process_store = config.replace(
+    stored_config = config.replace(
         teacher={"source": (), "target_stores": (str(tmp_path / "mean"),)}
     )
     where = f"teacher.target_stores {tmp_path / 'mean'}"
     with raises(ConfigError, where, f"loss.temperature {temperature}", "--teacher.combine logits"):
-        open_stores(single_process_store.teacher, single_process_store.loss)
+        open_stores(stored_config.teacher, stored_config.loss)
     assert check(
-        single_process_store.replace(
-            loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0}
-        )
+        stored_config.replace(loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0})
     )
 
 
@@ -151,21 +150,21 @@ def test_ensemble_of_stores_trains_as_the_online_ensemble(combine, teachers, tmp
     )
     stores = []
     for index, teacher in enumerate(teachers):
-        single_process_store = config.replace(
+        one_teacher = config.replace(
             teacher={"source": (teacher,), "weights": (), "combine": "probabilities"},
             student={"num_distillation_tokens": 1},
         )
-        write_targets(single_process_store, tmp_path / str(index))
+        write_targets(one_teacher, tmp_path / str(index))
         stores.append(tmp_path / str(index))
     train(config, tmp_path / "online")
     train(with_targets(config, *stores), tmp_path / "stored")
     train(with_targets(config, stores[0], "none"), tmp_path / "half")
-    expected = metric_rows(tmp_path / "online")
+    online_rows = metric_rows(tmp_path / "online")
     for name in ("stored", "half"):
-        for actual, online_row in zip(metric_rows(tmp_path / name), expected, strict=True):
-            assert actual["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
+        for stored_row, online_row in zip(metric_rows(tmp_path / name), online_rows, strict=True):
+            assert stored_row["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
     if combine == "tokens":
-        assert {"loss_teacher_1", "loss_teacher_2"} <= expected[0].keys()
+        assert {"loss_teacher_1", "loss_teacher_2"} <= online_rows[0].keys()
 
 
 def test_store_of_combined_outputs_trains_as_the_online_ensemble(teachers, tmp_path, capsys):
@@ -179,14 +178,14 @@ def test_store_of_combined_outputs_trains_as_the_online_ensemble(teachers, tmp_p
     output = capsys.readouterr().out
     assert re.search(r"100\.0 %\D*\b\d{3}\b", line_about(output, tmp_path / "together"))
     assert re.search(r"(?m)^teachers\b.*\b143\b", output)
-    for actual, online_row in zip(
+    for stored_row, online_row in zip(
         metric_rows(tmp_path / "stored"), metric_rows(tmp_path / "online")
     ):
-        assert actual["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
-    other = config.replace(teacher={"weights": (1.0, 1.0)})
+        assert stored_row["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
+    equal_weights = config.replace(teacher={"weights": (1.0, 1.0)})
     with raises(DataError, f"teacher.target_stores {tmp_path / 'together'}") as refused:
-        check(with_targets(other, tmp_path / "together"))
+        check(with_targets(equal_weights, tmp_path / "together"))
     assert_differs(refused, "weights", "[0.666666667, 0.333333333]", "[0.5, 0.5]")
-    turned = config.replace(teacher={"source": tuple(reversed(teachers))})
+    reversed_teachers = config.replace(teacher={"source": tuple(reversed(teachers))})
     with raises(DataError, "teacher.1.weights", "teacher.2.weights"):
-        check(with_targets(turned, tmp_path / "together"))
+        check(with_targets(reversed_teachers, tmp_path / "together"))
