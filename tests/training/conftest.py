@@ -1,4 +1,4 @@
-"""Runs that several files of tests look at: trained once for each file."""
+"""Runs that several test files use, trained once per file."""
 
 import json
 from pathlib import Path
@@ -14,24 +14,24 @@ from tests.helpers.trained import trained
 
 
 @pytest.fixture(scope="module")
-def undisturbed_run(command_server, tmp_path_factory) -> Path:
-    """A small run that nothing interrupts."""
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted_run(command_server, tmp_path_factory) -> Path:
+    """Return a finished small run without a stop."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     done = command_server.run("train", *small_runs.SMALL, "--out", out)
     assert done.code == 0, done.err
     best = json.loads((out / "result.json").read_text())["best"]
-    assert best["epoch"] == 2  # it is written twice
+    assert best["epoch"] == 2  # best is written twice
     return out
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A teacher and a student at 8 px, and the teacher fitted to 16 px."""
+    """Return the folder of a teacher and a student at 8 px, and the teacher fine-tuned at 16 px."""
     folder = tmp_path_factory.mktemp("runs")
     trained(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
     source = str(folder / "teacher")
     student = digits().replace(data=FEW, student=SMALL, teacher={"source": (source,)}, optim=BRIEF)
     train(student, folder / "student")
-    fitted = at_resolution(digits_teacher(), 16).replace(data=FEW, init={"weights": source})
-    train(fitted.replace(optim={"epochs": 1, "warmup_epochs": 0}), folder / "teacher16")
+    finetuned = at_resolution(digits_teacher(), 16).replace(data=FEW, init={"weights": source})
+    train(finetuned.replace(optim={"epochs": 1, "warmup_epochs": 0}), folder / "teacher16")
     return folder

@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass: the same bits, for less memory."""
+"""Activation checkpointing: bit-identical results with less memory."""
 
 import pytest
 import torch
@@ -43,19 +43,19 @@ def saved_bytes(config):
 
 
 def test_activation_checkpointing_keeps_a_fraction_of_the_memory():
-    often, once = (
-        saved_bytes(config(run={"activation_checkpointing": again})) for again in (False, True)
+    plain, checkpointed = (
+        saved_bytes(config(run={"activation_checkpointing": enabled})) for enabled in (False, True)
     )
-    assert once < 0.15 * often
+    assert checkpointed < 0.15 * plain
 
 
 @pytest.mark.parametrize("linear", ["torch", "onednn"])
 def test_activation_checkpointing_is_bit_identical(tmp_path, linear):
-    """With drop path: the second time it drops the same."""
+    """With drop path: the second forward pass drops the same paths."""
     weights = []
-    for again in (False, True):
-        out = tmp_path / str(again)
-        train(config(run={"activation_checkpointing": again, "linear_backend": linear}), out)
+    for enabled in (False, True):
+        out = tmp_path / str(enabled)
+        train(config(run={"activation_checkpointing": enabled, "linear_backend": linear}), out)
         weights.append((latest_checkpoint(out) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 

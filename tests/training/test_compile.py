@@ -1,4 +1,4 @@
-"""Compiled networks: the same numbers and names, and exact resume; what is compiled."""
+"""Compiled networks: the same results and names, exact resume, errors without a compiler."""
 
 import copy
 import errno
@@ -21,20 +21,20 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture
-def cuda_graphs_off(monkeypatch):
-    """Tracing as it is, without the compiler behind it: seconds instead of half a minute."""
-    seen = []
+def traced_networks(monkeypatch):
+    """Trace networks without a compiler, which takes seconds; yield those that were traced."""
+    networks = []
 
-    def traced(network, mode):
-        seen.append((type(network).__name__, mode))
+    def trace(network, mode):
+        networks.append((type(network).__name__, mode))
         network.compile(backend="eager")
 
     for name in (
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
-        monkeypatch.setattr(name, traced)
-    yield seen
+        monkeypatch.setattr(name, trace)
+    yield networks
     torch._dynamo.reset()
 
 
@@ -56,16 +56,16 @@ def rows(out):
     return [row["train"] | row["validation"] for row in run_log.read(out / "metrics.jsonl")]
 
 
-def test_compiled_run_matches_the_eager_run(config, cuda_graphs_off, tmp_path):
+def test_compiled_run_matches_the_eager_run(config, traced_networks, tmp_path):
     train(config, tmp_path / "eager")
-    assert cuda_graphs_off == []
+    assert traced_networks == []
     train(config.replace(run={"compile": "default"}), tmp_path / "traced")
-    assert cuda_graphs_off == [("Student", "default"), ("Teacher", "default")]
+    assert traced_networks == [("Student", "default"), ("Teacher", "default")]
     for eager, compiled in zip(rows(tmp_path / "eager"), rows(tmp_path / "traced"), strict=True):
         assert eager == pytest.approx(compiled, abs=1e-4)
 
 
-def test_compiled_network_keeps_its_names_and_can_be_copied(config):
+def test_compiled_network_keeps_its_names_and_can_be_copied():
     layer = torch.nn.Linear(3, 2)
     names = list(layer.state_dict())
     compile_module(layer, "default")
@@ -77,7 +77,7 @@ def test_compiled_network_keeps_its_names_and_can_be_copied(config):
     ("mode", "graphs"),
     [("none", False), ("default", False), ("reduce-overhead", True), ("max-autotune", True)],
 )
-def test_uses_cuda_graphs_by_compile_mode(mode, graphs, config):
+def test_uses_cuda_graphs_by_compile_mode(mode, graphs):
     assert uses_cuda_graphs(mode) is graphs
 
 
@@ -86,29 +86,31 @@ def test_compiled_student_does_not_use_onednn_linear(config, tmp_path, monkeypat
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
-        monkeypatch.setattr(name, lambda network, mode: None)  # nothing is computed with it here
+        monkeypatch.setattr(name, lambda network, mode: None)  # not needed here
     monkeypatch.setattr(onednn_linear, "cpu_vendor", lambda: "AuthenticAMD")
-    created = []
-    monkeypatch.setattr("deit.training.build.use_onednn", lambda student: created.append(student))
+    onednn_students = []
+    monkeypatch.setattr(
+        "deit.training.build.use_onednn", lambda student: onednn_students.append(student)
+    )
     fault_injection.install_faults("step:1:term")
     for mode in ("default", "none"):
-        config_auto = config.replace(run={"linear_backend": "auto", "compile": mode})
+        auto_config = config.replace(run={"linear_backend": "auto", "compile": mode})
         with pytest.raises(StoppedBySignal):
-            train(config_auto, tmp_path / mode)
-        assert len(created) == (mode == "none")
+            train(auto_config, tmp_path / mode)
+        assert len(onednn_students) == (mode == "none")
         fault_injection.install_faults("step:1:term")
     fault_injection.install_faults(None)
 
 
 def test_missing_compiler_is_reported_and_the_run_can_resume(config, tmp_path, monkeypatch):
-    def lacking(graph, examples):
+    def fail_to_compile(graph, examples):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "g++")
 
     for name in (
         "deit.training.build.compile_module",
         "deit.distill.teacher_ensemble.compile_module",
     ):
-        monkeypatch.setattr(name, lambda network, mode: network.compile(backend=lacking))
+        monkeypatch.setattr(name, lambda network, mode: network.compile(backend=fail_to_compile))
     try:
         with raises(SystemFault, "torch.compile", "'g++'", "--run.compile", "--resume"):
             train(config.replace(run={"compile": "default"}), tmp_path / "run")

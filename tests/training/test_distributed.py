@@ -1,4 +1,4 @@
-"""Two processes against one: the same learning rate, the same order, losses equal to rounding."""
+"""Two processes compared with one: equal learning rates and order, losses equal to rounding."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def torchrun(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, command_server):
-    """A student trained by one process, and by two, against the same teacher."""
+    """Train a student with one process and with two; return the folder and the outputs."""
     folder = tmp_path_factory.mktemp("runs")
     script = ROOT / "train_deit.py"
     trained(digits_teacher().replace(optim={"epochs": 3}), folder / "teacher")
@@ -132,7 +132,7 @@ def test_training_on_files_with_two_processes_matches_one(command_server, tmp_pa
         *("--run.eval_batch_size", "2"),
     )
     files = ("--data.storage", "files", "--data.num_workers", "1")
-    output = {
+    outputs = {
         num_processes: output_of(
             command_server,
             num_processes,
@@ -144,7 +144,7 @@ def test_training_on_files_with_two_processes_matches_one(command_server, tmp_pa
         )
         for num_processes in (1, 2)
     }
-    assert re.search(r"\b1 worker\b", output[1])
+    assert re.search(r"\b1 worker\b", outputs[1])
     for actual, expected in zip(rows(tmp_path, 2), rows(tmp_path, 1), strict=True):
         assert actual["train"] == pytest.approx(expected["train"], abs=1e-5)
         assert actual["validation"] == pytest.approx(expected["validation"], abs=1e-9)
@@ -187,18 +187,18 @@ from deit.models.saved_student import ModelInfo, build_student
 from deit.training.optimizer import build_optimizer
 
 sent = []
-reduce = torch.distributed.all_reduce
-def counted(tensor, *rest, **more):
+original_all_reduce = torch.distributed.all_reduce
+def counting_all_reduce(tensor, *rest, **more):
     sent.append(tensor.nbytes)
-    return reduce(tensor, *rest, **more)
-torch.distributed.all_reduce = counted
+    return original_all_reduce(tensor, *rest, **more)
+torch.distributed.all_reduce = counting_all_reduce
 
 def exchange():
     accelerator = build_accelerator(RunConfig(device="cpu", gradient_compression=sys.argv[1]))
     torch.manual_seed(0)
     config = StudentConfig(name="deit_tiny", image_size=32, patch_size=4)
     student = build_student(ModelInfo(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0))
-    number = sum(parameter.numel() for parameter in student.parameters())
+    num_parameters = sum(parameter.numel() for parameter in student.parameters())
     student, optimizer = accelerator.prepare(student, build_optimizer(student, OptimConfig()))
     torch.manual_seed(accelerator.process_index)
     images = torch.rand(2, 3, 32, 32)
@@ -208,13 +208,13 @@ def exchange():
         loss = outputs.class_logits.sum() + outputs.distillation_logits.square().sum()
         accelerator.backward(loss)
         assert student.modules_buffers == []
-        gradient = torch.cat([one.grad.flatten() for one in student.parameters()])
+        gradient = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
         optimizer.zero_grad()
     if accelerator.is_main_process:
-        facts = student._get_ddp_logging_data()
-        pieces = [int(size) for size in facts["rebuilt_bucket_sizes"].split(", ")]
+        info = student._get_ddp_logging_data()
+        buckets = [int(size) for size in info["rebuilt_bucket_sizes"].split(", ")]
         save_file({"gradient": gradient}, sys.argv[2])
-        print(json.dumps({"parameters": number, "pieces": pieces, "sent": sent}))
+        print(json.dumps({"parameters": num_parameters, "buckets": buckets, "sent": sent}))
 
 exchange()
 destroy_process_group()
@@ -222,17 +222,21 @@ destroy_process_group()
 
 
 def test_gradients_take_four_bytes_per_parameter_or_two_compressed(command_server, tmp_path):
-    """In pieces, so that the exchange may begin before the last gradient is there."""
+    """In buckets, so that the exchange starts before the last gradient is computed."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
     results = {}
-    for kind in ("none", "bf16"):
-        output = output_of(command_server, 2, script, kind, f"{kind}.pt", cwd=tmp_path)
-        results[kind] = last_json(output)
-        assert sum(results[kind]["pieces"]) == 4 * results[kind]["parameters"]
-        assert len(results[kind]["pieces"]) >= 5
-    assert results["none"]["sent"] == []  # torch's own exchange, in those pieces
+    for compression in ("none", "bf16"):
+        output = output_of(
+            command_server, 2, script, compression, f"{compression}.pt", cwd=tmp_path
+        )
+        results[compression] = last_json(output)
+        assert sum(results[compression]["buckets"]) == 4 * results[compression]["parameters"]
+        assert len(results[compression]["buckets"]) >= 5
+    assert results["none"]["sent"] == []  # PyTorch exchanges these buckets without all_reduce
     assert sum(results["bf16"]["sent"]) == 2 * results["bf16"]["parameters"]
-    exact, rounded = (load_file(tmp_path / f"{kind}.pt")["gradient"] for kind in results)
+    exact, rounded = (
+        load_file(tmp_path / f"{compression}.pt")["gradient"] for compression in results
+    )
     assert torch.allclose(exact, rounded, rtol=2**-6, atol=1e-3 * exact.abs().max().item())
     assert not torch.equal(exact, rounded)

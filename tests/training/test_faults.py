@@ -1,4 +1,4 @@
-"""A run and its folder under faults: full disks, lost workers, locks, odd names, missing files."""
+"""Runs under faults: full disks, killed workers, locks, unusual names, missing files."""
 
 import json
 import os
@@ -28,33 +28,33 @@ pytest.importorskip("sklearn")
 
 
 @pytest.mark.fault("D10", "E7")
-def test_second_run_in_a_locked_folder_is_refused(command_server, undisturbed_run, tmp_path):
+def test_second_run_in_a_locked_folder_is_refused(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     running = command_server.start("train", *SMALL, "--out", out, DEIT_FAULT="step:2:hang")
     wait_until(lambda: (out / "config.json").is_file())
-    second = run(command_server, out)  # the first one hangs for an hour; it is not waited for
+    second = run(command_server, out)  # does not wait for the first, which hangs for an hour
     assert second.code == 5
     assert f"--out {out}" in second.err
     assert re.search(rf"\bprocess {running.pid}\b", second.err)
     running.signal(signal.SIGKILL)
     assert running.wait().code == -signal.SIGKILL
     assert run(command_server, out).code == 0
-    assert_same_run(out, undisturbed_run)
+    assert_same_run(out, uninterrupted_run)
 
 
 @pytest.mark.fault("B19")
-def test_full_disk_keeps_the_previous_checkpoint(command_server, undisturbed_run, tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(command_server, uninterrupted_run, tmp_path):
     for fault in ("optimizer:2:full", "manifest:3:full", "rename:3:full"):
         out = tmp_path / fault.replace(":", "-")
         full = run(command_server, out, fault)
         assert full.code == 5
         assert str(run_folder.checkpoint_path(out, 2 * STEPS)) in full.err
-        # What is free, and what is needed.
+        # The free space and the needed space.
         assert re.search(r"No space left on device\b.* [kMGT]?B\b.* [kMGT]?B\b", full.err)
         assert [step for step, _ in run_folder.list_checkpoints(out)] == [5]
         assert not list(out.glob(".deit-*"))
         assert run(command_server, out).code == 0
-        assert_same_run(out, undisturbed_run)
+        assert_same_run(out, uninterrupted_run)
 
 
 @pytest.mark.fault("E3")
@@ -77,14 +77,14 @@ def test_nonfinite_losses_stop_the_run_and_log_their_images(command_server, tmp_
 
 
 @pytest.mark.fault("D11")
-def test_skipped_step_is_logged_and_counted(command_server, undisturbed_run, tmp_path):
+def test_skipped_step_is_logged_and_counted(command_server, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
     done = run(command_server, out, "loss:2:nan")
     assert done.code == 0
     assert re.search(r"\bstep 2\b.*\b1\b.*\b10\b", done.err)
-    (left_out,) = run_log.read(out / run_log.NONFINITE_LOG)
-    assert left_out["step"] == 2
-    assert left_out["names"][0] in done.err
+    (skipped,) = run_log.read(out / run_log.NONFINITE_LOG)
+    assert skipped["step"] == 2
+    assert skipped["names"][0] in done.err
     assert json.loads((out / "result.json").read_text())["skipped"] == 1
     for row in run_log.read(out / run_log.METRICS):
         assert row["train"]["loss"] is not None
@@ -100,7 +100,7 @@ def test_invalid_fault_is_refused(text, command_server, tmp_path):
     assert done.code == 2
 
 
-def test_check_space_without_enough_space_raises(command_server, tmp_path, monkeypatch):
+def test_check_space_without_enough_space_raises(tmp_path):
     from deit.core.errors import SystemFault
     from deit.core.filesystem import check_space
 
@@ -110,8 +110,8 @@ def test_check_space_without_enough_space_raises(command_server, tmp_path, monke
 
 
 @pytest.mark.fault("B24", "B25", "E9", "E14")
-def test_moved_run_resumes_bit_identical(command_server, undisturbed_run, tmp_path):
-    """No path of the folder is inside it; and read-only checkpoints are read."""
+def test_moved_run_resumes_bit_identical(command_server, uninterrupted_run, tmp_path):
+    """The folder does not contain its own path; read-only checkpoints can be read."""
     out = tmp_path / "run"
     assert run(command_server, out, "step:7:kill").code == -signal.SIGKILL
     moved = tmp_path / "elsewhere" / "a b"
@@ -120,7 +120,7 @@ def test_moved_run_resumes_bit_identical(command_server, undisturbed_run, tmp_pa
     for path in moved.glob("checkpoint-*/*"):
         path.chmod(0o444)
     assert run(command_server, moved).code == 0
-    assert_same_run(moved, undisturbed_run)
+    assert_same_run(moved, uninterrupted_run)
     assert str(out) not in "".join(
         path.read_text() for path in moved.rglob("*.json") if "environment" not in path.name
     )
@@ -128,8 +128,8 @@ def test_moved_run_resumes_bit_identical(command_server, undisturbed_run, tmp_pa
 
 def test_faults_are_documented():
     text = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
-    for name, about in fault_injection.POINTS.items():
-        assert f"| `{name}` | {about} |" in text
+    for name, description in fault_injection.POINTS.items():
+        assert f"| `{name}` | {description} |" in text
     _, _, actions = text.partition("\nActions: ")
     assert all(f"`{name}`" in actions.split("\n\n")[0] for name in fault_injection.ACTIONS)
 
@@ -141,7 +141,7 @@ def test_every_log_of_a_run_is_a_fault_point():
 
 @pytest.mark.fault("E5")
 def test_hung_process_prints_its_stack_after_a_signal(capfd, monkeypatch):
-    """After a signal that the process has no chance to handle."""
+    """The process does not handle the signal in time."""
     from accelerate import Accelerator
 
     from deit.core import signals
@@ -163,15 +163,17 @@ FOLDER_ARGUMENTS = (
 
 
 def workers_of(pid: int) -> list[int]:
-    """The processes that read for a process: forks of it, with the words it was started with.
-    Libraries start others."""
+    """Return the worker processes of a process: forks, which have the same command line.
+
+    Libraries start other processes.
+    """
     process = psutil.Process(pid)
     return [child.pid for child in process.children() if child.cmdline() == process.cmdline()]
 
 
 @pytest.fixture
-def with_workers(command_server, tmp_path):
-    """A run under way whose images are read by two workers."""
+def run_with_workers(command_server, tmp_path):
+    """Start a run whose images are read by two workers, and return it."""
     write_image_folder(tmp_path / "pictures", images_per_class=16)
     arguments = (*FOLDER_ARGUMENTS, "--data.root", tmp_path / "pictures", "--out", tmp_path / "run")
     running = command_server.start("train", *arguments)
@@ -180,8 +182,10 @@ def with_workers(command_server, tmp_path):
 
 
 @pytest.mark.fault("A26")
-def test_killed_worker_is_reported_and_the_checkpoint_stays(with_workers, command_server, tmp_path):
-    running = with_workers
+def test_killed_worker_is_reported_and_the_checkpoint_stays(
+    run_with_workers, command_server, tmp_path
+):
+    running = run_with_workers
     os.kill(workers_of(running.pid)[0], signal.SIGKILL)
     done = running.wait(timeout=300)
     assert done.code == 5
@@ -206,11 +210,11 @@ def test_killed_run_with_live_workers_releases_its_folder(command_server, tmp_pa
 
 
 @pytest.mark.fault("A11")
-def test_stopped_run_leaves_no_workers(with_workers, tmp_path):
-    running = with_workers
+def test_stopped_run_leaves_no_workers(run_with_workers, tmp_path):
+    running = run_with_workers
     workers = workers_of(running.pid)
     assert workers
-    for pid in workers:  # as a signal to the whole group comes to them as well
+    for pid in workers:  # a signal to the process group reaches them as well
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
     running.signal(signal.SIGTERM)
@@ -235,17 +239,17 @@ def test_run_folder_deleted_in_training_is_reported_in_one_line(command_server, 
 @pytest.mark.fault("E14")
 def test_environment_variables_are_not_saved(command_server, tmp_path):
     out = tmp_path / "run"
-    marks = {"HF_TOKEN": "secret-of-mine", "USER": "ann-the-user", "WANDB_API_KEY": "another-one"}
-    assert command_server.run("train", *SMALL, "--out", out, **marks).code == 0
+    secrets = {"HF_TOKEN": "secret-of-mine", "USER": "ann-the-user", "WANDB_API_KEY": "another-one"}
+    assert command_server.run("train", *SMALL, "--out", out, **secrets).code == 0
     for path in out.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
-        assert not any(mark.encode() in content for mark in marks.values()), path
+        assert not any(secret.encode() in content for secret in secrets.values()), path
 
 
 @pytest.mark.fault("E17")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_saved_files_follow_the_umask(mask, tmp_path):
-    """Also the weights, which the others of a shared folder read."""
+    """Also the weights, which other users of a shared folder read."""
     out = tmp_path / "run"
     arguments = ("--out", str(out), "--optim.epochs", "1", "--optim.warmup_epochs", "0")
     before = os.umask(mask)
@@ -253,9 +257,9 @@ def test_saved_files_follow_the_umask(mask, tmp_path):
         assert run_command("train", [*SMALL, *arguments], "deit train") == 0
     finally:
         os.umask(before)
-    written = (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl"))
-    assert written
-    for path in written:
+    files = (*out.rglob("*.safetensors"), *out.rglob("*.json"), *out.rglob("*.jsonl"))
+    assert files
+    for path in files:
         assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
 
 
@@ -279,13 +283,13 @@ def test_too_long_folder_name_is_reported_in_one_line(command_server, tmp_path):
 @pytest.mark.fault("E9")
 @pytest.mark.parametrize("name", ["with space", "ünïcödé", "-dash", "a.b", "x" * 200])
 def test_killed_run_in_an_unusual_folder_name_resumes(
-    name, command_server, undisturbed_run, tmp_path
+    name, command_server, uninterrupted_run, tmp_path
 ):
     out = tmp_path / name
     assert run(command_server, out, "step:7:kill").code == -signal.SIGKILL
     done = run(command_server, out)
     assert done.code == 0, done.err
-    assert_same_run(out, undisturbed_run)
+    assert_same_run(out, uninterrupted_run)
 
 
 @pytest.mark.fault("E9")
@@ -297,15 +301,15 @@ def test_tilde_in_out_is_expanded(command_server, tmp_path):
 
 @pytest.mark.fault("E3")
 def test_auto_micro_batch_halves_until_one_fits(command_server, tmp_path):
-    """Only what fits changes: the run is that of the smaller micro-batches, to the bit."""
-    fitted, given = tmp_path / "fitted", tmp_path / "given"
-    done = run(command_server, fitted, "fit:1:memory,fit:2:memory", "--run.auto_micro_batch")
+    """The run is bit-identical to one with these micro-batches."""
+    automatic, manual = tmp_path / "fitted", tmp_path / "given"
+    done = run(command_server, automatic, "fit:1:memory,fit:2:memory", "--run.auto_micro_batch")
     assert done.code == 0, done.err
     first, second = re.findall(r"^memory .*", done.out, re.MULTILINE)
     assert re.search(r"\b64 images\b.*\boptim\.grad_accum_steps 2\b.*\b32 images\b", first)
     assert re.search(r"\b32 images\b.*\boptim\.grad_accum_steps 4\b.*\b16 images\b", second)
-    assert run(command_server, given, "", "--optim.grad_accum_steps", "4").code == 0
-    assert_same_run(fitted, given)
+    assert run(command_server, manual, "", "--optim.grad_accum_steps", "4").code == 0
+    assert_same_run(automatic, manual)
     plain = tmp_path / "plain"
     assert run(command_server, plain, "", "--run.auto_micro_batch").code == 0
     assert json.loads((plain / "config.json").read_text())["optim"]["grad_accum_steps"] == 1
@@ -329,8 +333,8 @@ def test_dry_run_with_a_nonfinite_loss_fails_and_writes_nothing(command_server, 
 
 
 @pytest.mark.fault("E7")
-def test_run_that_finds_its_folder_taken_is_refused(command_server, undisturbed_run, tmp_path):
-    """Both see it empty; the slower one comes when the other is done, and leaves that alone."""
+def test_run_that_finds_its_folder_taken_is_refused(command_server, uninterrupted_run, tmp_path):
+    """Both find it empty; the slower one continues after the other has finished."""
     out = tmp_path / "run"
     arguments = ("train", *SMALL, "--out", out)
     gate = Gate(tmp_path / "gate")
@@ -344,7 +348,7 @@ def test_run_that_finds_its_folder_taken_is_refused(command_server, undisturbed_
     assert done.code == 2
     assert f"--out {out}" in done.err
     assert "--resume" in done.err
-    assert_same_run(out, undisturbed_run)
+    assert_same_run(out, uninterrupted_run)
 
 
 @pytest.mark.fault("D11")
@@ -354,17 +358,17 @@ def test_batch_norm_statistics_exclude_skipped_steps(command_server, tmp_path, m
     config = digits_teacher().replace(data={"train_fraction": 0.2}, optim=epochs)
     calls = iter(range(10**6))
 
-    def overflowing(images):
+    def overflow_once(images):
         return images * float("inf") if next(calls) == 3 else images
 
     original = student.Student.forward
     monkeypatch.setattr(
-        student.Student, "forward", lambda self, images: original(self, overflowing(images))
+        student.Student, "forward", lambda self, images: original(self, overflow_once(images))
     )
     assert train(config, tmp_path / "run")["skipped"] == 1
     folders = (tmp_path / "run" / "best", run_folder.latest_checkpoint(tmp_path / "run"))
     files = [file for folder in folders for file in folder.glob("*.safetensors")]
-    assert len(files) == 4  # the average among them
+    assert len(files) == 4  # including the weight average
     for file in files:
         for name, value in load_file(file).items():
             assert value.isfinite().all(), name
@@ -373,7 +377,7 @@ def test_batch_norm_statistics_exclude_skipped_steps(command_server, tmp_path, m
 @pytest.mark.fault("B3")
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
 def test_resume_with_a_lost_best_checkpoint_warns(
-    damage, command_server, undisturbed_run, tmp_path
+    damage, command_server, uninterrupted_run, tmp_path
 ):
     out = tmp_path / "run"
     assert run(command_server, out, "step:7:term").code == 143

@@ -1,4 +1,4 @@
-"""Fine-tuning: from a run at a higher resolution, taught or not, in whole or in part."""
+"""Fine-tuning a run at a higher resolution, with and without a teacher, of all or some weights."""
 
 import json
 import re
@@ -21,8 +21,8 @@ from tests.helpers.finetune_runs import BRIEF, FEW, SMALL, finer, weights
 from tests.helpers.resume_helpers import assert_same_end, stop_and_resume
 
 pytest.importorskip("sklearn")
-STILL = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
-"""Next to no learning rate: the weights stay those that a run started from."""
+NO_LEARNING = {"lr": 1e-12, "min_lr": 0, "warmup_lr": 0, "weight_decay": 0}
+"""A learning rate of almost zero: the weights stay those that a run started from."""
 
 
 @pytest.mark.fault("B8")
@@ -30,8 +30,8 @@ def test_finetune_at_twice_the_resolution_resizes_positions(pretrained, tmp_path
     out = tmp_path / "run"
     train(finer(pretrained), out)
     lines = capsys.readouterr().out.splitlines()
-    (taught,) = [line for line in lines if str(pretrained / "teacher16") in line]
-    assert re.search(r"\b16 px\b.*\d\.\d %", taught)  # it runs at its own size
+    (teacher_line,) = [line for line in lines if str(pretrained / "teacher16") in line]
+    assert re.search(r"\b16 px\b.*\d\.\d %", teacher_line)  # the teacher runs at its own size
     notes = json.loads((out / "init.json").read_text())
     assert notes["source"] == str(pretrained / "student")
     (note,) = notes["notes"]
@@ -45,8 +45,8 @@ def test_finetune_at_twice_the_resolution_resizes_positions(pretrained, tmp_path
 
 @pytest.mark.fault("A25")
 def test_finetune_starts_from_the_weights_of_the_run(pretrained, tmp_path):
-    """With a learning rate of next to nothing, the weights are those it started from."""
-    train(finer(pretrained, optim=STILL), tmp_path / "run")
+    """With a learning rate of almost zero, the weights are those it started from."""
+    train(finer(pretrained, optim=NO_LEARNING), tmp_path / "run")
     before, after = weights(pretrained / "student", "best"), weights(tmp_path / "run")
     for name, value in before.items():
         if name == "pos_embed":
@@ -55,37 +55,37 @@ def test_finetune_starts_from_the_weights_of_the_run(pretrained, tmp_path):
 
 
 def test_finetune_with_timm_pos_embed_resize_uses_its_kernel(pretrained, tmp_path):
-    train(finer(pretrained, optim=STILL, init={"pos_embed_resize": "timm"}), tmp_path / "run")
+    train(finer(pretrained, optim=NO_LEARNING, init={"pos_embed_resize": "timm"}), tmp_path / "run")
     before, after = weights(pretrained / "student", "best"), weights(tmp_path / "run")
     expected = resize_positions(before["pos_embed"], prefix=2, side=8, kernel="timm").positions
     torch.testing.assert_close(after["pos_embed"], expected, atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("trained", ["heads", "attention"])
-def test_frozen_weights_stay_bit_identical(trained, pretrained, tmp_path):
+@pytest.mark.parametrize("trainable", ["heads", "attention"])
+def test_frozen_weights_stay_bit_identical(trainable, pretrained, tmp_path):
     config = finer(
         pretrained,
         student={"drop_path": 0.2},
-        optim={"trainable": trained, "ema_epochs": 1.0},
+        optim={"trainable": trainable, "ema_epochs": 1.0},
     )
     train(config, tmp_path / "run")
     before, after = weights(pretrained / "student", "best"), weights(tmp_path / "run")
     average = load_file(run_folder.latest_checkpoint(tmp_path / "run") / "average.safetensors")
     for name, value in before.items():
-        moved = name.startswith("head") or (trained == "attention" and ".attn." in name)
+        is_trained = name.startswith("head") or (trainable == "attention" and ".attn." in name)
         if name == "pos_embed":
             value = resize_positions(value, prefix=2, side=8, kernel="deit").positions
-        assert torch.equal(after[name], value) != moved, name
-        if not moved:
+        assert torch.equal(after[name], value) != is_trained, name
+        if not is_trained:
             torch.testing.assert_close(average[name], value, atol=1e-7, rtol=1e-6)
 
 
 def test_resume_with_frozen_weights_is_bit_identical(pretrained, tmp_path):
     config = finer(pretrained, optim={"trainable": "heads", "layer_decay": 0.5})
-    uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "broken"
     train(config, uninterrupted)
-    stop_and_resume(config, broken, "metrics:1:term")
-    assert_same_end(broken, uninterrupted)
+    stop_and_resume(config, stopped, "metrics:1:term")
+    assert_same_end(stopped, uninterrupted)
 
 
 def test_resume_without_the_initial_weights_continues(pretrained, tmp_path):
@@ -102,32 +102,32 @@ def test_resume_without_the_initial_weights_continues(pretrained, tmp_path):
 
 def test_layer_decay_slows_the_layers_near_the_input(pretrained, tmp_path):
     """With Adam, the first steps are as large as the learning rate, whatever the gradient."""
-    quiet = {"weight_decay": 0.0, "epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "min_lr": 1e-4}
-    moved = {}
+    constant_lr = {"weight_decay": 0.0, "epochs": 1, "warmup_epochs": 0, "lr": 1e-4, "min_lr": 1e-4}
+    mean_changes = {}
     for decay in (1.0, 0.1):
         out = tmp_path / str(decay)
-        train(finer(pretrained, optim={**quiet, "layer_decay": decay}), out)
+        train(finer(pretrained, optim={**constant_lr, "layer_decay": decay}), out)
         before, after = weights(pretrained / "student", "best"), weights(out)
         for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "head.weight"):
-            moved[decay, name] = (after[name] - before[name]).abs().mean().item()
-    ratio = {name: moved[0.1, name] / moved[1.0, name] for _, name in moved}
+            mean_changes[decay, name] = (after[name] - before[name]).abs().mean().item()
+    ratio = {name: mean_changes[0.1, name] / mean_changes[1.0, name] for _, name in mean_changes}
     assert ratio["head.weight"] == pytest.approx(1, rel=0.3)
     assert ratio["blocks.0.mlp.fc1.weight"] == pytest.approx(0.1, rel=0.3)
     assert ratio["patch_embed.proj.weight"] == pytest.approx(0.01, rel=0.5)
 
 
 def test_finetune_on_other_classes_keeps_or_replaces_head_rows(pretrained, tmp_path):
-    few = {"classes": ("1", "3", "7")}
-    config = finer(pretrained, data=few, loss=LOSS_PRESETS["none"], optim=STILL)
+    three_classes = {"classes": ("1", "3", "7")}
+    config = finer(pretrained, data=three_classes, loss=LOSS_PRESETS["none"], optim=NO_LEARNING)
     before = weights(pretrained / "student", "best")
     rows = {name: before[name][[1, 3, 7]] for name in ("head.weight", "head_dist.weight")}
     for heads in ("keep", "new"):
         out = tmp_path / heads
         train(config.replace(init={"head": heads}), out)
         after = weights(out)
-        for name, saved in rows.items():
+        for name, saved_rows in rows.items():
             assert after[name].shape == (3, 16)
-            assert torch.allclose(after[name], saved, atol=1e-8, rtol=0) == (heads == "keep")
+            assert torch.allclose(after[name], saved_rows, atol=1e-8, rtol=0) == (heads == "keep")
         _, note = json.loads((out / "init.json").read_text())["notes"]
         assert re.search(r"\b3\b.*\b10\b", note)
 
@@ -143,14 +143,14 @@ def test_finetune_from_stored_targets_is_bit_identical(pretrained, tmp_path):
 
 
 def test_finetune_from_a_vit_copies_its_class_token_and_head(pretrained, tmp_path):
-    plain = digits().replace(
+    vit = digits().replace(
         data=FEW,
         student={"name": "vit_micro", **SMALL},
         loss=LOSS_PRESETS["none"],
         optim=BRIEF,
     )
-    train(plain, tmp_path / "plain")
-    config = finer(pretrained, init={"weights": str(tmp_path / "plain")}, optim=STILL)
+    train(vit, tmp_path / "plain")
+    config = finer(pretrained, init={"weights": str(tmp_path / "plain")}, optim=NO_LEARNING)
     train(config, tmp_path / "run")
     before, after = weights(tmp_path / "plain", "best"), weights(tmp_path / "run")
     torch.testing.assert_close(after["dist_token"], before["cls_token"], atol=1e-8, rtol=0)

@@ -1,4 +1,4 @@
-"""Fine-tuning: what follows from the weights, schedules, and what is refused."""
+"""Configuration of fine-tuning: initial weights, schedules and refused arguments."""
 
 import json
 import re
@@ -38,13 +38,15 @@ def test_finetune_with_another_normalization_logs_both(pretrained, tmp_path, cap
         tmp_path / "r",
         dry_run=True,
     )
-    facts = json.loads((pretrained / "student" / "best" / "model.json").read_text())
-    statistics = [",".join(f"{value:.3g}" for value in facts[name]) for name in ("mean", "std")]
-    (setting,) = [line for line in capsys.readouterr().out.splitlines() if "--views.mean" in line]
-    assert all(value in setting for value in (*statistics, "0.5,0.5,0.5"))
+    model_info = json.loads((pretrained / "student" / "best" / "model.json").read_text())
+    statistics = [
+        ",".join(f"{value:.3g}" for value in model_info[name]) for name in ("mean", "std")
+    ]
+    (log_line,) = [line for line in capsys.readouterr().out.splitlines() if "--views.mean" in line]
+    assert all(value in log_line for value in (*statistics, "0.5,0.5,0.5"))
 
 
-# the configuration of a fine-tuning
+# ---- the configuration
 
 
 def test_at_resolution_scales_image_sizes_and_padding():
@@ -65,7 +67,7 @@ def test_every_schedule_is_valid_for_every_recipe(name, recipe):
     if name in ("convpass", "int8") and recipe == "digits-teacher":
         field = {"convpass": "adapters", "int8": "qat"}[name]
         with raises(ConfigError, f"student.{field}", f"'{name}'"):
-            validate(FINETUNE_SCHEDULES[name](config))  # a ConvNet
+            validate(FINETUNE_SCHEDULES[name](config))  # not for a ConvNet
         return
     tuned = validate(FINETUNE_SCHEDULES[name](config))
     assert tuned.init == config.init
@@ -78,31 +80,31 @@ SCHEDULES = {
     **FINETUNE_SCHEDULES,
     **{name: partial(rule, images=1000) for name, rule in DATA_SIZED_SCHEDULES.items()},
 }
-ODD = {
+CUSTOM_OPTIM = {
     "sgd": {"name": "sgd", "momentum": 0.5, "lr_milestones": (0.5,), "layer_decay": 0.7},
     "adamw": {"beta1": 0.8, "beta2": 0.95, "independent_weight_decay": True, "min_lr": 2e-4},
 }
-"""Settings of runs that no schedule left behind."""
+"""Optimizer settings that no schedule has."""
 BEFORE = {
     **SCHEDULES,
-    **{name: partial(Config.replace, optim=fields) for name, fields in ODD.items()},
+    **{name: partial(Config.replace, optim=fields) for name, fields in CUSTOM_OPTIM.items()},
     "dkd": partial(
         Config.replace, loss=LOSS_PRESETS["dkd"], views=AUGMENTATIONS["none"], optim={"epochs": 30}
     ),
 }
-OF_THE_RUN = {"trainable", "grad_accum_steps", "clip_grad_norm", "ema_epochs"}
-"""Fields of the optimizer that are no schedule's."""
+RUN_FIELDS = {"trainable", "grad_accum_steps", "clip_grad_norm", "ema_epochs"}
+"""Fields of the optimizer that no schedule sets."""
 LENGTH = {"epochs", "warmup_epochs"}
-DECIDES = {"deit": set(), "deit3": set(), "bit": set(), "convpass": {"batch_size"} | LENGTH}
-"""Schedules that are their own, and what they leave to the run even so."""
-ADAPTERS_THAT_ROUND = ("student.adapters = 'convpass'", "student.qat")
-DIFFERENT = {
-    ("int8", "convpass"): ADAPTERS_THAT_ROUND,
-    ("convpass", "int8"): ADAPTERS_THAT_ROUND,
+FIXED_SCHEDULES = {"deit": set(), "deit3": set(), "bit": set(), "convpass": {"batch_size"} | LENGTH}
+"""Schedules that ignore the optimizer settings of the run, except for these fields."""
+QUANTIZED_ADAPTERS = ("student.adapters = 'convpass'", "student.qat")
+INCOMPATIBLE = {
+    ("int8", "convpass"): QUANTIZED_ADAPTERS,
+    ("convpass", "int8"): QUANTIZED_ADAPTERS,
     ("int8", "linear-probe"): ("optim.trainable = 'heads'", "int8"),
 }
-"""Networks of one that the other cannot train, and what is named: adapters do not round, and ranges
-have to learn."""
+"""Pairs (before, after) that are refused, and the texts of the error: adapters cannot be quantized,
+and quantization ranges have to be trained."""
 
 
 @pytest.mark.parametrize("after", SCHEDULES)
@@ -113,15 +115,15 @@ def test_schedule_does_not_depend_on_the_schedule_before(before, after, twice):
     config = BEFORE[before](recipe)
     if twice:
         config = BEFORE[before](config)
-    if (before, after) in DIFFERENT:
-        with raises(ConfigError, *DIFFERENT[before, after]):
+    if (before, after) in INCOMPATIBLE:
+        with raises(ConfigError, *INCOMPATIBLE[before, after]):
             validate(SCHEDULES[after](config))
         return
     tuned = validate(SCHEDULES[after](config)).optim
-    if after in DECIDES:
+    if after in FIXED_SCHEDULES:
         recipe_fields, run_fields = (
             asdict(SCHEDULES[after](recipe).optim),
-            OF_THE_RUN | DECIDES[after],
+            RUN_FIELDS | FIXED_SCHEDULES[after],
         )
         assert {k: v for k, v in asdict(tuned).items() if k not in run_fields} == {
             k: v for k, v in recipe_fields.items() if k not in run_fields
@@ -150,8 +152,8 @@ def test_linear_probe_trains_the_heads_on_labels():
 
 def test_with_init_takes_the_architecture_of_the_weights():
     base = RECIPES["cifar10"]()
-    odd = StudentConfig(name="vit_small", image_size=224, patch_size=16, depth=9)
-    config = with_init(base, "w.pth", odd)
+    student = StudentConfig(name="vit_small", image_size=224, patch_size=16, depth=9)
+    config = with_init(base, "w.pth", student)
     assert config.init.weights == "w.pth"
     assert config.student == StudentConfig(
         name="deit_small", image_size=32, patch_size=16, depth=9, drop_path=0.1
@@ -172,7 +174,7 @@ def test_options_that_need_initial_weights_are_refused_without(section, fields, 
         validate(digits().replace(**{section: fields}))
 
 
-# the command
+# ---- the command
 
 
 @pytest.fixture
@@ -187,9 +189,9 @@ def command(pretrained, tmp_path, monkeypatch, capsys):
 
 
 def test_finetune_without_a_recipe_uses_the_config_of_the_run(pretrained, tmp_path, command):
-    taught = ("--teacher.source", pretrained / "teacher16", "--optim.epochs", "1")
-    code, completed = command("--from", pretrained / "student", "--resolution", "16", *taught)
-    assert code == 0, completed.err
+    options = ("--teacher.source", pretrained / "teacher16", "--optim.epochs", "1")
+    code, output = command("--from", pretrained / "student", "--resolution", "16", *options)
+    assert code == 0, output.err
     config = load_config(tmp_path / "checkpoints" / "student-finetuned" / "config.json")
     before = load_config(pretrained / "student" / "config.json")
     assert isinstance(config, Config)
@@ -199,35 +201,36 @@ def test_finetune_without_a_recipe_uses_the_config_of_the_run(pretrained, tmp_pa
 
 
 def test_finetune_takes_the_normalization_of_the_initial_weights(pretrained, tmp_path):
-    facts = json.loads((pretrained / "student" / "best" / "model.json").read_text())
+    model_info = json.loads((pretrained / "student" / "best" / "model.json").read_text())
     train(finer(pretrained), tmp_path / "run")
     saved = load_config(tmp_path / "run" / "config.json")
-    assert saved.views.mean == tuple(facts["mean"])
-    assert saved.views.std == tuple(facts["std"])
+    assert saved.views.mean == tuple(model_info["mean"])
+    assert saved.views.std == tuple(model_info["std"])
     model = json.loads((tmp_path / "run" / "best" / "model.json").read_text())
-    assert (model["mean"], model["std"]) == (facts["mean"], facts["std"])
+    assert (model["mean"], model["std"]) == (model_info["mean"], model_info["std"])
 
 
 def test_finetune_from_a_file_needs_a_recipe_that_fits(pretrained, tmp_path, command):
     file = tmp_path / "weights.safetensors"  # without the model.json of a run
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
-    code, completed = command("--from", file)
+    code, output = command("--from", file)
     assert code == 2
-    assert f"--from {file} RECIPE" in completed.err
+    assert f"--from {file} RECIPE" in output.err
     arguments = ("digits", "--from", file, "--loss", "none", "--dry-run")
-    code, completed = command(*arguments)
-    assert code == 0, completed.err
-    _, notes = completed.out.split(f" {file}\n")
-    assert re.match(r" +10 classes\b", notes)  # it names none: those of the data
+    code, output = command(*arguments)
+    assert code == 0, output.err
+    _, notes = output.out.split(f" {file}\n")
+    assert re.match(r" +10 classes\b", notes)  # the file has no class names: those of the data
     shape = "--student.embed_dim", "32", "--student.num_heads", "2"
-    code, completed = command(*arguments, *shape)
+    code, output = command(*arguments, *shape)
     assert code == 4
-    assert f"init.weights {file}" in completed.err
-    assert re.search(r"blocks\.0\.attn\.proj\.bias: \(16,\) .*\(32,\)", completed.err)
-    assert re.search(r"\b11\b", completed.err.splitlines()[-1])  # as many differ that are not shown
+    assert f"init.weights {file}" in output.err
+    assert re.search(r"blocks\.0\.attn\.proj\.bias: \(16,\) .*\(32,\)", output.err)
+    # The last line has the number of other tensors that differ.
+    assert re.search(r"\b11\b", output.err.splitlines()[-1])
 
 
-BAD = {
+INVALID = {
     "no start": ((), 2, ("finetune_deit.py: ", "--from")),
     "late recipe after a value": (
         ("--from", "STUDENT", "--out=x", "digits"),
@@ -238,7 +241,7 @@ BAD = {
     "no such start": (("--from", "runs/none"), 4, ("--from runs/none: ",)),
     "patches": (("--from", "STUDENT", "--resolution", "15"), 4, ("--resolution 15: ", "14", "16")),
     "no resolution": (("--from", "STUDENT", "--resolution", "0"), 2, ("--resolution 0: ",)),
-    "tuning": (("--from", "STUDENT", "--schedule", "shrot"), 2, ("--schedule shrot: ", "short?")),
+    "schedule": (("--from", "STUDENT", "--schedule", "shrot"), 2, ("--schedule shrot: ", "short?")),
     "classes": (
         ("--from", "STUDENT", "digits", "--data.classes=1,2", "--loss=deit-hard", "--dry-run"),
         3,
@@ -252,31 +255,27 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", INVALID)
 def test_finetune_with_invalid_arguments_writes_nothing(name, pretrained, tmp_path, command):
-    arguments, expected, named = BAD[name]
-    code, completed = command(*(pretrained / "student" if w == "STUDENT" else w for w in arguments))
-    assert (code, [text for text in named if text not in completed.err]) == (expected, []), (
-        completed.err
-    )
+    arguments, expected, named = INVALID[name]
+    code, output = command(*(pretrained / "student" if w == "STUDENT" else w for w in arguments))
+    assert (code, [text for text in named if text not in output.err]) == (expected, []), output.err
     assert not any(tmp_path.iterdir())
 
 
 def test_finetune_from_a_file_takes_num_heads_of_the_recipe(pretrained, tmp_path, command):
-    """Its width is the recipe's, and how many heads it has only the recipe can know."""
+    """A file of weights alone does not store the number of heads."""
     weight_file = tmp_path / "weights.safetensors"
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", weight_file)
     shape = ("--student.embed_dim", "16", "--student.num_heads", "2")
     arguments = ("digits", "--from", weight_file, "--loss", "none", "--out", "run")
-    code, completed = command(
-        *arguments, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0"
-    )
-    assert code == 0, completed.err
+    code, output = command(*arguments, *shape, "--optim.epochs", "1", "--optim.warmup_epochs", "0")
+    assert code == 0, output.err
     assert load_config(tmp_path / "run" / "config.json").student.num_heads == 2
     notes = json.loads((tmp_path / "run" / "init.json").read_text())["notes"]
-    (setting,) = [note for note in notes if "--student.num_heads" in note]
-    assert re.search(r"\b2\b", setting)
-    assert setting in completed.out
+    (num_heads_note,) = [note for note in notes if "--student.num_heads" in note]
+    assert re.search(r"\b2\b", num_heads_note)
+    assert num_heads_note in output.out
 
 
 @pytest.mark.fault("A9", "A25", "B8")
@@ -287,25 +286,25 @@ def test_finetune_resumes_without_its_initial_weights(pretrained, tmp_path, comm
     quick = ("--optim.epochs", "1", "--optim.warmup_epochs", "0")
     assert command(*arguments, *quick)[0] == 0
     shutil.rmtree(start)
-    trained = tree(tmp_path / "run")
-    code, completed = command(*arguments, *quick, "--resume")
-    assert code == 0, completed.err
-    assert tree(tmp_path / "run") == trained
-    other = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
-    code, completed = command(*other)
+    files = tree(tmp_path / "run")
+    code, output = command(*arguments, *quick, "--resume")
+    assert code == 0, output.err
+    assert tree(tmp_path / "run") == files
+    other_resolution = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
+    code, output = command(*other_resolution)
     assert code == 2
-    assert re.search(r"--resume: .*\b16 px\b.*\b24\b.*--resolution", completed.err)
+    assert re.search(r"--resume: .*\b16 px\b.*\b24\b.*--resolution", output.err)
     differing = {
         "--schedule deit": (*arguments, "--schedule", "deit"),
         "RECIPE digits": ("--from", start, "digits", "--out", "run"),
     }
-    for named, more in differing.items():
-        code, completed = command(*more, *quick, "--resume")
+    for expected_text, more in differing.items():
+        code, output = command(*more, *quick, "--resume")
         assert code == 2
-        assert named in completed.err
-    code, completed = command("--from", pretrained / "student", "--out", "run", "--resume")
+        assert expected_text in output.err
+    code, output = command("--from", pretrained / "student", "--out", "run", "--resume")
     assert code == 2
-    assert all(word in completed.err for word in (f"--from {start}", str(pretrained / "student")))
+    assert all(word in output.err for word in (f"--from {start}", str(pretrained / "student")))
 
 
 @pytest.mark.fault("B7")
@@ -313,15 +312,15 @@ def test_finetune_with_another_number_of_classes_is_refused(pretrained, tmp_path
     file = tmp_path / "weights.safetensors"
     shutil.copy(pretrained / "student" / "best" / "model.safetensors", file)
     arguments = ("digits", "--from", file, "--loss", "none", "--data.classes", "1,2,3")
-    code, completed = command(*arguments)
+    code, output = command(*arguments)
     assert code == 4
-    assert re.search(r"\b10\b.*\b3\b.*--init\.head new\b", completed.err)
+    assert re.search(r"\b10\b.*\b3\b.*--init\.head new\b", output.err)
     assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("heads", ["zero", "new"])
 def test_finetune_keeps_the_heads_that_the_run_trained(pretrained, tmp_path, heads):
-    """What a run did to the heads of its initial weights is not done to its trained heads."""
+    """init.head of the run applied to its initial weights, not to its trained heads."""
     shutil.copytree(pretrained / "student", tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
@@ -339,14 +338,16 @@ def test_option_value_named_like_a_recipe_is_not_the_recipe(pretrained):
 
 
 @pytest.mark.parametrize(
-    "tuning", [name for name in FINETUNE_SCHEDULES if name not in DATA_SIZED_SCHEDULES]
+    "schedule", [name for name in FINETUNE_SCHEDULES if name not in DATA_SIZED_SCHEDULES]
 )
-def test_schedule_with_fewer_epochs_scales_its_warmup(pretrained, tuning):
-    arguments = ["--from", str(pretrained / "student"), "--schedule", tuning]
-    usual = parse_finetune(arguments, "deit finetune").config.optim
-    few = parse_finetune([*arguments, "--optim.epochs", "5", "--optim.epochs=1"], "deit finetune")
-    optim = few.config.optim
+def test_schedule_with_fewer_epochs_scales_its_warmup(pretrained, schedule):
+    arguments = ["--from", str(pretrained / "student"), "--schedule", schedule]
+    default = parse_finetune(arguments, "deit finetune").config.optim
+    parsed = parse_finetune(
+        [*arguments, "--optim.epochs", "5", "--optim.epochs=1"], "deit finetune"
+    )
+    optim = parsed.config.optim
     assert optim.epochs == 1
-    assert optim.warmup_epochs == pytest.approx(usual.warmup_epochs / usual.epochs)
+    assert optim.warmup_epochs == pytest.approx(default.warmup_epochs / default.epochs)
     arguments += ["--optim.epochs", "2", "--optim.warmup_epochs", "1.5"]
     assert parse_finetune(arguments, "deit finetune").config.optim.warmup_epochs == 1.5

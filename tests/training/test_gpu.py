@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same keys, half precision, a run like the CPU's."""
+"""Tests that need a GPU: results equal to the CPU's, half precision, whole runs."""
 
 import dataclasses
 
@@ -95,9 +95,9 @@ def test_image_operations_on_the_gpu_equal_the_cpu(name):
     codes = torch.full((len(pixels),), CODES[name])
     arguments = torch.linspace(0.1, 1.9, len(pixels))
     for interpolation in ("bilinear", "bicubic"):
-        canvas = FillOptions(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
-        on_cpu = apply_operations(pixels, codes, arguments, canvas)
-        on_gpu = apply_operations(pixels.cuda(), codes, arguments.cuda(), canvas).cpu()
+        fill_options = FillOptions(torch.tensor([9, 8, 7], dtype=torch.uint8), interpolation)
+        on_cpu = apply_operations(pixels, codes, arguments, fill_options)
+        on_gpu = apply_operations(pixels.cuda(), codes, arguments.cuda(), fill_options).cpu()
         assert torch.equal(on_cpu, on_gpu), interpolation
 
 
@@ -127,7 +127,7 @@ def test_loader_on_the_gpu_yields_the_batches_of_the_cpu():
             seed=1,
             device=device,
         )
-        fields = ("images", "teacher_images", "targets", "samples", "places")
+        fields = ("images", "teacher_images", "targets", "sample_ids", "target_rows")
         fields_by_batch = [
             [getattr(batch, name).cpu() for name in fields] for batch in loader.epoch(0)
         ]
@@ -186,17 +186,17 @@ def test_store_written_on_the_cpu_trains_on_the_gpu(tmp_path):
         run={"device": "cpu"},
     )
     write_targets(config, tmp_path / "store")
-    stored = config.replace(
+    gpu_training = config.replace(
         teacher={"target_stores": (str(tmp_path / "store"),)}, run={"device": "cuda"}
     )
-    train(stored, tmp_path / "run")  # its checksums and targets are compared with the GPU's
+    train(gpu_training, tmp_path / "run")  # compares checksums and targets with the GPU's
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_on_the_gpu_learns_in_every_precision(tmp_path, precision):
     config = digits_teacher().replace(run={"device": "cuda", "precision": precision})
-    state = train(config, tmp_path / precision)
-    assert state["best"]["top1"] > 0.97
+    result = train(config, tmp_path / precision)
+    assert result["best"]["top1"] > 0.97
 
 
 def test_cost_on_the_gpu_has_the_counts_of_the_cpu():
@@ -212,25 +212,25 @@ def test_attention_rollout_on_the_gpu_matches_the_cpu():
     torch.manual_seed(0)
     network = create_network(StudentConfig(name="deit_micro", depth=3), 10).eval()
     images = torch.rand(4, 3, 32, 32)
-    on_cpu, cosines = rollout(network, images), token_cosines(network, images)
+    on_cpu, cpu_cosines = rollout(network, images), token_cosines(network, images)
     network = network.to("cuda")
     on_gpu = rollout(network, images.cuda())
     torch.testing.assert_close(on_gpu.maps, on_cpu.maps, atol=1e-4, rtol=1e-3)
-    again = token_cosines(network, images.cuda())
-    torch.testing.assert_close(again, cosines, atol=1e-4, rtol=1e-3)
+    gpu_cosines = token_cosines(network, images.cuda())
+    torch.testing.assert_close(gpu_cosines, cpu_cosines, atol=1e-4, rtol=1e-3)
 
 
 def test_finetune_on_the_gpu_trains_and_evaluates(tmp_path):
-    quick = {"epochs": 1, "warmup_epochs": 0}
-    train(digits_teacher().replace(optim=quick), tmp_path / "teacher")
-    config = digits_teacher().replace(optim=quick, run={"device": "cuda"})
-    finer = at_resolution(config, 16).replace(init={"weights": str(tmp_path / "teacher")})
-    train(finer.replace(optim={"trainable": "heads"}), tmp_path / "finer")
+    one_epoch = {"epochs": 1, "warmup_epochs": 0}
+    train(digits_teacher().replace(optim=one_epoch), tmp_path / "teacher")
+    config = digits_teacher().replace(optim=one_epoch, run={"device": "cuda"})
+    larger = at_resolution(config, 16).replace(init={"weights": str(tmp_path / "teacher")})
+    train(larger.replace(optim={"trainable": "heads"}), tmp_path / "finer")
     assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0
 
 
-def speedy(**run):
-    """A student without a teacher on the GPU."""
+def gpu_config(**run):
+    """Return the configuration of a student without a teacher on the GPU."""
     config = digits().replace(teacher={"source": ()}, loss=LOSS_PRESETS["none"])
     return config.replace(
         views={"auto_augment": "randaugment", "erasing_prob": 0.5},
@@ -242,10 +242,10 @@ def speedy(**run):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compile", ["none", "default"])
 def test_training_loop_does_not_synchronize_with_the_gpu(precision, compile):
-    """Once the views of a stretch are drawn."""
-    run = build_run(speedy(precision=precision, compile=compile))
-    batches, tally = run.loader.epoch(0), MetricAccumulator(run.accelerator, {})
-    updates = train_epoch(step_context(run), batches, tally, step=0, steps=100)
+    """After the first step, which samples the views of many steps."""
+    run = build_run(gpu_config(precision=precision, compile=compile))
+    batches, metrics = run.loader.epoch(0), MetricAccumulator(run.accelerator, {})
+    updates = train_epoch(step_context(run), batches, metrics, step=0, steps=100)
     next(updates)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -258,7 +258,7 @@ def test_training_loop_does_not_synchronize_with_the_gpu(precision, compile):
 @pytest.mark.parametrize("compile", Compile.__args__)
 def test_nonfinite_step_on_the_gpu_is_skipped(tmp_path, compile):
     fault_injection.install_faults("loss:3:nan")
-    result = train(speedy(compile=compile), tmp_path / "run")
+    result = train(gpu_config(compile=compile), tmp_path / "run")
     assert result["skipped"] == 1
     weights = load_file(run_folder.latest_checkpoint(tmp_path / "run") / "average.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
@@ -266,7 +266,7 @@ def test_nonfinite_step_on_the_gpu_is_skipped(tmp_path, compile):
 
 @pytest.mark.parametrize("compile", ["none", "default"])
 def test_resumed_gpu_run_is_bit_identical(tmp_path, compile):
-    config = speedy(compile=compile)
+    config = gpu_config(compile=compile)
     train(config, tmp_path / "uninterrupted")
     stop_and_resume(config, tmp_path / "run", "step:20:term")
     assert_same_end(tmp_path / "run", tmp_path / "uninterrupted")

@@ -1,5 +1,7 @@
-"""The ways to start a run on one GPU, on several, on several machines and under SLURM, as far as a
-machine without a GPU can follow them."""
+"""Launch configurations and scripts for one GPU, several GPUs, several machines and SLURM.
+
+No GPU is needed.
+"""
 
 import json
 import os
@@ -21,7 +23,7 @@ pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
 CONFIGS = sorted(path.name for path in LAUNCH.glob("*.yaml"))
-STARTS = {
+EXPECTED_ARGUMENTS = {
     "eight_gpus.yaml": {"nproc_per_node": "8"},
     "four_nodes.yaml": {
         "nproc_per_node": "8",
@@ -32,8 +34,8 @@ STARTS = {
 }
 
 
-def understood(name, *more, script=("train_deit.py", "cifar10")):
-    """What accelerate launch makes of a configuration."""
+def parsed(name, *more, script=("train_deit.py", "cifar10")):
+    """Return the arguments that accelerate launch parses with a configuration."""
     arguments = ["--config_file", str(LAUNCH / name), *more, *script]
     return _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
 
@@ -43,10 +45,10 @@ def test_accelerate_launch_parses_every_config(name, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     config = load_config_from_file(str(LAUNCH / name))
     assert config.mixed_precision == "bf16"
-    arguments = understood(name, *(("--machine_rank", "2") if name == "four_nodes.yaml" else ()))
-    if name in STARTS:
+    arguments = parsed(name, *(("--machine_rank", "2") if name == "four_nodes.yaml" else ()))
+    if name in EXPECTED_ARGUMENTS:
         environment = prepare_multi_gpu_env(arguments)
-        for key, value in STARTS[name].items():
+        for key, value in EXPECTED_ARGUMENTS[name].items():
             assert str(getattr(arguments, key)) == value, key
     else:
         command, environment = prepare_simple_launcher_cmd_env(arguments)
@@ -55,10 +57,9 @@ def test_accelerate_launch_parses_every_config(name, monkeypatch):
 
 
 def test_run_starts_with_the_one_gpu_config(command_server, tmp_path):
-    """On the processor: there is no other here. (tests/training/test_peers.py starts a run by
-    accelerate launch itself.)"""
+    """On the CPU, without accelerate launch, which tests/training/test_peers.py runs."""
     run_arguments = ("digits-teacher", "--dry-run", "--out", str(tmp_path / "run"))
-    arguments = understood(
+    arguments = parsed(
         "one_gpu.yaml", "--cpu", script=(str(ROOT / "train_deit.py"), *run_arguments)
     )
     (python, *command), environment = prepare_simple_launcher_cmd_env(arguments)
@@ -78,7 +79,7 @@ def free_port():
 
 @pytest.mark.slow
 def test_slurm_script_starts_and_resumes_a_run(tmp_path):
-    """Under stand-ins for srun and scontrol, with two processes instead of a node's GPUs."""
+    """With replacements of srun and scontrol, and two processes instead of a node's GPUs."""
     commands = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": "echo localhost",
@@ -114,7 +115,7 @@ def test_slurm_script_starts_and_resumes_a_run(tmp_path):
             check=False,
         )
 
-    done = submit(DEIT_FAULT="step:7:kill")  # of ten
+    done = submit(DEIT_FAULT="step:7:kill")  # of ten steps
     assert done.returncode != 0
     assert not (out / "result.json").exists()
     saved = run_folder.checkpoint_step(run_folder.latest_checkpoint(out))

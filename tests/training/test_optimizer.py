@@ -1,4 +1,4 @@
-"""Parameter groups, the schedule and the weight average against hand arithmetic."""
+"""Parameter groups, schedules and the weight average, compared with arithmetic by hand."""
 
 import math
 from itertools import pairwise
@@ -34,20 +34,19 @@ def lrs(optim, steps_per_epoch):
 
 
 def test_schedule_by_hand():
-    curve = lrs(OPTIM, 5)  # 50 updates, 10 of warm-up, peak 1e-3 * 256 / 512
+    curve = lrs(OPTIM, 5)  # 50 steps, 10 of warm-up, peak 1e-3 * 256 / 512
     assert curve[0] == 1e-6
     assert curve[5] == pytest.approx(1e-6 + (5e-4 - 1e-6) / 2)
     assert curve[10] == pytest.approx(5e-4)
     assert curve[-1] == pytest.approx(1e-5)
-    # update 23 is 13 of 39 steps down the cosine: (1 + cos 60 degrees) / 2 = 3/4
+    # Step 23 is 13 of 39 steps down the cosine: (1 + cos 60 degrees) / 2 = 3/4
     assert curve[23] == pytest.approx(1e-5 + (5e-4 - 1e-5) * 0.75)
     assert all(a < b for a, b in pairwise(curve[:11]))
     assert all(a > b for a, b in pairwise(curve[10:]))
 
 
 def test_milestone_schedule_by_hand():
-    """BiT's for small data sets, as fractions: 500 updates, 100 of warm-up, falls at 200, 300
-    and 400."""
+    """BiT's schedule for small data sets: 500 steps, 100 of warm-up, decays at 200, 300 and 400."""
     optim = OptimConfig(
         epochs=50,
         batch_size=512,
@@ -78,18 +77,18 @@ def test_no_decay_on_biases_norms_tokens_and_positions_as_in_timm():
     network = create_network(StudentConfig(name="deit_micro"), 10)
     undecayed, decayed = sorted(parameter_groups(network, 0.05), key=lambda g: g["weight_decay"])
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    free = {names[id(parameter)] for parameter in undecayed["params"]}
-    assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias"} <= free
-    held = {names[id(parameter)] for parameter in decayed["params"]}
-    assert {"head.weight", "head_dist.weight", "patch_embed.proj.weight"} <= held
-    assert len(free) + len(held) == len(names)
+    undecayed_names = {names[id(parameter)] for parameter in undecayed["params"]}
+    assert {"cls_token", "dist_token", "pos_embed", "norm.weight", "head.bias"} <= undecayed_names
+    decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
+    assert {"head.weight", "head_dist.weight", "patch_embed.proj.weight"} <= decayed_names
+    assert len(undecayed_names) + len(decayed_names) == len(names)
     reference = timm.optim.param_groups_weight_decay(
         network, 0.05, no_weight_decay_list=network.no_weight_decay()
     )
-    of_timm = {
+    timm_names = {
         names[id(p)] for group in reference if not group["weight_decay"] for p in group["params"]
     }
-    assert free == of_timm | {"dist_token"}
+    assert undecayed_names == timm_names | {"dist_token"}
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
 
 
@@ -101,7 +100,7 @@ def test_adamw_step_by_hand():
     optimizer.param_groups[0]["lr"] = 0.01
     layer.weight.grad = torch.tensor([[3.0]])
     optimizer.step()
-    # First update: both moments are corrected to g and g**2, so the step is lr * g / |g|.
+    # First step: both moments are corrected to g and g**2, so the change is lr * g / |g|.
     by_hand = 2.0 * (1 - 0.01 * 0.1) - 0.01 * 3.0 / (3.0 + 1e-8)
     assert layer.weight.item() == pytest.approx(by_hand, rel=1e-6)
 
@@ -133,7 +132,7 @@ def test_ema_by_hand_averages_weights_and_copies_buffers():
 
 
 def test_independent_weight_decay_does_not_depend_on_lr():
-    """big_vision's rule: a weight loses schedule * weight_decay of itself, at any learning rate."""
+    """As in big_vision, a weight shrinks by schedule * weight_decay, at any learning rate."""
     for lr in (1e-3, 1e-2):
         optim = OptimConfig(
             epochs=2,
@@ -156,13 +155,13 @@ def test_independent_weight_decay_does_not_depend_on_lr():
 def test_layer_decay_scales_as_in_timm(name):
     network = create_network(StudentConfig(name=name), 10)
     scales = layer_lr_scales(layer_depths(network), 0.75)
-    free = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
+    no_decay = network.no_weight_decay() if hasattr(network, "no_weight_decay") else set()
     reference = timm.optim.param_groups_layer_decay(
-        network, 0.05, no_weight_decay_list=free, layer_decay=0.75
+        network, 0.05, no_weight_decay_list=no_decay, layer_decay=0.75
     )
     expected = {id(p): group["lr_scale"] for group in reference for p in group["params"]}
-    for part, parameter in network.named_parameters():
-        assert scales[part] == pytest.approx(expected[id(parameter)])
+    for parameter_name, parameter in network.named_parameters():
+        assert scales[parameter_name] == pytest.approx(expected[id(parameter)])
     groups = parameter_groups(network, 0.05, scales)
     assert {id(p): group["lr_scale"] for group in groups for p in group["params"]} == {
         key: pytest.approx(value) for key, value in expected.items()
@@ -186,38 +185,38 @@ def test_layer_decay_multiplies_the_scheduled_learning_rate():
 
 
 def test_sgd_with_momentum_by_hand():
-    """v1 = g1 + w d, w1 = w - lr v1; v2 = m v1 + g2 + w1 d: torch's, the decay in the gradient."""
+    """v1 = g1 + w d, w1 = w - lr v1; v2 = m v1 + g2 + w1 d, as in PyTorch."""
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(2.0)
     optim = OptimConfig(name="sgd", momentum=0.5, weight_decay=0.1)
     optimizer = build_optimizer(layer, optim)
-    weight, way = 2.0, 0.0
+    weight, velocity = 2.0, 0.0
     for gradient in (3.0, -1.0, 2.0):
         set_lr(optimizer, 0.01)
         layer.weight.grad = torch.tensor([[gradient]])
         optimizer.step()
-        way = 0.5 * way + gradient + 0.1 * weight
-        weight -= 0.01 * way
+        velocity = 0.5 * velocity + gradient + 0.1 * weight
+        weight -= 0.01 * velocity
         assert layer.weight.item() == pytest.approx(weight, rel=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_sgd_with_found_inf_skips_the_step(momentum, skipped):
-    """Also at the very first update, before there is a momentum."""
+    """Also the first step, before there is a momentum buffer."""
     gradients = [torch.randn(3, 3) for _ in range(3)]
     layers = [nn.Linear(3, 3, bias=False) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     optim = OptimConfig(name="sgd", momentum=momentum)
-    whole, gappy = (build_optimizer(layer, optim) for layer in layers)
+    reference, optimizer = (build_optimizer(layer, optim) for layer in layers)
     for index, gradient in enumerate(gradients):
         if index != skipped:
             layers[0].weight.grad = gradient.clone()
-            set_lr(whole, 0.1)
-            whole.step()
-        bad = index == skipped
-        layers[1].weight.grad = torch.full((3, 3), math.nan) if bad else gradient.clone()
-        gappy.found_inf = torch.tensor(float(bad))
-        set_lr(gappy, 0.1)
-        gappy.step()
+            set_lr(reference, 0.1)
+            reference.step()
+        is_skipped = index == skipped
+        layers[1].weight.grad = torch.full((3, 3), math.nan) if is_skipped else gradient.clone()
+        optimizer.found_inf = torch.tensor(float(is_skipped))
+        set_lr(optimizer, 0.1)
+        optimizer.step()
     assert torch.equal(layers[0].weight, layers[1].weight)

@@ -1,4 +1,4 @@
-"""`deit profile`: its parts are those of a step, and its files are real."""
+"""`deit profile`: the parts of a step, its output files, and options that it refuses."""
 
 import json
 
@@ -28,12 +28,12 @@ def test_profile_reports_every_part_of_a_step(teacher, command_server, tmp_path)
     assert done.code == 0, done.err
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert tuple(numbers["parts"]) == PARTS
-    assert all(took > 0 for took in numbers["parts"].values())
+    assert all(seconds > 0 for seconds in numbers["parts"].values())
     assert 0 < sum(numbers["parts"].values()) / numbers["profiled_s"] <= 1
     assert numbers["step_s"] > 0
-    names = numbers["operations"]
-    assert "aten::_fused_adamw_" in names or len(names) == 15
-    assert not set(PARTS) & names.keys()
+    operations = numbers["operations"]
+    assert "aten::_fused_adamw_" in operations or len(operations) == 15
+    assert not set(PARTS) & operations.keys()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {"views", "teacher", "student"} <= {event.get("name") for event in events}
     for part in PARTS:
@@ -70,7 +70,7 @@ def test_profile_with_invalid_options_is_refused_before_work(
 
 
 def test_profile_prints_no_warnings(command_server):
-    """Not even of a GPU that is not there."""
+    """Nor a warning that there is no GPU."""
     without_teacher = ("--teacher.source", "none", "--loss", "none", "--student.depth", "1")
     done = command_server.run("profile", "digits", *without_teacher, "--steps", "2")
     assert (done.code, done.err) == (0, "")

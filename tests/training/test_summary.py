@@ -1,4 +1,4 @@
-"""The end of a run: numbers a person reads in ten seconds, the same as plain values."""
+"""The summary at the end of a run: as plain values and as a few lines of text."""
 
 import json
 import re
@@ -27,29 +27,29 @@ def test_summary_of_a_run_is_printed_and_saved(tmp_path, capsys):
     train(config, tmp_path / "my run")
     output = capsys.readouterr().out
     result = run_folder.read_result(tmp_path / "my run")
-    values = summary_of(config, tmp_path / "my run", result)
-    print_summary(values)
-    end = capsys.readouterr().out
-    assert output.endswith(end)
+    summary = summary_of(config, tmp_path / "my run", result)
+    print_summary(summary)
+    summary_text = capsys.readouterr().out
+    assert output.endswith(summary_text)
     rows = run_log.read(tmp_path / "my run" / run_log.METRICS)
-    assert values["curve"] == [
+    assert summary["curve"] == [
         [row["epoch"], row["validation"]["class_top1"]] for row in rows if "validation" in row
     ]
-    assert values["best"] == {"class": result["best"]["top1"]}
-    assert values["selected"] == result["best"]["top1"]
-    assert values["teacher"] is result["teacher_top1"] is None
-    assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == values
-    best = f"{100 * values['best']['class']:.1f}"
-    assert re.search(rf"\bclass {best}\b.*\bepoch {values['best_epoch']}\b", end)
-    assert re.search(r"\b4 epochs\b", end)
-    assert values["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
-    assert f", {values['memory_mb']:,.0f} MB" in end
-    assert f"deit evaluate '{tmp_path / 'my run'}'" in end
-    assert len(end.splitlines()) <= 10
+    assert summary["best"] == {"class": result["best"]["top1"]}
+    assert summary["selected"] == result["best"]["top1"]
+    assert summary["teacher"] is result["teacher_top1"] is None
+    assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == summary
+    best = f"{100 * summary['best']['class']:.1f}"
+    assert re.search(rf"\bclass {best}\b.*\bepoch {summary['best_epoch']}\b", summary_text)
+    assert re.search(r"\b4 epochs\b", summary_text)
+    assert summary["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
+    assert f", {summary['memory_mb']:,.0f} MB" in summary_text
+    assert f"deit evaluate '{tmp_path / 'my run'}'" in summary_text
+    assert len(summary_text.splitlines()) <= 10
 
 
 def test_summary_prints_every_known_value(capsys):
-    values = {
+    summary = {
         "run": "r",
         "student": "deit_micro",
         "use": "timm",
@@ -65,7 +65,7 @@ def test_summary_prints_every_known_value(capsys):
         "teacher": 0.96,
         "curve": [[1, 0.1], [300, 0.93]],
     }
-    print_summary(values)
+    print_summary(summary)
     output = capsys.readouterr().out
     for text in ("1 h 56 min", "300 epochs", "12,346 images/s", "loader 2.1 %", "1,234 MB"):
         assert text in output
@@ -75,13 +75,13 @@ def test_summary_prints_every_known_value(capsys):
     assert re.search(r"\bteacher\D*\b95\.0\b.*\bteacher\D*\b96\.0\b.*\bepoch 290\b", output)
     assert re.search(r"▁█ 10\.0\b\D*\b93\.0\b", output)
     assert "deit export r --format timm" in output
-    nothing = {"images_per_s": None, "memory_mb": None}
-    print_summary(values | nothing | {"agreement": None, "teacher": None, "curve": []})
+    unknown = {"images_per_s": None, "memory_mb": None}
+    print_summary(summary | unknown | {"agreement": None, "teacher": None, "curve": []})
     assert "None" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("student", "use"),
+    ("student", "command"),
     [
         ({}, "export {} --format timm"),
         ({"heads_per_block": (1, 2, 3, 4)}, "export {} --format onnx"),
@@ -94,22 +94,24 @@ def test_summary_prints_every_known_value(capsys):
         ({"name": "timm:resnet18"}, "export {} --format timm"),
     ],
 )
-def test_summary_suggests_a_command_that_supports_the_student(tmp_path, capsys, student, use):
-    """timm is not named for what it cannot build."""
+def test_summary_suggests_a_command_that_supports_the_student(tmp_path, capsys, student, command):
+    """timm is suggested only for students that it can build."""
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / run_log.METRICS).touch()
     config = digits().replace(student=student)
     print_summary(summary_of(config, tmp_path, result))
-    assert f"deit {use.format(tmp_path)} " in capsys.readouterr().out
+    assert f"deit {command.format(tmp_path)} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lacks", [None, *FORMATS["onnx"].needs])
-def test_summary_names_missing_export_packages(lacks, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("missing_package", [None, *FORMATS["onnx"].needs])
+def test_summary_names_missing_export_packages(missing_package, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "deit.training.summary.find_spec", lambda name: None if name == lacks else object()
+        "deit.training.summary.find_spec",
+        lambda name: None if name == missing_package else object(),
     )
     result = {"epochs": 1, "seconds": 1.0, "skipped": 0, "best": {"top1": 0.5, "epoch": 1}}
     (tmp_path / run_log.METRICS).touch()
     config = digits().replace(student={"name": "small_convnet"})
     print_summary(summary_of(config, tmp_path, result))
-    assert ("pip install 'deit[export]'" in capsys.readouterr().out) == (lacks is not None)
+    is_suggested = "pip install 'deit[export]'" in capsys.readouterr().out
+    assert is_suggested == (missing_package is not None)

@@ -30,7 +30,7 @@ def config(*names, **sections):
 
 
 def scalars(folder):
-    """What TensorBoard's own reader finds: tag -> [(step, value)]."""
+    """Return the scalars that TensorBoard reads: tag -> [(step, value)]."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,7 +45,7 @@ def scalars(folder):
     return values
 
 
-@pytest.mark.filterwarnings("ignore")  # of TensorBoard's own
+@pytest.mark.filterwarnings("ignore")  # TensorBoard's
 def test_tensorboard_has_the_metrics_of_a_resumed_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from deit.core import fault_injection
@@ -72,15 +72,17 @@ def test_default_config_has_no_tracker(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_tracker_package_is_refused_before_training(name, tmp_path, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(trackers, "find_spec", lambda event: None if event == name else real(event))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        trackers, "find_spec", lambda package: None if package == name else find_spec(package)
+    )
     with raises(SystemFault, f"run.trackers {name}", f"pip install {name}"):
         train(config(name), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 class Failing:
-    """A tracker whose server goes away after the first epoch."""
+    """A tracker whose server cannot be reached after the first epoch."""
 
     name = "failing"
 
@@ -97,23 +99,23 @@ class Failing:
 
 
 def test_failing_tracker_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
-    event = Failing()
-    begin = trackers.Accelerator.init_trackers
+    tracker = Failing()
+    init_trackers = trackers.Accelerator.init_trackers
 
-    def init(self, project, flat, settings):
-        begin(self, project, flat, settings)
-        self.trackers = [event]
+    def init_failing_tracker(self, project, flat, settings):
+        init_trackers(self, project, flat, settings)
+        self.trackers = [tracker]
         info(str(sorted(flat)[:1]))
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
-    monkeypatch.setattr(trackers.Accelerator, "init_trackers", init)
+    monkeypatch.setattr(trackers.Accelerator, "init_trackers", init_failing_tracker)
     train(config("wandb"), tmp_path / "run")
-    assert len(event.logged) == 2
+    assert len(tracker.logged) == 2
     stderr = capsys.readouterr().err
     assert re.search(r"\bfailing\b.*no route to host", stderr)
-    assert stderr.count("no route to host") == 1  # it is left alone then
-    step, values = event.logged[0]
+    assert stderr.count("no route to host") == 1  # then it is disabled
+    step, values = tracker.logged[0]
     row = run_log.read(tmp_path / "run" / run_log.METRICS)[0]
     assert (step, values["validation/class_top1"]) == (row["step"], row["validation"]["class_top1"])
 
@@ -130,33 +132,35 @@ def test_tracker_that_cannot_start_is_reported_in_one_line(tmp_path, monkeypatch
 
 
 @pytest.fixture
-def handed_on(monkeypatch):
-    """Return what trackers receive for a run: its configuration, and their settings."""
-    taken = []
+def tracker_arguments(monkeypatch):
+    """Return a function that returns the configuration and settings that trackers receive."""
+    calls = []
     monkeypatch.setattr(trackers, "filter_trackers", lambda names, folder: [])
     monkeypatch.setattr(
-        trackers.Accelerator, "init_trackers", lambda self, project, *given: taken.append(given)
+        trackers.Accelerator,
+        "init_trackers",
+        lambda self, project, *arguments: calls.append(arguments),
     )
 
-    def of(out, name="wandb"):
+    def arguments_of(out, name="wandb"):
         with trackers.tracked(trackers.Accelerator(cpu=True), config(name), out):
-            return taken[-1]
+            return calls[-1]
 
-    return of
+    return arguments_of
 
 
-def test_tracker_config_has_plain_types(handed_on, tmp_path):
-    flat, _ = handed_on(tmp_path / "run", "tensorboard")
+def test_tracker_config_has_plain_types(tracker_arguments, tmp_path):
+    flat, _ = tracker_arguments(tmp_path / "run", "tensorboard")
     assert flat["optim.lr"] == 3e-3
     assert (flat["optim.clip_grad_norm"], flat["run.trackers"]) == ("none", "tensorboard")
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
 
 
-def test_tracker_names_are_kept_on_resume_and_unique_per_folder(handed_on, tmp_path):
-    _, first = handed_on(tmp_path / "a" / "run")
-    assert handed_on(tmp_path / "a" / "run")[1] == first
+def test_tracker_names_are_kept_on_resume_and_unique_per_folder(tracker_arguments, tmp_path):
+    _, first = tracker_arguments(tmp_path / "a" / "run")
+    assert tracker_arguments(tmp_path / "a" / "run")[1] == first
     assert (first["wandb"]["name"], first["wandb"]["resume"]) == ("run", "allow")
-    _, other = handed_on(tmp_path / "b" / "run")
+    _, other = tracker_arguments(tmp_path / "b" / "run")
     assert other["wandb"]["id"] != first["wandb"]["id"]
     assert other["trackio"]["name"] != first["trackio"]["name"]
 
@@ -165,38 +169,39 @@ def logged_by_mlflow(folder):
     import mlflow
 
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    values = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
     assert run.data.params["optim.epochs"] == "3"
     assert run.info.status == "FINISHED"
-    return [(event.step, event.value) for event in values]
+    return [(metric.step, metric.value) for metric in history]
 
 
 def logged_by_trackio(folder):
-    values = sqlite3.connect(folder / "trackio" / "deit.db").execute(
+    cursor = sqlite3.connect(folder / "trackio" / "deit.db").execute(
         "SELECT run_id, step, metrics FROM metrics ORDER BY step"
     )
-    rows = values.fetchall()
+    rows = cursor.fetchall()
     assert len({row[0] for row in rows}) == 1
-    return [(step, json.loads(expected)["train/loss"]) for _, step, expected in rows]
+    return [(step, json.loads(metrics)["train/loss"]) for _, step, metrics in rows]
 
 
 def logged_by_wandb(folder):
-    """Offline each part has a file of its own; `wandb sync` joins those of one identifier."""
+    """Offline, each start of a run has its file; `wandb sync` joins those of one identifier."""
     parts = sorted((folder / "run" / trackers.FOLDER / "wandb").glob("offline-run-*-*"))
     assert len(parts) == 2
     assert len({part.name.rpartition("-")[2] for part in parts}) == 1
     # Protocol buffers: a key, the tag of its value in JSON, the length, the value.
-    expected = b"".join(next(part.glob("*.wandb")).read_bytes() for part in parts)
-    steps = re.findall(rb"_step\x82\x01.([0-9]+)", expected, re.DOTALL)
-    losses = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", expected, re.DOTALL)
-    return sorted(set(zip(map(int, steps), map(float, losses), strict=True)))  # and a summary
+    content = b"".join(next(part.glob("*.wandb")).read_bytes() for part in parts)
+    steps = re.findall(rb"_step\x82\x01.([0-9]+)", content, re.DOTALL)
+    losses = re.findall(rb"train/loss\x82\x01.([0-9.e-]+)", content, re.DOTALL)
+    # A set, because the summary repeats the last values.
+    return sorted(set(zip(map(int, steps), map(float, losses), strict=True)))
 
 
-OTHERS = {"mlflow": logged_by_mlflow, "trackio": logged_by_trackio, "wandb": logged_by_wandb}
+LOGGED_BY = {"mlflow": logged_by_mlflow, "trackio": logged_by_trackio, "wandb": logged_by_wandb}
 
 
-@pytest.mark.filterwarnings("ignore")  # of their own
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore")  # those of the packages
+@pytest.mark.parametrize("name", LOGGED_BY)
 def test_tracker_has_the_metrics_of_a_resumed_run_as_one_run(name, tmp_path, monkeypatch):
     """Without a network: wandb offline, mlflow and trackio in files."""
     from deit.core import fault_injection
@@ -215,4 +220,4 @@ def test_tracker_has_the_metrics_of_a_resumed_run_as_one_run(name, tmp_path, mon
     rows = run_log.read(out / run_log.METRICS)
     expected = [(row["step"], pytest.approx(row["train"]["loss"], rel=1e-6)) for row in rows]
     assert len(expected) == 3
-    assert OTHERS[name](tmp_path) == expected
+    assert LOGGED_BY[name](tmp_path) == expected

@@ -1,4 +1,4 @@
-"""Whole runs in one process: the folder they leave, resuming, the checks before the first step."""
+"""Whole runs in one process: run folder, resuming, checks before the first step."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def teacher(tmp_path_factory):
 
 
 def small(teacher, **optim):
-    """A digits student that trains in moments."""
+    """Return the configuration of a small digits student."""
     return digits().replace(
         data=FEW,
         student={"depth": 1, "embed_dim": 16, "num_heads": 2, "drop_path": 0.1},
@@ -52,7 +52,7 @@ def small(teacher, **optim):
 
 
 def tensors(folder):
-    """Every tensor of a checkpoint by file and name."""
+    """Return every tensor of a checkpoint by file and name."""
     return {
         f"{file.name}/{name}": value
         for file in sorted(folder.glob("*.safetensors"))
@@ -66,9 +66,9 @@ def test_run_folder_holds_only_json_and_safetensors(teacher, tmp_path, monkeypat
     monkeypatch.setattr(save, "selection_metric", lambda validation: 0.5)
     train(small(teacher), out, command="train_deit.py digits")
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    state = {"model.json", "model.safetensors", "state.json", "manifest.json"}
-    saved = [folder.name for _, folder in run_folder.list_checkpoints(out)]
-    assert len(saved) == 2
+    common_files = {"model.json", "model.safetensors", "state.json", "manifest.json"}
+    checkpoint_names = [folder.name for _, folder in run_folder.list_checkpoints(out)]
+    assert len(checkpoint_names) == 2
     assert files == {
         "config.json",
         "environment.json",
@@ -77,9 +77,13 @@ def test_run_folder_holds_only_json_and_safetensors(teacher, tmp_path, monkeypat
         "result.json",
         "summary.json",
         ".lock",
-        *(f"{subfolder}/{name}" for subfolder in ("best", *saved) for name in state),
-        *(f"{subfolder}/average.safetensors" for subfolder in saved),
-        *(f"{subfolder}/optimizer.safetensors" for subfolder in saved),
+        *(
+            f"{subfolder}/{name}"
+            for subfolder in ("best", *checkpoint_names)
+            for name in common_files
+        ),
+        *(f"{subfolder}/average.safetensors" for subfolder in checkpoint_names),
+        *(f"{subfolder}/optimizer.safetensors" for subfolder in checkpoint_names),
     }
     rows = run_log.read(out / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
@@ -90,7 +94,7 @@ def test_run_folder_holds_only_json_and_safetensors(teacher, tmp_path, monkeypat
     environment = json.loads((out / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["command"] == "train_deit.py digits"
-    # With an average, best holds the average of its epoch (here the last), last holds both.
+    # With a weight average, best has the average of its epoch (here the last); last has both.
     assert read_state(out / "best").epoch == 4
     best, last = tensors(out / "best"), tensors(run_folder.latest_checkpoint(out))
     name = "head.weight"
@@ -176,7 +180,7 @@ def test_batch_arithmetic_is_logged_before_the_first_step(teacher, tmp_path, cap
     config = small(teacher).replace(
         data=ALL, optim={"grad_accum_steps": 2, "lr_base_batch_size": 512}
     )
-    fault_injection.install_faults("loss:1:nan")  # in the first step, which logs nothing then
+    fault_injection.install_faults("loss:1:nan")  # stops in the first step, before it is logged
     try:
         with pytest.raises(NumericsError):
             train(config, tmp_path / "run", dry_run=True)
@@ -184,7 +188,7 @@ def test_batch_arithmetic_is_logged_before_the_first_step(teacher, tmp_path, cap
         fault_injection.install_faults(None)
     output = capsys.readouterr().out
     assert re.search(r"\b64 = 1\b\D+\b2\b\D+\b32\b", output)
-    # Updates, views, different images and all images of an epoch.
+    # Steps, views, distinct images and all images of an epoch.
     assert re.search(r"\b20\b\D+\b1280\b\D+\b1280\b\D+\b1295\b", output)
     assert "0.000125 = 0.001 x 64 / 512" in output
     assert re.search(rf"{re.escape(str(teacher))}\b.*\b10\.5 %", output)
@@ -209,8 +213,8 @@ def test_teacher_near_chance_is_refused_unless_allowed(tmp_path):
     config = small(tmp_path / "weak", epochs=2)
     with raises(DataError, tmp_path / "weak", "--teacher.allow_near_chance"):
         train(config, tmp_path / "run")
-    state = train(config.replace(teacher={"allow_near_chance": True}), tmp_path / "other")
-    assert state["epochs"] == 2
+    result = train(config.replace(teacher={"allow_near_chance": True}), tmp_path / "other")
+    assert result["epochs"] == 2
 
 
 @pytest.mark.fault("B19")
@@ -218,14 +222,14 @@ def test_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
     target = tmp_path / "best"
     replace_dir(target, lambda folder: (folder / "a").write_text("old"))
 
-    def fails(folder):
+    def write_half(folder):
         (folder / "a").write_text("half")
         raise OSError(28, "No space left on device")
 
     with raises(SystemFault, target, "No space left on device"):
-        replace_dir(target, fails)
+        replace_dir(target, write_half)
     assert (target / "a").read_text() == "old"
-    # Killed between the two renames: the old folder is put back when the run is opened again.
+    # After a kill between the two renames, the old folder is restored when the run is opened.
     target.rename(tmp_path / ".deit-old-best")
     clean_leftovers(tmp_path)
     assert (target / "a").read_text() == "old"
@@ -260,36 +264,36 @@ def test_evaluation_matches_the_accuracy_of_the_saved_student(teacher, tmp_path)
         expected = (logits.argmax(dim=1) == test.labels).double().mean().item()
         assert metrics["heads"][name]["top1"] == pytest.approx(expected)
     predictions = {name: logits.argmax(dim=1) for name, logits in heads.items()}
-    both = (predictions["class"] == predictions["distillation"]).double().mean().item()
-    assert metrics["agreement"]["class"]["distillation"] == pytest.approx(both)
+    agreement = (predictions["class"] == predictions["distillation"]).double().mean().item()
+    assert metrics["agreement"]["class"]["distillation"] == pytest.approx(agreement)
     assert metrics["teacher"]["top1"] == pytest.approx(evaluate(teacher)["heads"]["class"]["top1"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid(name):
-    student = RECIPES[name]()
+    config = RECIPES[name]()
     if name.startswith("transfer"):
         with raises(ConfigError, "init.weights"):
-            validate(student)
-        student = student.replace(init={"weights": "weights.pth"})
-    assert validate(student)
+            validate(config)
+        config = config.replace(init={"weights": "weights.pth"})
+    assert validate(config)
     assert RECIPES[name].__doc__
-    for source in student.teacher.source:
+    for source in config.teacher.source:
         if source.startswith("checkpoints/"):
             teacher = RECIPES[recipe_of_path(source)]()
             assert teacher.loss == LOSS_PRESETS["none"]
-            assert teacher.data.source == student.data.source
-    if recipe_of_path(student.init.weights) is not None:
-        start = RECIPES[recipe_of_path(student.init.weights)]()
-        assert start.student.name == student.student.name
-        assert start.data.source == student.data.source
+            assert teacher.data.source == config.data.source
+    if recipe_of_path(config.init.weights) is not None:
+        base = RECIPES[recipe_of_path(config.init.weights)]()
+        assert base.student.name == config.student.name
+        assert base.data.source == config.data.source
 
 
 @pytest.mark.parametrize(
     "name", [name for name in RECIPES if not name.startswith(("imagenet", "transfer"))]
 )
 def test_every_recipe_takes_a_step(name, tmp_path):
-    """On a few synthetic images in its own shape, with an untrained teacher allowed."""
+    """On a few synthetic images of the recipe's size, with an untrained teacher."""
     from tests.helpers.images import write_class_folders
 
     config = RECIPES[name]()
@@ -307,7 +311,7 @@ def test_every_recipe_takes_a_step(name, tmp_path):
     config = config.replace(
         data={"source": "folder", "root": str(tmp_path / "data"), "unseen_classes": unseen},
         optim={"batch_size": 4, "lr": 1e-3, "lr_base_batch_size": None},
-        # Random weights: the run it would start from is not here.
+        # Random weights, because the run with the initial weights does not exist.
         init={"weights": None, "head": "keep"},
         **(changes if config.loss.kind != "none" else {}),
     )
@@ -315,46 +319,49 @@ def test_every_recipe_takes_a_step(name, tmp_path):
 
 
 def test_best_of_tied_epochs_is_the_latest(teacher, tmp_path, monkeypatch):
-    shares = iter([0.5, 0.9, 0.9, 0.7])
-    monkeypatch.setattr(save, "selection_metric", lambda validation: next(shares))
-    state = train(small(teacher, ema_epochs=0), tmp_path / "run")
-    assert state["best"]["epoch"] == 3
+    accuracies = iter([0.5, 0.9, 0.9, 0.7])
+    monkeypatch.setattr(save, "selection_metric", lambda validation: next(accuracies))
+    result = train(small(teacher, ema_epochs=0), tmp_path / "run")
+    assert result["best"]["epoch"] == 3
     assert read_state(tmp_path / "run" / "best").epoch == 3
-    steps = state["step"] // 4
+    steps_per_epoch = result["step"] // 4
     assert [
-        checkpoint // steps for checkpoint, _ in run_folder.list_checkpoints(tmp_path / "run")
+        step // steps_per_epoch for step, _ in run_folder.list_checkpoints(tmp_path / "run")
     ] == [4, 3]
 
 
 def test_ensemble_accuracy_is_logged_per_teacher_and_combined(teacher, tmp_path, capsys):
-    other = tmp_path / "other"
-    train(digits_teacher().replace(optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}), other)
+    second_teacher = tmp_path / "other"
+    train(
+        digits_teacher().replace(optim={"epochs": 1, "warmup_epochs": 0}, run={"seed": 1}),
+        second_teacher,
+    )
     config = small(teacher, epochs=2, ema_epochs=0).replace(
-        teacher={"source": (str(teacher), str(other)), "weights": (0.6, 0.4)},
+        teacher={"source": (str(teacher), str(second_teacher)), "weights": (0.6, 0.4)},
     )
     capsys.readouterr()
     train(config, tmp_path / "run")
-    printed = capsys.readouterr().out
-    assert re.search(r"^\D*\b143\b\D*$", printed, re.MULTILINE)
-    rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    output = capsys.readouterr().out
+    assert re.search(r"^\D*\b143\b\D*$", output, re.MULTILINE)
+    rows = [line.split("│")[1:-1] for line in output.splitlines() if line.startswith("│")]
     first, second, ensemble, pair = ([cell.strip() for cell in row] for row in rows)
     assert first[0].startswith("1: ")
     assert first[0].endswith(str(teacher))
     assert second[0].startswith("2: ")
-    assert second[0].endswith(str(other))
+    assert second[0].endswith(str(second_teacher))
     assert [len(row) for row in (first, second, ensemble, pair)] == [2, 2, 2, 3]
     assert all(
         0 <= float(cell) <= 100 for row in (first, second, ensemble, pair) for cell in row[1:]
     )
     metrics = evaluate(tmp_path / "run")
     assert len(metrics["teachers"]) == 2
-    single = [
-        evaluate(tmp_path / "run", teacher=str(checkpoint))["teacher"]
-        for checkpoint in (teacher, other)
+    single_metrics = [
+        evaluate(tmp_path / "run", teacher=str(folder))["teacher"]
+        for folder in (teacher, second_teacher)
     ]
-    assert list(metrics["teachers"].values()) == single
-    both = evaluate(tmp_path / "run", teacher=f"{teacher},{other}")["teacher"]
-    assert both["top1"] >= min(checkpoint["top1"] for checkpoint in single)
+    assert list(metrics["teachers"].values()) == single_metrics
+    ensemble_metrics = evaluate(tmp_path / "run", teacher=f"{teacher},{second_teacher}")["teacher"]
+    assert ensemble_metrics["top1"] >= min(metrics["top1"] for metrics in single_metrics)
 
 
 WITHOUT_TOKEN = {
