@@ -198,14 +198,14 @@ def test_killed_worker_is_reported_and_the_checkpoint_stays(
 def test_killed_run_with_live_workers_releases_its_folder(command_server, tmp_path):
     out = tmp_path / "run"
     image_folder = write_image_folder(tmp_path / "pictures", images_per_class=16)
-    arguments = ("--optim.epochs", "4", "--data.root", image_folder, "--out", out)
-    fault = "step:9:hang"  # in the third epoch
-    running = command_server.start("train", *FOLDER_ARGUMENTS, *arguments, DEIT_FAULT=fault)
+    more = ("--optim.epochs", "4", "--data.root", image_folder, "--out", out)
+    arguments = ("train", *FOLDER_ARGUMENTS, *more)
+    running = command_server.start(*arguments, DEIT_FAULT="step:9:hang")  # in the third epoch
     wait_until(lambda: list(out.glob("checkpoint-*")))
     assert workers_of(running.pid)
     running.signal(signal.SIGKILL)
     running.wait()
-    done = command_server.run("train", *FOLDER_ARGUMENTS, *arguments, "--resume")
+    done = command_server.run(*arguments, "--resume")
     assert done.code == 0, done.err
 
 
