@@ -9,12 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from deit.cli import run_command
 from deit.config.recipes.handwriting import digits_teacher
-from deit.core import fault_injection, run_folder, run_log
-from deit.core.errors import ConfigError
+from deit.core import fault_injection, run_folder, run_log, signals
+from deit.core.errors import ConfigError, SystemFault
+from deit.core.filesystem import check_space
 from deit.models import student
 from deit.training.train import train
 from tests.helpers.errors import raises
@@ -101,9 +103,6 @@ def test_invalid_fault_is_refused(text, command_server, tmp_path):
 
 
 def test_check_space_without_enough_space_raises(tmp_path):
-    from deit.core.errors import SystemFault
-    from deit.core.filesystem import check_space
-
     with raises(SystemFault, f"--out {tmp_path / 'a' / 'b'}", "1e+03 TB"):
         check_space(tmp_path / "a" / "b", 10**15, option="--out")
     check_space(tmp_path / "a" / "b", 1000, option="--out")
@@ -142,10 +141,6 @@ def test_every_log_of_a_run_is_a_fault_point():
 @pytest.mark.fault("E5")
 def test_hung_process_prints_its_stack_after_a_signal(capfd, monkeypatch):
     """The process does not handle the signal in time."""
-    from accelerate import Accelerator
-
-    from deit.core import signals
-
     monkeypatch.setattr(signals, "_STUCK_S", 0.2)
     with signals.GracefulStop(Accelerator(cpu=True)) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
