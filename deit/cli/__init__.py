@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 import deit
-from deit.cli.stop_signals import SignalsAsErrors
+from deit.cli.interrupts import SignalsAsErrors
 from deit.core.errors import (
     TRANSIENT,
     ConfigError,

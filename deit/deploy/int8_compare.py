@@ -21,9 +21,9 @@ from deit.deploy.export_formats import (
     onnx_inference_fn,
     outputs_of,
 )
-from deit.deploy.float_onnx import CHUNK, OnnxStudent, split_images
 from deit.deploy.int8_graph import signal_to_noise
 from deit.deploy.latency import latencies
+from deit.deploy.quantize_input import CHUNK, OnnxStudent, split_images
 from deit.evaluation.evaluate import head_metrics
 from deit.viz.tables import HEADS
 

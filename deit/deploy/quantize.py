@@ -18,7 +18,6 @@ from deit.core.run_folder import read_result
 from deit.datasets.splits import stratified_indices
 from deit.deploy.export import check_output_dir, require_packages
 from deit.deploy.export_formats import FORMATS
-from deit.deploy.float_onnx import OnnxStudent, export_float_onnx, split_images
 from deit.deploy.int8_calibration import calibrate, ranges_from_training
 from deit.deploy.int8_compare import (
     check_batch_invariance,
@@ -38,6 +37,7 @@ from deit.deploy.int8_tables import (
 )
 from deit.deploy.model_card import write_card
 from deit.deploy.prune_options import MANIFEST, PRUNED, RECOVERED
+from deit.deploy.quantize_input import OnnxStudent, export_float_onnx, split_images
 from deit.distill.build import build_accelerator
 from deit.evaluation.load_run import evaluation_config, resolve_run
 from deit.models.saved_student import ModelInfo, load_student

@@ -24,10 +24,10 @@ from deit.core.json_io import load_json_as
 from deit.core.types import logits_by_head
 from deit.deploy.export import require_packages
 from deit.deploy.export_formats import FORMATS, OUTPUTS, onnx_inference_fn
-from deit.deploy.float_onnx import CHUNK
 from deit.deploy.int8_compare import final_head
 from deit.deploy.latency import latencies
 from deit.deploy.prune_options import CONTROLS, MANIFEST, RECOVERED
+from deit.deploy.quantize_input import CHUNK
 from deit.deploy.variants_tables import draw_variants, markdown, print_variants
 from deit.distill.build import build_accelerator
 from deit.distill.inference import evaluation_batches

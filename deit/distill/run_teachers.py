@@ -20,10 +20,11 @@ from deit.datasets.loader import TrainLoader, UnmixedViews
 from deit.datasets.splits import Splits
 from deit.distill.build import build_online_ensemble, build_teacher, teacher_input_size
 from deit.distill.losses import needs_logits
-from deit.distill.target_checks import StoreCheck, open_stores, teacher_query, verify_store
+from deit.distill.target_content import open_stores
 from deit.distill.target_store import TargetStore
 from deit.distill.teacher_check import check_teachers
-from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn
+from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble, TeacherFn, teacher_query
+from deit.distill.verify_targets import StoreCheck, verify_store
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 from deit.models.weight_files import digest_of

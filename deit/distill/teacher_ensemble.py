@@ -1,5 +1,6 @@
 """The teachers of a run as one call, live or from a target store."""
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -12,8 +13,10 @@ from deit.core.accelerator import compile_module
 from deit.core.errors import NumericsError
 from deit.core.tensors import device_constant
 from deit.core.types import Batch, TeacherOutput
+from deit.datasets.loader import TeacherInput, TrainLoader
 from deit.models.teachers import Teacher
 
+TeacherQuery = Callable[[TeacherInput], TeacherOutput]
 _CHECK_EVERY = 50  # batches; a check synchronizes a GPU
 
 
@@ -174,3 +177,29 @@ def error_overlap(first: Tensor, second: Tensor, labels: Tensor) -> float | None
     errors = torch.stack([first != labels, second != labels])
     num_either = int(errors.any(dim=0).sum())
     return int(errors.all(dim=0).sum()) / num_either if num_either else None
+
+
+def teacher_query(loader: TrainLoader, ensemble: TeacherEnsemble) -> TeacherQuery:
+    """Return a function from a batch of teacher images to the outputs that a store keeps.
+
+    With views.teacher_view crops, these are the mean probabilities over all crops of an image.
+    """
+
+    def query(inputs: TeacherInput) -> TeacherOutput:
+        images, views = inputs
+        empty = images[:0]
+        return ensemble(
+            Batch(empty, images, empty, views.sample_ids, views.epoch, views.target_rows)
+        )
+
+    def query_crops(inputs: TeacherInput) -> TeacherOutput:
+        num_crops = loader.views.teacher_num_crops
+        total = query(inputs).logits.log_softmax(dim=2)
+        for crop in range(1, num_crops):
+            rows = inputs.views.target_rows
+            (other,) = loader.teacher_inputs(0, rows, batch_size=len(rows), repeat=crop)
+            total = torch.logaddexp(total, query(other).logits.log_softmax(dim=2))
+        logits = total - math.log(num_crops)
+        return TeacherOutput(logits.argmax(dim=2), logits)
+
+    return query_crops if loader.views.teacher_view == "crops" else query

@@ -1,14 +1,21 @@
 """Verify a target store: every checksum, and a sample of views and teacher outputs recomputed."""
 
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from deit.config.schema import Config
+from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import config_from_dict, validate
 from deit.core.console import count_noun, format_percent, info
-from deit.core.errors import CheckpointError, ConfigError
+from deit.core.errors import CheckpointError, ConfigError, DataError
+from deit.core.tensors import evenly_spaced
+from deit.core.types import TeacherOutput
+from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits, load_splits
 from deit.distill.build import (
     build_accelerator,
@@ -16,9 +23,27 @@ from deit.distill.build import (
     build_teachers,
     build_train_loader,
 )
-from deit.distill.target_checks import StoreCheck, teacher_query, verify_store
+from deit.distill.target_fingerprint import differences, fingerprint_of, teachers_fingerprint
+from deit.distill.target_format import decode
 from deit.distill.target_store import TargetStore, open_store
+from deit.distill.teacher_ensemble import TeacherQuery, teacher_query
 from deit.models.teacher_sources import resolve_source
+from deit.models.teachers import Teacher
+
+# Before training: number of views checked, over all epochs, and outputs recomputed at each.
+_CHECKS = (16, 32)
+_CHECKS_WITH_CROPS = (4, 2)  # each takes teacher_num_crops forward passes
+_AGREEMENT = 0.995
+_VARIATION = 0.01
+_TIE_MARGIN = 0.1  # labels this close in log-probability can change places by rounding
+
+
+class StoreCheck(NamedTuple):
+    """What was recomputed of a store: the number of views, and of outputs, and how many agreed."""
+
+    views: int
+    num_queried: int
+    num_agreed: int
 
 
 def verify_targets(
@@ -119,3 +144,97 @@ def _compare(
         query=query,
         num_queries=num_queries,
     )
+
+
+def verify_store(
+    store: TargetStore,
+    splits: Splits,
+    loader: TrainLoader,
+    config: TeacherConfig,
+    *,
+    teachers: list[Teacher] | None,
+    query: TeacherQuery | None,
+    num_queries: int | None = None,
+) -> StoreCheck:
+    """Compare a store with a run: its fingerprint, some views and some teacher outputs.
+
+    teachers: those that should have written it, None if they are not available. query: from
+    `teacher_query`, None to recompute no output. num_queries: outputs to recompute; default: a
+    number that takes little time. Raises DataError naming what differs.
+    """
+    _compare_fingerprints(store, splits, loader, config, teachers)
+    crops = loader.views.teacher_view == "crops"
+    num_views, rows = _CHECKS_WITH_CROPS if crops else _CHECKS
+    if num_queries is not None:
+        num_views = -(-num_queries // rows)
+    views = num_queried = num_agreed = 0
+    for epoch, first in _sample_checked_rows(store, num_views):
+        target_rows = torch.arange(first, min(first + rows, store.record_format.rows_per_epoch))
+        for inputs in loader.teacher_inputs(epoch, target_rows, batch_size=len(target_rows)):
+            store.check_view(inputs.views, 0)
+            views += 1
+            if query is not None:
+                agrees = _agreeing(store, epoch, target_rows, query(inputs))
+                num_agreed, num_queried = num_agreed + int(agrees.sum()), num_queried + len(agrees)
+    if num_agreed < _AGREEMENT * num_queried:
+        raise DataError(
+            f"teacher.target_stores {store.path}: only {num_agreed} of {num_queried} recomputed "
+            f"teacher outputs agree with the store, which was written in "
+            f"{store.inference['precision']}; did the teacher's code, the device or a library "
+            "change? Write the store again"
+        )
+    return StoreCheck(views, num_queried, num_agreed)
+
+
+def _compare_fingerprints(
+    store: TargetStore,
+    splits: Splits,
+    loader: TrainLoader,
+    config: TeacherConfig,
+    teachers: list[Teacher] | None,
+) -> None:
+    """Raise DataError with all differences between a store's fingerprint and that of a run."""
+    stored = dict(store.fingerprint)
+    of_teachers = {key: stored.pop(key, None) for key in ("teacher", "combine", "weights")}
+    lines = differences(stored, fingerprint_of(splits, loader))
+    if teachers is not None:
+        of_teachers = {key: value for key, value in of_teachers.items() if value is not None}
+        lines += differences(of_teachers, teachers_fingerprint(config, teachers))
+    if not lines:
+        return
+    hint = ""
+    if any(line.startswith("seed:") for line in lines):
+        hint = "\n  (views.seed sets the seed of the views independently of run.seed)"
+    raise DataError(
+        f"teacher.target_stores {store.path}: was written for other data, views or teachers; write "
+        "a store for this configuration, or train the one it was written for:"
+        + "".join(f"\n  {line}" for line in lines)
+        + hint
+    )
+
+
+def _sample_checked_rows(store: TargetStore, count: int) -> list[tuple[int, int]]:
+    """Return (epoch, row) of evenly spaced checked rows, the first and the last included."""
+    rows = store.record_format.checked_rows
+    chosen = evenly_spaced(store.record_format.epochs * len(rows), count).tolist()
+    return [(index // len(rows), rows[index % len(rows)]) for index in chosen]
+
+
+def _agreeing(
+    store: TargetStore, epoch: int, target_rows: Tensor, recomputed: TeacherOutput
+) -> Tensor:
+    """Return which stored outputs agree with the recomputed ones, bool [rows].
+
+    A label agrees if the teacher holds it almost as likely as its first. Probabilities agree if
+    they differ by at most 0.01 in total variation.
+    """
+    labels, scores = decode(store.record_format, store.records(epoch)[target_rows.numpy()])
+    log_probs = recomputed.logits[:, 0].float().cpu().log_softmax(dim=1)
+    of_label = log_probs.gather(1, labels[:, None]).squeeze(1)
+    agrees = log_probs.max(dim=1).values - of_label <= _TIE_MARGIN
+    if scores is None:
+        return agrees
+    difference = (scores.exp() - log_probs.exp()).abs()
+    if store.record_format.top_k is not None:  # the others share the remaining probability equally
+        difference = difference.gather(1, log_probs.topk(store.record_format.top_k, dim=1).indices)
+    return agrees & (difference.sum(dim=1) / 2 <= _VARIATION)

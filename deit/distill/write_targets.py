@@ -34,13 +34,13 @@ from deit.distill.build import (
 )
 from deit.distill.losses import needs_logits
 from deit.distill.student_init import load_init_weights, with_init_normalization
-from deit.distill.target_checks import check_content, teacher_query
+from deit.distill.target_content import check_content
 from deit.distill.target_fingerprint import fingerprint_of, teachers_fingerprint
 from deit.distill.target_format import FORMAT_VERSION, RecordFormat, encode, view_checksum
 from deit.distill.target_shards import ShardedTargetWriter, TargetShard
 from deit.distill.target_store import SHARDS
 from deit.distill.teacher_check import check_teachers
-from deit.distill.teacher_ensemble import TeacherEnsemble
+from deit.distill.teacher_ensemble import TeacherEnsemble, teacher_query
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 

@@ -10,7 +10,7 @@ from deit.config.teachers import teacher_slots
 from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.distill.losses import needs_logits
-from deit.distill.target_checks import check_content
+from deit.distill.target_content import check_content
 from deit.distill.write_targets import write_targets
 from deit.experiments.parallel_runs import RunSpec
 

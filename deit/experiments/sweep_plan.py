@@ -10,7 +10,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.errors import ConfigError
 from deit.distill.run_teachers import check_inputs
-from deit.distill.target_checks import check_content
+from deit.distill.target_content import check_content
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import BaseRuns, Experiment, slugify
 from deit.experiments.parallel_runs import RunSpec

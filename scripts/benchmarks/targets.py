@@ -20,8 +20,8 @@ from deit.distill.build import (
     build_teachers,
     build_train_loader,
 )
-from deit.distill.target_checks import teacher_query
 from deit.distill.target_format import RecordFormat
+from deit.distill.teacher_ensemble import teacher_query
 from deit.distill.write_targets import encode_batch, write_targets
 from deit.models.registry import create_network
 from scripts.benchmarks.interleaved import Case, photographs, run_cases

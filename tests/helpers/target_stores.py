@@ -13,7 +13,7 @@ from deit.config.recipes.handwriting import digits
 from deit.core.run_folder import latest_checkpoint
 from deit.datasets.splits import load_splits
 from deit.distill.build import build_train_loader
-from deit.distill.target_checks import open_stores
+from deit.distill.target_content import open_stores
 from deit.distill.target_store import CHECKS, TARGETS, open_store
 from deit.training.resolve import resolve
 from tests.helpers.process_setup import LEAST_ROWS

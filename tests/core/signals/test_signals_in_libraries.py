@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from deit.cli import commands, run_command, stop_signals
+from deit.cli import commands, interrupts, run_command
 from deit.core import parent_process
 from deit.core.errors import SystemFault
 from deit.core.signals import GracefulStop
@@ -32,7 +32,7 @@ def test_second_signal_ends_a_process_stuck_in_a_library(command_server, image_f
     running = command_server.start(*given, "--student.name", "deit_micro", as_program=True)
     wait_until(lambda: "stuck" in running.out.read_text())
     running.signal(signal.SIGINT)
-    time.sleep(stop_signals.SAME_SIGNAL_S + 2)
+    time.sleep(interrupts.SAME_SIGNAL_S + 2)
     running.signal(signal.SIGINT)
     done = running.wait(timeout=300)
     assert done.code == 130
@@ -134,7 +134,7 @@ def test_stop_after_the_last_check_is_passed_to_the_next_handler(code_of):
 
 IMPORTS = """
 import sys
-from deit import cli; from deit.cli import commands, stop_signals
+from deit import cli; from deit.cli import commands, interrupts
 
 def command(arguments, program):
     import stopping_module
@@ -156,7 +156,7 @@ def test_command_stopped_during_its_imports_exits_at_once(tmp_path):
 
 UNREAD = """
 import ctypes, os, sys
-from deit import cli; from deit.cli import commands, stop_signals
+from deit import cli; from deit.cli import commands, interrupts
 
 def command(arguments, program):
     lock = ctypes.create_string_buffer(256)
@@ -165,7 +165,7 @@ def command(arguments, program):
     for _ in range(2):
         system.pthread_mutex_lock(lock)
 
-stop_signals.SAME_SIGNAL_S = 0.1
+interrupts.SAME_SIGNAL_S = 0.1
 commands.COMMANDS["recipes"] = command
 sys.argv = ["deit", "recipes"]
 sys.exit(cli.program())
@@ -221,7 +221,7 @@ def test_signal_while_an_error_is_printed_is_ignored(monkeypatch, capsys):
 
 SIGNALED = """
 import os, signal, sys
-from deit import cli; from deit.cli import commands, stop_signals
+from deit import cli; from deit.cli import commands, interrupts
 
 commands.COMMANDS["recipes"] = lambda arguments, program: None
 sys.argv = ["deit", "recipes"]
@@ -265,7 +265,7 @@ def test_library_thread_does_not_keep_a_finished_process_alive():
 
 TWICE = """
 import os, signal, threading, time
-from deit import cli; from deit.cli import commands, stop_signals
+from deit import cli; from deit.cli import commands, interrupts
 
 def command(arguments, program):
     sent = threading.Event()
@@ -280,7 +280,7 @@ def command(arguments, program):
     finally:
         sent.wait()
 
-stop_signals.SAME_SIGNAL_S = 0.1
+interrupts.SAME_SIGNAL_S = 0.1
 commands.COMMANDS["recipes"] = command
 print(cli.run_command("recipes", [], "deit recipes"), "and the program continues")
 """

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deit.config.recipes.handwriting import digits, digits_teacher
-from deit.deploy import float_onnx as onnx_student
 from deit.deploy import quantize
+from deit.deploy import quantize_input as onnx_student
 from deit.deploy.quantize import QuantizeOptions
 from deit.training.train import train
 from tests.helpers.exports import (

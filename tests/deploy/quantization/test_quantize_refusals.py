@@ -7,8 +7,8 @@ import pytest
 
 from deit.cli import run_command
 from deit.core.errors import CheckpointError
-from deit.deploy import float_onnx as onnx_student
 from deit.deploy import int8_compare, quantize
+from deit.deploy import quantize_input as onnx_student
 from deit.deploy.export import BATCHES
 from deit.deploy.export_formats import onnx_inference_fn
 from deit.deploy.int8_layers import prepare
@@ -164,7 +164,7 @@ def test_quantize_noisy_small_batches_raise(runs, tmp_path, monkeypatch):
 
 
 def test_quantize_unknown_attention_products_raise(runs, tmp_path, monkeypatch):
-    from deit.deploy import float_onnx as onnx_student
+    from deit.deploy import quantize_input as onnx_student
 
     def prepare_without_one(source, target):
         layers = prepare(source, target)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deit.core.errors import CheckpointError, DataError
-from deit.distill.target_checks import open_stores
+from deit.distill.target_content import open_stores
 from deit.distill.target_shards import ShardedTargetWriter
 from deit.distill.target_store import CHECKS, MANIFEST, SHARDS, TARGETS, open_store, read_manifest
 from deit.distill.verify_targets import verify_targets

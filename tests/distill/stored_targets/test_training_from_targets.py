@@ -8,7 +8,7 @@ import pytest
 from deit.config.presets import LOSS_PRESETS, VIEW_MODES
 from deit.config.schema import to_dict
 from deit.core.errors import ConfigError, DataError
-from deit.distill.target_checks import open_stores
+from deit.distill.target_content import open_stores
 from deit.distill.target_store import open_store
 from deit.distill.write_targets import write_targets
 from deit.training.train import train
