@@ -299,15 +299,17 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
 
 def _remove_prefixes(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes of wrappers. Raises CheckpointError if two names become equal."""
-    bare = {_unwrapped(name): value for name, value in weights.items()}
-    if len(bare) < len(weights):
-        duplicate = next(name for name in weights if name not in bare)
-        raise CheckpointError(
-            f"{path}: contains {_unwrapped(duplicate)} twice, also as {duplicate}; keep one of them"
-        )
-    while (member := next((m for m in _MEMBERS if _all_begin(bare, m)), None)) is not None:
-        bare = {_unwrapped(name.removeprefix(member)): value for name, value in bare.items()}
-    return bare
+    names = [_unwrapped(name) for name in weights]
+    while (member := next((m for m in _MEMBERS if _all_begin(names, m)), None)) is not None:
+        names = [_unwrapped(name.removeprefix(member)) for name in names]
+    full_names: dict[str, str] = {}
+    for name, full_name in zip(names, weights, strict=True):
+        if (first := full_names.setdefault(name, full_name)) != full_name:
+            raise CheckpointError(
+                f"{path}: contains {in_line(name)} twice, as {in_line(first)} and as "
+                f"{in_line(full_name)}; keep one of them"
+            )
+    return dict(zip(names, weights.values(), strict=True))
 
 
 def _all_begin(names: Collection[str], prefix: str) -> bool:

@@ -75,6 +75,21 @@ def test_read_weights_removes_wrapper_prefixes(weights, prefix, tmp_path):
     same(read_weights(tmp_path / "w.ckpt"), weights)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("module.fc.weight", "fc.weight"),
+        ("model.module.fc.weight", "model.fc.weight"),
+        ("model._orig_mod.fc.weight", "model.module.fc.weight"),
+        ("model.backbone.fc.weight", "model.module.backbone.fc.weight"),
+    ],
+)
+def test_names_equal_without_prefixes_raise(names, tmp_path):
+    torch.save({name: torch.full((1,), i) for i, name in enumerate(names)}, tmp_path / "w.pth")
+    with raises(CheckpointError, tmp_path / "w.pth", " fc.weight twice", *names):
+        read_weights(tmp_path / "w.pth")
+
+
 def test_load_weights_removes_common_prefix_of_known_network(weights, tmp_path):
     torch.save(prefixed(weights, "my.lovely_net."), tmp_path / "w.pth")
     network = Small()
