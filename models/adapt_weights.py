@@ -104,7 +104,10 @@ def _adapt_tokens(weights: Weights, target: Weights, notes: list[str]) -> Weight
         return weights
     weights = dict(weights)
     positions = weights.pop("pos_embed")
-    heads = {kind: _pop_distillation_heads(weights, kind) for kind in ("weight", "bias")}
+    heads = {
+        kind: _pop_distillation_heads(weights, kind, num_tokens=before)
+        for kind in ("weight", "bias")
+    }
     tokens = weights.pop("dist_token", weights["cls_token"][:, :0])
     num_common = min(before, after)
     copies = [1] * (after - num_common)
@@ -152,9 +155,17 @@ def _adapt_ranges(weights: Weights, target: Weights, notes: list[str]) -> Weight
     return {**remaining, **{name: target[name] for name in new}}
 
 
-def _pop_distillation_heads(weights: Weights, kind: str) -> list[Tensor]:
-    """Remove and return the weights or biases of the distillation heads, in token order."""
+def _pop_distillation_heads(weights: Weights, kind: str, *, num_tokens: int) -> list[Tensor]:
+    """Remove and return the weights or biases of the distillation heads, in token order.
+
+    Raises CheckpointError if there are more heads than tokens, which would be lost.
+    """
     names = [name for name in weights if re.fullmatch(rf"head_dist(\.\d+)?\.{kind}", name)]
+    if len(names) > num_tokens:
+        raise CheckpointError(
+            f"init.weights: {num_tokens} distillation token(s), but {len(names)} distillation "
+            f"heads: {', '.join(names)}; remove the heads without a token"
+        )
     return [weights.pop(name) for name in sorted(names, key=lambda n: (len(n), n))]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.config.sections.student import SIZES
-from deit.core.errors import CheckpointError, ConfigError
+from deit.core.errors import CheckpointError, ConfigError, in_line
 from deit.models.metadata import ModelInfo
 from deit.models.registry import check_plain_blocks
 
@@ -71,36 +71,54 @@ def _renamed(name: str, kind: str) -> str:
 def from_transformers(weights: Weights) -> Weights:
     """Rename weights from the names in transformers' files, version 4 or 5, to timm's names.
 
-    Raises CheckpointError for a name that a DeiT or ViT does not have.
+    Raises CheckpointError for a name that a DeiT or ViT does not have, and for two names of one
+    weight.
     """
     kinds = {name.split(".")[0] for name in weights} & set(_HEADS)
     if len(kinds) != 1:
         raise CheckpointError("its weights are not those of transformers' DeiT or ViT")
     (kind,) = kinds
-    back = {new: old for old, new in _EMBEDDINGS.items()}
+    converted: Weights = {}
+    qkv_parts: dict[str, Weights] = {}
+    full_names: dict[tuple[str, str | None], str] = {}
+    for name, value in weights.items():
+        timm_name, part = _timm_name(name, kind)
+        if (first := full_names.setdefault((timm_name, part), name)) != name:
+            raise CheckpointError(
+                f"its weights {in_line(first)} and {in_line(name)} are both {timm_name} of a "
+                "deit_* or vit_*; keep one of them"
+            )
+        if part is None:
+            converted[timm_name] = value
+        else:
+            qkv_parts.setdefault(timm_name, {})[part] = value
+    for timm_name, parts in qkv_parts.items():
+        if set(parts) != set(_PARTS):
+            layer = timm_name.split(".")[1]
+            raise CheckpointError(f"its layer {layer} lacks query, key or value")
+        converted[timm_name] = torch.cat([parts[part] for part in _PARTS])
+    return converted
+
+
+def _timm_name(name: str, kind: str) -> tuple[str, str | None]:
+    """Return the timm name of a weight, and which part of qkv it is (None for other weights)."""
+    embeddings = {new: old for old, new in _EMBEDDINGS.items()}
     layers = {new: old for old, new in _LAYER.items()}
     heads = {new: old for old, new in _HEADS[kind].items()} | {"classifier": "head"}
-    converted: Weights = {}
-    parts: dict[tuple[str, str], Weights] = {}
-    for name, value in weights.items():
-        inner = name.removeprefix(f"{kind}.")
-        stem, _, leaf = inner.rpartition(".")
-        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem)
-        if inner in back or stem in back:
-            converted[back[inner] if inner in back else f"{back[stem]}.{leaf}"] = value
-        elif stem in heads:
-            converted[f"{heads[stem]}.{leaf}"] = value
-        elif layer is not None and layer[2] in layers:
-            converted[f"blocks.{layer[1]}.{layers[layer[2]]}.{leaf}"] = value
-        elif layer is not None and layer[2].removeprefix("attention.attention.") in _PARTS:
-            parts.setdefault((layer[1], leaf), {})[layer[2].rpartition(".")[2]] = value
-        else:
-            raise CheckpointError(f"its weight {name} does not exist in a deit_* or vit_*")
-    for (layer, leaf), qkv in parts.items():
-        if set(qkv) != set(_PARTS):
-            raise CheckpointError(f"its layer {layer} lacks query, key or value")
-        converted[f"blocks.{layer}.attn.qkv.{leaf}"] = torch.cat([qkv[part] for part in _PARTS])
-    return converted
+    inner = name.removeprefix(f"{kind}.")
+    stem, _, leaf = inner.rpartition(".")
+    layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", stem)
+    if inner in embeddings:  # a parameter by itself
+        return embeddings[inner], None
+    if stem in embeddings:
+        return f"{embeddings[stem]}.{leaf}", None
+    if stem in heads:
+        return f"{heads[stem]}.{leaf}", None
+    if layer is not None and layer[2] in layers:
+        return f"blocks.{layer[1]}.{layers[layer[2]]}.{leaf}", None
+    if layer is not None and layer[2].removeprefix("attention.attention.") in _PARTS:
+        return f"blocks.{layer[1]}.attn.qkv.{leaf}", layer[2].rpartition(".")[2]
+    raise CheckpointError(f"its weight {in_line(name)} does not exist in a deit_* or vit_*")
 
 
 def transformers_config(model_info: ModelInfo) -> dict[str, Any]:

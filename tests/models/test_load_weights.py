@@ -8,10 +8,11 @@ from timm.layers import resample_abs_pos_embed
 
 from deit.config.sections.init import InitConfig
 from deit.core.errors import CheckpointError
+from deit.models.adapt_weights import LoadedWeights
 from deit.models.parameters import classifier_names
 from deit.models.pos_embed import resize_positions
 from tests.helpers.errors import raises
-from tests.helpers.weight_files import load_adapted, loaded_weights, network
+from tests.helpers.weight_files import NAMES, load_adapted, loaded_weights, network
 
 # positions
 
@@ -143,6 +144,20 @@ def test_adapt_changes_number_of_distillation_tokens(tokens, into):
 
     for actual, expected in zip(heads(after)[: 1 + remaining], heads(before)):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("into", [0, 2])
+@pytest.mark.parametrize(
+    ("token", "names"),
+    [(True, ("head_dist.weight", "head_dist.0.weight")), (False, ("head_dist.weight",))],
+)
+def test_adapt_with_more_distillation_heads_than_tokens_raises(token, names, into):
+    weights = network("deit_micro" if token else "vit_micro").state_dict()
+    weights |= {name: weights["head.weight"].clone() for name in names}
+    fields = {"num_distillation_tokens": into} if into else {}
+    after = network("deit_micro" if into else "vit_micro", seed=1, **fields)
+    with raises(CheckpointError, *names):
+        load_adapted(LoadedWeights(weights, "a file", None, NAMES, None, None), after)
 
 
 @pytest.mark.parametrize("name", ["deit_micro", "vit_micro", "small_convnet", "rednet_micro"])

@@ -208,6 +208,27 @@ def test_from_transformers_other_network_raises():
         from_transformers({name: value for name, value in weights.items() if name != key})
 
 
+@pytest.mark.parametrize(
+    ("name", "duplicate"),
+    [
+        ("deit.embeddings.cls_token", "embeddings.cls_token"),
+        ("deit.layernorm.bias", "layernorm.bias"),
+        ("cls_classifier.weight", "classifier.weight"),
+        ("cls_classifier.bias", "deit.cls_classifier.bias"),
+        ("deit.encoder.layer.1.output.dense.bias", "encoder.layer.1.output.dense.bias"),
+        (
+            "deit.encoder.layer.1.attention.attention.key.bias",
+            "deit.encoder.layer.1.key.bias",
+        ),
+    ],
+)
+def test_from_transformers_two_weights_of_one_name_raise(name, duplicate):
+    student = StudentConfig(name="deit_micro", depth=2)
+    weights = to_transformers(create_network(student, 7).state_dict())
+    with raises(CheckpointError, name, duplicate):
+        from_transformers({**weights, duplicate: weights[name]})
+
+
 @pytest.mark.parametrize("form", ["timm", "transformers"])
 @pytest.mark.parametrize("name", ["distilled", "plain"])
 def test_load_weights_from_export_restores_student(name, form, runs, exports):
