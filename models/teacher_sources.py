@@ -31,7 +31,7 @@ from deit.models.registry import create_network
 from deit.models.saved_student import load_student
 from deit.models.student import Student
 from deit.models.teachers import ASSUMED, BY_NAME, LoadedNetwork, Teacher
-from deit.models.weight_files import as_named, load_weights, read_weights
+from deit.models.weight_files import load_weights, read_weights, strip_common_prefix
 
 
 def load_teacher(spec: TeacherSpec, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
@@ -232,9 +232,9 @@ def _num_classes_of(weights: dict[str, Tensor], student: StudentConfig, default:
     """
     with torch.device("meta"):
         network = create_network(student, default)
-    named = as_named(weights, network.state_dict())
+    stripped = strip_common_prefix(weights, network.state_dict())
     for head in classifier_names(network):
-        if (weight := named.get(f"{head}.weight")) is not None and weight.ndim:
+        if (weight := stripped.get(f"{head}.weight")) is not None and weight.ndim:
             return len(weight)
     return default
 

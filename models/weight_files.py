@@ -2,9 +2,7 @@
 
 import hashlib
 import re
-import tarfile
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,31 +16,39 @@ from torch import Tensor, nn
 from deit.core.errors import CheckpointError, NotReadableError, in_line, raise_transient
 from deit.core.file_reading import check_readable, open_file
 from deit.core.sharding import shard_like
+from deit.models.weight_file_types import check_file_type, is_safetensors
 
-_CONTAINERS = (
+_STATE_DICT_KEYS = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"),
     *("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network"),
     *("weights", "params", "teacher", "student", "backbone", "shadow"),
 )
-"""Keys under which trainers store weights; averaged weights are preferred to raw ones."""
+"""Keys under which trainers store a state dict; averaged weights come before raw ones."""
 _NOT_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|rng|loss|criterion", re.IGNORECASE)
-_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
-"""Prefixes that PyTorch's wrappers add, removed wherever they occur."""
-_MEMBERS = (
+_MAX_DEPTH = 4
+"""Nested dicts are searched for a state dict down to this depth."""
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_forward_module.")
+"""Prefixes of DDP, torch.compile and Lightning Fabric. All at the beginning of a name are removed,
+in any order; elsewhere in a name they stay."""
+_TRAINER_ATTRIBUTES = (
     *("model.", "_model.", "net.", "network.", "backbone.", "encoder."),
     *("student.", "teacher.", "ema_model.", "ema."),
 )
-"""Attributes of Lightning modules and trainers: removed if all names begin with one of them."""
-_PLAIN_ROOTS = {
+"""Attributes in which Lightning modules and trainers hold the network. One that all names of a
+state dict begin with is removed."""
+
+_IGNORED_PACKAGES = {
     *("argparse", "types", "pathlib", "datetime", "enum", "numpy", "collections", "omegaconf"),
     *("yacs", "easydict", "ml_collections", "addict", "lightning_fabric", "lightning_utilities"),
 }
-_PLAIN_CLASSES = {"AttributeDict", "AttrDict", "HParams"}
-"""Modules and classes of values that do not affect the weights, such as arguments and paths."""
+"""Packages whose objects do not affect the weights, such as parsed arguments, paths and dates."""
+_IGNORED_CLASSES = {"AttributeDict", "AttrDict", "HParams"}
+"""Classes of hyperparameters, in any package."""
 
 
 class _StandIn(dict):
-    """Replaces an object of a file, such as arguments, whose class is not imported or called."""
+    """Stands in for an ignored object, such as parsed arguments, whose class is not imported."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
@@ -57,16 +63,18 @@ class _StandIn(dict):
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a weight file by name, on the CPU.
 
-    path: a safetensors file, or a .pth, .pt, .bin or .ckpt file of torch.save. The usual containers
-    are unwrapped (averaged weights are preferred to raw ones) and prefixes of wrappers removed.
-    Other plain values are ignored. No code of the file is run. Raises CheckpointError if the file
-    is missing or damaged, contains no weights, or could be loaded only by running code.
+    path: a safetensors file, or a .pth, .pt, .bin or .ckpt file of torch.save. The state dict is
+    found in a trainer's checkpoint (averaged weights come before raw ones), and the prefixes of
+    wrappers are removed from its names. Other values, such as parsed arguments, are ignored. No
+    code of the file is run. Raises CheckpointError if the file is missing or damaged, contains no
+    weights, contains two of the same name, or could be loaded only by running code;
+    NotReadableError if its permissions forbid reading; SystemFault for a transient I/O error.
     """
     path = Path(path)
     try:
         head = _head_of(path)
-        _check_kind(path, head)
-        if path.suffix == ".safetensors" or _is_safetensors(head):
+        check_file_type(path, head)
+        if path.suffix == ".safetensors" or is_safetensors(head):
             content: Any = load_file(path)
         else:
             content = _load(path)
@@ -77,30 +85,33 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: no such weight file") from None
         if isinstance(error, PermissionError):
             raise NotReadableError(f"{path}: {error.strerror}") from None
-        reason = str(error) or "it is empty"
+        reason = str(error) or "it ends too early: copy or download it again"
         raise CheckpointError(f"{path}: not a readable weight file ({reason})") from None
     return _remove_prefixes(path, _named_tensors(path, content))
 
 
 def _load(path: Path) -> Any:
-    """Load a file of torch.save. Raises CheckpointError if that would run code."""
-    stand_ins: dict[str, type] = {}
+    """Load a file of torch.save, with a stand-in for each object that does not affect the weights.
+
+    Raises CheckpointError if that would run code.
+    """
+    ignored: set[str] = set()
+    # torch.load names the first class that it rejects: each attempt adds it to `ignored`.
     while True:
-        allowed = [(kind, name) for name, kind in stand_ins.items()]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of old pickles
-                with torch.serialization.safe_globals(allowed):
+                with torch.serialization.safe_globals([(_StandIn, name) for name in ignored]):
                     return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
         except (OSError, EOFError):
             raise
         except Exception as error:  # torch raises RuntimeError, KeyError, UnpicklingError and more
             raise_transient(error, path)
-            # torch names the global or class it rejects; any other error is a damaged file.
+            # An error that names no class or other global is one of a damaged file.
             message = str(error)
             name = _rejected_name(message)
-            if name is not None and name not in stand_ins and _is_plain(name):
-                stand_ins[name] = type("_StandIn", (_StandIn,), {})
+            if name is not None and name not in ignored and _is_ignored(name):
+                ignored.add(name)
                 continue
             if name is not None or "GLOBAL" in message or "Unsupported class" in message:
                 raise CheckpointError(_needs_code(path, name)) from None
@@ -115,15 +126,15 @@ def _rejected_name(message: str) -> str | None:
     return None if match is None else match[1]
 
 
-def _is_plain(name: str) -> bool:
-    """Return whether a global is a plain value, so that a stand-in for it changes no weight."""
-    root = name.partition(".")[0]
-    return root in _PLAIN_ROOTS or name.rpartition(".")[2] in _PLAIN_CLASSES
+def _is_ignored(name: str) -> bool:
+    """Return whether objects of a class, given by its full name, do not affect the weights."""
+    package, class_name = name.partition(".")[0], name.rpartition(".")[2]
+    return package in _IGNORED_PACKAGES or class_name in _IGNORED_CLASSES
 
 
 def _needs_code(path: Path, name: str | None) -> str:
-    root = (name or "").partition(".")[0]
-    if root in ("torch", "torchvision", "timm", "transformers", "__main__", "models", "model"):
+    package = (name or "").partition(".")[0]
+    if package in ("torch", "torchvision", "timm", "transformers", "__main__", "models", "model"):
         content = f"contains a whole network ({name}), not only tensors,"
     else:
         content = "contains more than tensors" + (f" ({name})" if name else "")
@@ -139,84 +150,13 @@ def _head_of(path: Path) -> bytes:
         return file.read(1024)
 
 
-def _is_safetensors(head: bytes) -> bool:
-    size = int.from_bytes(head[:8], "little")
-    return len(head) > 8 and head[8:9] == b"{" and 0 < size < 2**27
-
-
-def _check_kind(path: Path, head: bytes) -> None:
-    """Raise CheckpointError for files that are certainly no weights, with their kind."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    kind = None
-    if not head:
-        kind = "it is empty: copy or download it again"
-    elif text.startswith(b"version https://git-lfs"):
-        kind = "a Git LFS pointer to the weights: run `git lfs pull` in its repository"
-    elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<script")):
-        kind = "a web page (HTML) instead of the weights: download the file itself"
-    elif head.startswith(b"\x89HDF\r\n\x1a\n"):
-        kind = f"an HDF5 file, as Keras writes it: {_CONVERT}"
-    elif path.suffix == ".onnx":
-        kind = f"an ONNX file: {_CONVERT}, or use a function (FILE.py:FUNCTION) that runs it"
-    elif head.startswith(b"\x93NUMPY"):
-        kind = f"a NumPy array: {_CONVERT}"
-    elif head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
-        kind = "a compressed archive: unpack it and use the weight file in it"
-    elif head[257:262] == b"ustar":
-        kind = f"a tar archive{_first_in_tar(path)}: unpack it and use the weight file in it"
-    elif head.startswith(b"PK\x03\x04"):
-        kind = _zip_kind(path)
-    elif text.startswith((b"{", b"[")) and not _is_safetensors(head) and text.isascii():
-        kind = "a JSON or text file: use the file with the weights"
-    if kind is not None:
-        raise CheckpointError(f"{path}: not a readable weight file ({kind})")
-
-
-_CONVERT = "convert it to PyTorch and save its state_dict"
-
-
-def _zip_kind(path: Path) -> str | None:
-    """Return the kind of a zip archive; None for one of torch.save."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError):
-        return None  # truncated: torch.load reports it
-    inner = {name.partition("/")[2] for name in names}
-    if "data.pkl" in inner:
-        if "constants.pkl" not in inner:
-            return None
-        return (
-            "a TorchScript program, which would run its code: "
-            "save torch.jit.load(FILE).state_dict() and use that file"
-        )
-    if names and all(name.endswith(".npy") for name in names):
-        return f"a NumPy .npz file with {len(names)} arrays: {_CONVERT}"
-    if any(name.endswith(".weights.h5") for name in names):
-        return f"a Keras file: {_CONVERT}"
-    examples = ", ".join(map(in_line, names[:3]))
-    more = f" and {len(names) - 3} more" if names[3:] else ""
-    return (
-        f"a zip archive of {examples or 'nothing'}{more}: unpack it and use the weight file in it"
-    )
-
-
-def _first_in_tar(path: Path) -> str:
-    try:
-        with tarfile.open(path) as archive:
-            first = archive.next()
-    except (tarfile.TarError, OSError):
-        return ""
-    return "" if first is None else f" of {in_line(first.name)} ..."
-
-
 def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     """Return a file's named tensors. Raises CheckpointError if there are none or one is invalid."""
     weights = _find_weights(content)
     if not weights:
         raise CheckpointError(f"{path}: contains no named tensors; {_describe(content)}")
     for name, value in weights.items():
-        if (problem := _problem(value)) is not None:
+        if (problem := _tensor_problem(value)) is not None:
             raise CheckpointError(f"{path}: {in_line(name)} {problem}")
     return weights
 
@@ -226,11 +166,11 @@ _DTYPES = {
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
-_MAX_DIMENSIONS = 64
-"""Supported dtypes and number of dimensions; files may contain others."""
+"""Dtypes that the CPU supports; files may contain others."""
+_MAX_DIMENSIONS = 64  # the limit of PyTorch's reductions
 
 
-def _problem(value: Tensor) -> str | None:
+def _tensor_problem(value: Tensor) -> str | None:
     """Return why a tensor of a file cannot be used; None if it can."""
     if value.layout != torch.strided or value.is_meta or value.is_nested or value.is_quantized:
         return "is not a plain (dense, unquantized) tensor with its values in the file"
@@ -242,41 +182,42 @@ def _problem(value: Tensor) -> str | None:
 
 
 def _find_weights(content: Any, depth: int = 0) -> dict[str, Tensor]:
-    """Return the named tensors of a mapping.
+    """Return the named tensors of a file's content; empty if there are none.
 
-    Those of a nested container with a usual name, or its own, or those of its only container.
+    Searched in this order, at most _MAX_DEPTH levels deep: the values under _STATE_DICT_KEYS; the
+    tensors of the mapping itself; its only nested mapping with tensors.
     """
-    if not isinstance(content, Mapping) or depth > 4:
+    if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
         return {}
-    for name in _CONTAINERS:
-        if inner := _find_weights(content.get(name), depth + 1):
-            return inner
+    for key in _STATE_DICT_KEYS:
+        if state_dict := _find_weights(content.get(key), depth + 1):
+            return state_dict
     tensors = {
         name: value
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
-    containers = [
-        inner
-        for name, value in content.items()
-        if isinstance(name, str)
-        and not _NOT_WEIGHTS.search(name)
-        and (inner := _find_weights(value, depth + 1))
+    nested = [
+        state_dict
+        for key, value in content.items()
+        if isinstance(key, str)
+        and not _NOT_WEIGHTS.search(key)
+        and (state_dict := _find_weights(value, depth + 1))
     ]
-    # Scalar tensors next to a single container are records such as the best top-1.
-    if len(containers) == 1 and all(value.ndim == 0 for value in tensors.values()):
-        return containers[0]
+    # Scalar tensors next to a single state dict are metrics, such as the best top-1.
+    if len(nested) == 1 and all(value.ndim == 0 for value in tensors.values()):
+        return nested[0]
     return tensors
 
 
 def _describe(content: Any) -> str:
     """Describe the content of a file without weights, with the remedy."""
     if not isinstance(content, Mapping):
-        kind = type(content).__name__
+        type_name = type(content).__name__
         size = f" of shape {tuple(content.shape)}" if isinstance(content, Tensor) else ""
         if isinstance(content, list | tuple):
             size = f" of {len(content)} values"
-        return f"it is a single {kind}{size}: save network.state_dict()"
+        return f"it is a single {type_name}{size}: save network.state_dict()"
     if not content:
         return "it is an empty dict"
     tensors = sum(1 for _ in _tensors_in(content))
@@ -298,10 +239,13 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
 
 
 def _remove_prefixes(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of wrappers. Raises CheckpointError if two names become equal."""
-    names = [_unwrapped(name) for name in weights]
-    while (member := next((m for m in _MEMBERS if _all_begin(names, m)), None)) is not None:
-        names = [_unwrapped(name.removeprefix(member)) for name in names]
+    """Remove _WRAPPER_PREFIXES and _TRAINER_ATTRIBUTES from the beginning of all names.
+
+    Raises CheckpointError if two names become equal.
+    """
+    names = [_strip_wrappers(name) for name in weights]
+    while prefix := next((a for a in _TRAINER_ATTRIBUTES if _is_common_prefix(a, names)), None):
+        names = [_strip_wrappers(name.removeprefix(prefix)) for name in names]
     full_names: dict[str, str] = {}
     for name, full_name in zip(names, weights, strict=True):
         if (first := full_names.setdefault(name, full_name)) != full_name:
@@ -312,28 +256,36 @@ def _remove_prefixes(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor
     return dict(zip(names, weights.values(), strict=True))
 
 
-def _all_begin(names: Collection[str], prefix: str) -> bool:
-    """Return whether all names begin with a prefix and belong to more than one layer."""
-    rest = {name.removeprefix(prefix) for name in names}
-    return all(name.startswith(prefix) for name in names) and any("." in name for name in rest)
+def _is_common_prefix(prefix: str, names: list[str]) -> bool:
+    """Return whether all names begin with a prefix, and some have a dot after it.
+
+    Without a dot, as in net.weight and net.bias, the prefix is the name of the only layer.
+    """
+    return all(name.startswith(prefix) for name in names) and any(
+        "." in name.removeprefix(prefix) for name in names
+    )
 
 
-def _unwrapped(name: str) -> str:
-    while name.startswith(_PREFIXES):
+def _strip_wrappers(name: str) -> str:
+    while name.startswith(_WRAPPER_PREFIXES):
         name = name.partition(".")[2]
     return name
 
 
-def as_named(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Remove a prefix that all weights share, if their names are then exactly `names`."""
+def strip_common_prefix(weights: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Remove a prefix that all names share if they are then exactly the expected ones.
+
+    Otherwise return the weights unchanged. Since the names of the network are known, any prefix
+    can be removed, unlike in `read_weights`.
+    """
     first = next(iter(weights), "")
     for end in [index + 1 for index, letter in enumerate(first) if letter == "."]:
         prefix = first[:end]
         if not all(name.startswith(prefix) for name in weights):
             break
-        bare = {name.removeprefix(prefix): value for name, value in weights.items()}
-        if bare.keys() == set(names):
-            return bare
+        stripped = {name.removeprefix(prefix): value for name, value in weights.items()}
+        if stripped.keys() == set(expected):
+            return stripped
     return weights
 
 
@@ -349,11 +301,11 @@ def digest_of(weights: dict[str, Tensor]) -> str:
 def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str) -> None:
     """Copy weights into a network. All names and shapes must match, except for a common prefix.
 
-    origin: of the weights, for the message. Raises CheckpointError with the first ten differences,
-    before anything is copied.
+    origin: names the weights in messages, such as their path. Raises CheckpointError with the
+    first ten differences, before anything is copied.
     """
     expected = network.state_dict()
-    weights = as_named(weights, expected)
+    weights = strip_common_prefix(weights, expected)
     differences = [f"missing: {name}" for name in expected if name not in weights]
     differences += [f"unexpected: {name}" for name in weights if name not in expected]
     differences += [
@@ -365,7 +317,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], *, origin: str)
         lines = "".join(f"\n  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         hint = _gray_hint(weights, expected) or _names_hint(weights, expected)
-        raise CheckpointError(f"{origin}: made for another network:{lines}{more}{hint}")
+        raise CheckpointError(f"{origin}: does not match the network:{lines}{more}{hint}")
     network.load_state_dict(
         {name: shard_like(value, expected[name]) for name, value in weights.items()}
     )

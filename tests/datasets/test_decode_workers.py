@@ -167,12 +167,12 @@ def test_killed_worker_raises(shared, file_images, monkeypatch):
 PROGRAM = """
 import sys
 import torch
-from deit.datasets import decode_workers as reading, decoders
+from deit.datasets import crops, decode_workers as reading
 from tests.helpers.images import images_at
 
 reading.fits_shared_memory = lambda needed: False
-wanted = decoders.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-reader = reading.Reader(images_at(sys.argv[1]), (decoders.CenterSquare(512),), workers=2, pin=False)
+wanted = crops.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
+reader = reading.Reader(images_at(sys.argv[1]), (crops.CenterSquare(512),), workers=2, pin=False)
 batches = reader.read([wanted] * 1000)
 for _ in range(4):
     next(batches)

@@ -185,6 +185,7 @@ def array():
 
 OTHERS = {
     "empty.pth": (lambda: b"", ("empty",)),
+    "short.pth": (lambda: b"\x80\x02", ("early", "copy or download")),
     "lfs.pth": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
         ("Git LFS", "git lfs pull"),
