@@ -80,12 +80,12 @@ def check_plain_blocks(student: StudentConfig) -> None:
     if student.heads_per_block or student.mlp_hidden_per_block:
         raise ConfigError(
             "student.heads_per_block, student.mlp_hidden_per_block: timm and transformers build "
-            "blocks of one shape only; export a pruned network with --format onnx or pt2"
+            "blocks of one shape only; export a pruned network with format onnx or pt2"
         )
     if student.shared_block_size > 1:
         raise ConfigError(
             f"student.shared_block_size = {student.shared_block_size}: timm and transformers have "
-            "no blocks that share weights; export the network with --format onnx or pt2"
+            "no blocks that share weights; export the network with format onnx or pt2"
         )
     if student.adapters != "none":
         raise ConfigError(

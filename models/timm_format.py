@@ -69,12 +69,12 @@ def timm_name(student: StudentConfig) -> tuple[str, dict[str, Any]]:
     if not student.is_transformer:
         raise ConfigError(
             f"student.name = {student.name!r}: timm has no such network, so neither timm nor "
-            "transformers could load it; use --format onnx or pt2"
+            "transformers could load it; use format onnx or pt2"
         )
     if student.num_distillation_tokens > 1:
         raise ConfigError(
             f"student.num_distillation_tokens = {student.num_distillation_tokens}: timm and "
-            "transformers support one such token only; use --format onnx or pt2"
+            "transformers support one such token only; use format onnx or pt2"
         )
     check_plain_blocks(student)
     shape = {

@@ -135,7 +135,7 @@ def transformers_config(model_info: ModelInfo) -> dict[str, Any]:
     if student.num_distillation_tokens > 1:
         raise ConfigError(
             f"student.num_distillation_tokens = {student.num_distillation_tokens}: transformers "
-            "supports one such token only; use --format onnx or pt2"
+            "supports one such token only; use format onnx or pt2"
         )
     check_plain_blocks(student)
     usual = SIZES[student.name.split("_")[1]]

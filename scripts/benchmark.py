@@ -57,7 +57,7 @@ def main() -> None:
         parser.error(f"--rounds, --seconds, --threads {values}: should be positive")
     try:
         for name in ("json", "plot"):
-            check_file(getattr(options, name), option=f"--{name}", replace=options.force)
+            check_file(getattr(options, name), name=name, replace=options.force)
     except SystemFault as error:
         parser.error(str(error))
     if options.plot is not None and options.plot.suffix != ".png":

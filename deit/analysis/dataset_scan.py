@@ -105,13 +105,15 @@ class ScanReport:
     not_read: list[str] = field(default_factory=list)
 
 
-def scan(config: DataConfig) -> ScanReport:
+def scan(data: DataConfig | str | Path) -> ScanReport:
     """Decode every image of every split of a folder, shards or reader source.
 
-    Unreadable images are recorded and the scan continues. Raises DataError if there are no images
-    at all, and SystemFault if an image cannot be read for a reason of the machine: it may be valid,
-    and every image on an exclude list is left out of all later runs.
+    data: its configuration, or the path of a folder source. Unreadable images are recorded and the
+    scan continues. Raises DataError if there are no images at all, and SystemFault if an image
+    cannot be read for a reason of the machine: it may be valid, and every image on an exclude list
+    is left out of all later runs.
     """
+    config = data if isinstance(data, DataConfig) else DataConfig(source="folder", root=str(data))
     problems: list[str] = []
     listing = LISTINGS[config.source](config, (), problems.append)
     store = listing.store
@@ -238,20 +240,20 @@ def _format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def write_exclude_list(path: str | Path, report: ScanReport) -> None:
+def write_exclude_list(report: ScanReport, path: str | Path) -> None:
     """Write the unreadable images as a list for data.exclude_list, each below its reason.
 
     Raises SystemFault if the file cannot be written.
     """
     path = Path(path)
-    lines = [f"# unreadable images of {report.root}, a list for --data.exclude_list"]
+    lines = [f"# unreadable images of {report.root}, a list for data.exclude_list"]
     for key, reason in report.unreadable.items():
         lines += [f"# {reason}", exclude_list_line(key)]
     text = "\n".join(lines) + "\n"
     try:
         path.write_bytes(text.encode(errors="surrogateescape"))
     except OSError as error:
-        raise SystemFault(f"--write-exclude-list {path}: {error.strerror}") from None
+        raise SystemFault(f"{path}: {error.strerror}") from None
     info(f"wrote {path}: {len(report.unreadable)} images")
 
 
@@ -267,9 +269,9 @@ def raise_if_unreadable(report: ScanReport, exclude_list: str | Path | None = No
     advice = ""
     if report.unreadable and exclude_list is None:
         advice = (
-            "; replace them, or write a list of them with --write-exclude-list FILE and exclude "
-            "them with --data.exclude_list FILE"
+            "; replace them, or write a list of them (--write-exclude-list FILE) and exclude "
+            "them with data.exclude_list"
         )
     elif report.unreadable:
-        advice = f"; replace them, or exclude them with --data.exclude_list {exclude_list}"
+        advice = f"; replace them, or exclude them with data.exclude_list {exclude_list}"
     raise DataError(f"{report.root}: {' and '.join(errors)}{advice}")

@@ -1,6 +1,5 @@
 """`deit loss-landscape`: lines, planes, curvature and basin volume around trained weights."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from deit.analysis.landscape_tables import MANIFEST, cells, columns, write_page
 from deit.core.accelerator import environment_info
 from deit.core.console import format_duration, info, table
 from deit.core.errors import ConfigError
-from deit.core.filesystem import check_writable, lock_dir, write_json
+from deit.core.filesystem import check_writable, lock_dir, to_paths, write_json
 from deit.core.json_io import check_same_request, read_sealed, write_sealed
 from deit.distill.build import build_accelerator
 from deit.evaluation.load_run import resolve_run
@@ -32,11 +31,11 @@ _CACHE = "measured"  # a folder with one file per measurement
 
 
 def landscape(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     out: str | Path,
-    options: LandscapeOptions,
+    options: LandscapeOptions = LandscapeOptions(),
     *,
-    root: str | None,
+    root: str | None = None,
     command: str = "",
 ) -> dict[str, Any]:
     """Measure the loss around and between finished runs, or around the levels of a lottery search.
@@ -47,23 +46,23 @@ def landscape(
     landscape.json. Raises ConfigError, DataError, CheckpointError, NumericsError or SystemFault.
     """
     started = time.monotonic()
-    runs, out = [Path(run) for run in runs], Path(out)
+    runs, out = to_paths(runs), Path(out)
     check_options(options)
     points = landscape_points(runs, options)
     settings = _measurement_settings(options)
     request = {"runs": [run.resolve().name for run in runs], **settings}
     check_same_request(out, MANIFEST, request, what="landscape")
-    if "lines" in options.parts and len(points) < 2:
-        if options.parts == ("lines",):
+    if "lines" in options.measure and len(points) < 2:
+        if options.measure == ("lines",):
             raise ConfigError(
-                f"--measure lines: needs at least two runs, but there is only {points[0].name}"
+                f"measure = lines: needs at least two runs, but there is only {points[0].name}"
             )
         info("lines     skipped: they need at least two runs")
     accelerator = build_accelerator(resolve_run(points[0].run, options.checkpoint)[0].run)
     data = load_landscape_data(points, options, root=root, device=accelerator.device)
-    check_writable(out, option="--out")
+    check_writable(out, name="out")
     out.mkdir(parents=True, exist_ok=True)
-    with lock_dir(out, option="--out"):
+    with lock_dir(out, name="out"):
         write_json(out / MANIFEST, request)
         info(
             f"loss      {data.num_images} {options.split} images, prepared as for evaluation: "
@@ -71,7 +70,7 @@ def landscape(
         )
         cache = _MeasurementCache(out / _CACHE, data, settings)
         result = {
-            "options": dataclasses.asdict(options),
+            "options": options.recorded(),
             "images": data.num_images,
             "points": {point.name: _around(point, data, options, cache) for point in points},
             **_between(points, data, options, cache),
@@ -89,7 +88,7 @@ def landscape(
 
 def _measurement_settings(options: LandscapeOptions) -> dict[str, Any]:
     """Return the options that affect a measurement, other than its weights and images."""
-    values = dataclasses.asdict(options)
+    values = options.recorded()
     for selection in ("parts", "kinds", "levels", "run_seed"):
         del values[selection]
     return values
@@ -134,7 +133,7 @@ def _around(
     result = {"kind": point.kind, "level": point.level, "run": str(point.run)}
     result |= cache("point", [point], lambda: at_point(point, data))
     for part, measure in AROUND.items():
-        if part in options.parts:
+        if part in options.measure:
             result[part] = cache(part, [point], lambda of=measure: of(point, data, options))
     return result
 
@@ -150,7 +149,7 @@ def _between(
     They are empty if the points do not share a weight space.
     """
     result: dict[str, Any] = {"lines": {}, "path": None}
-    parts = {"lines", "planes"} & set(options.parts)
+    parts = {"lines", "planes"} & set(options.measure)
     if not parts or len(points) < 2:
         return result
     if not share_weight_space(points):

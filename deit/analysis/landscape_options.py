@@ -1,8 +1,10 @@
 """The options of `deit loss-landscape` and their checks; no torch."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from deit.core.errors import ConfigError, did_you_mean
+from deit.config.command_choices import check_at_least, check_choice
+from deit.core.errors import ConfigError
 from deit.experiments.lottery_options import CONTROLS, TICKET
 
 PARTS = ("lines", "planes", "curvature", "volume")
@@ -14,9 +16,10 @@ SPLITS = ("train", "validation", "test")
 class LandscapeOptions:
     """What to measure of a loss landscape.
 
-    parts: a subset of PARTS. kinds, levels, run_seed: which runs of a lottery search to include, in
-    addition to its dense run; levels: all by default; run_seed: the first by default. checkpoint:
-    best or last. split, images: the split, and how many of its images the loss is computed on.
+    measure: a subset of PARTS. kinds, rounds, run_seed: which runs of a lottery search to include,
+    in addition to its dense run; rounds: all by default; run_seed: the first by default.
+    checkpoint: best or last. split, images: the split, and how many of its images the loss is
+    computed on.
     points: number of points of a line. grid: points along each axis of a plane. plane_extent: from
     the center to the border of a plane, in filter norms. num_eigenvalues: number of the largest
     eigenvalues. steps: maximum number of Lanczos steps for them. probes: random vectors for the
@@ -24,9 +27,9 @@ class LandscapeOptions:
     basin. seed: of all random directions, and of the choice of images.
     """
 
-    parts: tuple[str, ...] = PARTS
+    measure: tuple[str, ...] = PARTS
     kinds: tuple[str, ...] = (TICKET,)
-    levels: tuple[int, ...] | None = None
+    rounds: tuple[int, ...] | None = None
     run_seed: int | None = None
     checkpoint: str = "last"
     split: str = "train"
@@ -40,6 +43,11 @@ class LandscapeOptions:
     rays: int = 32
     loss_rise: float = 0.1
     seed: int = 0
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options as landscape.json records them."""
+        names = {"measure": "parts", "rounds": "levels"}
+        return {names.get(name, name): value for name, value in asdict(self).items()}
 
 
 _MINIMUM = {
@@ -55,32 +63,19 @@ _MINIMUM = {
 
 def check_options(options: LandscapeOptions) -> None:
     """Raise ConfigError if an option has an invalid value."""
-    choices = {
-        "measure": (options.parts, PARTS),
-        "kinds": (options.kinds, KINDS),
-        "split": ((options.split,), SPLITS),
-    }
-    for option, (names, allowed) in choices.items():
-        for name in names:
-            if name not in allowed:
-                raise ConfigError(
-                    f"--{option} {name}: should be one of {', '.join(allowed)}"
-                    f"{did_you_mean(name, allowed)}"
-                )
+    for part in options.measure:
+        check_choice("measure", part, PARTS)
+    for kind in options.kinds:
+        check_choice("kinds", kind, KINDS)
+    check_choice("split", options.split, SPLITS)
     for field, minimum in _MINIMUM.items():
-        value = getattr(options, field)
-        if value < minimum:
-            raise ConfigError(f"{_flag(field)} {value}: should be at least {minimum}")
+        check_at_least(field, getattr(options, field), minimum)
     for field in ("plane_extent", "loss_rise"):
         value = getattr(options, field)
         if not 0 < value < float("inf"):
-            raise ConfigError(f"{_flag(field)} {value:g}: should be positive and finite")
+            raise ConfigError(f"{field} = {value:g}: should be positive and finite")
     if options.num_eigenvalues >= options.steps:
         raise ConfigError(
-            f"--num-eigenvalues {options.num_eigenvalues}: should be less than --steps "
+            f"num_eigenvalues = {options.num_eigenvalues}: should be less than steps "
             f"({options.steps})"
         )
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")

@@ -68,10 +68,13 @@ def landscape_points(runs: Sequence[str | Path], options: LandscapeOptions) -> l
     if searches:
         return _points_of_search(searches[0], options)
     defaults = LandscapeOptions()
-    search_options = {"kinds": "--kinds", "levels": "--rounds", "run_seed": "--run-seed"}
-    for field, option in search_options.items():
-        if getattr(options, field) != getattr(defaults, field):
-            raise ConfigError(f"{option}: applies to a lottery search, which {paths[0]} is not")
+    for field in ("kinds", "rounds", "run_seed"):
+        value = getattr(options, field)
+        if value != getattr(defaults, field):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ConfigError(
+                f"{field} = {text}: applies to a lottery search, which {paths[0]} is not"
+            )
     points = [
         LandscapePoint(path.resolve().name, path, resolve_run(path, options.checkpoint)[1])
         for path in paths
@@ -106,16 +109,16 @@ def _points_of_search(out: Path, options: LandscapeOptions) -> list[LandscapePoi
         }
     seed = first_seed if options.run_seed is None else options.run_seed
     if seed not in seeds:
-        raise ConfigError(f"--run-seed {seed}: {out} has {', '.join(map(str, seeds))}")
+        raise ConfigError(f"run_seed = {seed}: {out} has {', '.join(map(str, seeds))}")
     if not names:
         raise CheckpointError(
             f"{out / RESULTS}: contains no levels; run the search (deit lottery) again"
         )
     levels = sorted({level for _, level in names})
-    for level in options.levels or ():
+    for level in options.rounds or ():
         if level not in levels:
-            raise ConfigError(f"--rounds {level}: {out} has {', '.join(map(str, levels))}")
-    selected = levels if options.levels is None else sorted({0, *options.levels})
+            raise ConfigError(f"rounds = {level}: {out} has {', '.join(map(str, levels))}")
+    selected = levels if options.rounds is None else sorted({0, *options.rounds})
     points = []
     for level in selected:
         for kind in (DENSE,) if level == 0 else options.kinds:
@@ -127,7 +130,7 @@ def _points_of_search(out: Path, options: LandscapeOptions) -> list[LandscapePoi
         raise CheckpointError(f"{out}: none of its runs is finished")
     for kind in options.kinds:
         if not any(point.kind == kind for point in points) and selected != [0]:
-            raise ConfigError(f"--kinds {kind}: {out} has no such finished run at these levels")
+            raise ConfigError(f"kinds = {kind}: {out} has no such finished run at these levels")
     return points
 
 
@@ -182,7 +185,7 @@ def load_landscape_data(
     num_classes = len(images.labels[rows].unique())
     if num_classes < len(class_names):
         warn(
-            f"--images {options.images}: covers only {num_classes} of the {len(class_names)} "
+            f"images = {options.images}: covers only {num_classes} of the {len(class_names)} "
             "classes; the loss does not include the others"
         )
     chunks = rows.split(_BATCH_SIZE)

@@ -15,7 +15,13 @@ from deit.config.validation import load_config
 from deit.core import run_folder, run_log
 from deit.core.console import count_noun, format_duration, format_percent, info, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError, SystemFault
-from deit.core.filesystem import atomic_write, check_writable, format_bytes, write_json
+from deit.core.filesystem import (
+    atomic_write,
+    check_writable,
+    format_bytes,
+    to_paths,
+    write_json,
+)
 from deit.core.json_io import translate_value_errors
 from deit.evaluation.cache import EvaluationCache, disagreement_matrix
 from deit.experiments.base_runs import slugify
@@ -35,7 +41,11 @@ _HARDEST_NOTE = (
 
 
 def report(
-    paths: Sequence[str | Path], out: str | Path, *, root: str | None = None, force: bool = False
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    root: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a page about finished runs and sweeps into a folder; return the path of the page.
 
@@ -44,12 +54,11 @@ def report(
     CheckpointError or SystemFault before anything is drawn.
     """
     started = time.monotonic()
-    paths, out = [Path(path) for path in paths], Path(out)
+    paths, out = to_paths(paths), Path(out)
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     for path, result in sweeps.items():
-        with translate_value_errors(
-            path / RESULTS
-        ):  # a damaged result raises before anything is written
+        # A damaged result raises before anything is written.
+        with translate_value_errors(path / RESULTS):
             columns(result)
             cells(result)
     runs = [path for path in paths if path not in sweeps]
@@ -148,21 +157,25 @@ def _check_run(run: Path) -> None:
     if not (run / run_folder.CONFIG).is_file():
         raise CheckpointError(f"{run}: is neither a run (no {run_folder.CONFIG}) nor a sweep")
     if run_folder.read_result(run) is None:
-        raise CheckpointError(f"{run}: is not finished; resume it with --resume")
+        raise CheckpointError(
+            f"{run}: is not finished; resume it first (its own command with --resume)"
+        )
 
 
 def _check_folder(out: Path, force: bool) -> None:
     """Raise ConfigError or SystemFault if the report cannot be written into the folder."""
     if out.exists() and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, should be a folder")
-    check_writable(out, option="--out")
+        raise SystemFault(f"out = {out}: is a file, should be a folder")
+    check_writable(out, name="out")
     entries = list(out.iterdir()) if out.is_dir() else []
     if entries and not (out / _MARKER).is_file():
         raise ConfigError(
-            f"--out {out}: is not empty and contains no report (no {_MARKER}); use another --out"
+            f"out = {out}: is not empty and contains no report (no {_MARKER}); use another folder"
         )
     if (out / PAGE).is_file() and not force:
-        raise SystemFault(f"--out {out}: already contains a report; use --force to replace it")
+        raise SystemFault(
+            f"out = {out}: already contains a report; use force=True (--force) to replace it"
+        )
 
 
 def _run_report(
@@ -191,7 +204,7 @@ def _run_sections(run: Path, run_report: RunReport, out: Path, root: str | None)
         sections += _image_sections(images)
     except DataError as error:
         warn(f"{run}: the report has no images of this run: {error}")
-        note = f"The images are missing: {error}. If they were moved, use --data.root."
+        note = f"The images are missing: {error}. If they were moved, give data.root."
         sections.append(html.paragraph(note, "note"))
     return [*sections, html.subsection("Run card", [card_of(run_report)])]
 

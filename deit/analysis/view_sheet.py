@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
+from deit.config.command_choices import NUM_VIEWS, check_at_least, check_epoch
 from deit.config.schema import Config
 from deit.config.validation import validate
 from deit.core.console import info, warn
@@ -49,10 +50,10 @@ class _Cell(NamedTuple):
     lines: list[str]
 
 
-def check_image_path(path: str | Path, *, option: str) -> None:
+def check_image_path(path: str | Path, *, name: str) -> None:
     """Raise ConfigError if the file name has no extension of a supported image format."""
     if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ConfigError(f"{option} {path}: should end in .png, .jpg or .webp")
+        raise ConfigError(f"{name} = {path}: should end in .png, .jpg or .webp")
 
 
 def draw_view_sheet(
@@ -60,11 +61,13 @@ def draw_view_sheet(
     out: str | Path,
     *,
     epoch: int = 0,
-    num_views: int = 12,
+    num_views: int = NUM_VIEWS,
     splits: Splits | None = None,
     transparent: bool = False,
-) -> None:
+) -> Path:
     """Write a sheet of the first `num_views` views of an epoch, as a run would train on them.
+
+    Returns the path of the sheet. out: its extension is the image format. epoch: from 0.
 
     Each cell shows the stored image, the view of the student and the view of the teacher. Below are
     the label weights after mixing and the prediction of the teacher. A teacher that cannot be
@@ -72,6 +75,9 @@ def draw_view_sheet(
     transparent: leave the background transparent and use a text color that can be read on white and
     on black. Raises ConfigError, DataError, CheckpointError or SystemFault.
     """
+    check_image_path(out, name="out")
+    check_epoch(epoch)
+    check_at_least("num_views", num_views, 1)
     config = validate(config, live_teacher=False)
     config = with_init_normalization(config, load_init_weights(config.init))
     accelerator = build_accelerator(config.run)
@@ -97,6 +103,7 @@ def draw_view_sheet(
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(tile_names)}"
     _compose(cells, title, transparent=transparent).save(out)
     info(f"wrote {out}: {len(cells)} views")
+    return Path(out)
 
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deit
 from deit.cli.interrupts import SignalsAsErrors
+from deit.cli.option_names import with_option
 from deit.core.errors import (
     TRANSIENT,
     ConfigError,
@@ -91,7 +92,8 @@ def _report(error: BaseException, name: str, debug: bool) -> int:
     if isinstance(error, StoppedBySignal):
         return _report_stop(name, error, debug)
     if isinstance(error, DeitError):
-        _print_error(str(error), debug, all_ranks=not isinstance(error, ConfigError))
+        message = with_option(str(error))
+        _print_error(message, debug, all_ranks=not isinstance(error, ConfigError))
         return error.exit_code
     if isinstance(error, SystemExit):
         return _report_exit(error, debug)

@@ -2,25 +2,22 @@
 
 import argparse
 import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deit.cli.parser import Parser
 from deit.cli.run_args import RunArguments, given_epochs, parse_data, parse_run, run_name
+from deit.config.command_choices import check_at_least
 from deit.config.finetune_schedules import (
     DATA_SIZED_SCHEDULES,
+    DEFAULT_SCHEDULE,
     FINETUNE_SCHEDULES,
-    at_resolution,
-    with_epochs,
-    with_init,
+    check_finetuning,
 )
 from deit.config.recipes import RECIPES
 from deit.config.schema import Config
-from deit.config.sections.data import DataConfig
-from deit.config.sections.student import StudentConfig
 from deit.core import run_folder
-from deit.core.errors import CheckpointError, ConfigError, did_you_mean
+from deit.core.errors import CheckpointError, ConfigError
 from deit.core.json_io import load_json_as, translate_value_errors
 from deit.core.run_folder import CONFIG
 from deit.core.user_code import HUB_PREFIXES
@@ -53,8 +50,8 @@ def _finetune_parser(program: str = "") -> Parser:
     parser.add_argument(
         "--schedule",
         metavar="NAME",
-        help=f"Training schedule: {', '.join(_SCHEDULES)}. (default: short without RECIPE, else "
-        "the recipe's)",
+        help=f"Training schedule: {', '.join(_SCHEDULES)}. (default: {DEFAULT_SCHEDULE} without "
+        "RECIPE, else the recipe's)",
     )
     return parser
 
@@ -68,7 +65,9 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     """
     parser = _finetune_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    _check_options(options)
+    check_finetuning(schedule=options.schedule, resolution=None)
+    if options.resolution is not None:
+        check_at_least("resolution", options.resolution, 1)
     if "--resume" in rest and (folder := _resumable_dir(rest, options.source)) is not None:
         return _resume(rest, folder, options, program)
     out, schedule = None, options.schedule
@@ -78,10 +77,8 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         saved = _source_config(options.source, program, rest)
         rest = [str(saved), *rest]
         out = Path(f"checkpoints/{saved.resolve().parent.name}-finetuned")
-        schedule = schedule or "short"
-
-    if schedule in DATA_SIZED_SCHEDULES and options.resolution is not None:
-        raise ConfigError(f"--resolution: --schedule {schedule} sets the resolution; leave it out")
+        schedule = schedule or DEFAULT_SCHEDULE
+    check_finetuning(schedule=schedule, resolution=options.resolution)
     data = parse_data(rest) if schedule in DATA_SIZED_SCHEDULES and not is_help else None
 
     def transform(config: Config) -> Config:
@@ -90,20 +87,18 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             return config
         if source is None:
             raise ConfigError(_NO_SOURCE.format(program))
-        from deit.models.load_weights import load_weights_from
+        from deit.training.finetune import with_weights
 
-        if config_from_run:  # init.head was for the weights which that run started from
-            config = config.replace(init={"head": "keep"})
-        loaded = load_weights_from(source)
-        config = with_init(config, source, loaded.student, heads_known=loaded.heads_known)
-        if options.resolution is not None:
-            _check_patches(options.resolution, config.student)
-            config = at_resolution(config, options.resolution)
-        if data is not None:
-            return _with_data_sized_schedule(config, schedule, data)
-        if schedule is None:
-            return config
-        return with_epochs(FINETUNE_SCHEDULES[schedule](config), given_epochs(rest))
+        return with_weights(
+            config,
+            source,
+            from_run=config_from_run,
+            resolution=options.resolution,
+            schedule=schedule,
+            # parse_run sets the epochs where no schedule depends on them.
+            epochs=given_epochs(rest) if schedule in FINETUNE_SCHEDULES else None,
+            data=data or config.data,
+        )
 
     return parse_run(
         rest,
@@ -120,26 +115,6 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     )
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    if options.schedule is not None and options.schedule not in _SCHEDULES:
-        known = ", ".join(_SCHEDULES)
-        raise ConfigError(
-            f"--schedule {options.schedule}: should be one of {known}"
-            f"{did_you_mean(options.schedule, _SCHEDULES)}"
-        )
-    if options.resolution is not None and options.resolution < 1:
-        raise ConfigError(f"--resolution {options.resolution}: should be at least 1")
-
-
-def _with_data_sized_schedule(config: Config, schedule: str, data: DataConfig) -> Config:
-    """Return the configuration with a schedule that depends on the number of training images."""
-    from deit.datasets.splits import load_split
-
-    config = replace(config, data=data)
-    num_images = len(load_split(data, "train")[1].labels)
-    return DATA_SIZED_SCHEDULES[schedule](config, images=num_images)
-
-
 def _resumable_dir(rest: list[str], source: str | None) -> Path | None:
     """Return the folder of the run to resume; None if it has no checkpoint."""
     given = [rest[index + 1] for index, word in enumerate(rest[:-1]) if word == "--out"]
@@ -149,7 +124,7 @@ def _resumable_dir(rest: list[str], source: str | None) -> Path | None:
     elif rest and not rest[0].startswith("-"):
         folder = Path("checkpoints") / run_name(rest[0])
     else:
-        folder = Path(f"checkpoints/{_run_dir_of(source or '').resolve().name}-finetuned")
+        folder = Path(f"checkpoints/{run_folder.run_dir_of(source or '').resolve().name}-finetuned")
     return folder if (folder / CONFIG).is_file() and run_folder.list_checkpoints(folder) else None
 
 
@@ -210,24 +185,6 @@ def _with(option: str, value: str | None) -> str:
     return f"without {option}" if value is None else f"with {option} {value}"
 
 
-def _run_dir_of(source: str) -> Path:
-    """Return the folder of the run for a run folder or one of its checkpoints."""
-    folder = Path(source).expanduser()
-    return folder.parent if run_folder.is_checkpoint_dir(folder) else folder
-
-
-def _check_patches(resolution: int, student: StudentConfig) -> None:
-    """Raise CheckpointError if the patches of the weights do not divide the resolution."""
-    patch = student.patch_size
-    if student.is_transformer and resolution % patch:
-        below = resolution // patch * patch
-        multiples = f"{below} or {below + patch}" if below else f"{patch}"
-        raise CheckpointError(
-            f"--resolution {resolution}: is not a multiple of the patch size of the weights "
-            f"({patch} px); try {multiples}"
-        )
-
-
 def _source_config(source: str | None, program: str, rest: list[str]) -> Path:
     """Return the config.json of the run at --from, to use instead of a recipe. Raises
     ConfigError."""
@@ -242,7 +199,7 @@ def _source_config(source: str | None, program: str, rest: list[str]) -> Path:
         "/" in source or folder.suffix
     ):
         raise CheckpointError(f"--from {source}: no such file or folder")
-    folder = _run_dir_of(source)
+    folder = run_folder.run_dir_of(source)
     if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():
         raise ConfigError(
             f"{program} --from {source}: is not a run folder, so data and schedule need a recipe: "

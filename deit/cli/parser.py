@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from deit.config.command_choices import RETRIES
 from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 
@@ -188,7 +189,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--retries",
             type=int,
-            default=1,
+            default=RETRIES,
             metavar="N",
             help="Number of retries of a run after a transient failure (killed, out of memory, "
             "disk full).",

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from deit.config.command_choices import check_at_least, check_choice
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS
 from deit.config.schema import Config
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.student import StudentConfig
+from deit.core.errors import ConfigError
 
 _SHAPE = (
     "patch_size",
@@ -272,3 +274,19 @@ def hyper_rule(config: Config, *, images: int) -> Config:
 
 DATA_SIZED_SCHEDULES: dict[str, Callable[..., Config]] = {"bit": hyper_rule}
 """Fine-tuning schedules that depend on the number of training images (argument `images`)."""
+
+DEFAULT_SCHEDULE = "short"
+"""The schedule of a fine-tuning with the configuration of the run that it starts from."""
+
+
+def check_finetuning(*, schedule: str | None, resolution: int | None) -> None:
+    """Raise ConfigError for an unknown schedule, or an invalid resolution [px]."""
+    if schedule is not None:
+        check_choice("schedule", schedule, (*FINETUNE_SCHEDULES, *DATA_SIZED_SCHEDULES))
+    if resolution is None:
+        return
+    check_at_least("resolution", resolution, 1)
+    if schedule in DATA_SIZED_SCHEDULES:
+        raise ConfigError(
+            f"resolution = {resolution}: the schedule {schedule} sets the resolution; leave it out"
+        )

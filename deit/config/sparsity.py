@@ -20,7 +20,7 @@ def groups_of(scope: str) -> tuple[int, int] | None:
     num_left, group_size = map(int, match.groups()) if match else (0, 0)
     if not 0 < num_left < group_size:
         raise ConfigError(
-            f"scope {scope}: should be {', '.join(SCOPES)} or N:M (such as 2:4) with N below M"
+            f"scope = {scope}: should be {', '.join(SCOPES)} or N:M (such as 2:4) with N below M"
         )
     return num_left, group_size
 

@@ -1,5 +1,6 @@
 """The teachers of a configuration one by one, and the slots whose outputs training combines."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deit.config.sections.teacher import TeacherConfig
@@ -75,6 +76,15 @@ def _classes_per_teacher(
         return (classes or None,) * num_teachers
     each = classes * num_teachers if len(classes) == 1 else classes or ("none",) * num_teachers
     return tuple(None if value == "none" else (value,) for value in each)
+
+
+def given_sources(teacher: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the sources of one or several teachers: text with commas, or a sequence.
+
+    "none" is no teacher.
+    """
+    sources = teacher.split(",") if isinstance(teacher, str) else teacher
+    return () if tuple(sources) == ("none",) else tuple(sources)
 
 
 def single_teacher(teacher: TeacherConfig, index: int) -> TeacherConfig:

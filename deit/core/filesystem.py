@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,22 +28,27 @@ RUN_FILES = {
     *("result.json", "summary.json", "model.json", "model.safetensors", "state.json"),
     *("manifest.json", "kept_units.json", "prune.json"),
 }
-"""Files that no option may overwrite in a folder with one of RUN_MARKERS, not even with --force."""
+"""Files that no command may overwrite in a folder with one of RUN_MARKERS, not even by force."""
 RUN_MARKERS = ("config.json", "manifest.json", "prune.json")
 """Files that mark a folder as a run, a checkpoint or a pruning."""
 _NEW, _OLD, REMOVED_PREFIX = ".deit-new-", ".deit-old-", ".deit-gone-"
 """Prefixes of folders while they are written, replaced and removed."""
 
 
-def check_writable(out: Path, *, option: str) -> None:
+def to_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Return one path or several as a list."""
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+
+
+def check_writable(out: Path, *, name: str) -> None:
     """Check that a file can be written, synced and renamed at `out`, which may not exist yet.
 
-    Leaves no file behind. option: the option that `out` was given for. Raises SystemFault.
+    Leaves no file behind. name: of the parameter, for messages. Raises SystemFault.
     """
     for path in (out, *out.absolute().parents):
         if path.is_symlink() and not path.exists():  # no folder can be created at its path
-            name = "" if path == out else f"{path} "
-            raise SystemFault(f"{option} {out}: {name}is a broken link")
+            link = "" if path == out else f"{path} "
+            raise SystemFault(f"{name} = {out}: {link}is a broken link")
     probe = _nearest_existing(out) / f".probe-{uuid.uuid4().hex}"
     try:
         with probe.open("w", encoding="utf-8") as file:
@@ -53,7 +58,7 @@ def check_writable(out: Path, *, option: str) -> None:
     except OSError as error:
         with suppress(OSError):
             probe.unlink()
-        raise SystemFault(f"{option} {out}: cannot be written ({error.strerror})") from None
+        raise SystemFault(f"{name} = {out}: cannot be written ({error.strerror})") from None
 
 
 def is_temporary(name: str) -> bool:
@@ -66,12 +71,12 @@ def _nearest_existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
-def check_space(out: Path, needed: int, *, option: str) -> None:
+def check_space(out: Path, needed: int, *, name: str) -> None:
     """Raise SystemFault if the disk of `out` has less than `needed` bytes free."""
     free = shutil.disk_usage(_nearest_existing(out)).free
     if free < needed:
         raise SystemFault(
-            f"{option} {out}: {format_bytes(free)} are free there, {format_bytes(needed)} are "
+            f"{name} = {out}: {format_bytes(free)} are free there, {format_bytes(needed)} are "
             "needed; free some space, or give another path"
         )
 
@@ -90,7 +95,7 @@ def format_bytes(num_bytes: float) -> str:
     return f"{value:.3g} {unit}"
 
 
-def check_file(path: Path | None, *, option: str, replace: bool) -> None:
+def check_file(path: Path | None, *, name: str, replace: bool) -> None:
     """Check before long work that an output file can be written.
 
     Raises SystemFault if it cannot, or if it exists and `replace` is false.
@@ -98,16 +103,18 @@ def check_file(path: Path | None, *, option: str, replace: bool) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise SystemFault(f"{option} {path}: is a folder, not a file")
+        raise SystemFault(f"{name} = {path}: is a folder, not a file")
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
-        raise SystemFault(f"{option} {path}: is a device or a pipe, not a file; give another")
+        raise SystemFault(f"{name} = {path}: is a device or a pipe, not a file; give another")
     if path.exists() and not replace:
-        raise SystemFault(f"{option} {path}: exists already; --force replaces it")
+        raise SystemFault(
+            f"{name} = {path}: exists already; use force=True (--force) to replace it"
+        )
     if path.name in RUN_FILES and any(path.with_name(mark).exists() for mark in RUN_MARKERS):
-        raise SystemFault(f"{option} {path}: is a file of a run; give another")
+        raise SystemFault(f"{name} = {path}: is a file of a run; give another")
     if not path.absolute().parent.is_dir():
-        raise SystemFault(f"{option} {path}: no folder {path.absolute().parent}")
-    check_writable(path.absolute().parent, option=option)
+        raise SystemFault(f"{name} = {path}: no folder {path.absolute().parent}")
+    check_writable(path.absolute().parent, name=name)
 
 
 def replace_dir(target: Path, write: Callable[[Path], None], *, bytes_needed: int = 0) -> None:
@@ -159,7 +166,7 @@ def _write_dir(
         shutil.rmtree(new, ignore_errors=True)
         if not replace and target.exists():
             raise SystemFault(
-                f"{target}: another command has created it; --force replaces it"
+                f"{target}: another command has created it; use force=True (--force) to replace it"
             ) from None
         if old.exists() and not target.exists():
             old.rename(target)
@@ -313,7 +320,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
+def lock_dir(folder: Path, *, name: str) -> Iterator[Callable[[], None]]:
     """Lock a folder for this process. Raises SystemFault if another process has locked it.
 
     Yields a function that raises SystemFault if the folder has since been moved, or removed and
@@ -325,18 +332,18 @@ def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
     try:
         file = open_to_append(folder / LOCK, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise SystemFault(f"{option} {folder}: cannot be locked ({error.strerror})") from None
+        raise SystemFault(f"{name} = {folder}: cannot be locked ({error.strerror})") from None
     try:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise SystemFault(
-                    f"{option} {folder}: cannot be locked ({error.strerror})"
+                    f"{name} = {folder}: cannot be locked ({error.strerror})"
                 ) from None
             file.seek(0)
             raise SystemFault(
-                f"{option} {folder}: in use by another run ({file.read().strip() or 'unknown'}); "
+                f"{name} = {folder}: in use by another run ({file.read().strip() or 'unknown'}); "
                 "wait until it ends, or give another folder"
             ) from None
         file.truncate(0)
@@ -351,7 +358,7 @@ def lock_dir(folder: Path, *, option: str) -> Iterator[Callable[[], None]]:
                 same = False
             if not same:
                 raise SystemFault(
-                    f"{option} {folder}: was moved, removed or replaced during this run; nothing "
+                    f"{name} = {folder}: was moved, removed or replaced during this run; nothing "
                     "more is written there"
                 )
 

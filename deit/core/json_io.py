@@ -142,7 +142,7 @@ def check_same_request(out: Path, file: str, request: dict[str, Any], *, what: s
     Raises SystemFault if `out` is a file, and ConfigError naming all options that differ.
     """
     if out.exists() and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"out = {out}: is a file, not a folder")
     path = out / file
     if path.is_file():
         before, now = load_json_as(path, dict[str, Any]), json.loads(json.dumps(request))
@@ -156,11 +156,11 @@ def check_same_request(out: Path, file: str, request: dict[str, Any], *, what: s
             more = f" and {len(differences) - _MAX_LISTED} more"
             more *= len(differences) > _MAX_LISTED
             raise ConfigError(
-                f"--out {out}: holds a {what} whose {', '.join(differences[:_MAX_LISTED])}{more}; "
-                "use the options that it was started with, or another --out"
+                f"out = {out}: holds a {what} whose {', '.join(differences[:_MAX_LISTED])}{more}; "
+                "use the options that it was started with, or another folder"
             )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty and not a {what} (no {file}); give another")
+        raise ConfigError(f"out = {out}: is not empty and not a {what} (no {file}); give another")
 
 
 def _value_text(values: dict[str, Any], key: str) -> str:

@@ -87,27 +87,27 @@ def check_run_dir(out: Path, *, resume: bool) -> None:
     try:
         exists = out.exists()
     except OSError as error:  # a name that the file system does not allow
-        raise SystemFault(f"--out {out}: {error.strerror}") from None
+        raise SystemFault(f"out = {out}: {error.strerror}") from None
     if exists and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"out = {out}: is a file, not a folder")
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     if all(name == LOCK or is_temporary(name) for name in names):
         _check_entries(out, names)
         return
     if CONFIG not in names:
-        raise ConfigError(f"--out {out}: is not empty and not a run (no {CONFIG}); give another")
+        raise ConfigError(f"out = {out}: is not empty and not a run (no {CONFIG}); give another")
     if not resume:
         raise ConfigError(
-            f"--out {out}: the folder is not empty; add --resume to resume the run in it, or give "
-            "another --out"
+            f"out = {out}: the folder is not empty; resume the run in it (--resume), or give "
+            "another folder"
         )
     _check_entries(out, names)
     if not (out / CONFIG).is_file():
-        raise ConfigError(f"--out {out}: its {CONFIG} is not a file; give another --out")
+        raise ConfigError(f"out = {out}: its {CONFIG} is not a file; give another folder")
     if (out / "last").is_dir():
         raise CheckpointError(
-            f"--out {out}: a run of an earlier release (it has a folder `last`), which cannot be "
-            "resumed; its best/ can be evaluated and fine-tuned; give another --out"
+            f"out = {out}: a run of an earlier release (it has a folder `last`), which cannot be "
+            "resumed; its best/ can be evaluated and fine-tuned; give another folder"
         )
 
 
@@ -136,7 +136,13 @@ def create_run_dir(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemFault(f"--out {out}: cannot be created ({error.strerror})") from None
+        raise SystemFault(f"out = {out}: cannot be created ({error.strerror})") from None
+
+
+def run_dir_of(path: str | Path) -> Path:
+    """Return the folder of the run for a run folder or one of its checkpoints."""
+    folder = Path(path).expanduser()
+    return folder.parent if is_checkpoint_dir(folder) else folder
 
 
 def require_run(run: str | Path) -> None:

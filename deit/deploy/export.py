@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deit.config.command_choices import EXPORT_IMAGES, check_at_least, check_choice
 from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
@@ -43,33 +44,36 @@ class Verification(NamedTuple):
 
 def export(
     run: str | Path,
-    out: str | Path | None,
+    out: str | Path | None = None,
     *,
     format: str,
     checkpoint: str = "best",
     root: str | None = None,
-    images: int = 512,
+    images: int = EXPORT_IMAGES,
     license: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write a run's student in a format, with a model card; return the folder.
 
-    out: default: export-FORMAT in the run's folder. format: a key of FORMATS. root: the
-    folder of the images, if they were moved. images: number of test images for the comparison with
-    the original. license: of the weights, for the card. force: replace an existing export.
+    out: default: export-FORMAT in the run's folder. format: a key of FORMATS. checkpoint: of the
+    run, best or last. root: the folder of the images, if they were moved. images: number of test
+    images for the comparison with the original. license: of the weights, for the card. force:
+    replace an existing export.
 
-    Raises ConfigError if the format does not support the network, SystemFault if a package is
-    missing or the folder cannot be written, CheckpointError if the export differs from the
-    original. Then nothing is written.
+    Raises ConfigError if there is no such format, or it does not support the network, SystemFault
+    if a package is missing or the folder cannot be written, CheckpointError if the export differs
+    from the original. Then nothing is written.
     """
+    check_choice("format", format, FORMATS)
+    check_at_least("images", images, 1)
     export_format = FORMATS[format]
     config, saved = resolve_run(run, checkpoint)
     student, model_info = load_student(saved)
     _check(export_format, student, model_info, Path(run))
-    require_packages(export_format.needs, f"--format {format}")
+    require_packages(export_format.needs, f"format {format}")
     folder = saved.parent / f"export-{format}" if out is None else Path(out)
     check_output_dir(folder, force=force)
-    metrics = evaluate(run, checkpoint=checkpoint, root=root, device="cpu")
+    metrics = evaluate(run, checkpoint=checkpoint, root=root, device="cpu").metrics
     bare, normalize = split_normalization(student)
     inputs = normalize(_test_views(config, root, images))
     num_images = len(inputs)
@@ -139,7 +143,7 @@ def _verify_all(
 
 
 def require_packages(packages: tuple[str, ...], needed_by: str) -> None:
-    """Raise SystemFault if a package is not installed. needed_by: an option or a command."""
+    """Raise SystemFault if a package is not installed. needed_by: for the message."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise SystemFault(f"{needed_by} needs {', '.join(missing)}; pip install 'deit[export]'")
@@ -161,13 +165,15 @@ def check_output_dir(folder: Path, *, force: bool) -> None:
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
         if names and not ("README.md" in names and names <= _EXPORT_FILES):
             raise SystemFault(
-                f"--out {folder}: is not an export "
+                f"out = {folder}: is not an export "
                 f"({', '.join(sorted(names - _EXPORT_FILES)[:3]) or 'no README.md'}); give another "
-                "--out"
+                "folder"
             )
         if not force:
-            raise SystemFault(f"--out {folder}: exists already; --force replaces it")
-    check_writable(folder, option="--out")
+            raise SystemFault(
+                f"out = {folder}: exists already; use force=True (--force) to replace it"
+            )
+    check_writable(folder, name="out")
 
 
 def _test_views(config: Config, root: str | None, num_images: int) -> Tensor:

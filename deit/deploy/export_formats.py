@@ -284,7 +284,7 @@ def _translate_errors() -> Iterator[None]:
         raise_transient(cause, "the exporter")
         raise ConfigError(
             f"the exporter cannot trace this network ({type(cause).__name__}: "
-            f"{first_line(cause)}); --format timm supports timm's networks"
+            f"{first_line(cause)}); format timm supports timm's networks"
         ) from error
 
 

@@ -143,8 +143,8 @@ def choose(
     candidates = [name for name, kind in layers.operations.items() if kind in METHODS[method]]
     if not covers_enough(layers, method):
         raise ConfigError(
-            f"--method {method}: does not quantize convolutions, which have most weights of this "
-            "network; use --method static"
+            f"method = {method}: does not quantize convolutions, which have most weights of this "
+            "network; use method static"
         )
     candidates = [name for name in candidates if attention or name not in layers.products]
     if exclude is None:
@@ -152,11 +152,11 @@ def choose(
     chosen = [name for name in candidates if not re.fullmatch(exclude, name)]
     if len(chosen) == len(candidates):
         raise ConfigError(
-            f"--exclude {exclude}: does not match the whole name of any layer (.* matches "
+            f"exclude = {exclude}: does not match the whole name of any layer (.* matches "
             f"anything); the layers are {_shorten(candidates)}"
         )
     if not chosen:
-        raise ConfigError(f"--exclude {exclude}: leaves no layer to quantize")
+        raise ConfigError(f"exclude = {exclude}: leaves no layer to quantize")
     return chosen
 
 

@@ -1,6 +1,7 @@
 """`deit prune`: remove attention heads and hidden units of a run, and distill the rest again."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from deit.deploy.prune_options import (
     RECOVERED,
     SELECTION,
     PruneOptions,
+    check_controls,
+    check_options,
+    recovery_config,
 )
 from deit.deploy.prune_selection import print_selection, scoring_config, select_units, units_to_keep
 from deit.deploy.prune_tables import print_pruning, prune_page, prune_result
@@ -40,28 +44,32 @@ _MAY_DIFFER = ("drop_path", "dropout", "qat")
 
 def prune(
     run: str | Path,
-    options: PruneOptions,
-    recovery: Config,
     out: str | Path,
+    options: PruneOptions = PruneOptions(),
     *,
+    recovery: Config | None = None,
+    checkpoint: str = "best",
+    controls: Sequence[str] = (),
+    parallel: int = 1,
     dry_run: bool = False,
-    checkpoint: str,
-    controls: tuple[str, ...],
-    parallel: int,
     command: str = "",
 ) -> dict[str, Any]:
     """Prune the heads and hidden units of a run's student, train it again, and compare the steps.
 
-    recovery: the configuration of the training after pruning, with the student before pruning.
-    checkpoint: of the run, best or last. controls: keys of CONTROLS, students of the same shape
-    trained from random weights. parallel: number of trainings in parallel. command: the command
-    line, for the records. The same call resumes an interrupted one.
+    out: folder of all results. recovery: the configuration of the training after pruning, with the
+    student before pruning; default: `recovery_config` of the run's. checkpoint: of the run, best or
+    last. controls: keys of CONTROLS, students of the same shape trained from random weights.
+    parallel: number of trainings in parallel. dry_run: print what would be kept, and write nothing.
+    command: the command line, for the records. The same call resumes an interrupted one.
 
     Returns the content of results.json; empty for a dry run. Raises the errors of deit.core.errors.
     """
     run, out = Path(run), Path(out)
-    check_num_parallel(parallel, option="--parallel")
+    check_options(options)
+    check_controls(controls)
+    check_num_parallel(parallel, name="parallel")
     config, saved = resolve_run(run, checkpoint)
+    recovery = recovery_config(config) if recovery is None else recovery
     _check_run(config, saved, run)
     _check_recovery(config, recovery, controls)
     num_units = units_to_keep(config, options)
@@ -79,9 +87,9 @@ def prune(
         print_selection(model_info, units)
         info("dry run: nothing is written")
         return {}
-    check_writable(out, option="--out")
+    check_writable(out, name="out")
     out.mkdir(parents=True, exist_ok=True)
-    with lock_dir(out, option="--out"):
+    with lock_dir(out, name="out"):
         write_json(out / MANIFEST, manifest)
         if not (out / PRUNED / run_folder.CONFIG).is_file():
             model_info, units, weights = select_units(score_config, saved, options, num_units)
@@ -141,7 +149,7 @@ def _check_run(config: Config, saved: Path, run: Path) -> None:
         )
 
 
-def _check_recovery(config: Config, recovery: Config, controls: tuple[str, ...]) -> None:
+def _check_recovery(config: Config, recovery: Config, controls: Sequence[str]) -> None:
     """Raise ConfigError if the recovery does not fit the run."""
     for field in dataclasses.fields(config.student):
         trained = getattr(config.student, field.name)
@@ -154,13 +162,13 @@ def _check_recovery(config: Config, recovery: Config, controls: tuple[str, ...])
     if recovery.optim.trainable != "all":
         raise ConfigError(
             f"optim.trainable = {recovery.optim.trainable!r}: a pruned student has to be trained "
-            "as a whole; use --optim.trainable all"
+            "as a whole; use optim.trainable all"
         )
     if "long" in controls and config.init.weights is not None:
         raise ConfigError(
-            f"--controls long: the run was itself initialized from weights (init.weights "
+            f"controls = long: the run was itself initialized from weights (init.weights "
             f"{config.init.weights}), so the length of its whole training is unknown; use "
-            "--controls short"
+            "controls short"
         )
 
 
@@ -174,10 +182,10 @@ def _manifest(
     if recovery.init != config.init:
         raise ConfigError("init.*: is set by this command; omit it")
     weights = {"weights": digest_of(read_weights(saved / WEIGHTS))}
-    return {**weights, **dataclasses.asdict(options), **shared_targets.result_fields(recovery)}
+    return {**weights, **options.recorded(), **shared_targets.result_fields(recovery)}
 
 
-def _print_plan(run: Config, recovery: Config, controls: tuple[str, ...]) -> None:
+def _print_plan(run: Config, recovery: Config, controls: Sequence[str]) -> None:
     """Print the schedules and teachers of the trainings."""
     teachers = ", ".join(recovery.teacher.source or recovery.teacher.target_stores)
     if recovery.loss.kind == "none":
@@ -221,7 +229,7 @@ def _write_pruned(
 
 
 def _runs(
-    run: Config, recovery: Config, model_info: ModelInfo, out: Path, controls: tuple[str, ...]
+    run: Config, recovery: Config, model_info: ModelInfo, out: Path, controls: Sequence[str]
 ) -> list[RunSpec]:
     """Return the recovery of the pruned student and its controls (see CONTROLS)."""
     shape = {

@@ -58,21 +58,21 @@ def units_to_keep(config: Config, options: PruneOptions) -> tuple[int, int]:
             return units_for_macs(student, options.macs)
         except ValueError:
             raise ConfigError(
-                f"--macs {options.macs:g}: is below the MACs of one head and one hidden unit per "
+                f"macs = {options.macs:g}: is below the MACs of one head and one hidden unit per "
                 "block; give a larger share"
             ) from None
     return (
-        _num_remaining("heads", student.block_heads, options.heads),
-        _num_remaining("hidden", student.block_hidden, options.hidden),
+        _num_remaining("heads", student.block_heads, options.removed_heads),
+        _num_remaining("hidden", student.block_hidden, options.removed_hidden),
     )
 
 
-def _num_remaining(option: str, per_block: tuple[int, ...], share: float) -> int:
+def _num_remaining(name: str, per_block: tuple[int, ...], share: float) -> int:
     """Return the number of units left without a share of them. Raises ConfigError."""
     num_units = round(sum(per_block) * (1 - share))
     if num_units < len(per_block):
         raise ConfigError(
-            f"--{option} {share:g}: keeps {num_units} of {sum(per_block)}, and each of the "
+            f"{name} = {share:g}: keeps {num_units} of {sum(per_block)}, and each of the "
             f"{len(per_block)} blocks needs one"
         )
     return num_units

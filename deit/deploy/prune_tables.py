@@ -26,9 +26,9 @@ def prune_result(
     """
     rows = {}
     root = runs[0].config.data.root
-    metrics = evaluate(run, checkpoint=checkpoint, root=root, cost=True)
+    metrics = evaluate(run, checkpoint=checkpoint, root=root, cost=True).metrics
     rows[_label(run)] = _row(metrics, resolve_run(run, checkpoint)[1], 0)
-    metrics = evaluate(out / PRUNED, root=root, cost=True)
+    metrics = evaluate(out / PRUNED, root=root, cost=True).metrics
     rows[PRUNED] = _row(metrics, out / PRUNED / run_folder.BEST, 0)
     cache = EvaluationCache()
     for spec in runs:

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from deit.config.schema import Config
 from deit.config.sections.student import STUDENTS, StudentConfig
@@ -28,7 +28,13 @@ from deit.deploy.int8_compare import (
     layer_sensitivity,
 )
 from deit.deploy.int8_graph import write_int8
-from deit.deploy.int8_layers import METHODS, choose, covers_enough, layers_of
+from deit.deploy.int8_layers import (
+    METHODS,
+    QuantizableLayers,
+    choose,
+    covers_enough,
+    layers_of,
+)
 from deit.deploy.int8_tables import (
     describe,
     print_quantization,
@@ -38,40 +44,21 @@ from deit.deploy.int8_tables import (
 from deit.deploy.model_card import write_card
 from deit.deploy.prune_options import MANIFEST, PRUNED, RECOVERED
 from deit.deploy.quantize_input import OnnxStudent, export_float_onnx, split_images
+from deit.deploy.quantize_options import CALIBRATION_IMAGES, QuantizeOptions, check_options
 from deit.distill.build import build_accelerator
 from deit.evaluation.load_run import evaluation_config, resolve_run
 from deit.models.saved_student import ModelInfo, load_student
 from deit.models.student import Student
 from deit.models.surgery.fake_quant import fake_quant_layers
 
-_NUM_CALIBRATION_IMAGES = 128
 _CALIBRATION_BATCH = 8  # all activations of a batch are in memory
-
-
-class QuantizeOptions(NamedTuple):
-    """The options of a quantization.
-
-    method: a key of deit.deploy.int8_layers.METHODS. images: number of training images that static
-    calibrates on; default: 128. range_method: a key of deit.deploy.int8_calibration.CALIBRATIONS;
-    default: minmax. percentile: for that range method [%]. attention: whether to quantize products
-    of two activations. exclude: a regular expression for the names of layers that stay float.
-    """
-
-    method: str = "static"
-    images: int | None = None
-    range_method: str | None = None
-    percentile: float | None = None
-    attention: bool = False
-    exclude: str | None = None
 
 
 def quantize(
     run: str | Path,
-    out: str | Path | None,
-    options: QuantizeOptions,
+    out: str | Path | None = None,
+    options: QuantizeOptions = QuantizeOptions(),
     *,
-    max_drop: float = 1.0,
-    sensitivity: bool = False,
     checkpoint: str = "best",
     root: str | None = None,
     json_file: str | Path | None = None,
@@ -80,23 +67,24 @@ def quantize(
 ) -> Path:
     """Write a run's student as int8, with a model card and measurements; return the folder.
 
-    out: default: quantized-METHOD in the run's folder. max_drop: the largest loss of top-1 on the
-    test images [percentage points]. sensitivity: also measure each layer alone. root: the folder of
-    the images, if they were moved. json_file: also write the measurements to this file. force:
-    replace folder and file. command: the command line, for the records.
+    out: default: quantized-METHOD in the run's folder. checkpoint: of the run, best or last. root:
+    the folder of the images, if they were moved. json_file: also write the measurements to this
+    file. force: replace folder and file. command: the command line, for the records.
 
     Raises SystemFault if a package is missing or a file cannot be written, ConfigError if the
-    options do not apply to the network, DataError with too few training images, CheckpointError if
-    the run is not finished or if too much accuracy is lost. Then nothing is written.
+    options are invalid or do not apply to the network, DataError with too few training images,
+    CheckpointError if the run is not finished or if too much accuracy is lost. Then nothing is
+    written.
     """
     run, json_file = Path(run), None if json_file is None else Path(json_file)
+    check_options(options)
     require_packages(FORMATS["onnx"].needs, "deit quantize")
     config, saved = resolve_run(run, checkpoint)
     _check_finished(saved.parent)
     _check_fake_quant(config, options, run)
     folder = saved.parent / f"quantized-{options.method}" if out is None else Path(out)
     check_output_dir(folder, force=force)
-    check_file(json_file, option="--json", replace=force)
+    check_file(json_file, name="json_file", replace=force)
     config = evaluation_config(config, root=root, device="cpu")
     student, model_info = load_student(saved)
     _check_before_export(options, config, student, model_info, saved.parent)
@@ -106,8 +94,8 @@ def quantize(
         scratch = Path(name)
         file = export_float_onnx(config, student, model_info, run=saved.parent, folder=scratch)
         target = scratch / "int8.onnx"
-        report |= _write_and_describe(report, file, options, target, sensitivity=sensitivity)
-        report |= _compare(report, file, options, target, max_drop)
+        report |= _write_and_describe(report, file, options, target)
+        report |= _compare(report, file, options, target)
 
         def write(new_folder: Path) -> None:
             copied = Path(shutil.copyfile(target, new_folder / "model.onnx"))
@@ -127,11 +115,7 @@ def quantize(
 
 
 def _compare(
-    report: dict[str, Any],
-    file: OnnxStudent,
-    options: QuantizeOptions,
-    target: Path,
-    max_drop: float,
+    report: dict[str, Any], file: OnnxStudent, options: QuantizeOptions, target: Path
 ) -> dict[str, Any]:
     """Return the report with the comparison of float and int8. Raises CheckpointError."""
     report = report | compare_on_test(file, target)
@@ -139,7 +123,9 @@ def _compare(
         report["vs_run"] = compare_to_run(file, target)
     other_methods = _other_methods(file, options)
     trainable = _is_trainable(file.config.student)
-    return report | check_accuracy_drop(report, max_drop, other_methods, trainable=trainable)
+    return report | check_accuracy_drop(
+        report, options.max_drop, other_methods, trainable=trainable
+    )
 
 
 def _check_finished(run: Path) -> None:
@@ -167,17 +153,17 @@ def _check_fake_quant(config: Config, options: QuantizeOptions, run: Path) -> No
     qat = config.student.qat
     if qat == "none":
         return
-    differs = {
-        "--method dynamic": options.method == "dynamic",
-        "--calibration-images": options.images is not None,
-        "--calibration-method": options.range_method is not None,
-        "--quantize-attention": options.attention,
-    }
-    if invalid := [option for option, given in differs.items() if given]:
-        raise ConfigError(
-            f"{invalid[0]}: {run} was trained with fake quantization (student.qat {qat}), which "
-            "fixes static ranges and keeps products of attention in float; omit this option"
-        )
+    default = QuantizeOptions()
+    for name in (
+        *("method", "calibration_images", "calibration_method", "percentile"),
+        "quantize_attention",
+    ):
+        if (value := getattr(options, name)) != getattr(default, name):
+            raise ConfigError(
+                f"{name} = {value}: {run} was trained with fake quantization (student.qat {qat}), "
+                "which fixes static ranges and keeps products of attention in float; omit this "
+                "option"
+            )
 
 
 def _check_before_export(
@@ -196,33 +182,32 @@ def _check_before_export(
     # The layers of adapters and of other timm networks are only known from the graph.
     if config.student.name in STUDENTS and config.student.adapters == "none":
         layers = layers_of(student.network)
-        choose(layers, method=options.method, attention=options.attention, exclude=options.exclude)
+        _choose(layers, options)
     if options.method == "static" and config.student.qat == "none":
         num_images = len(split_images(config, model_info, run, "train").labels)
-        if num_images < _num_calibration_images(options):
+        if num_images < options.num_images:
             raise DataError(
-                f"--calibration-images {_num_calibration_images(options)}: there are only "
-                f"{num_images} training images; use fewer, or --method dynamic, which needs none"
+                f"calibration_images = {options.num_images}: there are only {num_images} training "
+                "images; use fewer, or the dynamic method, which needs none"
             )
 
 
-def _num_calibration_images(options: QuantizeOptions) -> int:
-    return options.images or _NUM_CALIBRATION_IMAGES
+def _choose(layers: QuantizableLayers, options: QuantizeOptions) -> list[str]:
+    """Return the layers to quantize. Raises ConfigError."""
+    return choose(
+        layers,
+        method=options.method,
+        attention=options.quantize_attention,
+        exclude=options.exclude,
+    )
 
 
 def _write_and_describe(
-    report: dict[str, Any],
-    file: OnnxStudent,
-    options: QuantizeOptions,
-    target: Path,
-    *,
-    sensitivity: bool,
+    report: dict[str, Any], file: OnnxStudent, options: QuantizeOptions, target: Path
 ) -> dict[str, Any]:
     """Write the int8 file; return the report with its layers, ranges and sensitivity."""
     layers = file.layers
-    chosen = choose(
-        layers, method=options.method, attention=options.attention, exclude=options.exclude
-    )
+    chosen = _choose(layers, options)
     reduce_range = int8_sums_saturate(int8_flags())
     report = {
         **report,
@@ -246,7 +231,7 @@ def _write_and_describe(
         write_int8(file.prepared, path, layers, names, ranges=ranges, reduce_range=reduce_range)
 
     write(target, chosen)
-    if sensitivity:
+    if options.sensitivity:
         report["sensitivity"] = layer_sensitivity(file, chosen, write, target.parent)
         print_sensitivity(report["sensitivity"])
     return report
@@ -270,19 +255,19 @@ def _trained_ranges(file: OnnxStudent) -> tuple[Any, dict[str, Any]]:
 def _calibrate(file: OnnxStudent, options: QuantizeOptions) -> tuple[Any, dict[str, Any]]:
     """Return the ranges of activations, and the images and method. Raises DataError."""
     train = split_images(file.config, file.model_info, file.run, "train")
-    method, seed = options.range_method or "minmax", file.config.data.split_seed
-    num_images = _num_calibration_images(options)
-    rows = stratified_indices(train.labels, num_images, seed=seed, stream="calibration")
+    method, percentile = options.range_method, options.range_percentile
+    seed = file.config.data.split_seed
+    rows = stratified_indices(train.labels, options.num_images, seed=seed, stream="calibration")
     batches = file.inputs(train, rows, size=_CALIBRATION_BATCH)
     total = math.ceil(len(rows) / _CALIBRATION_BATCH)
     batches = progress(batches, total=total, title="calibrating")
-    ranges = calibrate(file.prepared, batches, method=method, percentile=options.percentile)
+    ranges = calibrate(file.prepared, batches, method=method, percentile=percentile)
     return ranges, {
         "split": "train",
         "view": "evaluation",
         "num_samples": len(rows),
         "method": method,
-        "percentile": options.percentile,
+        "percentile": percentile,
         "seed": seed,
     }
 
@@ -299,27 +284,27 @@ def check_accuracy_drop(
     drop = round(100 * (before - after), 9)
     if drop <= max_drop:
         return {"drop_points": drop, "max_drop_points": max_drop}
-    suggestions = [f"--method {name}" for name in other_methods]
+    suggestions = [f"method {name}" for name in other_methods]
     calibration = report["calibration"]
     if calibration is not None and calibration["method"] != "trained":
         suggestions += [
-            f"--calibration-method {method}"
+            f"calibration_method {method}"
             for method in ("minmax", "percentile")
             if method != calibration["method"]
         ]
-        if calibration["num_samples"] < _NUM_CALIBRATION_IMAGES:
-            suggestions.append(f"--calibration-images {_NUM_CALIBRATION_IMAGES}")
-    noisiest = "the noisiest layers, as listed by --sensitivity"
+        if calibration["num_samples"] < CALIBRATION_IMAGES:
+            suggestions.append(f"calibration_images {CALIBRATION_IMAGES}")
+    noisiest = "the noisiest layers, as listed by sensitivity"
     if "sensitivity" in report:
         noisiest = f"'{report['sensitivity']['layers'][0]['layer']}', the noisiest layer"
-    suggestions.append(f"--exclude {noisiest}")
+    suggestions.append(f"exclude {noisiest}")
     if trainable:
         suggestions.append(
             f"deit finetune --from {report['run']} --schedule int8 --out {report['run']}-int8"
         )
     raise CheckpointError(
         f"{report['run']}: int8 lowers top-1 by {drop:.2f} points ({100 * before:.2f} to "
-        f"{100 * after:.2f} %), --max-drop {max_drop:g} is allowed; nothing was written; try "
+        f"{100 * after:.2f} %), max_drop {max_drop:g} is allowed; nothing was written; try "
         f"{', or '.join(suggestions)}"
     )
 

@@ -18,6 +18,7 @@ from deit.core.filesystem import (
     atomic_write_dir,
     check_file,
     check_writable,
+    to_paths,
     write_json,
 )
 from deit.core.json_io import load_json_as
@@ -70,32 +71,32 @@ class Variant(NamedTuple):
 
 def variants(
     run: str | Path,
-    more: Sequence[str | Path],
+    other_runs: str | Path | Sequence[str | Path] = (),
     *,
-    merges: tuple[int, ...],
-    root: str | None,
-    json_file: str | Path | None,
-    force: bool,
+    merge_tokens: Sequence[int] = (),
+    root: str | None = None,
+    json_file: str | Path | None = None,
+    force: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
     """Measure a run and its smaller variants: accuracy on the test images, size, MACs and latency.
 
-    Variants are the ONNX files in the run's folder (`deit export --format onnx`, `deit quantize`)
-    and the results of `deit prune` next to it, with their ONNX files. Latency is measured in
-    interleaved turns. Writes variants.json, variants.md and variants.png into the folder `variants`
-    of the run.
+    Variants are the ONNX files in the run's folder (of `export` and `quantize`) and the results of
+    `prune` next to it, with their ONNX files. Latency is measured in interleaved turns. Writes
+    variants.json, variants.md and variants.png into the folder `variants` of the run.
 
-    more: other runs on the same classes, such as the levels of a lottery search. merges: numbers of
-    tokens merged in each block, a variant each. json_file: also write the result to this file.
-    force: replace existing files. command: the command line, for the records.
+    other_runs: runs on the same classes, such as the levels of a lottery search. merge_tokens:
+    numbers of tokens merged in each block, a variant each. root: the folder of the images, if they
+    were moved. json_file: also write the result to this file. force: replace existing files.
+    command: the command line, for the records.
 
     Returns the content of variants.json. Raises the errors of deit.core.errors.
     """
-    run, more = Path(run), [Path(path) for path in more]
+    run, other_runs = Path(run), to_paths(other_runs)
     json_file = None if json_file is None else Path(json_file)
     run_folder.require_run(run)
-    check_file(json_file, option="--json", replace=force)
-    all_variants = find_variants(run, more, merges)
+    check_file(json_file, name="json_file", replace=force)
+    all_variants = find_variants(run, other_runs, merge_tokens)
     if any(variant.onnx is not None for variant in all_variants):
         require_packages(FORMATS["onnx"].needs, "measuring an ONNX file")
     _check_output_dir(run / "variants", force=force)
@@ -140,11 +141,13 @@ def _check_output_dir(folder: Path, *, force: bool) -> None:
                 f"{', '.join(others[:3]) or 'a file'}; move it away"
             )
         if not force:
-            raise SystemFault(f"{folder}: exists already; --force replaces it")
-    check_writable(folder, option="RUN")
+            raise SystemFault(f"{folder}: exists already; use force=True (--force) to replace it")
+    check_writable(folder, name="run")
 
 
-def find_variants(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> list[Variant]:
+def find_variants(
+    run: Path, other_runs: Sequence[Path], merge_tokens: Sequence[int] = ()
+) -> list[Variant]:
     """Return the run, its variants, and the other runs with their ONNX files.
 
     Raises CheckpointError, and ConfigError if a run is given twice.
@@ -153,7 +156,7 @@ def find_variants(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> 
     warn_unfinished(saved.parent)
     variants = _of_run(run, run.resolve().name)
     run_name = variants[0].name
-    variants += [Variant(f"{run_name}, merging {num}", run, merge=num) for num in merges]
+    variants += [Variant(f"{run_name}, merging {num}", run, merge=num) for num in merge_tokens]
     digest = digest_of(read_weights(saved / WEIGHTS))
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
         if load_json_as(manifest, dict[str, Any]).get("weights") != digest:
@@ -163,7 +166,7 @@ def find_variants(run: Path, more: list[Path], merges: tuple[int, ...] = ()) -> 
                 name = f"{manifest.parent.name}, {folder}"
                 variants += _of_run(manifest.parent / folder, name)
     pruned = {variant.run.resolve() for variant in variants[1:]} - {run.resolve()}
-    for path in more:
+    for path in other_runs:
         warn_unfinished(resolve_run(path, "best")[1].parent)
         if path.resolve() in pruned:
             continue

@@ -43,13 +43,13 @@ def check_content(
     averaged = len(teacher_slots(teacher)) > 1 and teacher.combine != "tokens"
     if content == "hard" and (needs_logits(loss) or averaged):
         consumer = f"loss.kind {loss.kind!r}"
-        alternative = "use the loss for hard labels (--loss deit-hard)"
+        alternative = "use the loss for hard labels (the preset deit-hard)"
         if averaged:
             consumer = f"a mean of several teachers (teacher.combine {teacher.combine!r})"
-            alternative = "give each teacher a token (--teacher.combine tokens)"
+            alternative = "give each teacher a token (teacher.combine tokens)"
         raise ConfigError(
             f"{where}: holds hard labels, but {consumer} needs probabilities; write a store with "
-            f"--content full, or {alternative}"
+            f"content full, or {alternative}"
         )
     inexact = loss.temperature != 1 or loss.standardize_logits or loss.kind == "dkd"
     inexact |= averaged and teacher.combine == "logits"
@@ -58,11 +58,11 @@ def check_content(
         raise ConfigError(
             f"{where}: holds only the {top_k} largest probabilities; all of them are needed for a "
             "loss.temperature other than 1, loss.standardize_logits, loss.kind dkd and "
-            "teacher.combine logits; write the store with --content full"
+            "teacher.combine logits; write the store with content full"
         )
     if combine == "probabilities" and needs_logits(loss) and loss.temperature != 1:
         raise ConfigError(
             f"{where}: holds a mean of probabilities, which differs at loss.temperature "
-            f"{loss.temperature:g}; write a store for each teacher (--teacher-index 1, "
-            "--teacher-index 2) and give all of them, or write one with --teacher.combine logits"
+            f"{loss.temperature:g}; write a store for each teacher (teacher_index 1, "
+            "teacher_index 2) and give all of them, or write one with teacher.combine logits"
         )

@@ -89,9 +89,9 @@ class ShardedTargetWriter:
         )
         if differing:
             written = any((self.store / SHARDS).glob("[0-9]*.bin")) or existing["complete"]
-            advice = "give another --out" if written else "it has no targets yet, delete it"
+            advice = "give another folder" if written else "it has no targets yet, delete it"
             raise ConfigError(
-                f"--out {self.store}: is a store of other targets; {advice}:"
+                f"out = {self.store}: is a store of other targets; {advice}:"
                 + "".join(f"\n  {line}" for line in differing)
             )
         return existing["complete"]
@@ -105,12 +105,12 @@ class ShardedTargetWriter:
         others = [name for name in names if name != SHARDS and not is_temporary(name)]
         if others:
             raise ConfigError(
-                f"--out {out}: not empty (it holds {min(others)!r}); give another --out"
+                f"out = {out}: not empty (it holds {min(others)!r}); give another folder"
             )
         try:
             (out / SHARDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemFault(f"--out {out}: cannot be created ({error.strerror})") from None
+            raise SystemFault(f"out = {out}: cannot be created ({error.strerror})") from None
         if not write_once(out / MANIFEST, manifest_bytes(self.manifest)):
             return self.create_or_match()
         return False

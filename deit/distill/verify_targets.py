@@ -1,5 +1,6 @@
 """Verify a target store: every checksum, and a sample of views and teacher outputs recomputed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from deit.config.command_choices import NUM_QUERIES, check_at_least
 from deit.config.schema import Config
 from deit.config.sections.teacher import TeacherConfig
-from deit.config.teachers import teacher_specs
+from deit.config.teachers import given_sources, teacher_specs
 from deit.config.validation import config_from_dict, validate
 from deit.core.console import count_noun, format_percent, info
 from deit.core.errors import CheckpointError, ConfigError, DataError
@@ -47,16 +49,16 @@ class StoreCheck(NamedTuple):
 
 
 def verify_targets(
-    store_path: str | Path,
+    store: str | Path,
     *,
     root: str | None = None,
-    teacher: str | None = None,
-    num_queries: int = 2048,
+    teacher: str | Sequence[str] | None = None,
+    num_queries: int = NUM_QUERIES,
 ) -> StoreCheck:
     """Verify a store and log what was compared; return the numbers of views and outputs.
 
-    root: folder of the images, if they moved since. teacher: sources of the teachers separated by
-    commas, if they moved; "none" recomputes no output. num_queries: outputs to recompute.
+    store: its folder. root: folder of the images, if they moved since. teacher: source or sources
+    of the teachers, if they moved; "none" recomputes no output. num_queries: outputs to recompute.
     Raises DataError for other data, views or teachers, and CheckpointError for damaged files.
 
     Example:
@@ -66,7 +68,8 @@ def verify_targets(
         >>> checked.views > 0, checked.num_agreed / checked.num_queried > 0.99
         (True, True)
     """
-    store = open_store(Path(store_path))
+    check_at_least("num_queries", num_queries, 1)
+    store = open_store(Path(store))
     record_format = store.record_format
     store.verify_checksums()
     info(
@@ -75,7 +78,7 @@ def verify_targets(
     )
     config = _config_of(store, root=root, teacher=teacher)
     accelerator = build_accelerator(config.run)
-    with_teachers = teacher != "none"
+    with_teachers = teacher is None or given_sources(teacher) != ()
     if with_teachers:
         for spec in teacher_specs(config.teacher):
             resolve_source(spec.source)
@@ -91,7 +94,9 @@ def verify_targets(
     return checked
 
 
-def _config_of(store: TargetStore, *, root: str | None, teacher: str | None) -> Config:
+def _config_of(
+    store: TargetStore, *, root: str | None, teacher: str | Sequence[str] | None
+) -> Config:
     """Return the configuration a store was written with, with new paths. Raises CheckpointError if
     it cannot be read, ConfigError if it would run a teacher's code without permission."""
     try:
@@ -103,13 +108,13 @@ def _config_of(store: TargetStore, *, root: str | None, teacher: str | None) -> 
         ) from None
     if root is not None:
         config = config.replace(data={"root": root})
-    if teacher not in (None, "none"):
-        config = config.replace(teacher={"source": tuple(teacher.split(","))})
+    if teacher is not None and (sources := given_sources(teacher)):
+        config = config.replace(teacher={"source": sources})
         config = validate(config, live_teacher=False)
     if teacher is None and config.teacher.code_sources:
         raise ConfigError(
             f"{store.path}: its teacher {', '.join(config.teacher.code_sources)} is Python code; "
-            "give it as --teacher if you trust it, or skip the teacher check with --teacher none"
+            "give it as teacher if you trust it, or skip the teacher check with teacher none"
         )
     return config
 

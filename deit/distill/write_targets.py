@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from deit.config.command_choices import check_amount
 from deit.config.schema import Config, to_dict
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
@@ -38,7 +39,7 @@ from deit.distill.target_content import check_content
 from deit.distill.target_fingerprint import fingerprint_of, teachers_fingerprint
 from deit.distill.target_format import FORMAT_VERSION, RecordFormat, encode, view_checksum
 from deit.distill.target_shards import ShardedTargetWriter, TargetShard
-from deit.distill.target_store import SHARDS
+from deit.distill.target_store import SHARDS, TargetStore, open_store
 from deit.distill.teacher_check import check_teachers
 from deit.distill.teacher_ensemble import TeacherEnsemble, teacher_query
 from deit.models.teacher_sources import resolve_source
@@ -56,7 +57,7 @@ def write_targets(
     content: str | None = None,
     part: tuple[int, int] = (0, 1),
     teacher_index: int | None = None,
-) -> bool:
+) -> TargetStore | None:
     """Write the teachers' outputs for all training views of a configuration into a store.
 
     Shards that exist are kept.
@@ -64,17 +65,19 @@ def write_targets(
     the loss needs. part: (index, number of parts) of the shards to write here, the index from 0.
     teacher_index: write the outputs of this teacher only (from 1), for the views that all teachers
     see; default: the outputs of all teachers.
-    Returns whether the store is complete, in the main process. Raises the errors of
-    deit.core.errors.
+    Returns the complete store, in the main process; None in other processes, and while shards of
+    other parts are missing. Raises the errors of deit.core.errors.
 
     Example:
         >>> from deit.config.recipes import find_recipe
         >>> from deit.core.console import quiet
         >>> config = find_recipe("digits").replace(data={"train_fraction": 0.1})
         >>> with quiet():
-        ...     write_targets(config, "targets", epochs=2)
-        True
+        ...     store = write_targets(config, "targets", epochs=2)
+        >>> store.record_format.epochs
+        2
     """
+    check_amount(epochs, part)
     config = validate(config.replace(teacher={"target_stores": ()}), live_teacher=False)
     one_teacher = teacher_index is not None
     _check_combinable(_with_one_teacher(config, teacher_index) if one_teacher else config)
@@ -97,17 +100,17 @@ def write_targets(
     store = ShardedTargetWriter(out, manifest)
     if _is_complete(store, accelerator):
         info(f"{out}: already complete")
-        return True
-    size = loader.sizes.teacher
-    _check_memory(teachers, size, accelerator, batch_size)
+        return open_store(out) if accelerator.is_main_process else None
+    _check_memory(teachers, loader.sizes.teacher, accelerator, batch_size)
     _check_disk(out, record_format)
-    _check_teachers(teachers, config, splits, accelerator, size)
+    _check_teachers(teachers, config, splits, accelerator, loader.sizes.teacher)
     store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
     shards = _shards_of(part, record_format.num_shards, accelerator)
     writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, batch_size)
     _write_all(writer, accelerator)
-    return accelerator.is_main_process and store.merge_if_complete()
+    is_complete = accelerator.is_main_process and store.merge_if_complete()
+    return open_store(out) if is_complete else None
 
 
 def _is_complete(store: ShardedTargetWriter, accelerator: Accelerator) -> bool:
@@ -124,16 +127,14 @@ def _check_paths(teacher: TeacherConfig, out: Path) -> None:
     for spec in teacher_specs(teacher):
         resolve_source(spec.source)
     if out.exists() and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, not a folder")
-    check_writable(out, option="--out")
+        raise SystemFault(f"out = {out}: is a file, not a folder")
+    check_writable(out, name="out")
 
 
 def _check_disk(out: Path, record_format: RecordFormat) -> None:
     """Check that the disk has space for the shards and for the file that they are merged into."""
     written = sum(file.stat().st_size for file in (out / SHARDS).glob("*.bin"))
-    check_space(
-        out, 2 * record_format.rows * record_format.dtype.itemsize - written, option="--out"
-    )
+    check_space(out, 2 * record_format.rows * record_format.dtype.itemsize - written, name="out")
 
 
 def _check_memory(
@@ -209,7 +210,7 @@ def _with_one_teacher(config: Config, teacher_index: int) -> Config:
     num_teachers = len(config.teacher.source)
     if not 1 <= teacher_index <= num_teachers:
         raise ConfigError(
-            f"--teacher-index {teacher_index}: should be in 1 ... {num_teachers}, the number of "
+            f"teacher_index = {teacher_index}: should be in 1 ... {num_teachers}, the number of "
             "teachers"
         )
     config = replace(config, teacher=single_teacher(config.teacher, teacher_index - 1))
@@ -221,20 +222,20 @@ def _check_combinable(config: Config) -> None:
     """Raise ConfigError unless the outputs of all teachers of a configuration make one target."""
     teacher, loss = config.teacher, config.loss
     if loss.kind == "none":
-        raise ConfigError("loss.kind = 'none': has no teacher; choose another --loss")
+        raise ConfigError("loss.kind = 'none': has no teacher; choose another loss")
     if not teacher.source:
-        raise ConfigError("teacher.source = None: there is no teacher; give --teacher.source")
+        raise ConfigError("teacher.source = None: there is no teacher; give one")
     if len(teacher.source) > 1 and teacher.combine == "tokens":
         raise ConfigError(
             "teacher.combine = 'tokens': the teachers are not combined; write a store for each "
-            "(--teacher-index 1, --teacher-index 2), then train with --teacher.target_stores A,B"
+            "(teacher_index 1, teacher_index 2), then train with teacher.target_stores A,B"
         )
     averages_probabilities = len(teacher.source) > 1 and teacher.combine == "probabilities"
     if averages_probabilities and needs_logits(loss) and loss.temperature != 1:
         raise ConfigError(
             f"loss.temperature = {loss.temperature:g}: a mean of probabilities differs at each "
-            "temperature; write a store for each teacher (--teacher-index 1, --teacher-index 2), "
-            "then train with --teacher.target_stores A,B; or use --teacher.combine logits"
+            "temperature; write a store for each teacher (teacher_index 1, teacher_index 2), "
+            "then train with teacher.target_stores A,B; or use teacher.combine logits"
         )
 
 
@@ -259,8 +260,8 @@ def _record_format(
     if views.has_fixed_teacher_view:
         if epochs not in (None, 1):
             raise ConfigError(
-                f"--epochs {epochs}: views.teacher_view {views.teacher_view} is the same in every "
-                "epoch; give --epochs 1"
+                f"epochs = {epochs}: views.teacher_view {views.teacher_view} is the same in every "
+                "epoch; give epochs 1"
             )
         epochs = 1
     record_format = RecordFormat(
@@ -271,11 +272,11 @@ def _record_format(
         mixed_pairs=views.uses_mixing,
     )
     if record_format.top_k is not None and record_format.top_k >= num_classes:
-        raise ConfigError(f"--content {content}: there are {num_classes} classes; use full")
+        raise ConfigError(f"content = {content}: there are {num_classes} classes; use full")
     single = single_teacher(teacher, 0) if is_ensemble else teacher
     combine = teacher.combine if is_ensemble else None
     check_content(
-        record_format.content, single, loss, combine=combine, where=f"--content {content}"
+        record_format.content, single, loss, combine=combine, where=f"content = {content}"
     )
     return record_format
 

@@ -1,18 +1,20 @@
 """Evaluations of finished runs, kept in a file next to each run and reused."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deit.config.sections.data import DataConfig
+from deit.config.teachers import given_sources
 from deit.core import run_folder
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, DataError
 from deit.core.file_reading import read_bytes
 from deit.core.json_io import read_sealed, write_sealed
 from deit.datasets.splits import digest_of_images, load_split
-from deit.evaluation.evaluate import EvaluationResult, cost_of_run, evaluate_run
+from deit.evaluation.evaluate import EvaluationResult, cost_of_run, evaluate
 from deit.evaluation.load_run import evaluation_config, load_run_config
 from deit.models.metadata import find_saved_model
 
@@ -50,7 +52,7 @@ class EvaluationCache:
         *,
         cache_path: str | Path | None = None,
         root: str | None = None,
-        teacher: str | None = None,
+        teacher: str | Sequence[str] | None = None,
         cost: bool = False,
     ) -> CachedEvaluation:
         """Return the evaluation of a finished run, from the cache or by evaluating the run.
@@ -60,7 +62,7 @@ class EvaluationCache:
 
         cache_path: the file to read and write; default: RUN.evaluation.json next to the run
         folder, which is also read where `cache_path` holds no match. root, teacher, cost: as in
-        deit.evaluation.evaluate.evaluate_run. Raises the errors of deit.core.errors.
+        deit.evaluation.evaluate.evaluate. Raises the errors of deit.core.errors.
         """
         run = Path(run)
         result = run_folder.read_result(run)
@@ -79,7 +81,7 @@ class EvaluationCache:
                     cached.metrics["cost"] = cost_of_run(run)
                     write_sealed(target, asdict(cached))
                 return cached
-        evaluated = evaluate_run(run, root=root, teacher=teacher, cost=cost)
+        evaluated = evaluate(run, root=root, teacher=teacher, cost=cost)
         cached = _to_cached(evaluated, {"run": result["chain"], "teacher": ""})
         if evaluated.metrics["teacher"] is not None:
             cached.provenance["teacher"] = _digest_of_files(_teacher_sources(run, teacher))
@@ -87,7 +89,11 @@ class EvaluationCache:
         return cached
 
     def _is_current(
-        self, cached: CachedEvaluation, run: Path, root: str | None, teacher: str | None
+        self,
+        cached: CachedEvaluation,
+        run: Path,
+        root: str | None,
+        teacher: str | Sequence[str] | None,
     ) -> bool:
         """Return whether an evaluation is of the images and the teacher that are on disk now."""
         data = evaluation_config(load_run_config(run), root=root).data
@@ -98,7 +104,7 @@ class EvaluationCache:
             except DataError as error:
                 warn(
                     f"cannot check whether stored evaluations are of the same images: {error} "
-                    "(if the images were moved, give --data.root DIR)"
+                    "(if the images were moved, give data.root)"
                 )
                 self._digests[data] = ""
         if self._digests[data] not in ("", cached.provenance["images"]):
@@ -120,10 +126,10 @@ def _to_cached(evaluated: EvaluationResult, provenance: dict[str, str]) -> Cache
     )
 
 
-def _teacher_sources(run: Path, teacher: str | None) -> list[str]:
+def _teacher_sources(run: Path, teacher: str | Sequence[str] | None) -> list[str]:
     """Return the sources of the teachers; none where the run's own teacher is code."""
     if teacher is not None:
-        return teacher.split(",")
+        return list(given_sources(teacher))
     config = load_run_config(run).teacher
     return [] if config.code_sources else list(config.source)
 

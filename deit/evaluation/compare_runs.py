@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit.config.command_choices import check_test_set
 from deit.core.console import format_percent, info, is_main_process, table
 from deit.core.errors import ConfigError
-from deit.core.filesystem import write_json
+from deit.core.filesystem import to_paths, write_json
 from deit.core.metrics import agreement
 from deit.core.run_folder import is_checkpoint_dir
 from deit.datasets.imagenet_test_sets import check_has_classes
-from deit.evaluation.evaluate import EvaluationResult, evaluate_run
+from deit.evaluation.evaluate import EvaluationResult, evaluate
 from deit.evaluation.load_run import resolve_run, student_at_resolution
 from deit.evaluation.tables import print_disagreement
 from deit.models.surgery.token_merging import check_merging
@@ -23,56 +24,58 @@ from deit.viz.tables import HEADS
 
 
 def compare_evaluations(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     *,
-    resolutions: tuple[int, ...],
-    crops: tuple[float, ...],
-    merges: tuple[int, ...],
-    plot: str | Path | None,
-    json_file: str | Path | None,
-    command: str,
+    resolutions: Sequence[int] = (),
+    crops: Sequence[float] = (),
+    merge_tokens: Sequence[int] = (),
     checkpoint: str = "best",
-    **options: Any,
+    split: str = "test",
+    root: str | None = None,
+    teacher: str | Sequence[str] | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    test_set: str | None = None,
+    plot: str | Path | None = None,
+    json_file: str | Path | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """Evaluate each run at each resolution, crop and number of merged tokens; print one table.
+    """Evaluate each run at each resolution, crop and number of merged tokens; print one table, and
+    the disagreement of each pair if all were evaluated on the same images.
 
-    If all were evaluated on the same images, also print the disagreement of each pair.
-
-    resolutions [px], crops: empty: each run's own. merges: numbers of tokens merged in each block;
-    empty: no merging. plot: a PNG file to write, throughput against accuracy. json_file: a file to
-    write the result to. command: the command line, for that file. options: as for
-    deit.evaluation.evaluate.evaluate_run.
+    resolutions [px], crops: empty: each run's own. merge_tokens: numbers of tokens merged in each
+    block; empty: no merging. checkpoint, split, root, teacher, device, batch_size, test_set: as for
+    deit.evaluation.evaluate.evaluate. plot: a PNG file to write, throughput against accuracy.
+    json_file: a file to write the result to. command: the command line, for that file.
 
     Returns `rows`, the metrics by name; `agreement`, the share of equal predictions by name and by
     name, if the images are the same; and `command`. Raises the errors of deit.core.errors.
     """
-    runs = [Path(run) for run in runs]
-    _check(runs, checkpoint, resolutions, merges, options.get("test_set"))
+    runs = to_paths(runs)
+    check_test_set(test_set, split=split, root=root, teacher=teacher)
+    _check(runs, checkpoint, resolutions, merge_tokens, test_set)
     results: dict[str, EvaluationResult] = {}
-    settings = (values or (None,) for values in (resolutions, crops, merges))
-    for run, side, crop, merge_tokens in product(runs, *settings):
-        name = _row_name(run, runs, side, crop, merge_tokens)
+    settings = (values or (None,) for values in (resolutions, crops, merge_tokens))
+    for run, side, crop, merge in product(runs, *settings):
+        name = _row_name(run, runs, side, crop, merge)
         info(f"{name}")
-        results[name] = evaluate_run(
+        results[name] = evaluate(
             run,
             checkpoint=checkpoint,
+            split=split,
+            root=root,
+            teacher=teacher,
+            device=device,
+            batch_size=batch_size,
             resolution=side,
             crop=crop,
-            merge_tokens=merge_tokens,
+            merge_tokens=merge,
+            test_set=test_set,
             cost=True,
-            **options,
         )
     rows = {name: result.metrics for name, result in results.items()}
     _print_rows(rows)
-    report: dict[str, Any] = {"rows": rows, "command": command}
-    predictions = _comparable_predictions(results)
-    if len(predictions) > 1:
-        shares = {
-            a: {b: agreement(predictions[a], predictions[b]) for b in predictions}
-            for a in predictions
-        }
-        print_disagreement(shares, [name for name in predictions if name != "truth"])
-        report["agreement"] = shares
+    report: dict[str, Any] = {"rows": rows, "command": command, **_agreement(results)}
     if is_main_process() and plot is not None:
         draw_throughput(rows, Path(plot))
         info(f"wrote {Path(plot)}")
@@ -82,11 +85,24 @@ def compare_evaluations(
     return report
 
 
+def _agreement(results: dict[str, EvaluationResult]) -> dict[str, Any]:
+    """Print the disagreement of each pair, and return their agreement; empty if the images differ
+    or there is only one."""
+    predictions = _comparable_predictions(results)
+    if len(predictions) < 2:
+        return {}
+    shares = {
+        a: {b: agreement(predictions[a], predictions[b]) for b in predictions} for a in predictions
+    }
+    print_disagreement(shares, [name for name in predictions if name != "truth"])
+    return {"agreement": shares}
+
+
 def _check(
     runs: list[Path],
     checkpoint: str,
-    resolutions: tuple[int, ...],
-    merges: tuple[int, ...],
+    resolutions: Sequence[int],
+    merge_tokens: Sequence[int],
     test_set: str | None,
 ) -> None:
     """Check all runs and settings before the first run is evaluated."""
@@ -96,14 +112,14 @@ def _check(
         _, saved = resolve_run(run, checkpoint)
         for side in resolutions or (None,):
             student, model_info = student_at_resolution(saved, side)
-            for merge_tokens in merges:
-                check_merging(student.network, merge_tokens)
+            for merge in merge_tokens:
+                check_merging(student.network, merge)
         if test_set is not None:
             check_has_classes(test_set, model_info.class_names)
 
 
 def _row_name(
-    run: Path, runs: list[Path], side: int | None, crop: float | None, merge_tokens: int | None
+    run: Path, runs: list[Path], side: int | None, crop: float | None, merge: int | None
 ) -> str:
     """Return the name of the run's folder (its path if that is ambiguous) and the settings."""
     folder_names = [_run_dir(path).name for path in runs]
@@ -113,7 +129,7 @@ def _row_name(
     parts = [name if unique else str(run)]
     parts += [f"{side} px"] if side is not None else []
     parts += [f"crop {crop:g}"] if crop is not None else []
-    parts += [f"merge {merge_tokens}"] if merge_tokens is not None else []
+    parts += [f"merge {merge}"] if merge is not None else []
     return ", ".join(parts)
 
 

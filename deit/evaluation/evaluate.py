@@ -1,6 +1,7 @@
 """Evaluation of a finished run: metrics of every head and of the teacher on the same images."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from deit.config.command_choices import check_test_set
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.core.accelerator import environment_info, hardware_summary
@@ -41,7 +43,7 @@ HEADS = ("class", "distillation", "fused", "fused_softmax")
 class EvaluationResult(NamedTuple):
     """The metrics of a run, and the predictions behind them.
 
-    metrics: plain values, as `evaluate` returns them. predictions: int64 [images] by head and
+    metrics: plain values, ready for JSON (see `evaluate`). predictions: int64 [images] by head and
     `teacher`. confidence: the probability of each prediction, float32 [images]. labels: int64
     [images]; None where an image has several correct classes. split_key: identifies the images and
     the order of the classes; equal for equal ones. digest: of the images as they were evaluated.
@@ -55,23 +57,15 @@ class EvaluationResult(NamedTuple):
     digest: str = ""
 
 
-def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the metrics of a run's student as plain values, ready for JSON.
-
-    options: as for `evaluate_run`.
-    """
-    return evaluate_run(run, **options).metrics
-
-
-def evaluate_run(
+def evaluate(
     run: str | Path,
     *,
     checkpoint: str = "best",
     split: str = "test",
     root: str | None = None,
-    teacher: str | None = None,
+    teacher: str | Sequence[str] | None = None,
     device: str | None = None,
-    batch: int | None = None,
+    batch_size: int | None = None,
     resolution: int | None = None,
     crop: float | None = None,
     merge_tokens: int | None = None,
@@ -81,23 +75,24 @@ def evaluate_run(
     """Evaluate a run's student on a split.
 
     run: a run folder, or a checkpoint folder in it. checkpoint: `best` or `last`. root: the folder
-    of the images, if they were moved. teacher: source of the teacher to compare with; default: the
-    run's own; "none": no teacher. batch: images per step. resolution: side [px] of the input; the
-    position embedding is resized. crop: as views.eval_crop_pct. merge_tokens: tokens merged in each
-    block. test_set: another test set of ImageNet, read from `root` and evaluated without a teacher.
-    cost: also measure parameters, arithmetic, memory and speed.
+    of the images, if they were moved. teacher: source or sources of the teachers to compare with;
+    default: the run's own; "none": no teacher. device: auto, cpu or cuda; batch_size: images per
+    step; default: the run's. resolution: side [px] of the input; the position embedding is resized.
+    crop: as views.eval_crop_pct. merge_tokens: tokens merged in each block. test_set: another test
+    set of ImageNet (TEST_SETS), read from `root`, without a teacher. cost: also measure it.
 
     `heads` of the metrics holds class, distillation, fused (mean of logits) and fused_softmax (mean
-    of softmax) with top1, top5 and calibration_error in [0, 1]. With one head, `fused` equals
-    `class`, and the others are None. Raises the errors of deit.core.errors.
+    of softmax) with top1, top5 and calibration_error in [0, 1]; with one head, `fused` equals it,
+    and the others are None. Raises the errors of deit.core.errors.
     """
+    check_test_set(test_set, split=split, root=root, teacher=teacher)
     config, saved = resolve_run(run, checkpoint)
     student, model_info = student_at_resolution(saved, resolution)
     if merge_tokens is not None:
         student.network = with_merging(student.network, merge_tokens)
-    config = evaluation_config(config, root=root, device=device, resolution=resolution, crop=crop)
-    if batch is not None:
-        config = config.replace(run={"eval_batch_size": batch})
+    config = evaluation_config(
+        config, root=root, device=device, resolution=resolution, crop=crop, batch_size=batch_size
+    )
     accelerator = build_accelerator(config.run)
     eval_set = evaluation_images(config, model_info, run, split, test_set, root)
     if len(eval_set.images.labels) < accelerator.num_processes:
@@ -105,7 +100,7 @@ def evaluate_run(
     student = _to_device(student, config, accelerator)
     side, num_images = config.student.image_size, largest_batch(config, eval_set.images)
     check_inference_memory(student, student.forward, side, accelerator, num_images)
-    teacher = teacher if test_set is None else "none"
+    teacher = "none" if test_set else teacher
     outputs = _run_networks(accelerator, config, student, teacher, model_info.class_names, eval_set)
     metrics: dict[str, Any] = {
         "run": str(Path(run)),
@@ -157,7 +152,7 @@ def _run_networks(
     accelerator: Accelerator,
     config: Config,
     student: Student,
-    teacher: str | None,
+    teacher: str | Sequence[str] | None,
     class_names: tuple[str, ...],
     eval_set: EvaluationSet,
 ) -> _Outputs:
@@ -232,7 +227,7 @@ def _result(
 
 
 def cost_of_run(run: str | Path) -> dict[str, Any]:
-    """Return what `evaluate_run` puts under `cost`, without evaluating the run.
+    """Return what `evaluate` puts under `cost`, without evaluating the run.
 
     Raises the errors of deit.core.errors.
     """

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from deit.config.command_choices import check_at_least
 from deit.config.finetune_schedules import at_resolution
 from deit.config.schema import Config
 from deit.config.sections.init import InitConfig
@@ -76,11 +77,12 @@ def evaluation_config(
     device: str | None = None,
     resolution: int | None = None,
     crop: float | None = None,
+    batch_size: int | None = None,
 ) -> Config:
     """Return the configuration of a run for evaluating it.
 
-    Each option overrides a setting of the run: data.root, run.device, student.image_size [px] and
-    views.eval_crop_pct.
+    Each option overrides a setting of the run: data.root, run.device, student.image_size [px],
+    views.eval_crop_pct and run.eval_batch_size.
     """
     teacher = config.teacher
     if resolution is not None:
@@ -94,6 +96,9 @@ def evaluation_config(
         config = config.replace(data={"root": root})
     if device is not None:
         config = config.replace(run={"device": device})
+    if batch_size is not None:
+        check_at_least("batch_size", batch_size, 1)
+        config = config.replace(run={"eval_batch_size": batch_size})
     return config
 
 
@@ -124,7 +129,7 @@ def _check_side(student: Student, model_info: ModelInfo, side: int) -> None:
     patch = getattr(embedding, "patch_size", (1,))[0]
     if side % patch:
         raise CheckpointError(
-            f"--resolution {side}: is not a multiple of the patch size of "
+            f"resolution = {side}: is not a multiple of the patch size of "
             f"{model_info.student.name} ({patch} px)"
         )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from deit.config.command_choices import TOP_K, check_at_least
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import load_config
@@ -14,7 +15,7 @@ from deit.core import run_folder
 from deit.core.console import format_percent, info, progress, table
 from deit.core.errors import CheckpointError, ConfigError, DataError, first_line
 from deit.core.file_reading import missing_file_reason, read_bytes
-from deit.core.filesystem import write_json
+from deit.core.filesystem import to_paths, write_json
 from deit.core.types import logits_by_head
 from deit.datasets.decoding import EXTENSIONS, center_square, open_image
 from deit.datasets.listing import SkippedFiles, find_images, open_folder
@@ -48,25 +49,27 @@ class Prediction(NamedTuple):
 
 def predict(
     run: str | Path,
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     checkpoint: str = "best",
     teacher: str | None = None,
-    top_k: int = 5,
+    top_k: int = TOP_K,
     attention: str | Path | None = None,
     json_file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Predict image files, print the top classes, and return them as plain values, ready for JSON.
 
-    run: a run folder, or a folder with a saved student. paths: image files, or folders of them.
+    run: a run folder, or a folder with a saved student. paths: image files or folders of them, or
+    one of these.
     checkpoint: best or last. teacher: source of a teacher to predict with as well; "run": the run's
     own. top_k: number of classes per head. attention: a PNG file to draw the attention to.
     json_file: a file to write the result to.
 
-    Raises the errors of deit.core.errors. Unreadable images raise one DataError that lists them,
-    after all others are predicted, printed and written.
+    The result has `pictures`, a dict per image, and `unreadable`, the reason by file; see
+    `raise_if_unreadable`. Raises the errors of deit.core.errors; DataError if no image is readable.
     """
-    run, paths = Path(run), [Path(path) for path in paths]
+    check_at_least("top_k", top_k, 1)
+    run, paths = Path(run), to_paths(paths)
     saved = _find_checkpoint(run, checkpoint)
     unreadable: dict[str, str] = {}
     files = _find_files(paths, unreadable)
@@ -103,9 +106,13 @@ def predict(
         info(f"wrote {json_file}")
     if attention is not None:
         _draw(predictions, rows, token_names, Path(attention))
-    if unreadable:
-        _raise_unreadable(unreadable, len(predictions))
     return result
+
+
+def raise_if_unreadable(result: dict[str, Any]) -> None:
+    """Raise DataError with every file that could not be read. result: of `predict`."""
+    if result["unreadable"]:
+        _raise_unreadable(result["unreadable"], len(result["pictures"]))
 
 
 def _raise_unreadable(unreadable: dict[str, str], num_predicted: int) -> NoReturn:
@@ -171,12 +178,12 @@ def _load_teacher(run: Path, source: str | None, model_info: ModelInfo) -> Teach
         config = load_config(folder / run_folder.CONFIG).teacher
         if len(config.source) != 1:
             raise ConfigError(
-                f"--teacher run: the run has {len(config.source)} teachers; give the source of one"
+                f"teacher = run: the run has {len(config.source)} teachers; give the source of one"
             )
         if config.code_sources:
             raise ConfigError(
-                f"--teacher run: the run's teacher {config.source[0]} is code; give it with "
-                "--teacher if you trust it"
+                f"teacher = run: the run's teacher {config.source[0]} is code; give its source as "
+                "teacher if you trust it"
             )
     (spec,) = teacher_specs(config)
     teacher = load_teacher(spec, model_info.class_names, image_size=model_info.student.image_size)

@@ -1,5 +1,6 @@
 """Run the teachers of an evaluation on its images."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from deit.config.schema import Config
 from deit.config.sections.teacher import TeacherConfig
-from deit.config.teachers import teacher_specs
+from deit.config.teachers import given_sources, teacher_specs
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.host_memory import check_inference_memory
@@ -26,14 +27,14 @@ from deit.models.teachers import Teacher
 def teacher_logits(
     accelerator: Accelerator,
     config: Config,
-    source: str | None,
+    source: str | Sequence[str] | None,
     class_names: tuple[str, ...],
     images: InMemoryImages | EncodedImages,
     interruption: GracefulStop,
 ) -> dict[str, Tensor]:
     """Return the logits [images, classes] of each teacher by its description.
 
-    source: sources of teachers, separated by commas; "none": no teacher; None: the run's own. Of
+    source: source or sources of teachers; "none": no teacher; None: the run's own. Of
     the run's own, one that is missing only causes a warning. Raises DataError, CheckpointError and
     ConfigError.
     """
@@ -72,13 +73,13 @@ def teacher_logits(
 
 
 def _load_teachers(
-    config: Config, source: str | None, class_names: tuple[str, ...]
+    config: Config, source: str | Sequence[str] | None, class_names: tuple[str, ...]
 ) -> list[Teacher]:
     """Load the teachers; the run's own may be missing, silently if it was trained without them."""
     is_own, is_quiet = source is None, config.loss.kind == "none"
     spec = config.teacher
     if not is_own:
-        sources = () if source == "none" else tuple(source.split(","))
+        sources = given_sources(source)
         same = len(sources) == len(spec.source)  # moved teachers keep the settings of the run
         spec = replace(spec, source=sources) if same else TeacherConfig(source=sources)
     if not spec.source:
@@ -87,7 +88,7 @@ def _load_teachers(
         if not is_quiet:
             warn(
                 f"the run's teacher is skipped: {', '.join(spec.code_sources)} is code; give it "
-                "with --teacher if you trust it"
+                "as teacher if you trust it"
             )
         return []
     side = config.student.image_size

@@ -16,6 +16,10 @@ def slugify(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
+UNNAMED = "custom"
+"""The recipe of a configuration that is not from a recipe, in messages and results."""
+
+
 class Experiment(NamedTuple):
     """What the runs of an experiment have in common.
 

@@ -17,7 +17,7 @@ from deit.distill.run_teachers import digest_of_teachers
 from deit.experiments.parallel_runs import RunSpec
 from deit.models.teacher_sources import load_teacher
 
-_REMEDY = "restore them, or give another --out"
+_REMEDY = "restore them, or give another folder"
 
 
 class _Images(NamedTuple):

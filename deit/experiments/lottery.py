@@ -1,11 +1,13 @@
 """`deit lottery`: iterative magnitude pruning with rewinding, compared with control runs."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deit.config.command_choices import RETRIES, check_at_least
 from deit.config.schema import Config
-from deit.config.validation import load_config
+from deit.config.validation import load_config, validate
 from deit.core import run_folder
 from deit.core.console import format_duration, info, table, warn
 from deit.core.errors import ConfigError, DeitError
@@ -15,7 +17,7 @@ from deit.datasets.loader import num_steps_per_epoch
 from deit.datasets.splits import load_splits
 from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.experiments import shared_targets
-from deit.experiments.base_runs import BaseRuns, Experiment, slugify
+from deit.experiments.base_runs import UNNAMED, BaseRuns, Experiment, slugify
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.lottery_masks import mask_report, write_masks
 from deit.experiments.lottery_options import DENSE, RATE, TICKET, LotteryOptions, check_options
@@ -41,24 +43,26 @@ NAME = "lottery"
 
 
 def lottery(
-    options: LotteryOptions,
     config: Config,
     out: str | Path,
+    options: LotteryOptions = LotteryOptions(),
     *,
-    recipe: str,
+    recipe: str = UNNAMED,
+    seeds: Sequence[int] = (0,),
+    parallel: int = 1,
+    retries: int = RETRIES,
     dry_run: bool = False,
-    seeds: tuple[int, ...],
-    parallel: int,
-    retries: int,
     command: str = "",
 ) -> dict[str, Any]:
-    """Train a recipe, prune it level by level with rewinding, and train its controls.
+    """Train a configuration, prune it round by round with rewinding, and train its controls.
 
     Writes results.json, results.csv, results.md and a plot into `out`, and prints the table. The
-    same command resumes unfinished runs; it may have more levels, controls or seeds.
+    same call resumes; it may have more rounds, controls or seeds.
 
-    recipe: its name, for the results. parallel: number of runs in parallel. retries: number of
-    retries after a transient failure. command: recorded in the results.
+    recipe: name of the recipe that the configuration is from, for the results. Teachers that are
+    runs of built-in recipes are trained first. seeds: each trains all runs. parallel: number of
+    runs in parallel. retries: number of retries after a transient failure. dry_run: list the runs,
+    and train and write nothing. command: recorded in the results.
 
     Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
     failed runs, after the results of the others are written.
@@ -66,17 +70,13 @@ def lottery(
     Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis"; for rewinding to a later step
     Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis".
     """
-    experiment = Experiment(recipe, config, Path(out), dry_run)
-    out = experiment.out
-    check_options(options, config)
-    check_num_parallel(parallel, option="--parallel")
-    if retries < 0:
-        raise ConfigError(f"--retries {retries}: should be at least 0")
-    check_trackers(config.run.trackers)
+    config, out = validate(config, live_teacher=False), Path(out)
+    _check(options, config, parallel=parallel, retries=retries)
+    experiment = Experiment(recipe, config, out, dry_run)
     request = _request(options, experiment)
     check_same_request(out, MANIFEST, request, what="search")
     if not dry_run:
-        check_writable(out, option="--out")
+        check_writable(out, name="out")
     base, plan, steps_per_epoch = _plan(options, config)
     sources, base_runs, runs = _runs(plan, experiment, base, seeds)
     _log_plan(plan, base, runs, steps_per_epoch)
@@ -85,7 +85,7 @@ def lottery(
         _list(plan, base_runs, runs)
         return {}
     out.mkdir(parents=True, exist_ok=True)
-    with lock_dir(out, option="--out"):
+    with lock_dir(out, name="out"):
         write_json(out / MANIFEST, request)
         trials = [SweepRun(_point(run, plan), run.seed, run.spec) for run in runs]
         stores, specs = shared_targets.plan_shared_stores(
@@ -102,13 +102,21 @@ def lottery(
     return result
 
 
+def _check(options: LotteryOptions, config: Config, *, parallel: int, retries: int) -> None:
+    """Check the options before any image is read. Raises ConfigError and SystemFault."""
+    check_options(options, config)
+    check_num_parallel(parallel, name="parallel")
+    check_at_least("retries", retries, 0)
+    check_trackers(config.run.trackers)
+
+
 def _request(options: LotteryOptions, experiment: Experiment) -> dict[str, str]:
     """Return what all commands in a folder must have in common, as text.
 
     It is the options that determine the levels, and the fields that determine the result of a run.
     """
-    rewind = "the end of warm-up" if options.rewind is None else f"{options.rewind:g}"
-    rate = f"{RATE if options.rate is None else options.rate:g}"
+    rewind = "the end of warm-up" if options.rewind_epoch is None else f"{options.rewind_epoch:g}"
+    rate = f"{RATE if options.prune_rate is None else options.prune_rate:g}"
     fields = shared_targets.result_fields(experiment.config)
     fields.pop("run.seed", None)
     request = {"sweep": NAME, "recipe": experiment.recipe, "scope": options.scope, "rate": rate}
@@ -132,7 +140,8 @@ def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan,
     num_steps = config.optim.epochs * steps_per_epoch
     if plan.rewind >= num_steps:
         raise ConfigError(
-            f"--rewind-epoch: rewinds to step {plan.rewind}, but a run has {num_steps} steps only"
+            f"rewind_epoch = {plan.rewind / steps_per_epoch:g}: rewinds to step {plan.rewind}, but "
+            f"a run has {num_steps} steps only"
         )
     weights = prunable(create_network(config.student, len(splits.class_names)))
     if not weights:
@@ -142,12 +151,13 @@ def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan,
 
 
 def _runs(
-    plan: LotteryPlan, experiment: Experiment, base: Config, seeds: tuple[int, ...]
+    plan: LotteryPlan, experiment: Experiment, base: Config, seeds: Sequence[int]
 ) -> tuple[BaseRuns, list[RunSpec], list[LotteryRun]]:
     """Return the base runs and the runs of all seeds. Raises ConfigError and DataError."""
     out = experiment.out
     first = experiment.config.replace(run={"seed": seeds[0]})
-    sources = BaseRuns(experiment, first, out, arms=[first])
+    recipe_config = experiment.config if experiment.recipe == UNNAMED else None
+    sources = BaseRuns(experiment, first, out, recipe_config=recipe_config, arms=[first])
     # Initial weights are not trained here: they must exist, since they set the normalization.
     local = sources.with_local_paths(base.replace(init={"weights": None}))
     local = local.replace(init={"weights": base.init.weights})

@@ -17,7 +17,7 @@ class LotteryPlan(NamedTuple):
 
     densities: the share of the prunable weights that each level keeps, from level 1. rewind: the
     step of the dense run to whose weights, schedule, order and views every level is rewound.
-    controls, control_levels: as in LotteryOptions.
+    controls: as in LotteryOptions. control_levels: its control_rounds.
     """
 
     scope: str
@@ -29,10 +29,10 @@ class LotteryPlan(NamedTuple):
 
 def plan_lottery(options: LotteryOptions, config: Config, *, steps_per_epoch: int) -> LotteryPlan:
     """Return the plan of a lottery experiment. Raises ConfigError for an invalid scope."""
-    epochs = config.optim.warmup_epochs if options.rewind is None else options.rewind
+    epochs = config.optim.warmup_epochs if options.rewind_epoch is None else options.rewind_epoch
     densities = options.densities()
     all_levels = tuple(range(1, len(densities) + 1))
-    control_levels = all_levels if options.control_levels is None else options.control_levels
+    control_levels = all_levels if options.control_rounds is None else options.control_rounds
     rewind = round(epochs * steps_per_epoch)
     return LotteryPlan(options.scope, densities, rewind, options.controls, control_levels)
 

@@ -34,14 +34,14 @@ class RunSpec(NamedTuple):
     out: Path
 
 
-def check_num_parallel(num_parallel: int, *, option: str) -> None:
-    """Raise ConfigError for an invalid number of parallel runs. option: its name, for messages."""
+def check_num_parallel(num_parallel: int, *, name: str) -> None:
+    """Raise ConfigError for an invalid number of parallel runs. name: of the parameter."""
     if num_parallel < 1:
-        raise ConfigError(f"{option} {num_parallel}: should be at least 1")
+        raise ConfigError(f"{name} = {num_parallel}: should be at least 1")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_parallel > 1 and processes > 1:
         raise ConfigError(
-            f"{option} {num_parallel}: starts one process per run, so start the command without "
+            f"{name} = {num_parallel}: starts one process per run, so start the command without "
             f"torchrun (which started {processes} processes)"
         )
 

@@ -138,7 +138,7 @@ class Search:
         if stored_hash != search_hash:
             raise ConfigError(
                 f"{self._database}: holds another search: its fields, settings or first seed "
-                "differ (only `trials` and the later seeds may change); give another --out"
+                "differ (only `trials` and the later seeds may change); give another folder"
             )
 
     def _open_study(self, name: str, space: SearchSpace, base: Config) -> Any:

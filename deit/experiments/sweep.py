@@ -1,9 +1,12 @@
 """Train and evaluate all runs of a sweep, and write one table; resumable run by run."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
+from deit.config.command_choices import RETRIES, TOP_POINTS, check_at_least
+from deit.config.recipes import find_recipe
 from deit.config.schema import Config
 from deit.core import run_folder
 from deit.core.console import format_percent, info, table
@@ -11,7 +14,7 @@ from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import load_json_as
 from deit.evaluation.cache import disagreement_matrix
-from deit.experiments.base_runs import Experiment
+from deit.experiments.base_runs import UNNAMED, Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.parallel_runs import RunSpec, check_num_parallel, combined_error
 from deit.experiments.search import DATABASE, check_optuna
@@ -23,8 +26,18 @@ from deit.experiments.sweep_execute import (
     train_all,
     unfinished,
 )
+from deit.experiments.sweep_grid import (
+    boundary_points,
+    check_code_teachers,
+    find_sweep,
+    points_of,
+    trusted_code,
+    with_command_line,
+    with_fields,
+    with_overrides,
+)
 from deit.experiments.sweep_plan import SweepPlan, SweepRun, duplicate_points, plan_sweep
-from deit.experiments.sweep_spec import Sweep
+from deit.experiments.sweep_spec import Fields, Sweep, sweep_from_dict
 from deit.experiments.sweep_tables import (
     MANIFEST,
     best_lines,
@@ -36,15 +49,15 @@ from deit.training.trackers import check_trackers
 
 
 def sweep(
-    spec: Sweep,
-    config: Config,
+    spec: Sweep | dict[str, Any] | str | Path,
     out: str | Path,
     *,
-    recipe_config: Config,
+    config: Config | None = None,
+    overrides: Fields | None = None,
+    parallel: int = 1,
+    retries: int = RETRIES,
+    top: int = TOP_POINTS,
     dry_run: bool = False,
-    parallel: int,
-    retries: int,
-    top: int,
     command: str = "",
 ) -> dict[str, Any]:
     """Train and evaluate every point of a sweep for each of its seeds.
@@ -53,20 +66,21 @@ def sweep(
     finished run is not trained again, even if its point has another name now: a hash of the
     configuration identifies it.
 
-    recipe_config: the recipe with the fields that the sweep file sets in all runs, before the
-    command line. parallel: number of runs in parallel. retries: number of retries after a transient
-    failure. top: number of best points to print. command: recorded in the results.
+    spec: a sweep, its content as in a sweep file, the path of a sweep file, or the name of a
+    built-in sweep. config: what the runs have in common; default: the recipe of the sweep.
+    overrides: values by `section.field` that replace those of `config` and of the sweep in all
+    runs. parallel: number of runs in parallel. retries: after a transient failure. top: number of
+    best points to print. dry_run: only list the runs. command: recorded in the results.
 
     Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
     failed runs, after the results of the others are written.
     """
-    experiment = Experiment(spec.recipe, config, Path(out), dry_run)
-    out = experiment.out
-    _check(
-        spec, experiment, recipe_config=recipe_config, parallel=parallel, retries=retries, top=top
-    )
+    spec, recipe_config, config = _resolve(spec, config, overrides or {})
+    out = Path(out)
+    experiment = Experiment(spec.recipe, config, out, dry_run)
+    _check(spec, experiment, recipe_config, parallel=parallel, retries=retries, top=top)
     if not dry_run:
-        check_writable(out, option="--out")
+        check_writable(out, name="out")
     plan = plan_sweep(spec, experiment, recipe_config=recipe_config)
     for message in duplicate_points(plan.trials):
         info(message)
@@ -74,7 +88,7 @@ def sweep(
         _list(spec, plan)
         return {}
     out.mkdir(parents=True, exist_ok=True)
-    with lock_dir(out, option="--out"):
+    with lock_dir(out, name="out"):
         write_json(out / MANIFEST, {"sweep": spec.name, "recipe": spec.recipe})
         finished, search = FinishedRunChecker(), None
         finished.check([*plan.base_runs, *(trial.run for trial in plan.trials)])
@@ -96,28 +110,52 @@ def sweep(
     return result
 
 
+def _resolve(
+    spec: Sweep | dict[str, Any] | str | Path, config: Config | None, overrides: Fields
+) -> tuple[Sweep, Config, Config]:
+    """Return the sweep without the fields that are overridden, the configuration with the fields
+    that the sweep sets in all runs, and the same with the overrides. Raises ConfigError."""
+    is_file = isinstance(spec, str | Path)
+    if not isinstance(spec, Sweep):
+        spec = find_sweep(spec) if is_file else sweep_from_dict(spec)
+        if config is not None:  # instead of the recipe
+            spec = dataclasses.replace(spec, recipe=UNNAMED)
+    recipe = find_recipe(spec.recipe) if config is None else config
+    base = recipe
+    if spec.set or not overrides:  # without its overrides a configuration can be invalid
+        base = with_fields(recipe, spec.set, where=f"sweep {spec.name}, set")
+    resolved = with_overrides(base, overrides)
+    spec = with_command_line(spec, base, resolved)
+    if is_file:  # a file must not run code that the caller has not named
+        points = boundary_points(spec, resolved) if spec.search else points_of(spec, resolved)
+        trusted = trusted_code(spec, recipe)
+        if "teacher.source" in overrides:
+            trusted |= {*resolved.teacher.code_sources}
+        check_code_teachers(spec, points, trusted)
+    return spec, base, resolved
+
+
 def _check(
     spec: Sweep,
     experiment: Experiment,
-    *,
     recipe_config: Config,
+    *,
     parallel: int,
     retries: int,
     top: int,
 ) -> None:
     """Check the options before anything is planned. Raises ConfigError and SystemFault."""
-    check_num_parallel(parallel, option="--parallel")
+    check_num_parallel(parallel, name="parallel")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "a sweep starts one process per run: start it without torchrun (use --parallel N for "
-            "runs in parallel)"
+            "a sweep starts one process per run: start it without torchrun (use parallel for runs "
+            "in parallel)"
         )
     seed = experiment.config.run.seed
     if seed != recipe_config.run.seed:
-        raise ConfigError(f"--run.seed {seed}: has no effect on a sweep; use --seeds A,B")
-    for option, value, least in (("--retries", retries, 0), ("--top", top, 1)):
-        if value < least:
-            raise ConfigError(f"{option} {value}: should be at least {least}")
+        raise ConfigError(f"run.seed = {seed}: has no effect on a sweep; give seeds")
+    check_at_least("retries", retries, 0)
+    check_at_least("top", top, 1)
     check_trackers(experiment.config.run.trackers)
     _check_folder(experiment.out, spec, experiment.recipe)
     if spec.search:
@@ -127,19 +165,19 @@ def _check(
 def _check_folder(out: Path, spec: Sweep, recipe: str) -> None:
     """Raise ConfigError or SystemFault if `out` has other content than this sweep."""
     if out.exists() and not out.is_dir():
-        raise SystemFault(f"--out {out}: is a file, not a folder")
+        raise SystemFault(f"out = {out}: is a file, not a folder")
     manifest = out / MANIFEST
     if manifest.is_file():
         existing = load_json_as(manifest, dict[str, str])
         for key, requested in (("sweep", spec.name), ("recipe", recipe)):
             if existing.get(key) != requested:
                 raise ConfigError(
-                    f"--out {out}: holds a sweep whose {key} is {existing.get(key)}, not "
-                    f"{requested}; give another --out"
+                    f"out = {out}: holds a sweep whose {key} is {existing.get(key)}, not "
+                    f"{requested}; give another folder"
                 )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(
-            f"--out {out}: is not empty and holds no sweep (no {MANIFEST}); give another --out"
+            f"out = {out}: is not empty and holds no sweep (no {MANIFEST}); give another folder"
         )
 
 

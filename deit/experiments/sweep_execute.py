@@ -221,7 +221,7 @@ def search_all(
     if not points:
         if failed_trials:
             raise combined_error([failure for _, failure in failed_trials])
-        raise ConfigError(f"--out {out}: no trial finished; see the logs of its runs")
+        raise ConfigError(f"out = {out}: no trial finished; see the logs of its runs")
     return SearchResult(points, search.stopped(), search.counts(), failed_trials)
 
 

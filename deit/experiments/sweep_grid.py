@@ -2,16 +2,18 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from deit.config.command_choices import check_choice
 from deit.config.presets import PRESETS, apply_presets, fit_epochs
 from deit.config.recipes import RECIPES
 from deit.config.schema import Config, to_dict
 from deit.config.validation import config_from_dict
 from deit.core.errors import ConfigError, did_you_mean
 from deit.core.file_reading import missing_file_reason
+from deit.experiments.base_runs import UNNAMED
 from deit.experiments.studies import STUDIES
 from deit.experiments.sweep_spec import Fields, SearchRange, Sweep, read_sweep, texts_of, title_of
 
@@ -50,6 +52,36 @@ def with_fields(config: Config, fields: Fields, *, where: str) -> Config:
         return config_from_dict(values, live_teacher=values["views"]["teacher_view"] != "crops")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}", error.problems) from None
+
+
+def with_overrides(config: Config, overrides: Fields) -> Config:
+    """Return a configuration with fields replaced, by `section.field`. Raises ConfigError with all
+    problems."""
+    if not overrides:
+        return config
+    values = to_dict(config)
+    for name, value in overrides.items():
+        section, _, leaf = name.partition(".")
+        values.setdefault(section, {})[leaf] = value
+    # As in `with_fields`.
+    return config_from_dict(values, live_teacher=values["views"]["teacher_view"] != "crops")
+
+
+def trusted_code(sweep: Sweep, recipe: Config) -> set[str]:
+    """Return the teachers that are Python code and named by a recipe in Python; `recipe`: as it is
+    before the sweep's fields are set."""
+    return set() if sweep.recipe.endswith(".json") else {*recipe.teacher.code_sources}
+
+
+def check_code_teachers(sweep: Sweep, points: list[Point], trusted: set[str]) -> None:
+    """Raise ConfigError if only the sweep's file names Python code as a teacher."""
+    for point in points:
+        if untrusted := sorted({*point.config.teacher.code_sources} - trusted):
+            raise ConfigError(
+                f"sweep {sweep.name}, {point.name}: its teacher {untrusted[0]} is Python code, "
+                "which a sweep file cannot run; give it outside the file if you trust it "
+                f"(--teacher.source {untrusted[0]})"
+            )
 
 
 def points_of(sweep: Sweep, config: Config) -> list[Point]:
@@ -106,7 +138,7 @@ def with_command_line(sweep: Sweep, recipe_config: Config, config: Config) -> Sw
     varied = {**sweep.grid, **(sweep.search.fields if sweep.search else {})}
     if both := sorted(typed.keys() & varied.keys()):
         raise ConfigError(
-            f"--{both[0]}: varies in the sweep {sweep.name}; leave it out, or change the sweep"
+            f"{both[0]}: varies in the sweep {sweep.name}; leave it out, or change the sweep"
         )
     runs = {
         name: {field: value for field, value in fields.items() if field not in typed}
@@ -165,7 +197,7 @@ def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Con
             if name not in arms:
                 known = ", ".join(arms)
                 raise ConfigError(
-                    f"--study {sweep.study}: --arms {name}: should be one of {known}"
+                    f"arms = {name}: should be one of {known}, the arms of {sweep.study}"
                     f"{did_you_mean(name, arms)}"
                 )
         for name in sweep.arms or arms:
@@ -220,18 +252,15 @@ SWEEPS: dict[str, Sweep] = {
 
 
 def study_sweep(
-    study: str, *, recipe: str, arms: tuple[str, ...] = (), seeds: tuple[int, ...] = (0,)
+    study: str, *, recipe: str = UNNAMED, arms: Sequence[str] = (), seeds: Sequence[int] = (0,)
 ) -> Sweep:
-    """Return the sweep of a study of a recipe. arms: the arms to train. Default: all.
+    """Return the sweep of a study. recipe: the name of the recipe that it is of, for the results.
+    arms: the arms to train; default: all.
 
     Raises ConfigError for an unknown study.
     """
-    if study not in STUDIES:
-        known = ", ".join(STUDIES)
-        raise ConfigError(
-            f"--study {study}: should be one of {known}{did_you_mean(study, STUDIES)}"
-        )
-    return Sweep(study, recipe=recipe, study=study, arms=arms, seeds=seeds)
+    check_choice("study", study, STUDIES)
+    return Sweep(study, recipe=recipe, study=study, arms=tuple(arms), seeds=tuple(seeds))
 
 
 def find_sweep(name: str | Path) -> Sweep:

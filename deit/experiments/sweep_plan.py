@@ -163,7 +163,7 @@ def check_base_run(run: RunSpec) -> None:
         if decisive and before.get(name) != now.get(name):
             raise ConfigError(
                 f"{run.out}: was trained with another {name} ({before.get(name)!r} before, "
-                f"{now.get(name)!r} now); give another --out"
+                f"{now.get(name)!r} now); give another folder"
             )
 
 
@@ -212,7 +212,7 @@ def _check_teacher_outputs(sweep: Sweep, points: list[Point]) -> None:
             raise ConfigError(
                 f"sweep {sweep.name}, {point.name}: the mean over crops needs a target store, and "
                 "this sweep writes none for it; write one (deit targets write) and set "
-                "--teacher.target_stores"
+                "teacher.target_stores"
             )
         if sweep.content and uses_store:
             check_content(

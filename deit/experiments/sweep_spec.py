@@ -87,7 +87,7 @@ def read_sweep(path: str | Path) -> Sweep:
         raise ConfigError(
             f"{path}: should be a mapping with a recipe and a grid or runs; see docs/sweeps.md"
         )
-    return _to_sweep(path, values)
+    return _to_sweep(path.stem, values, where=str(path))
 
 
 _UNREADABLE = (
@@ -133,29 +133,41 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _to_sweep(path: Path, values: dict[str, Any]) -> Sweep:
-    """Return the sweep of a file's content. Raises ConfigError."""
+def sweep_from_dict(values: dict[str, Any], *, name: str = "sweep") -> Sweep:
+    """Return the sweep of values as in a sweep file. name: of the sweep. Raises ConfigError."""
+    return _to_sweep(name, _with_lists(values), where=f"sweep {name}")
+
+
+def _with_lists(value: Any) -> Any:
+    """Return a value with lists instead of tuples, as in a file."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return list(map(_with_lists, value)) if isinstance(value, list | tuple) else value
+
+
+def _to_sweep(name: str, values: dict[str, Any], *, where: str) -> Sweep:
+    """Return the sweep of a file's content. where: for messages. Raises ConfigError."""
     known = [item.name for item in dataclasses.fields(Sweep) if item.name != "name"]
     parsed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
             advice = f"should be one of {', '.join(known)}{did_you_mean(str(key), known)}"
-            raise ConfigError(f"{path}: {key}: {advice}")
+            raise ConfigError(f"{where}: {key}: {advice}")
         try:
             parsed[key] = _PARSERS[key](value)
         except ValueError as error:
-            raise ConfigError(f"{path}: {key}: {error}") from None
+            raise ConfigError(f"{where}: {key}: {error}") from None
     if parsed.get("runs") and parsed.get("study"):
-        raise ConfigError(f"{path}: has runs and a study; give one of the two")
+        raise ConfigError(f"{where}: has runs and a study; give one of the two")
     if parsed.get("arms") and not parsed.get("study"):
-        raise ConfigError(f"{path}: arms: only valid with a study; add `study: NAME`")
+        raise ConfigError(f"{where}: arms: only valid with a study; add `study: NAME`")
     if parsed.get("search") and any(parsed.get(key) for key in ("grid", "runs", "study")):
         raise ConfigError(
-            f"{path}: has a search together with a grid, runs or a study; give only one"
+            f"{where}: has a search together with a grid, runs or a study; give only one"
         )
     if not any(parsed.get(key) for key in ("grid", "runs", "study", "search")):
-        raise ConfigError(f"{path}: nothing varies; give a grid, runs, a study or a search")
-    return Sweep(path.stem, **parsed)
+        raise ConfigError(f"{where}: nothing varies; give a grid, runs, a study or a search")
+    return Sweep(name, **parsed)
 
 
 def _flat(value: Any) -> Fields:

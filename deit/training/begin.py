@@ -34,13 +34,13 @@ def check_start(config: Config, out: Path, *, resume: bool, dry_run: bool) -> Ru
         run_folder.check_run_dir(out, resume=resume)
     result = run_folder.read_result(out) if resume else None
     if not dry_run and result is None:
-        check_writable(out, option="--out")
+        check_writable(out, name="out")
     return RunStart(resume, resume and bool(run_folder.list_checkpoints(out)), result)
 
 
 def lock_run(stack: ExitStack, out: Path) -> Callable[[], None] | None:
     """Lock a folder until the stack closes, in the main process; return the check of the lock."""
-    return stack.enter_context(lock_dir(out, option="--out")) if is_main_process() else None
+    return stack.enter_context(lock_dir(out, name="out")) if is_main_process() else None
 
 
 def open_folder(run: TrainingRun, stack: ExitStack, start: RunStart) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from deit.config.command_choices import PROFILED_STEPS, check_at_least
 from deit.config.schema import Config
 from deit.config.validation import validate
 from deit.core.accelerator import environment_info
@@ -32,7 +33,7 @@ _LAUNCHES += ("cudaGraphLaunch",)
 
 
 def profile_run(
-    config: Config, *, num_steps: int = 20, trace: str | Path | None = None
+    config: Config, *, num_steps: int = PROFILED_STEPS, trace: str | Path | None = None
 ) -> dict[str, Any]:
     """Profile training steps of a configuration and print the result; only the trace is written.
 
@@ -41,6 +42,7 @@ def profile_run(
     Returns seconds per step, by component (`parts`) and by operator (`operations`). Raises the
     errors of deit.core.errors.
     """
+    check_at_least("num_steps", num_steps, 1)
     # PyTorch's profiler logs its start and, as an error, a missing GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     run = build_run(validate(config))

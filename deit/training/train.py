@@ -94,7 +94,7 @@ def _check_finished(run: TrainingRun, result: dict[str, Any]) -> dict[str, Any]:
 def _check_before_training(run: TrainingRun, *, dry_run: bool) -> None:
     """Check disk, memory and teachers; find a micro-batch that fits if run.auto_micro_batch."""
     if not dry_run:
-        check_space(run.out, required_bytes(run), option="--out")
+        check_space(run.out, required_bytes(run), name="out")
     check_memory(run, run.teachers.live)
     check_run_teachers(run)
     if run.config.run.auto_micro_batch:

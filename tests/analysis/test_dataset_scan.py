@@ -94,7 +94,7 @@ def test_check_data_lists_every_bad_image_and_training_accepts_the_list(
         "--json",
         "found.json",
     )
-    assert_refused(done, 3, "data: 4 ", "--data.exclude_list bad.txt")
+    assert_refused(done, 3, "data: 4 ", "data.exclude_list bad.txt")
     report = json.loads((tmp_path / "found.json").read_text())
     assert list(report["unreadable"]) == list(bad)
     for key, reason in report["unreadable"].items():
@@ -175,7 +175,7 @@ def test_check_data_without_read_permission_reports_the_file_but_does_not_list_i
     )
     output = capsys.readouterr()
     assert re.search(r"data/train/cat/3\.png: .*Permission denied", output.out)
-    assert re.search(r"data: 4 .* 1 .*--data\.exclude_list bad\.txt", output.err)
+    assert re.search(r"data: 4 .* 1 .*data\.exclude_list bad\.txt", output.err)
     listed = (tmp_path / "bad.txt").read_text().splitlines()
     assert [line for line in listed if not line.startswith("#")] == list(bad)
 
@@ -311,7 +311,7 @@ def test_check_data_scans_shards_and_readers(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     options = ["data", "--source", "reader", "--reader", "folder"]
     assert run_command("check-data", options, "deit check-data") == 3
-    assert re.search(r"data: 4 .*--data\.exclude_list", capsys.readouterr().err)
+    assert re.search(r"data: 4 .*data\.exclude_list", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def loss_and_error_at(run, masks=None):
 def test_landscape_points_of_search_are_its_levels(lottery_folder):
     search = [lottery_folder / "search"]
     assert [point.name for point in landscape_points(search, LandscapeOptions())] == NAMES
-    some = landscape_points(search, LandscapeOptions(levels=(2,), kinds=("ticket", "random")))
+    some = landscape_points(search, LandscapeOptions(rounds=(2,), kinds=("ticket", "random")))
     assert [point.name for point in some] == ["dense", "ticket, 75.0 %", "random, 75.0 %"]
     assert some[2].saved == run_folder.latest_checkpoint(lottery_folder / "search/seed-0/random-2")
     best = landscape_points(search, LandscapeOptions(checkpoint="best"))
@@ -92,7 +92,7 @@ def test_landscape_points_of_search_are_its_levels(lottery_folder):
 def test_load_landscape_data_without_some_classes_warns(lottery_folder, capsys):
     points = landscape_points([lottery_folder / "search"], LandscapeOptions())
     load_landscape_data(points, LandscapeOptions(images=5), root=None, device=CPU)
-    assert re.search(r"--images 5\b.*\b10\b", capsys.readouterr().err)  # of 10 classes
+    assert re.search(r"images = 5\b.*\b10\b", capsys.readouterr().err)  # of 10 classes
     load_landscape_data(points, LandscapeOptions(images=10), root=None, device=CPU)
     assert capsys.readouterr().err == ""
 

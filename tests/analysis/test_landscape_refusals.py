@@ -32,7 +32,7 @@ LEVEL = "search/seed-0/level-1"
         (("search", "--rays", "0"), 2, ("--rays 0",)),
         (("search", "--loss-rise", "-1"), 2, ("--loss-rise -1",)),
         (("search", "--plane-extent", "inf"), 2, ("--plane-extent inf",)),
-        (("search", "--num-eigenvalues", "60"), 2, ("--num-eigenvalues 60", "--steps")),
+        (("search", "--num-eigenvalues", "60"), 2, ("--num-eigenvalues 60", "steps")),
         (("elsewhere",), 4, ("elsewhere",)),
         (("search", "search/seed-0/level-0"), 2, ("error: search: ",)),
         (("search", "--out", "search"), 2, ("--out search", "landscape.request.json")),
@@ -68,7 +68,7 @@ def test_landscape_points_of_search_without_levels_is_refused(lottery_folder, tm
     (tmp_path / "results.json").write_text(json.dumps(results))
     shutil.copy(lottery_folder / "search" / MANIFEST, tmp_path)
     with raises(CheckpointError, tmp_path / "results.json", "deit lottery"):
-        landscape_points([tmp_path], LandscapeOptions(levels=(1,)))
+        landscape_points([tmp_path], LandscapeOptions(rounds=(1,)))
 
 
 def test_landscape_points_of_damaged_results_names_the_file(lottery_folder, tmp_path):

@@ -144,7 +144,7 @@ BAD_ARGUMENTS = {
     "ensemble of one teacher": (
         ["deit", "compare", "digits", "--study=ensemble"],
         "--study ensemble",
-        "--teacher.source",
+        "teacher.source",
     ),
     "targets verify without queries": (
         ["deit", "targets", "verify", "s", "--num-queries=0"],

@@ -195,7 +195,7 @@ def test_data_options_apply_before_the_rule(folder):
     assert config.data.train_fraction == 0.2
     assert config.optim.batch_size == 256  # of 259 images
     assert config.optim.epochs == 500
-    with raises(ConfigError, "--schedule"):
+    with raises(ConfigError, "resolution = 32", "schedule bit"):
         parse_finetune([*arguments, "--resolution", "32"], "deit finetune")
 
 

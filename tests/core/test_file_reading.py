@@ -112,7 +112,7 @@ def test_pipe_instead_of_a_run_file_raises(name, tmp_path):
 
 def test_pipe_instead_of_the_lock_raises(tmp_path):
     os.mkfifo(tmp_path / LOCK)
-    with raises(SystemFault, f"--out {tmp_path}", NOT_PLAIN), lock_dir(tmp_path, option="--out"):
+    with raises(SystemFault, f"out = {tmp_path}", NOT_PLAIN), lock_dir(tmp_path, name="out"):
         pass
 
 

@@ -127,35 +127,35 @@ def test_run_files_are_those_that_runs_write(tmp_path):
         (folder / run_file).touch()
         for name in names:
             if run_file in marks:
-                with raises(SystemFault, f"--json {folder / name}"):
-                    check_file(folder / name, option="--json", replace=True)
+                with raises(SystemFault, f"json_file = {folder / name}"):
+                    check_file(folder / name, name="json_file", replace=True)
             else:
-                check_file(folder / name, option="--json", replace=True)
+                check_file(folder / name, name="json_file", replace=True)
 
 
 @pytest.mark.parametrize("mark", ["config.json", "manifest.json", "prune.json"])
 @pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "manifest.json"])
 def test_run_files_are_never_replaced(tmp_path, mark, name):
     (tmp_path / mark).touch()
-    with raises(SystemFault, "--json", name):
-        check_file(tmp_path / name, option="--json", replace=True)
-    check_file(tmp_path / "numbers.json", option="--json", replace=True)
+    with raises(SystemFault, "json_file = ", name):
+        check_file(tmp_path / name, name="json_file", replace=True)
+    check_file(tmp_path / "numbers.json", name="json_file", replace=True)
     (tmp_path / "elsewhere").mkdir()
-    check_file(tmp_path / "elsewhere" / name, option="--json", replace=False)
+    check_file(tmp_path / "elsewhere" / name, name="json_file", replace=False)
 
 
 def test_device_or_pipe_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path(os.devnull)):
-        with raises(SystemFault, f"--json {path}"):
-            check_file(path, option="--json", replace=True)
+        with raises(SystemFault, f"json_file = {path}"):
+            check_file(path, name="json_file", replace=True)
 
 
 @pytest.mark.parametrize("name", ["link", "link/below"])
 def test_broken_link_raises(name, tmp_path):
     """No folder can be created at its path."""
     (tmp_path / "link").symlink_to("nothing")
-    with raises(SystemFault, "--out"):
-        check_writable(tmp_path / name, option="--out")
+    with raises(SystemFault, "out = "):
+        check_writable(tmp_path / name, name="out")
     (tmp_path / "nothing").mkdir()
-    check_writable(tmp_path / name, option="--out")
+    check_writable(tmp_path / name, name="out")

@@ -160,8 +160,8 @@ def test_full_disk_leaves_no_probe_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(filesystem.os, "fsync", full)
-    with raises(SystemFault, f"--out {tmp_path}", "No space left on device"):
-        filesystem.check_writable(tmp_path, option="--out")
+    with raises(SystemFault, f"out = {tmp_path}", "No space left on device"):
+        filesystem.check_writable(tmp_path, name="out")
     assert not list(tmp_path.iterdir())
 
 

@@ -31,15 +31,15 @@ def test_same_options_or_an_empty_folder_pass(started, tmp_path):
 
 
 def test_all_differences_are_reported_in_one_line(started):
-    with raises(ConfigError, f"--out {started}", "landscape") as refused:
+    with raises(ConfigError, f"out = {started}", "landscape") as refused:
         check(started, rays=7, grid=15)
     message = str(refused.value)
     assert re.search(r"\bgrid\b\D+\b3\b\D+\b15\b.*\brays\b\D+\b5\b\D+\b7\b", message)
     assert "seed" not in message
-    with raises(ConfigError, f"--out {started}") as refused:
+    with raises(ConfigError, f"out = {started}") as refused:
         check(started, span=2)
     assert re.search(r"\bspan\b\D+\bdefault\b\D+\b2\b", str(refused.value))
-    with raises(ConfigError, f"--out {started}") as refused:
+    with raises(ConfigError, f"out = {started}") as refused:
         check_same_request(started, "of.json", {"grid": 3, "rays": 5}, what="landscape")
     assert re.search(r"\bseed\b\D+\b0\b\D+\bdefault\b", str(refused.value))
 
@@ -53,8 +53,8 @@ def test_many_differences_are_shortened_to_a_count(started):
 
 
 def test_folder_with_other_content_raises(started, tmp_path):
-    with raises(ConfigError, f"--out {started}", "search.json"):
+    with raises(ConfigError, f"out = {started}", "search.json"):
         check_same_request(started, "search.json", {}, what="search")
     (tmp_path / "file").touch()
-    with raises(SystemFault, f"--out {tmp_path / 'file'}"):
+    with raises(SystemFault, f"out = {tmp_path / 'file'}"):
         check(tmp_path / "file")

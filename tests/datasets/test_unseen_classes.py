@@ -94,7 +94,7 @@ def test_evaluation_reports_seen_and_unseen_classes(tmp_path, capsys):
         optim={"epochs": 3, "warmup_epochs": 0},
     )
     train(small, tmp_path / "run")
-    result = evaluate(tmp_path / "run")
+    result = evaluate(tmp_path / "run").metrics
     assert result["held_out"] == list(UNSEEN)
     rows = result["per_class"]
     for group, names in (("seen", tuple("012345")), ("unseen", UNSEEN)):

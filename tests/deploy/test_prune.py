@@ -14,7 +14,7 @@ from deit.config.sparsity import SCOPES
 from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.errors import ConfigError
-from deit.deploy.prune_options import CRITERIA, PruneOptions, prune_options
+from deit.deploy.prune_options import CRITERIA, PruneOptions, check_options
 from deit.models.saved_student import load_student
 from deit.models.surgery.structured_pruning import magnitudes, select_top
 from deit.training.progress_log import schedule_of
@@ -337,19 +337,19 @@ def test_prune_macs_global_keeps_expected_number_of_heads(workspace, command_ser
     assert sum(heads for heads, _ in printed_selection(done)) in (3, 4)
 
 
-def options_with(**options):
-    shares = dict.fromkeys(("ratio", "heads", "hidden", "macs"))
-    return prune_options(
-        **{**shares, "scope": "global", "criterion": "taylor", "images": 9, **options}
-    )
+def removed_shares(**options):
+    pruning = PruneOptions(**options)
+    check_options(pruning)
+    recorded = pruning.recorded()
+    return recorded["heads"], recorded["hidden"], recorded["macs"]
 
 
 def test_prune_options_shares_by_hand():
-    assert options_with() == PruneOptions(0.5, 0.5, None, "global", "taylor", 9)
-    assert options_with(ratio=0.3) == PruneOptions(0.3, 0.3, None, "global", "taylor", 9)
-    assert options_with(heads=0.3) == PruneOptions(0.3, 0.0, None, "global", "taylor", 9)
-    assert options_with(heads=0.3, hidden=0) == PruneOptions(0.3, 0, None, "global", "taylor", 9)
-    assert options_with(macs=0.3) == PruneOptions(0.0, 0.0, 0.3, "global", "taylor", 9)
+    assert removed_shares() == (0.5, 0.5, None)
+    assert removed_shares(ratio=0.3) == (0.3, 0.3, None)
+    assert removed_shares(heads=0.3) == (0.3, 0.0, None)
+    assert removed_shares(heads=0.3, hidden=0) == (0.3, 0, None)
+    assert removed_shares(macs=0.3) == (0.0, 0.0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +362,8 @@ def test_prune_options_shares_by_hand():
     ],
 )
 def test_prune_options_invalid_values_raise(invalid):
-    with raises(ConfigError, *(f"--{option}" for option in invalid)):
-        options_with(**invalid)
+    with raises(ConfigError, *invalid):
+        check_options(PruneOptions(**invalid))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.parametrize("crop", [None, 0.8])
 def test_evaluate_other_resolution_equals_resized_student(crop, runs):
-    metrics = evaluate(runs / "student", resolution=16, crop=crop)
+    metrics = evaluate(runs / "student", resolution=16, crop=crop).metrics
     student, model_info = load_student(runs / "student" / "best")
     resized, resized_info = student_at_resolution(runs / "student" / "best", 16)
     assert (model_info.student.image_size, resized_info.student.image_size) == (8, 16)
@@ -60,15 +60,15 @@ def test_evaluate_other_resolution_equals_resized_student(crop, runs):
         expected = topk_accuracy(heads[name], test.labels)
         assert metrics["heads"][name]["top1"] == pytest.approx(expected)
     assert (metrics["image_size"], metrics["eval_crop_pct"]) == (16, crop or 1.0)
-    with raises(CheckpointError, "--resolution 15", "2 px"):
+    with raises(CheckpointError, "resolution = 15", "2 px"):
         evaluate(runs / "student", resolution=15)
 
 
 def test_evaluate_prints_token_cosine_disagreement_and_cost(runs, capsys):
-    metrics = evaluate(runs / "student")
+    metrics = evaluate(runs / "student").metrics
     assert len(metrics["token_cosine"]) == 3
     assert all(-1 <= value <= 1 for value in metrics["token_cosine"])
-    assert evaluate(runs / "teacher")["token_cosine"] is None
+    assert evaluate(runs / "teacher").metrics["token_cosine"] is None
     assert run_command("evaluate", [str(runs / "student")], "deit evaluate") == 0
     output = capsys.readouterr().out
     assert " ".join(f"{value:.2f}" for value in metrics["token_cosine"]) in output
@@ -91,7 +91,7 @@ def test_evaluate_several_runs_and_resolutions_share_one_table(runs, tmp_path, c
     rows = report["rows"]
     assert list(rows) == ["student, 8 px", "student, 16 px", "labels, 8 px", "labels, 16 px"]
     assert report["command"] == f"deit evaluate {shlex.join(arguments)}"
-    expected = evaluate(runs / "labels", resolution=16)["heads"]
+    expected = evaluate(runs / "labels", resolution=16).metrics["heads"]
     assert rows["labels, 16 px"]["heads"] == expected
     shares = report["agreement"]
     assert {"truth", "teacher of student, 8 px", *rows} <= set(shares)
@@ -160,7 +160,9 @@ def test_evaluate_batch_above_memory_names_a_size_that_fits(runs, monkeypatch, c
 
 
 def test_evaluate_batch_size_does_not_change_accuracy(runs):
-    default, small = (evaluate(runs / "student", batch=batch)["heads"] for batch in (None, 7))
+    default, small = (
+        evaluate(runs / "student", batch_size=batch).metrics["heads"] for batch in (None, 7)
+    )
     for head, metrics in default.items():
         assert metrics["top1"] == small[head]["top1"]
 
@@ -243,9 +245,9 @@ def test_evaluate_runs_on_different_images_have_no_agreement(tmp_path):
 
 def test_evaluate_reports_name_of_checkpoint(runs):
     newest = latest_checkpoint(runs / "student")
-    assert evaluate(newest)["checkpoint"] == newest.name
-    assert evaluate(runs / "student", checkpoint="last")["checkpoint"] == newest.name
-    assert evaluate(runs / "student" / "best", checkpoint="last")["checkpoint"] == "best"
+    assert evaluate(newest).metrics["checkpoint"] == newest.name
+    assert evaluate(runs / "student", checkpoint="last").metrics["checkpoint"] == newest.name
+    assert evaluate(runs / "student" / "best", checkpoint="last").metrics["checkpoint"] == "best"
 
 
 def test_evaluate_several_runs_unknown_classes_fail_first(runs, tmp_path, capsys):
@@ -283,7 +285,7 @@ def runs_by_storage(tmp_path_factory):
 def test_evaluate_images_in_memory_and_in_files_are_equal(crop, runs_by_storage):
     """Images are resized once, wherever they are stored."""
     folders = [runs_by_storage / storage for storage in STORAGE]
-    in_memory, in_files = (evaluate(run, crop=crop)["heads"]["class"] for run in folders)
+    in_memory, in_files = (evaluate(run, crop=crop).metrics["heads"]["class"] for run in folders)
     assert in_memory == in_files
 
 
@@ -296,9 +298,9 @@ def test_evaluate_moved_run_finds_moved_teacher(in_sweep, runs, tmp_path, capsys
     config = json.loads((folder / "student" / "config.json").read_text())
     config["teacher"]["source"] = ["elsewhere/teacher"]
     (folder / "student" / "config.json").write_text(json.dumps(config))
-    before = evaluate(runs / "student")["teacher"]
-    assert evaluate(folder / "student")["teacher"] == before
+    before = evaluate(runs / "student").metrics["teacher"]
+    assert evaluate(folder / "student").metrics["teacher"] == before
     config["teacher"]["source"] = ["elsewhere/other"]
     (folder / "student" / "config.json").write_text(json.dumps(config))
-    assert evaluate(folder / "student")["teacher"] is None
+    assert evaluate(folder / "student").metrics["teacher"] is None
     assert "elsewhere/other" in capsys.readouterr().err

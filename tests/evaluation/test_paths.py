@@ -13,9 +13,9 @@ from deit.evaluation.tables import write_evaluation
 pytest.importorskip("sklearn")
 
 
-def test_evaluate_run_as_str_equals_path(runs, tmp_path):
-    metrics = evaluate(str(runs / "labels"))
-    assert metrics["heads"] == evaluate(runs / "labels")["heads"]
+def test_evaluate_as_str_equals_path(runs, tmp_path):
+    metrics = evaluate(str(runs / "labels")).metrics
+    assert metrics["heads"] == evaluate(runs / "labels").metrics["heads"]
     assert metrics["run"] == str(runs / "labels")
     write_evaluation(str(tmp_path / "metrics.json"), metrics)
     assert (tmp_path / "metrics.json").is_file()
@@ -35,7 +35,7 @@ def test_predict_paths_as_str_are_accepted(runs, tmp_path):
     json_file, plot = tmp_path / "result.json", tmp_path / "attention.png"
     result = predict(
         str(runs / "student"),
-        [str(tmp_path / "image.png")],
+        str(tmp_path / "image.png"),
         attention=str(plot),
         json_file=str(json_file),
     )
@@ -47,12 +47,8 @@ def test_predict_paths_as_str_are_accepted(runs, tmp_path):
 def test_compare_evaluations_paths_as_str_are_accepted(runs, tmp_path):
     report = compare_evaluations(
         [str(runs / "student"), str(runs / "labels")],
-        resolutions=(),
-        crops=(),
-        merges=(),
         plot=str(tmp_path / "plot.png"),
         json_file=str(tmp_path / "report.json"),
-        command="",
     )
     assert list(report["rows"]) == ["student", "labels"]
     assert (tmp_path / "plot.png").is_file()

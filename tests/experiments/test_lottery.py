@@ -42,7 +42,7 @@ TRAINED = ("model", "average", "optimizer", "masks")
 
 
 def test_lottery_runs_rewind_to_the_weights_and_step_of_the_dense_run(tmp_path):
-    plan, runs = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    plan, runs = planned_lottery(tmp_path, rounds=2, prune_rate=0.5, rewind_epoch=1.5)
     assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
     names = ["level-0", "level-1", "random-1", "reinitialized-1"]
     names += ["level-2", "random-2", "reinitialized-2", "one-shot-2"]
@@ -71,7 +71,7 @@ def test_plan_lottery_default_rewinds_to_the_end_of_warm_up(tmp_path):
 
 
 def test_lottery_runs_rewind_to_step_0_uses_the_seed(tmp_path):
-    _, runs = planned_lottery(tmp_path, levels=1, rewind=0)
+    _, runs = planned_lottery(tmp_path, rounds=1, rewind_epoch=0)
     assert runs[0].spec.config.run.keep_steps == ()
     init = runs[1].spec.config.init
     assert (init.weights, init.start_step) == (None, 0)
@@ -80,7 +80,7 @@ def test_lottery_runs_rewind_to_step_0_uses_the_seed(tmp_path):
 
 def test_lottery_runs_have_controls_at_the_requested_levels_only(tmp_path):
     _, runs = planned_lottery(
-        tmp_path, levels=3, controls=(RANDOM, ONE_SHOT), control_levels=(1, 3)
+        tmp_path, rounds=3, controls=(RANDOM, ONE_SHOT), control_rounds=(1, 3)
     )
     kinds = [(run.kind, run.level) for run in runs]
     assert kinds == [
@@ -92,7 +92,7 @@ def test_lottery_runs_have_controls_at_the_requested_levels_only(tmp_path):
 def test_lottery_runs_of_fine_tuning_start_from_the_same_weights(tmp_path):
     init = {"weights": "weights.pth", "head": "new", "pos_embed_resize": "timm"}
     config = digits().replace(init=init)
-    _, runs = planned_lottery(tmp_path, config, levels=1, rewind=0)
+    _, runs = planned_lottery(tmp_path, config, rounds=1, rewind_epoch=0)
     inits = {run.kind: run.spec.config.init for run in runs}
     assert inits["dense"] == config.init
     assert (inits["ticket"].weights, inits["ticket"].head) == ("weights.pth", "new")
@@ -101,13 +101,13 @@ def test_lottery_runs_of_fine_tuning_start_from_the_same_weights(tmp_path):
         inits[REINITIALIZED].head,
         inits[REINITIALIZED].pos_embed_resize,
     ) == (None, "keep", "deit")
-    _, runs = planned_lottery(tmp_path, config, levels=1, rewind=1)
+    _, runs = planned_lottery(tmp_path, config, rounds=1, rewind_epoch=1)
     assert runs[1].spec.config.init.head == "keep"  # the dense run's heads are trained
 
 
 def test_lottery_runs_of_a_seed_share_the_teacher_query_key(tmp_path):
     config = digits().replace(views={"mean": (0.1,) * 3, "std": (0.3,) * 3})
-    _, runs = planned_lottery(tmp_path, config, levels=2)
+    _, runs = planned_lottery(tmp_path, config, rounds=2)
     assert len({json.dumps(teacher_query_key(run.spec.config)) for run in runs}) == 1
 
 
@@ -299,7 +299,7 @@ def test_failed_level_blocks_later_levels_of_its_seed(monkeypatch, tmp_path):
     monkeypatch.setattr(lottery, "train_all", train_all)
     monkeypatch.setattr(lottery, "write_masks", lambda run, plan: None)
     config = digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
-    plan = plan_lottery(LotteryOptions(levels=3, controls=(RANDOM,)), config, steps_per_epoch=4)
+    plan = plan_lottery(LotteryOptions(rounds=3, controls=(RANDOM,)), config, steps_per_epoch=4)
     runs = [run for seed in (0, 1) for run in lottery_runs(plan, config, seed, tmp_path)]
     specs = [run.spec for run in runs]
     sweep_plan = SweepPlan(BaseRuns(experiment_of(config), config, tmp_path), [], [], [], specs)

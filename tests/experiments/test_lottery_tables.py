@@ -131,7 +131,7 @@ def command(monkeypatch, capsys):
     ("arguments", "names"),
     [
         (("--scope", "some"), ("scope some", *SCOPES, "2:4")),
-        (("--scope", "2:4"), ("--scope 2:4", "--rounds", "--prune-rate")),
+        (("--scope", "2:4"), ("--scope 2:4", "rounds", "prune_rate")),
         (("--rounds", "0"), ("--rounds 0", "100")),
         (("--prune-rate", "1"), ("--prune-rate 1",)),
         (("--prune-rate", "nan"), ("--prune-rate nan",)),
@@ -197,7 +197,7 @@ def test_lottery_scope_that_does_not_divide_a_layer_is_refused(command, tmp_path
 
 
 def test_time_left_counts_steps_and_estimates_seconds(tmp_path):
-    _, lottery_runs = planned_lottery(tmp_path, levels=2, rate=0.5, rewind=1.5)
+    _, lottery_runs = planned_lottery(tmp_path, rounds=2, prune_rate=0.5, rewind_epoch=1.5)
     runs = [run.spec for run in lottery_runs]
     # Eight runs of 10 epochs of 4 steps; all but the dense run and two reinitialized ones start
     # at step 6. Without a finished run there is no time.

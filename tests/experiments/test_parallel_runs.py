@@ -186,20 +186,20 @@ def test_run_parallel_ignores_a_folder_named_deit(tmp_path, monkeypatch):
 
 def is_locked(out):
     try:
-        with lock_dir(out, option="--out"):
+        with lock_dir(out, name="out"):
             return False
     except SystemFault:
         return True
 
 
 def test_check_num_parallel_invalid_number_is_refused(monkeypatch):
-    check_num_parallel(1, option="--parallel")
-    with raises(ConfigError, "--parallel 0"):
-        check_num_parallel(0, option="--parallel")
+    check_num_parallel(1, name="parallel")
+    with raises(ConfigError, "parallel = 0"):
+        check_num_parallel(0, name="parallel")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_num_parallel(1, option="--parallel")
-    with raises(ConfigError, "--parallel 2", "torchrun"):
-        check_num_parallel(2, option="--parallel")
+    check_num_parallel(1, name="parallel")
+    with raises(ConfigError, "parallel = 2", "torchrun"):
+        check_num_parallel(2, name="parallel")
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def test_search_active_run_is_not_started_twice(tmp_path):
 
 def test_search_database_of_another_search_is_refused(tmp_path):
     open_search(tmp_path)
-    with raises(ConfigError, tmp_path / DATABASE, "trials", "--out"):
+    with raises(ConfigError, tmp_path / DATABASE, "trials", "another folder"):
         open_search(tmp_path, search_hash="that")
     open_search(tmp_path, trials=99)
 

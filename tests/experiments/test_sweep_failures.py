@@ -199,15 +199,15 @@ MISTAKES = {
     "best": (("teacher", "--top", "0"), ("--top 0",)),
     "resume": (("teacher", "--resume"), ("deit sweep", "--resume")),
     "value": (("teacher", "--optim.lr", "-1"), ("optim.lr = '-1'",)),
-    "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "--teacher.source")),
-    "seed": (("teacher", "--run.seed", "3"), ("--run.seed 3", "--seeds")),
+    "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "teacher.source")),
+    "seed": (("teacher", "--run.seed", "3"), ("run.seed = 3", "seeds")),
 }
 INCOMPATIBLE = {
     "the same run": ({"runs": {"a": {"run.compile": "default"}, "b": {}}}, ("run.compile",)),
     "splits": ({"grid": {"data.split_seed": [0, 1]}}, ("split seed 1", "data.split_seed")),
     "crops without store": (
         {"study": "view-modes", "share_targets": False},
-        ("fix/ic_ens", "--teacher.target_stores"),
+        ("fix/ic_ens", "teacher.target_stores"),
     ),
     "searched splits": (
         {"search": {"fields": {"data.test_fraction": {"low": 0.1, "high": 0.3}}}},
@@ -223,7 +223,7 @@ INCOMPATIBLE = {
     ),
     "searched crops": (
         {"search": {"fields": {"view_mode": ["same/rc", "fix/ic_ens"]}}},
-        ("fix/ic_ens", "--teacher.target_stores"),
+        ("fix/ic_ens", "teacher.target_stores"),
     ),
     "searched records": (
         {"search": {"fields": {"loss.temperature": [1, 3]}}, "content": "hard"},

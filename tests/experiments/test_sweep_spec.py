@@ -114,7 +114,7 @@ def test_study_can_be_limited_to_some_arms(tmp_path):
     sweep = read(tmp_path, "{study: table-3, arms: [token, none]}")
     assert [point.name for point in points_of(sweep, digits())] == ["token", "none"]
     sweep = read(tmp_path, "{study: table-3, arms: [tokn]}")
-    with raises(ConfigError, "--arms tokn", "token?"):
+    with raises(ConfigError, "arms = tokn", "token?"):
         points_of(sweep, digits())
 
 
@@ -226,7 +226,7 @@ def test_with_command_line_replaces_fields_of_runs_but_not_of_the_grid(tmp_path)
     assert [point.config.optim.epochs for point in points] == [3, 3]
     assert points[0].config.optim.lr == 1e-2
     for text in ("grid: {optim.epochs: [5, 6]}", "search: {fields: {optim.epochs: [5, 6]}}"):
-        with raises(ConfigError, "--optim.epochs"):
+        with raises(ConfigError, "optim.epochs"):
             with_command_line(read(tmp_path, text), recipe_config, typed)
 
 

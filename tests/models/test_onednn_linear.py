@@ -177,7 +177,9 @@ def test_run_with_onednn_trains_resumes_and_evaluates(tmp_path, capsys):
         shutil.rmtree(later)
     train(small.replace(run={"linear_backend": "onednn"}), stopped, resume=True)
     assert (stopped / run_log.HASH_CHAIN).read_bytes() == chain
-    result = [evaluate(tmp_path / way)["heads"]["class"]["top1"] for way in ("torch", "onednn")]
+    result = [
+        evaluate(tmp_path / way).metrics["heads"]["class"]["top1"] for way in ("torch", "onednn")
+    ]
     assert result[0] == pytest.approx(result[1], abs=0.01)
 
 

@@ -103,9 +103,9 @@ def test_invalid_fault_is_refused(text, command_server, tmp_path):
 
 
 def test_check_space_without_enough_space_raises(tmp_path):
-    with raises(SystemFault, f"--out {tmp_path / 'a' / 'b'}", "1e+03 TB"):
-        check_space(tmp_path / "a" / "b", 10**15, option="--out")
-    check_space(tmp_path / "a" / "b", 1000, option="--out")
+    with raises(SystemFault, f"out = {tmp_path / 'a' / 'b'}", "1e+03 TB"):
+        check_space(tmp_path / "a" / "b", 10**15, name="out")
+    check_space(tmp_path / "a" / "b", 1000, name="out")
 
 
 @pytest.mark.fault("B24", "B25", "E9", "E14")

@@ -38,7 +38,7 @@ def test_finetune_at_twice_the_resolution_resizes_positions(pretrained, tmp_path
     assert re.search(r"4 x 4 .*\b8 x 8 .*\bdeit\b", note)
     assert any(line.strip() == note for line in lines)
     assert weights(out)["pos_embed"].shape == (1, 66, 16)
-    metrics = evaluate(out)
+    metrics = evaluate(out).metrics
     assert metrics["heads"]["distillation"]["top1"] > 0
     assert run_log.read(out / run_log.METRICS)[0]["train"]["loss_teacher"] > 0
 

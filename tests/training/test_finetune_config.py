@@ -22,7 +22,8 @@ from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
 from deit.config.validation import load_config, validate
-from deit.core.errors import ConfigError
+from deit.core.errors import CheckpointError, ConfigError
+from deit.training.finetune import finetune_config
 from deit.training.lr_schedule import lr_at
 from deit.training.train import train
 from tests.helpers.commands import tree
@@ -330,6 +331,26 @@ def test_finetune_keeps_the_heads_that_the_run_trained(pretrained, tmp_path, hea
     assert parse_finetune(arguments, "deit finetune").config.init.head == "keep"
     parsed = parse_finetune([*arguments, "--init.head", heads], "deit finetune")
     assert parsed.config.init.head == heads
+
+
+@pytest.mark.parametrize("from_run", [True, False])
+def test_finetune_config_equals_that_of_the_command(pretrained, from_run):
+    source = pretrained / "student"
+    recipe = [] if from_run else ["digits"]
+    arguments = [*recipe, "--from", str(source), "--resolution", "16", "--optim.epochs", "2"]
+    parsed = parse_finetune([*arguments, "--schedule", "int8"], "deit finetune").config
+    config = None if from_run else digits()
+    options = {"resolution": 16, "schedule": "int8", "epochs": 2}
+    assert validate(finetune_config(source, config, **options)) == parsed
+
+
+def test_finetune_config_invalid_arguments_raise(pretrained, tmp_path):
+    with raises(ConfigError, "schedule = shrt", "short?"):
+        finetune_config(pretrained / "student", schedule="shrt")
+    with raises(ConfigError, "resolution = 32", "bit"):
+        finetune_config(pretrained / "student", schedule="bit", resolution=32)
+    with raises(CheckpointError, tmp_path):
+        finetune_config(tmp_path)
 
 
 def test_option_value_named_like_a_recipe_is_not_the_recipe(pretrained):

@@ -226,7 +226,7 @@ def test_finetune_on_the_gpu_trains_and_evaluates(tmp_path):
     config = digits_teacher().replace(optim=one_epoch, run={"device": "cuda"})
     larger = at_resolution(config, 16).replace(init={"weights": str(tmp_path / "teacher")})
     train(larger.replace(optim={"trainable": "heads"}), tmp_path / "finer")
-    assert evaluate(tmp_path / "finer", cost=True)["cost"]["images_per_s"] > 0
+    assert evaluate(tmp_path / "finer", cost=True).metrics["cost"]["images_per_s"] > 0
 
 
 def gpu_config(**run):

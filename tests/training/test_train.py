@@ -127,7 +127,7 @@ def test_resume_of_a_folder_without_a_run_changes_nothing(teacher, tmp_path):
     for name in (".new-x", ".old-y", "y", "z"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("mine")
-    with raises(ConfigError, f"--out {tmp_path}", "config.json"):
+    with raises(ConfigError, f"out = {tmp_path}", "config.json"):
         train(small(teacher), tmp_path, resume=True)
     (tmp_path / "config.json").write_text("{")
     with raises(ConfigError, tmp_path / "config.json"):
@@ -158,7 +158,7 @@ def test_images_too_small_for_the_network_are_refused(tmp_path):
 
 def test_out_with_other_files_is_refused_unchanged(teacher, tmp_path):
     (tmp_path / "precious.txt").write_text("do not lose")
-    with raises(ConfigError, f"--out {tmp_path}", "config.json"):
+    with raises(ConfigError, f"out = {tmp_path}", "config.json"):
         train(small(teacher), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
@@ -237,7 +237,7 @@ def test_interrupted_save_leaves_a_complete_checkpoint(tmp_path):
 
 
 def test_evaluation_counts_each_test_image_once(teacher):
-    metrics = evaluate(teacher)
+    metrics = evaluate(teacher).metrics
     assert metrics["num_samples"] == 359
     assert sum(row["num_samples"] for row in metrics["per_class"].values()) == 359
     assert sum(map(sum, metrics["confusion"])) == 359
@@ -255,7 +255,7 @@ def test_evaluation_matches_the_accuracy_of_the_saved_student(teacher, tmp_path)
     out = tmp_path / "run"
     config = small(teacher, epochs=2)
     train(config, out)
-    metrics = evaluate(out)
+    metrics = evaluate(out).metrics
     student, _ = load_student(out / "best")
     test = load_splits(config.data).test
     with torch.no_grad():
@@ -266,7 +266,9 @@ def test_evaluation_matches_the_accuracy_of_the_saved_student(teacher, tmp_path)
     predictions = {name: logits.argmax(dim=1) for name, logits in heads.items()}
     agreement = (predictions["class"] == predictions["distillation"]).double().mean().item()
     assert metrics["agreement"]["class"]["distillation"] == pytest.approx(agreement)
-    assert metrics["teacher"]["top1"] == pytest.approx(evaluate(teacher)["heads"]["class"]["top1"])
+    assert metrics["teacher"]["top1"] == pytest.approx(
+        evaluate(teacher).metrics["heads"]["class"]["top1"]
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -353,14 +355,16 @@ def test_ensemble_accuracy_is_logged_per_teacher_and_combined(teacher, tmp_path,
     assert all(
         0 <= float(cell) <= 100 for row in (first, second, ensemble, pair) for cell in row[1:]
     )
-    metrics = evaluate(tmp_path / "run")
+    metrics = evaluate(tmp_path / "run").metrics
     assert len(metrics["teachers"]) == 2
     single_metrics = [
-        evaluate(tmp_path / "run", teacher=str(folder))["teacher"]
+        evaluate(tmp_path / "run", teacher=str(folder)).metrics["teacher"]
         for folder in (teacher, second_teacher)
     ]
     assert list(metrics["teachers"].values()) == single_metrics
-    ensemble_metrics = evaluate(tmp_path / "run", teacher=f"{teacher},{second_teacher}")["teacher"]
+    ensemble_metrics = evaluate(tmp_path / "run", teacher=f"{teacher},{second_teacher}").metrics[
+        "teacher"
+    ]
     assert ensemble_metrics["top1"] >= min(metrics["top1"] for metrics in single_metrics)
 
 
@@ -388,4 +392,4 @@ def test_usi_trains_backbones_without_a_distillation_token(name, teacher, tmp_pa
         train(config, tmp_path / "run", dry_run=True)
         return
     train(config, tmp_path / "run")
-    assert evaluate(tmp_path / "run")["heads"]["class"]["top1"] > 0.4
+    assert evaluate(tmp_path / "run").metrics["heads"]["class"]["top1"] > 0.4

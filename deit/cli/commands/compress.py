@@ -1,7 +1,6 @@
 """Commands that quantize or prune a run, and compare its variants."""
 
-import argparse
-import re
+import dataclasses
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers
@@ -11,36 +10,28 @@ from deit.cli.run_args import (
     parse_run,
     print_config_if_requested,
 )
-from deit.config.command_choices import CALIBRATION_METHODS, QUANTIZATION_METHODS
-from deit.config.finetune_schedules import FINETUNE_SCHEDULES, with_epochs
+from deit.config.command_choices import CALIBRATION_METHODS, QUANTIZATION_METHODS, check_choice
+from deit.config.finetune_schedules import FINETUNE_SCHEDULES
 from deit.config.schema import Config
 from deit.core import run_folder
-from deit.core.errors import ConfigError, did_you_mean
-from deit.deploy import prune_options
-
-_PERCENTILE = 99.99
+from deit.core.errors import ConfigError
+from deit.deploy import prune_options, quantize_options
+from deit.deploy.prune_options import PruneOptions
+from deit.deploy.quantize_options import QuantizeOptions
 
 
 def quantize(arguments: list[str], program: str) -> None:
     """Quantize a run to int8 for ONNX Runtime on a CPU; keep it only if it stays accurate."""
     options = _quantize_parser(program).parse_args(arguments)
-    range_method = _calibration_method(options)
-    percentile = options.percentile or _PERCENTILE
-    from deit.deploy.quantize import QuantizeOptions, quantize
+    names = [field.name for field in dataclasses.fields(QuantizeOptions)]
+    quantization = QuantizeOptions(**{name: getattr(options, name) for name in names})
+    quantize_options.check_options(quantization)
+    from deit.deploy.quantize import quantize
 
     quantize(
         options.run,
         options.out,
-        QuantizeOptions(
-            method=options.method,
-            images=options.calibration_images,
-            range_method=range_method,
-            percentile=percentile if range_method == "percentile" else None,
-            attention=options.quantize_attention,
-            exclude=options.exclude,
-        ),
-        max_drop=options.max_drop,
-        sensitivity=options.sensitivity,
+        quantization,
         checkpoint=options.checkpoint,
         root=options.root,
         json_file=options.json,
@@ -63,7 +54,7 @@ def _quantize_parser(program: str) -> Parser:
     parser.add_argument(
         "--method",
         choices=QUANTIZATION_METHODS,
-        default="static",
+        default=QuantizeOptions.method,
         help="static: activation ranges are calibrated on training images; dynamic: they are "
         "computed for each batch.",
     )
@@ -87,7 +78,7 @@ def _quantize_parser(program: str) -> Parser:
     parser.add_argument(
         "--max-drop",
         type=float,
-        default=1.0,
+        default=QuantizeOptions.max_drop,
         metavar="POINTS",
         help="Largest drop of top-1 accuracy on the test images [percentage points].",
     )
@@ -105,69 +96,33 @@ def _add_calibration_options(parser: Parser) -> None:
         "--calibration-images",
         type=int,
         metavar="N",
-        help="static: number of training images to calibrate on. (default: 128)",
+        help="static: number of training images to calibrate on. "
+        f"(default: {quantize_options.CALIBRATION_IMAGES})",
     )
     parser.add_argument(
         "--calibration-method",
         choices=CALIBRATION_METHODS,
-        help="static: how activation ranges are chosen. (default: minmax)",
+        help="static: how activation ranges are chosen. "
+        f"(default: {quantize_options.CALIBRATION_METHOD})",
     )
     parser.add_argument(
         "--percentile",
         type=float,
         metavar="P",
         help="Percentile of activations within the range, for --calibration-method percentile. "
-        f"(default: {_PERCENTILE})",
+        f"(default: {quantize_options.PERCENTILE})",
     )
-
-
-def _calibration_method(options: argparse.Namespace) -> str | None:
-    """Check the options of quantize and return the calibration method: the given one, or percentile
-    if --percentile is given, or None. Raises ConfigError."""
-    calibration = {
-        "--calibration-images": options.calibration_images,
-        "--calibration-method": options.calibration_method,
-        "--percentile": options.percentile,
-    }
-    given = [name for name, value in calibration.items() if value is not None]
-    if options.method == "dynamic" and given:
-        raise ConfigError(f"{given[0]}: --method dynamic does not calibrate; leave it out")
-    if options.calibration_images is not None and options.calibration_images < 1:
-        raise ConfigError(
-            f"--calibration-images {options.calibration_images}: should be at least 1"
-        )
-    if options.percentile is not None and not 50 < options.percentile <= 100:
-        raise ConfigError(f"--percentile {options.percentile:g}: should be above 50, at most 100")
-    if not 0 <= options.max_drop <= 100:
-        raise ConfigError(f"--max-drop {options.max_drop:g}: should be in 0 ... 100")
-    default = None if options.percentile is None else "percentile"
-    method = options.calibration_method or default
-    if options.percentile is not None and method != "percentile":
-        raise ConfigError(f"--percentile: needs --calibration-method percentile, not {method}")
-    try:
-        re.compile(options.exclude or "")
-    except re.error as error:
-        raise ConfigError(
-            f"--exclude {options.exclude}: is not a regular expression ({error})"
-        ) from None
-    return method
 
 
 def prune(arguments: list[str], program: str) -> None:
     """Remove attention heads and MLP hidden units from a run, and train the rest again."""
     parser = _prune_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    pruning = prune_options.prune_options(
-        ratio=options.ratio,
-        heads=options.heads,
-        hidden=options.hidden,
-        macs=options.macs,
-        scope=options.scope,
-        criterion=options.criterion,
-        images=options.images,
-    )
+    names = [field.name for field in dataclasses.fields(PruneOptions)]
+    pruning = PruneOptions(**{name: getattr(options, name) for name in names})
+    prune_options.check_options(pruning)
     controls = parse_controls(options.controls, prune_options.CONTROLS)
-    _check_schedule(options.schedule)
+    check_choice("schedule", options.schedule, FINETUNE_SCHEDULES)
     run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
     is_help = bool({"-h", "--help"} & set(rest))
     if run is None and not is_help:
@@ -190,7 +145,11 @@ def prune(arguments: list[str], program: str) -> None:
         },
         excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
         transform=lambda config: (
-            config if run is None else _recovery_config(config, options.schedule, rest)
+            config
+            if run is None
+            else prune_options.recovery_config(
+                config, schedule=options.schedule, epochs=given_epochs(rest)
+            )
         ),
         out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
     )
@@ -200,29 +159,25 @@ def prune(arguments: list[str], program: str) -> None:
 
     prune(
         run,
-        pruning,
-        recovery.config,
         recovery.out,
-        dry_run=recovery.dry_run,
+        pruning,
+        recovery=recovery.config,
         checkpoint=options.checkpoint,
         controls=controls,
         parallel=options.parallel,
+        dry_run=recovery.dry_run,
         command=command_of(program, arguments),
     )
-
-
-def _check_schedule(name: str) -> None:
-    if name not in FINETUNE_SCHEDULES:
-        known = ", ".join(FINETUNE_SCHEDULES)
-        raise ConfigError(
-            f"--schedule {name}: should be one of {known}{did_you_mean(name, FINETUNE_SCHEDULES)}"
-        )
 
 
 def _prune_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     for option, text in (
-        ("--ratio", "Fraction of all heads and hidden units to remove. (default: 0.5)"),
+        (
+            "--ratio",
+            "Fraction of all heads and hidden units to remove. "
+            f"(default: {prune_options.DEFAULT_RATIO})",
+        ),
         ("--heads", "Fraction of the heads to remove, instead of --ratio."),
         ("--hidden", "Fraction of the hidden units to remove, instead of --ratio or with --heads."),
         ("--macs", "Fraction of the blocks' MACs to keep, instead of --ratio."),
@@ -230,14 +185,14 @@ def _prune_parser(program: str) -> Parser:
         parser.add_argument(option, type=float, metavar="FRACTION", help=text)
     parser.add_argument(
         "--scope",
-        default="global",
+        default=PruneOptions.scope,
         metavar="NAME",
         help="global: rank heads and hidden units of all blocks together; layerwise: remove the "
         "same fraction of each block.",
     )
     parser.add_argument(
         "--criterion",
-        default="taylor",
+        default=PruneOptions.criterion,
         metavar="NAME",
         help="Importance of a head or hidden unit. taylor: its effect on the loss of training "
         "views; magnitude: the size of its weights.",
@@ -245,14 +200,14 @@ def _prune_parser(program: str) -> Parser:
     parser.add_argument(
         "--images",
         type=int,
-        default=1024,
+        default=PruneOptions.images,
         metavar="N",
         help="Number of training views for --criterion taylor.",
     )
     parser.add_checkpoint()
     parser.add_argument(
         "--schedule",
-        default="short",
+        default=prune_options.SCHEDULE,
         metavar="NAME",
         help=f"Schedule of the recovery training: {', '.join(_full_schedules())}.",
     )
@@ -274,19 +229,6 @@ def _full_schedules() -> list[str]:
         for name, schedule in FINETUNE_SCHEDULES.items()
         if schedule(Config()).optim.trainable == "all"
     ]
-
-
-def _recovery_config(config: Config, schedule: str, arguments: list[str]) -> Config:
-    """Return a configuration with a schedule and the epochs of a command line. Raises ConfigError
-    if it would not train all weights."""
-    recovery = with_epochs(FINETUNE_SCHEDULES[schedule](config), given_epochs(arguments))
-    if recovery.optim.trainable != "all":
-        cause = f"--schedule {schedule}" if config.optim.trainable == "all" else "the run"
-        raise ConfigError(
-            f"{cause}: trains only {recovery.optim.trainable} (optim.trainable), but a pruned "
-            "student needs all its weights trained; use a run and a schedule that train all"
-        )
-    return recovery
 
 
 def variants(arguments: list[str], program: str) -> None:
@@ -314,7 +256,7 @@ def variants(arguments: list[str], program: str) -> None:
     variants(
         options.runs[0],
         options.runs[1:],
-        merges=merges,
+        merge_tokens=merges,
         root=options.root,
         json_file=options.json,
         force=options.force,

@@ -12,6 +12,13 @@ from deit.cli.run_args import (
     parse_run,
     print_config_if_requested,
 )
+from deit.config.command_choices import (
+    NUM_QUERIES,
+    NUM_VIEWS,
+    check_amount,
+    check_at_least,
+    check_epoch,
+)
 from deit.config.sections.data import DataConfig
 from deit.core.console import info
 from deit.core.errors import ConfigError, did_you_mean
@@ -25,8 +32,8 @@ def check_data(arguments: list[str], program: str) -> None:
     from deit.analysis.dataset_scan import print_scan, raise_if_unreadable, scan, write_exclude_list
     from deit.core.filesystem import check_file, write_json
 
-    check_file(options.json, option="--json", replace=options.force)
-    check_file(options.write_exclude_list, option="--write-exclude-list", replace=options.force)
+    check_file(options.json, name="json_file", replace=options.force)
+    check_file(options.write_exclude_list, name="write_exclude_list", replace=options.force)
     report = scan(
         DataConfig(
             source=options.source,
@@ -38,7 +45,7 @@ def check_data(arguments: list[str], program: str) -> None:
     )
     print_scan(report)
     if options.write_exclude_list is not None:
-        write_exclude_list(options.write_exclude_list, report)
+        write_exclude_list(report, options.write_exclude_list)
     if options.json is not None:
         write_json(options.json, dataclasses.asdict(report))
         info(f"wrote {options.json}")
@@ -92,7 +99,7 @@ def show_views(arguments: list[str], program: str) -> None:
         "--epoch", type=int, default=0, metavar="N", help="Epoch of the views, from 0."
     )
     parser.add_argument(
-        "--num-views", type=int, default=12, metavar="N", help="Number of views to draw."
+        "--num-views", type=int, default=NUM_VIEWS, metavar="N", help="Number of views to draw."
     )
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(
@@ -104,15 +111,13 @@ def show_views(arguments: list[str], program: str) -> None:
         excluded=NOT_TRAINING,
         live_teacher=False,
     )
-    if not 0 <= options.epoch < 2**32:
-        raise ConfigError(f"--epoch {options.epoch}: should be in 0 ... 4294967295")
-    if options.num_views < 1:
-        raise ConfigError(f"--num-views {options.num_views}: should be at least 1")
+    check_epoch(options.epoch)
+    check_at_least("num_views", options.num_views, 1)
     from deit.analysis.view_sheet import check_image_path, draw_view_sheet
     from deit.core.filesystem import check_file
 
-    check_image_path(options.out, option="--out")
-    check_file(options.out, option="--out", replace=options.force)
+    check_image_path(options.out, name="out")
+    check_file(options.out, name="out", replace=options.force)
     draw_view_sheet(run.config, options.out, epoch=options.epoch, num_views=options.num_views)
 
 
@@ -153,11 +158,10 @@ def _write_targets(arguments: list[str], program: str) -> None:
     content, part = check_content(options.content), parse_part(options.part)
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
-    if options.epochs is not None and not 0 < options.epochs < 2**32:
-        raise ConfigError(f"--epochs {options.epochs}: should be at least 1")
+    check_amount(options.epochs, part)
     from deit.distill.write_targets import write_targets
 
-    complete = write_targets(
+    written = write_targets(
         run.config,
         options.out,
         epochs=options.epochs,
@@ -165,7 +169,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
         part=part,
         teacher_index=options.teacher_index,
     )
-    if complete:
+    if written is not None:
         store = shlex.quote(str(options.out.resolve()))
         info(f"next: deit train {shlex.join(rest)} --teacher.target_stores {store}")
 
@@ -218,13 +222,12 @@ def _verify_targets(arguments: list[str], program: str) -> None:
     parser.add_argument(
         "--num-queries",
         type=int,
-        default=2048,
+        default=NUM_QUERIES,
         metavar="N",
         help="Number of teacher outputs to recompute.",
     )
     options = parser.parse_args(arguments)
-    if options.num_queries < 1:
-        raise ConfigError(f"--num-queries {options.num_queries}: should be at least 1")
+    check_at_least("num_queries", options.num_queries, 1)
     from deit.distill.verify_targets import verify_targets
 
     verify_targets(

@@ -8,16 +8,19 @@ from typing import Any
 
 from deit.cli.parser import Parser, check_content, command_of, parse_names, parse_seeds
 from deit.cli.run_args import ALWAYS_RESUMES, RunArguments, parse_run, print_config_if_requested
+from deit.config.command_choices import TOP_POINTS
 from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import ConfigError
 from deit.experiments.sweep_grid import (
     SWEEPS,
-    Point,
     boundary_points,
+    check_code_teachers,
+    differing,
     find_sweep,
     points_of,
     study_sweep,
+    trusted_code,
     with_command_line,
     with_fields,
 )
@@ -80,7 +83,7 @@ def _compare_parser(program: str) -> Parser:
         "--arms", default="", metavar="A,B", help="Students of the study to train. (default: all)"
     )
     parser.add_multi_run_options()
-    parser.set_defaults(top=5)
+    parser.set_defaults(top=TOP_POINTS)
     return parser
 
 
@@ -153,21 +156,21 @@ def _train_points(
     # Report every error of the file before torch is imported.
     points = boundary_points(plan, run.config) if plan.search else points_of(plan, run.config)
     # Teachers that are Python code must come from the command line or from a recipe in Python.
-    trusted = set() if plan.recipe.endswith(".json") else {*recipe.teacher.code_sources}
+    trusted = trusted_code(plan, recipe)
     if run.trusts_teacher_code:
         trusted |= {*run.config.teacher.code_sources}
-    _check_trusted(plan, points, trusted)
+    check_code_teachers(plan, points, trusted)
     from deit.experiments.sweep import sweep
 
     return sweep(
         plan,
-        run.config,
         run.out,
-        recipe_config=base,
-        dry_run=run.dry_run,
+        config=base,
+        overrides=differing(base, run.config),
         parallel=options.parallel,
         retries=options.retries,
         top=options.top,
+        dry_run=run.dry_run,
         command=command,
     )
 
@@ -193,20 +196,9 @@ def _sweep_parser(program: str, plan: Sweep) -> Parser:
     )
     parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
     parser.add_argument(
-        "--top", type=int, default=5, metavar="N", help="Number of best points to print."
+        "--top", type=int, default=TOP_POINTS, metavar="N", help="Number of best points to print."
     )
     return parser
-
-
-def _check_trusted(plan: Sweep, points: list[Point], trusted: set[str]) -> None:
-    """Raise ConfigError if only the sweep's file names Python code as a teacher."""
-    for point in points:
-        if untrusted := sorted({*point.config.teacher.code_sources} - trusted):
-            raise ConfigError(
-                f"sweep {plan.name}, {point.name}: its teacher {untrusted[0]} is Python code, and "
-                "code is run only if the command line names it; add --teacher.source "
-                f"{untrusted[0]} if you trust it"
-            )
 
 
 def report(arguments: list[str], program: str) -> None:

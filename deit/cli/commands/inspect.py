@@ -1,11 +1,17 @@
 """Commands that evaluate a finished run, predict with it, or export it."""
 
-import argparse
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_numbers
-from deit.config.command_choices import EXPORT_PACKAGES, TEST_SETS
-from deit.core.errors import ConfigError, did_you_mean
+from deit.config.command_choices import (
+    EXPORT_IMAGES,
+    EXPORT_PACKAGES,
+    TEST_SETS,
+    TOP_K,
+    check_at_least,
+    check_choice,
+    check_test_set,
+)
 
 
 def evaluate(arguments: list[str], program: str) -> None:
@@ -14,25 +20,27 @@ def evaluate(arguments: list[str], program: str) -> None:
     resolutions = parse_numbers(options.resolution, "--resolution", whole=True)
     crops = parse_numbers(options.crop, "--crop", whole=False)
     merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=0)
-    if options.batch is not None and options.batch < 1:
-        raise ConfigError(f"--run.eval_batch_size {options.batch}: should be at least 1")
-    _check_test_set(options)
+    if options.batch_size is not None:
+        check_at_least("run.eval_batch_size", options.batch_size, 1)
+    check_test_set(
+        options.test_set, split=options.split, root=options.root, teacher=options.teacher
+    )
     from deit.analysis.view_sheet import check_image_path
     from deit.core.filesystem import check_file
     from deit.evaluation.evaluate import evaluate
     from deit.evaluation.tables import print_evaluation, write_evaluation
 
-    check_file(options.json, option="--json", replace=options.force)
+    check_file(options.json, name="json_file", replace=options.force)
     if options.plot is not None:
-        check_image_path(options.plot, option="--plot")
-        check_file(options.plot, option="--plot", replace=options.force)
+        check_image_path(options.plot, name="plot")
+        check_file(options.plot, name="plot", replace=options.force)
     settings = {
         "checkpoint": options.checkpoint,
         "split": options.split,
         "root": options.root,
         "teacher": options.teacher,
         "device": options.device,
-        "batch": options.batch,
+        "batch_size": options.batch_size,
         "test_set": options.test_set,
     }
     command = command_of(program, arguments)
@@ -43,7 +51,7 @@ def evaluate(arguments: list[str], program: str) -> None:
             options.runs,
             resolutions=resolutions,
             crops=crops,
-            merges=merges,
+            merge_tokens=merges,
             plot=options.plot,
             json_file=options.json,
             command=command,
@@ -57,24 +65,10 @@ def evaluate(arguments: list[str], program: str) -> None:
         merge_tokens=merges[0] if merges else None,
         cost=True,
         **settings,
-    )
+    ).metrics
     print_evaluation(result)
     if options.json is not None:
         write_evaluation(options.json, result | {"command": command})
-
-
-def _check_test_set(options: argparse.Namespace) -> None:
-    """Raise ConfigError if the test set does not exist or does not go with other options."""
-    name = options.test_set
-    if name is None:
-        return
-    if name not in TEST_SETS:
-        advice = f"should be one of {', '.join(TEST_SETS)}{did_you_mean(name, TEST_SETS)}"
-        raise ConfigError(f"--test-set {name}: {advice}")
-    if options.teacher or options.split != "test":
-        raise ConfigError(f"--test-set {name}: cannot be combined with --teacher or --split")
-    if options.root is None:
-        raise ConfigError(f"--test-set {name}: needs --data.root, the folder of its images")
 
 
 def _evaluate_parser(program: str) -> Parser:
@@ -111,7 +105,7 @@ def _evaluate_parser(program: str) -> Parser:
     )
     parser.add_argument(
         "--run.eval_batch_size",
-        dest="batch",
+        dest="batch_size",
         type=int,
         metavar="N",
         help="Images per batch and process. (default: the run's)",
@@ -151,17 +145,16 @@ def _add_variant_options(parser: Parser) -> None:
 def predict(arguments: list[str], program: str) -> None:
     """Classify images with a finished run; with --attention, also draw attention maps."""
     options = _predict_parser(program).parse_args(arguments)
-    if options.top_k < 1:
-        raise ConfigError(f"--top-k {options.top_k}: should be at least 1")
+    check_at_least("top_k", options.top_k, 1)
     from deit.analysis.view_sheet import check_image_path
     from deit.core.filesystem import check_file
-    from deit.evaluation.predict import predict
+    from deit.evaluation.predict import predict, raise_if_unreadable
 
-    check_file(options.json, option="--json", replace=options.force)
+    check_file(options.json, name="json_file", replace=options.force)
     if options.attention is not None:
-        check_image_path(options.attention, option="--attention")
-        check_file(options.attention, option="--attention", replace=options.force)
-    predict(
+        check_image_path(options.attention, name="attention")
+        check_file(options.attention, name="attention", replace=options.force)
+    result = predict(
         options.run,
         options.images,
         checkpoint=options.checkpoint,
@@ -170,6 +163,7 @@ def predict(arguments: list[str], program: str) -> None:
         attention=options.attention,
         json_file=options.json,
     )
+    raise_if_unreadable(result)
 
 
 def _predict_parser(program: str) -> Parser:
@@ -189,7 +183,7 @@ def _predict_parser(program: str) -> Parser:
     )
     parser.add_checkpoint()
     parser.add_argument(
-        "--top-k", type=int, default=5, metavar="K", help="Number of classes to print."
+        "--top-k", type=int, default=TOP_K, metavar="K", help="Number of classes to print."
     )
     parser.add_argument(
         "--teacher",
@@ -211,12 +205,8 @@ def _predict_parser(program: str) -> Parser:
 def export(arguments: list[str], program: str) -> None:
     """Export a run to timm, transformers, ONNX Runtime or torch.export, and verify it."""
     options = _export_parser(program).parse_args(arguments)
-    if options.format not in EXPORT_PACKAGES:
-        hint = did_you_mean(options.format, EXPORT_PACKAGES)
-        advice = f"should be one of {', '.join(EXPORT_PACKAGES)}{hint}"
-        raise ConfigError(f"--format {options.format}: {advice}")
-    if options.images < 1:
-        raise ConfigError(f"--images {options.images}: should be at least 1")
+    check_choice("format", options.format, EXPORT_PACKAGES)
+    check_at_least("images", options.images, 1)
     from deit.deploy.export import export
 
     export(
@@ -251,7 +241,7 @@ def _export_parser(program: str) -> Parser:
     parser.add_argument(
         "--images",
         type=int,
-        default=512,
+        default=EXPORT_IMAGES,
         metavar="N",
         help="Number of test images to verify the export on.",
     )

@@ -43,14 +43,14 @@ def lottery(arguments: list[str], program: str) -> None:
         raise ConfigError(f"--run.seed {run.config.run.seed}: use --seeds A,B instead")
     if print_config_if_requested(run):
         return
-    control_levels = parse_numbers(options.control_rounds, "--control-rounds", whole=True)
+    control_rounds = parse_numbers(options.control_rounds, "--control-rounds", whole=True)
     search = lottery_options.LotteryOptions(
         scope=options.scope,
-        levels=options.rounds,
-        rate=options.prune_rate,
-        rewind=options.rewind_epoch,
+        rounds=options.rounds,
+        prune_rate=options.prune_rate,
+        rewind_epoch=options.rewind_epoch,
         controls=parse_controls(options.controls, lottery_options.CONTROLS),
-        control_levels=control_levels or None,
+        control_rounds=control_rounds or None,
         tolerance=options.tolerance,
     )
     lottery_options.check_options(search, run.config)
@@ -58,14 +58,14 @@ def lottery(arguments: list[str], program: str) -> None:
     from deit.experiments.lottery import lottery
 
     lottery(
-        search,
         run.config,
         run.out,
+        search,
         recipe=run.recipe,
-        dry_run=run.dry_run,
         seeds=seeds,
         parallel=options.parallel,
         retries=options.retries,
+        dry_run=run.dry_run,
         command=command_of(program, arguments),
     )
 
@@ -76,7 +76,7 @@ def _lottery_parser(program: str) -> Parser:
         "--rounds",
         type=int,
         metavar="N",
-        help=f"Number of pruning rounds; not with --scope N:M. (default: {lottery_options.LEVELS})",
+        help=f"Number of pruning rounds; not with --scope N:M. (default: {lottery_options.ROUNDS})",
     )
     parser.add_argument(
         "--prune-rate",
@@ -87,7 +87,7 @@ def _lottery_parser(program: str) -> Parser:
     )
     parser.add_argument(
         "--scope",
-        default="global",
+        default=lottery_options.LotteryOptions.scope,
         metavar="NAME",
         help="Weights that are ranked together. global: those of all layers; layerwise: those of "
         "each layer; N:M: keep N of every M neighboring weights.",
@@ -115,7 +115,7 @@ def _lottery_parser(program: str) -> Parser:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1.0,
+        default=lottery_options.LotteryOptions.tolerance,
         metavar="POINTS",
         help="Largest drop of top-1 below the dense run at which a ticket counts as matching "
         "[percentage points].",
@@ -135,9 +135,9 @@ def loss_landscape(arguments: list[str], program: str) -> None:
     """Measure the loss around trained weights: lines, planes, curvature, basin volume."""
     options = vars(_landscape_parser(program).parse_args(arguments))
     runs, out, root = (options.pop(name) for name in ("runs", "out", "root"))
-    options["parts"] = parse_names(options.pop("measure"))
+    options["measure"] = parse_names(options["measure"])
     options["kinds"] = parse_names(options["kinds"])
-    options["levels"] = _parse_rounds(options.pop("rounds"))
+    options["rounds"] = _parse_rounds(options["rounds"])
     request = landscape_options.LandscapeOptions(**options)
     landscape_options.check_options(request)
     from deit.analysis.landscape import landscape
@@ -161,7 +161,7 @@ def _landscape_parser(program: str) -> Parser:
     )
     parser.add_argument(
         "--measure",
-        default=",".join(defaults.parts),
+        default=",".join(defaults.measure),
         metavar="A,B,...",
         help="Measurements to make.",
     )

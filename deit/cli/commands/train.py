@@ -5,9 +5,9 @@ from pathlib import Path
 from deit.cli.finetune_args import parse_finetune
 from deit.cli.parser import Parser, command_of
 from deit.cli.run_args import NOT_TRAINING, RunArguments, parse_run, print_config_if_requested
+from deit.config.command_choices import PROFILED_STEPS, check_at_least
 from deit.config.recipes import RECIPES
 from deit.core.console import info, is_main_process, table
-from deit.core.errors import ConfigError
 
 
 def train(arguments: list[str], program: str) -> None:
@@ -35,7 +35,11 @@ def profile(arguments: list[str], program: str) -> None:
     """Profile training steps: time per component and per operator, with an optional trace."""
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="Number of training steps to time."
+        "--steps",
+        type=int,
+        default=PROFILED_STEPS,
+        metavar="N",
+        help="Number of training steps to time.",
     )
     parser.add_argument(
         "--trace",
@@ -54,13 +58,12 @@ def profile(arguments: list[str], program: str) -> None:
         command_parser=parser,
         excluded={**NOT_TRAINING, "out": "no run folder is written; use --trace and --json"},
     )
-    if options.steps < 1:
-        raise ConfigError(f"--steps {options.steps}: should be at least 1")
+    check_at_least("steps", options.steps, 1)
     from deit.core.filesystem import check_file, write_json
     from deit.training.profile import profile_run
 
-    for option, path in (("--trace", options.trace), ("--json", options.json)):
-        check_file(path, option=option, replace=options.force)
+    for name, path in (("trace", options.trace), ("json_file", options.json)):
+        check_file(path, name=name, replace=options.force)
     result = profile_run(run.config, num_steps=options.steps, trace=options.trace)
     if options.json is not None and is_main_process():
         write_json(options.json, result)

@@ -107,7 +107,7 @@ def test_format_unsupported_network_raises_with_reason(check, student):
     field = f"student.name = {student.name!r}"
     if student.num_distillation_tokens > 1:
         field = f"student.num_distillation_tokens = {student.num_distillation_tokens}"
-    with raises(ConfigError, field, "--format", "onnx", "pt2"):
+    with raises(ConfigError, field, "format", "onnx", "pt2"):
         check(*arguments)
 
 
@@ -131,7 +131,7 @@ def test_export_invalid_arguments_fail_before_evaluation(runs, tmp_path, capsys,
     run, existing = runs / "distilled", tmp_path / "existing"
     check_refused(2, ["--format onx", "onnx?"], run, "--format", "onx")
     check_refused(2, ["--images 0"], run, "--format", "onnx", "--images", "0")
-    parts = ["student.name = 'small_convnet'", "--format", "onnx", "pt2"]
+    parts = ["student.name = 'small_convnet'", "format", "onnx", "pt2"]
     check_refused(2, parts, runs / "convnet", "--format", "timm", "--out", tmp_path / "x")
     check_refused(4, [f"{runs / 'none'}"], runs / "none", "--format", "timm")
     existing.mkdir()
@@ -158,5 +158,5 @@ def test_export_missing_package_raises(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(deit.deploy.export, "find_spec", lambda name: None)
     packages = ("onnx, ", "onnxscript", "onnxruntime")
-    with raises(SystemFault, "--format onnx", *packages, "pip install 'deit[export]'"):
+    with raises(SystemFault, "format onnx", *packages, "pip install 'deit[export]'"):
         export(runs / "distilled", tmp_path / "out", format="onnx")

@@ -8,7 +8,7 @@ import torch
 from deit.config.recipes.handwriting import digits, digits_teacher
 from deit.deploy import quantize
 from deit.deploy import quantize_input as onnx_student
-from deit.deploy.quantize import QuantizeOptions
+from deit.deploy.quantize_options import QuantizeOptions
 from deit.training.train import train
 from tests.helpers.exports import (
     QUANTIZABLE,
@@ -50,8 +50,7 @@ def folders(runs):
         (name, method): quantize.quantize(
             runs / name,
             None,
-            QuantizeOptions(method=method),
-            max_drop=5,
+            QuantizeOptions(method=method, max_drop=5),
             command=f"deit quantize {name} --method {method}",
         )
         for name, method in QUANTIZABLE

@@ -238,9 +238,9 @@ def test_choose_exclude_matches_whole_names(micro, tmp_path):
         *("blocks.0.attn.query_key", "blocks.1.attn.query_key")
     }
     for pattern in ("fc1", "blocks.9.*", ".*query_key"):
-        with raises(ConfigError, f"--exclude {pattern}:", "patch_embed.proj, blocks.0"):
+        with raises(ConfigError, f"exclude = {pattern}:", "patch_embed.proj, blocks.0"):
             select(pattern)
-    with raises(ConfigError, "--exclude .*:") as refused:
+    with raises(ConfigError, "exclude = .*:") as refused:
         select(".*")
     assert "patch_embed.proj" not in str(refused.value)
     write_int8(path, tmp_path / "q.onnx", layers, ["head"], ranges=None, reduce_range=False)
@@ -263,7 +263,7 @@ def test_choose_dynamic_mostly_convolutions_raises():
     nodes = {"stem": ("a",), "head": ("b",)}
     kinds = {"stem": "Conv", "head": "Gemm"}
     heavy = QuantizableLayers(nodes, (), {"stem": 60, "head": 40}, kinds, 100)
-    with raises(ConfigError, "--method dynamic", "--method static"):
+    with raises(ConfigError, "method = dynamic", "use method static"):
         choose(heavy, method="dynamic", attention=False, exclude=None)
     assert choose(heavy, method="static", attention=False, exclude=None) == ["stem", "head"]
     light = heavy._replace(weights={"stem": 40, "head": 60})

@@ -12,7 +12,7 @@ from deit.deploy import quantize_input as onnx_student
 from deit.deploy.export import BATCHES
 from deit.deploy.export_formats import onnx_inference_fn
 from deit.deploy.int8_layers import prepare
-from deit.deploy.quantize import QuantizeOptions
+from deit.deploy.quantize_options import QuantizeOptions
 from tests.helpers.errors import raises
 
 pytest.importorskip("sklearn")
@@ -34,7 +34,7 @@ def test_quantize_large_accuracy_drop_raises_and_leaves_nothing(runs, tmp_path, 
     drop, top1_float, top1_int8 = map(float, re.findall(r"\b\d+\.\d\d\b", lines[0]))
     assert drop == pytest.approx(top1_float - top1_int8, abs=0.011)
     assert drop > 2.5
-    for name in (f"{runs / 'distilled'}:", "--max-drop 2.5", "--method dynamic", "--sensitivity"):
+    for name in (f"{runs / 'distilled'}:", "max_drop 2.5", "method dynamic", "sensitivity"):
         assert name in lines[0]
     assert not any(tmp_path.iterdir())
     assert listing(runs) == before
@@ -50,7 +50,7 @@ def test_check_accuracy_drop_limit_is_inclusive(top1, max_drop, is_refused):
     worst = {"layer": "blocks.0.attn.qkv"}
     report["sensitivity"] = {"layers": [worst, {"layer": "head"}]}
     if is_refused:
-        with raises(CheckpointError, "--max-drop 1", "--exclude 'blocks.0.attn.qkv'"):
+        with raises(CheckpointError, "max_drop 1", "exclude 'blocks.0.attn.qkv'"):
             quantize.check_accuracy_drop(report, max_drop, ["static"], trainable=False)
     else:
         drop = quantize.check_accuracy_drop(report, max_drop, ["static"], trainable=True)
@@ -60,9 +60,9 @@ def test_check_accuracy_drop_limit_is_inclusive(top1, max_drop, is_refused):
 @pytest.mark.parametrize(
     ("method", "num_images", "suggestions"),
     [
-        ("minmax", 128, ["--calibration-method percentile"]),
-        ("entropy", 128, ["--calibration-method minmax", "--calibration-method percentile"]),
-        ("percentile", 3, ["--calibration-method minmax", "--calibration-images 128"]),
+        ("minmax", 128, ["calibration_method percentile"]),
+        ("entropy", 128, ["calibration_method minmax", "calibration_method percentile"]),
+        ("percentile", 3, ["calibration_method minmax", "calibration_images 128"]),
         ("trained", 0, []),
     ],
 )
@@ -70,9 +70,9 @@ def test_check_accuracy_drop_suggests_untried_methods(method, num_images, sugges
     top1 = {"float": 1, "int8": 0}
     report = {name: {"heads": {"class": {"top1": value}}} for name, value in top1.items()}
     report |= {"calibration": {"method": method, "num_samples": num_images}, "run": "runs/x"}
-    with raises(CheckpointError, "runs/x", "--max-drop 1", "--exclude") as refused:
+    with raises(CheckpointError, "runs/x", "max_drop 1", "exclude") as refused:
         quantize.check_accuracy_drop(report, 1.0, [], trainable=False)
-    assert re.findall(r"--calibration-\w+ \w+", str(refused.value)) == suggestions
+    assert re.findall(r"\bcalibration_\w+ \w+", str(refused.value)) == suggestions
 
 
 def test_quantize_invalid_arguments_fail_before_export(runs, tmp_path, capsys, monkeypatch):
@@ -100,20 +100,20 @@ def test_quantize_invalid_arguments_fail_before_export(runs, tmp_path, capsys, m
     check_refused(2, ["--max-drop nan"], run, "--max-drop", "nan")
     check_refused(2, ["--percentile 101"], run, "--percentile", 101)
     check_refused(2, ["--percentile nan"], run, "--percentile", "nan")
-    options = ["--percentile", "--calibration-method", "minmax"]
+    options = ["--percentile 99", "calibration_method", "minmax"]
     check_refused(2, options, run, "--percentile", 99, "--calibration-method", "minmax")
-    options = ["--calibration-images", "--method dynamic"]
+    options = ["--calibration-images 5", "dynamic"]
     check_refused(2, options, run, "--method", "dynamic", "--calibration-images", 5)
     check_refused(2, ["--exclude blocks["], run, "--exclude", "blocks[")
     layers = "patch_embed.proj, blocks.0"
     check_refused(2, ["--exclude block.0.*", layers], run, "--exclude", "block.0.*", *out)
     check_refused(2, ["--exclude .*:"], run, "--exclude", ".*", *out)
     check_refused(2, ["--exclude .*query_key", layers], run, "--exclude", ".*query_key", *out)
-    options = ["--method dynamic", "--method static"]
+    options = ["--method dynamic", "use method static"]
     check_refused(2, options, runs / "convnet", "--method", "dynamic", *out)
     check_refused(
         3,
-        ["--calibration-images 5000", "--method dynamic"],
+        ["--calibration-images 5000", "dynamic method"],
         run,
         "--calibration-images",
         5000,
@@ -158,7 +158,7 @@ def test_quantize_noisy_small_batches_raise(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(int8_compare, "onnx_inference_fn", broken)
     with raises(CheckpointError, "int8", "dB") as refused:
-        quantize.quantize(runs / "plain", tmp_path / "out", QuantizeOptions(), max_drop=100)
+        quantize.quantize(runs / "plain", tmp_path / "out", QuantizeOptions(max_drop=100))
     assert re.search(rf"\b{min(BATCHES)}\b.* dB\b.*\b{max(BATCHES)}\b", str(refused.value))
     assert not any(tmp_path.iterdir())
 

@@ -19,7 +19,7 @@ from deit.deploy import quantize
 from deit.deploy.export_formats import onnx_inference_fn
 from deit.deploy.int8_calibration import calibrate
 from deit.deploy.int8_graph import signal_to_noise
-from deit.deploy.quantize import QuantizeOptions
+from deit.deploy.quantize_options import QuantizeOptions
 from tests.helpers.exports import QUANTIZABLE, quantization_report, split_views
 
 pytest.importorskip("sklearn")
@@ -39,7 +39,9 @@ def test_quantize_calibrates_on_training_images_in_evaluation_view(runs, tmp_pat
 
     monkeypatch.setattr(quantize, "calibrate", recording_calibrate)
     folder = quantize.quantize(
-        str(runs / "distilled"), str(tmp_path / "q"), QuantizeOptions(images=40), max_drop=5
+        str(runs / "distilled"),
+        str(tmp_path / "q"),
+        QuantizeOptions(calibration_images=40, max_drop=5),
     )
     images, labels, _ = split_views(runs / "distilled", "train")
     others = torch.cat(
@@ -146,8 +148,8 @@ def test_quantize_sensitivity_uses_validation_images(runs, tmp_path, capsys):
     )
     # The same for one layer, with all others excluded.
     noisiest = rows[0]["layer"]
-    options = QuantizeOptions(exclude=f"(?!{re.escape(noisiest)}$).*")
-    one_layer = quantize.quantize(runs / "distilled", tmp_path / "one", options, max_drop=5)
+    options = QuantizeOptions(exclude=f"(?!{re.escape(noisiest)}$).*", max_drop=5)
+    one_layer = quantize.quantize(runs / "distilled", tmp_path / "one", options)
     assert quantization_report(one_layer)["int8_layers"] == [noisiest]
     logits = onnx_inference_fn(one_layer / "model.onnx")(inputs)["logits"]
     assert signal_to_noise(heads["fused"], logits) == pytest.approx(decibels[0], abs=0.01)

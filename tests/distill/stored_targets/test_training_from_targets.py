@@ -102,13 +102,13 @@ def test_views_seed_lets_runs_of_other_seeds_share_a_store(store, teachers, tmp_
 def test_hard_records_with_a_loss_of_logits_are_refused(store, teachers):
     config = with_targets(configuration(teachers[0], loss=LOSS_PRESETS["deit-soft"]), store)
     with raises(
-        ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "--content full"
+        ConfigError, f"teacher.target_stores {store}", "loss.kind", "'soft'", "content full"
     ):
         open_stores(config.teacher, config.loss)
     ensemble = configuration(teachers[0]).replace(
         teacher={"source": tuple(teachers), "target_stores": (str(store), str(store))},
     )
-    with raises(ConfigError, f"teacher.target_stores {store}", "teacher.combine", "--content full"):
+    with raises(ConfigError, f"teacher.target_stores {store}", "teacher.combine", "content full"):
         open_stores(ensemble.teacher, ensemble.loss)
 
 
@@ -117,7 +117,7 @@ def test_top_k_records_with_a_temperature_are_refused(teachers, tmp_path):
     at_temperature_1 = config.replace(loss={"temperature": 1.0})
     write_targets(at_temperature_1, tmp_path / "top", epochs=1, content="top-3")
     where = f"teacher.target_stores {tmp_path / 'top'}"
-    with raises(ConfigError, where, "loss.temperature", "--content full"):
+    with raises(ConfigError, where, "loss.temperature", "content full"):
         stores_with(config, tmp_path / "top")
     assert stores_with(at_temperature_1, tmp_path / "top")
 
@@ -127,14 +127,14 @@ def test_store_of_mean_probabilities_at_another_temperature_is_refused(teachers,
         teacher={"source": tuple(teachers)},
     )
     temperature = f"{config.loss.temperature:g}"
-    with raises(ConfigError, f"loss.temperature = {temperature}", "--teacher.combine logits"):
+    with raises(ConfigError, f"loss.temperature = {temperature}", "teacher.combine logits"):
         write_targets(config, tmp_path / "mean", epochs=1)
     write_targets(config.replace(loss={"temperature": 1.0}), tmp_path / "mean", epochs=1)
     stored_config = config.replace(
         teacher={"source": (), "target_stores": (str(tmp_path / "mean"),)}
     )
     where = f"teacher.target_stores {tmp_path / 'mean'}"
-    with raises(ConfigError, where, f"loss.temperature {temperature}", "--teacher.combine logits"):
+    with raises(ConfigError, where, f"loss.temperature {temperature}", "teacher.combine logits"):
         open_stores(stored_config.teacher, stored_config.loss)
     assert check(
         stored_config.replace(loss={"temperature": 1.0}, optim={"epochs": 1, "warmup_epochs": 0})

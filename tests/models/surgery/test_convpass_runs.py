@@ -119,8 +119,8 @@ def test_loaded_student_combines_base_and_adapters(runs):
             assert torch.equal(value, saved[key] if key in saved else before[key]), key
         assert not torch.equal(result["head.weight"], before["head.weight"])
     best = load_student(runs / "adapted" / "best")[0]
-    hits = evaluate(runs / "adapted")["heads"]["fused"]["top1"]
-    assert hits > evaluate(runs / "base")["heads"]["fused"]["top1"] - 0.1
+    hits = evaluate(runs / "adapted").metrics["heads"]["fused"]["top1"]
+    assert hits > evaluate(runs / "base").metrics["heads"]["fused"]["top1"] - 0.1
     (member,) = teacher_specs(
         digits().replace(teacher={"source": (str(runs / "adapted"),)}).teacher
     )
@@ -364,7 +364,7 @@ def test_two_processes_train_and_save_the_same_weights(runs, command_server, tmp
 @pytest.mark.parametrize("form", ["timm", "transformers"])
 def test_export_formats_without_adapters_raise(runs, tmp_path, form):
     pytest.importorskip("transformers")
-    with raises(ConfigError, "student.adapters = 'convpass'", "--format onnx") as error:
+    with raises(ConfigError, "student.adapters = 'convpass'", "format onnx") as error:
         export(runs / "adapted", tmp_path / "out", format=form)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -24,7 +24,8 @@ from deit.core.hardware import int8_flags, int8_sums_saturate
 from deit.deploy.export import export
 from deit.deploy.export_formats import FORMATS
 from deit.deploy.int8_graph import signal_to_noise
-from deit.deploy.quantize import QuantizeOptions, check_accuracy_drop, quantize
+from deit.deploy.quantize import check_accuracy_drop, quantize
+from deit.deploy.quantize_options import QuantizeOptions
 from deit.evaluation.evaluate import evaluate
 from deit.models.load_weights import infer_student_config, load_weights_from
 from deit.models.saved_student import load_student, save_student, save_weights
@@ -180,8 +181,8 @@ def test_qat_student_as_teacher_matches_its_export(runs):
     (member,) = teacher_specs(digits().replace(teacher={"source": (str(runs / "int8"),)}).teacher)
     teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
     assert fake_quant_layers(teacher.network)
-    result = evaluate(runs / "int8")["heads"]["fused"]["top1"]
-    assert result > evaluate(runs / "base")["heads"]["fused"]["top1"] - 0.1
+    result = evaluate(runs / "int8").metrics["heads"]["fused"]["top1"]
+    assert result > evaluate(runs / "base").metrics["heads"]["fused"]["top1"] - 0.1
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -199,10 +200,11 @@ def test_loss_landscape_of_qat_run_raises(runs):
 
 
 OTHERWISE = {
-    "--method dynamic": QuantizeOptions(method="dynamic"),
-    "--calibration-images": QuantizeOptions(images=64),
-    "--calibration-method": QuantizeOptions(range_method="percentile", percentile=99.9),
-    "--quantize-attention": QuantizeOptions(attention=True),
+    "method = dynamic": QuantizeOptions(method="dynamic"),
+    "calibration_images = 64": QuantizeOptions(calibration_images=64),
+    "calibration_method = entropy": QuantizeOptions(calibration_method="entropy"),
+    "percentile = 99.9": QuantizeOptions(percentile=99.9),
+    "quantize_attention = True": QuantizeOptions(quantize_attention=True),
 }
 
 
@@ -248,7 +250,7 @@ def test_accuracy_drop_message_suggests_qat(runs, tmp_path):
     result = str(error.value)
     run = runs / "base"
     assert f"deit finetune --from {run} --schedule int8 --out {run}-int8" in result
-    assert "--calibration-method percentile" in result
+    assert "calibration_method percentile" in result
 
 
 def test_qat_commands_from_run_to_int8_file(runs, command_server, tmp_path, capsys, monkeypatch):
@@ -277,14 +279,14 @@ def test_qat_commands_from_run_to_int8_file(runs, command_server, tmp_path, caps
     with pytest.raises(CheckpointError) as refused:
         check_accuracy_drop(known, -100, *others, **mode)
     lines = str(refused.value)
-    assert "--exclude" in lines
-    assert not any(word in lines for word in ("finetune", "--calibration-method", "dynamic"))
+    assert "exclude" in lines
+    assert not any(word in lines for word in ("finetune", "calibration_method", "dynamic"))
     output = " ".join(capsys.readouterr().out.split())
     assert "fake quantization" in output
     result = json.loads(Path("run/quantized-static/quantization.json").read_text())
     assert f"{result['vs_run']['sqnr_db']['fused']:.1f} dB" in output
     assert result["calibration"]["method"] == "trained"
-    evaluated = evaluate(Path("run"))["heads"]
+    evaluated = evaluate(Path("run")).metrics["heads"]
     assert "fake quantization" in Path("run/quantized-static/README.md").read_text()
     # Weights have 7 bits where sums of 8-bit products saturate: not those that were trained.
     assert result["reduce_range"] is int8_sums_saturate(int8_flags())

@@ -99,7 +99,9 @@ def test_invalid_shapes_raise(student, names):
 @pytest.mark.parametrize("name", ["timm", "transformers"])
 def test_export_of_pruned_network_to_other_libraries_raises(name):
     model_info = ModelInfo(pruned_config(SMALL, UNITS), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    with raises(ConfigError, "student.heads_per_block", "student.mlp_hidden_per_block", "--format"):
+    with raises(
+        ConfigError, "student.heads_per_block", "student.mlp_hidden_per_block", "format onnx"
+    ):
         FORMATS[name].check(build_student(model_info), model_info)
 
 

@@ -230,14 +230,16 @@ def test_several_merge_counts_make_one_table(runs, tmp_path, capsys):
     assert all(name in output for name in rows)
     assert [row["merge"] for row in rows.values()] == [0, 2, 8]
     assert [row["tokens"] for row in rows.values()] == [[18, 18], [16, 14], [10, 6]]
-    plain = evaluate(runs / "student", cost=True, teacher="none")
+    plain = evaluate(runs / "student", cost=True, teacher="none").metrics
     assert "merge" not in plain
     none, two, eight = rows.values()
     assert none["heads"] == plain["heads"]
     assert none["cost"]["gmacs"] == pytest.approx(plain["cost"]["gmacs"], rel=1e-9)
     assert eight["cost"]["gmacs"] < two["cost"]["gmacs"] < none["cost"]["gmacs"]
     assert eight["heads"] != none["heads"]
-    assert two["heads"] == evaluate(runs / "student", merge_tokens=2, teacher="none")["heads"]
+    assert (
+        two["heads"] == evaluate(runs / "student", merge_tokens=2, teacher="none").metrics["heads"]
+    )
     with Image.open(tmp_path / "p.png") as image:
         assert image.width > 500
 

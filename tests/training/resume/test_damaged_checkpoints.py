@@ -129,5 +129,5 @@ def test_out_that_is_a_checkpoint_is_refused(stopped_run, tmp_path):
     config, stopped = stopped_run
     shutil.copytree(stopped, tmp_path / "run")
     folder = run_folder.latest_checkpoint(tmp_path / "run")
-    with raises(ConfigError, f"--out {folder}", run_folder.CONFIG):
+    with raises(ConfigError, f"out = {folder}", run_folder.CONFIG):
         train(config, folder, resume=True)

@@ -1,0 +1,23 @@
+"""Name the options of a command in the messages of library functions, which name parameters."""
+
+import re
+
+_OTHER_NAMES = {"json_file": "--json", "root": "--data.root", "run": "RUN"}
+"""The arguments of commands that are not spelled like the parameter."""
+
+
+def with_option(message: str) -> str:
+    """Return a message that begins with a parameter and its value with the option instead.
+
+    Fields of the configuration keep their names.
+
+    >>> with_option("prune_rate = 2: should be a share between 0 and 1")
+    '--prune-rate 2: should be a share between 0 and 1'
+    >>> with_option("run.device = 'cuda': no CUDA device found")
+    "run.device = 'cuda': no CUDA device found"
+    """
+    match = re.match(r"([a-z]\w*) = ", message)
+    if match is None:
+        return message
+    option = _OTHER_NAMES.get(match[1], "--" + match[1].replace("_", "-"))
+    return f"{option} {message[match.end() :]}"

@@ -1,0 +1,125 @@
+"""Fine-tune a run or pretrained weights: the configuration, and the training."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deit.config.finetune_schedules import (
+    DATA_SIZED_SCHEDULES,
+    DEFAULT_SCHEDULE,
+    FINETUNE_SCHEDULES,
+    at_resolution,
+    check_finetuning,
+    with_epochs,
+    with_init,
+)
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.validation import load_config
+from deit.core import run_folder
+from deit.core.errors import CheckpointError
+from deit.datasets.splits import load_split
+from deit.models.load_weights import load_weights_from
+from deit.training.train import train
+
+
+def finetune(
+    source: str | Path,
+    out: str | Path,
+    config: Config | None = None,
+    *,
+    resolution: int | None = None,
+    schedule: str | None = None,
+    epochs: int | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    command: str = "",
+) -> dict[str, Any]:
+    """Train from given weights; return the content of result.json.
+
+    source, config, resolution, schedule, epochs: as for `finetune_config`. out, resume, dry_run,
+    command: as for deit.training.train.train. Raises the errors of deit.core.errors.
+    """
+    config = finetune_config(
+        source, config, resolution=resolution, schedule=schedule, epochs=epochs
+    )
+    return train(config, out, resume=resume, dry_run=dry_run, command=command)
+
+
+def finetune_config(
+    source: str | Path,
+    config: Config | None = None,
+    *,
+    resolution: int | None = None,
+    schedule: str | None = None,
+    epochs: int | None = None,
+) -> Config:
+    """Return the configuration of a training that starts from given weights.
+
+    source: a run folder, a timm folder, a weight file or a timm name. config: data and training;
+    its student gets the network of the weights. Default: that of the run at `source`. resolution:
+    side [px] of the student's input; images and the teachers' input are scaled with it. schedule: a
+    key of FINETUNE_SCHEDULES or DATA_SIZED_SCHEDULES. Default: DEFAULT_SCHEDULE without a `config`,
+    otherwise that of `config`. epochs: instead of the schedule's.
+
+    Raises ConfigError, and CheckpointError if the weights do not exist or do not fit.
+    """
+    from_run = config is None
+    if config is None:
+        folder = run_folder.run_dir_of(source)
+        run_folder.require_run(folder)
+        config, schedule = load_config(folder / run_folder.CONFIG), schedule or DEFAULT_SCHEDULE
+    return with_weights(
+        config,
+        str(source),
+        from_run=from_run,
+        resolution=resolution,
+        schedule=schedule,
+        epochs=epochs,
+        data=config.data,
+    )
+
+
+def with_weights(
+    config: Config,
+    source: str,
+    *,
+    from_run: bool,
+    resolution: int | None,
+    schedule: str | None,
+    epochs: int | None,
+    data: DataConfig,
+) -> Config:
+    """Return a configuration with given weights, their network, a resolution and a schedule.
+
+    from_run: whether the configuration is that of the run at `source`. data: to count the training
+    images of, for DATA_SIZED_SCHEDULES. The others are as for `finetune_config`.
+    """
+    check_finetuning(schedule=schedule, resolution=resolution)
+    if from_run:  # init.head was for the weights which that run started from
+        config = config.replace(init={"head": "keep"})
+    loaded = load_weights_from(source)
+    config = with_init(config, source, loaded.student, heads_known=loaded.heads_known)
+    if resolution is not None:
+        _check_patches(resolution, config.student)
+        config = at_resolution(config, resolution)
+    if schedule in DATA_SIZED_SCHEDULES:
+        config = replace(config, data=data)
+        num_images = len(load_split(data, "train")[1].labels)
+        config = DATA_SIZED_SCHEDULES[schedule](config, images=num_images)
+    elif schedule is not None:
+        config = FINETUNE_SCHEDULES[schedule](config)
+    return with_epochs(config, epochs)
+
+
+def _check_patches(resolution: int, student: StudentConfig) -> None:
+    """Raise CheckpointError if the patches of the weights do not divide the resolution."""
+    patch = student.patch_size
+    if student.is_transformer and resolution % patch:
+        below = resolution // patch * patch
+        multiples = f"{below} or {below + patch}" if below else f"{patch}"
+        raise CheckpointError(
+            f"resolution = {resolution}: is not a multiple of the patch size of the weights "
+            f"({patch} px); try {multiples}"
+        )
