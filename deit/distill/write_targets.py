@@ -79,8 +79,7 @@ def write_targets(
     """
     check_amount(epochs, part)
     config = validate(config.replace(teacher={"target_stores": ()}), live_teacher=False)
-    one_teacher = teacher_index is not None
-    _check_combinable(_with_one_teacher(config, teacher_index) if one_teacher else config)
+    _check_combinable(config if teacher_index is None else _with_one_teacher(config, teacher_index))
     config = with_init_normalization(config, load_init_weights(config.init))
     out = Path(out).resolve()
     _check_paths(config.teacher, out)
@@ -109,8 +108,7 @@ def write_targets(
     shards = _shards_of(part, record_format.num_shards, accelerator)
     writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, batch_size)
     _write_all(writer, accelerator)
-    is_complete = accelerator.is_main_process and store.merge_if_complete()
-    return open_store(out) if is_complete else None
+    return open_store(out) if accelerator.is_main_process and store.merge_if_complete() else None
 
 
 def _is_complete(store: ShardedTargetWriter, accelerator: Accelerator) -> bool:
