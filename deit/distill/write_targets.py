@@ -90,7 +90,7 @@ def write_targets(
     )
     size = teacher_input_size([teacher.image_size for teacher in teachers])
     loader = build_train_loader(config, splits, accelerator, teacher_size=size, all_processes=True)
-    if one_teacher:
+    if teacher_index is not None:
         teachers = teachers[teacher_index - 1 : teacher_index]
         config = _with_one_teacher(config, teacher_index)
     record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
