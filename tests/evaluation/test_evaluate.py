@@ -125,19 +125,19 @@ def test_evaluate_runs_on_different_classes_have_no_agreement(runs, tmp_path):
         (("--resolution", "0"), 2, ["--resolution 0"]),
         (("--crop", "1.5"), 2, ["--crop 1.5"]),
         (("--test-set", "b", "--data.root", "x"), 2, ["--test-set b", *TEST_SETS]),
-        (("--test-set", "imagenet-a"), 2, ["--test-set imagenet-a", "--data.root"]),
+        (("--test-set", "imagenet-a"), 2, ["--test-set imagenet-a", "data.root"]),
         (("--test-set", "imagenet-a", "--data.root", "none"), 3, ["data.root none"]),
         (
             ("--test-set", "imagenet-a", "--data.root", "x", "--split", "validation"),
             2,
-            ["--test-set", "--split"],
+            ["--test-set imagenet-a", "split"],
         ),
         (("--crop", "0.875,0.8750001"), 2, ["--crop 0.875,0.8750001"]),
         (("--plot", "x.txt"), 2, ["--plot x.txt", ".png"]),
         (("--resolution", "15"), 4, ["--resolution 15", "2 px"]),
         (("--resolution", "8,15"), 4, ["--resolution 15", "2 px"]),
         (("--crop", "nan"), 2, ["--crop nan"]),
-        (("--run.eval_batch_size", "0"), 2, ["--run.eval_batch_size 0"]),
+        (("--run.eval_batch_size", "0"), 2, ["run.eval_batch_size = 0"]),
     ],
 )
 def test_evaluate_invalid_options_print_one_line(arguments, code, parts, runs, capsys):
