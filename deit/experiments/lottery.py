@@ -21,7 +21,14 @@ from deit.experiments.base_runs import UNNAMED, BaseRuns, Experiment, slugify
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.lottery_masks import mask_report, write_masks
 from deit.experiments.lottery_options import DENSE, RATE, TICKET, LotteryOptions, check_options
-from deit.experiments.lottery_plan import LotteryPlan, LotteryRun, lottery_runs, plan_lottery
+from deit.experiments.lottery_plan import (
+    LotteryPlan,
+    LotteryRun,
+    lottery_runs,
+    plan_lottery,
+    point_of,
+    sparsity_text,
+)
 from deit.experiments.lottery_tables import mask_cells, mask_columns, matching, matching_line
 from deit.experiments.parallel_runs import (
     FailedRun,
@@ -32,7 +39,6 @@ from deit.experiments.parallel_runs import (
 )
 from deit.experiments.sweep_collect import collect_rows, environment_of, print_rows, write_plots
 from deit.experiments.sweep_execute import SweepFailures, train_all, unfinished
-from deit.experiments.sweep_grid import Point
 from deit.experiments.sweep_plan import SweepPlan, SweepRun, check_base_run, check_inputs_exist
 from deit.experiments.sweep_tables import MANIFEST, write_results
 from deit.models.registry import create_network
@@ -73,30 +79,26 @@ def lottery(
     config, out = validate(config, live_teacher=False), Path(out)
     _check(options, config, parallel=parallel, retries=retries)
     experiment = Experiment(recipe, config, out, dry_run)
-    request = _request(options, experiment)
-    check_same_request(out, MANIFEST, request, what="search")
+    request = _identity(options, experiment)
+    check_same_request(out, MANIFEST, request, what="lottery experiment")
     if not dry_run:
         check_writable(out, name="out")
-    base, plan, steps_per_epoch = _plan(options, config)
-    sources, base_runs, runs = _runs(plan, experiment, base, seeds)
-    _log_plan(plan, base, runs, steps_per_epoch)
+    normalized, plan, steps_per_epoch = _plan(options, config)
+    sources, base_runs, runs = _runs(plan, experiment, normalized, seeds)
+    _log_plan(plan, normalized, runs, steps_per_epoch)
     _warn_of_ignored_runs(out, runs)
     if dry_run:
-        _list(plan, base_runs, runs)
+        _print_runs(plan, base_runs, runs)
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with lock_dir(out, name="out"):
         write_json(out / MANIFEST, request)
-        trials = [SweepRun(_point(run, plan), run.seed, run.spec) for run in runs]
-        stores, specs = shared_targets.plan_shared_stores(
-            [run.spec for run in runs], out / "targets", content=None
-        )
-        sweep_plan = SweepPlan(sources, base_runs, trials, stores, specs)
+        sweep_plan = _sweep_plan(sources, base_runs, plan, runs)
         failures = _train(plan, sweep_plan, runs, parallel=parallel, retries=retries)
         result = _result(options, plan, experiment, sweep_plan, failures, runs, command)
         for path in write_results(result, out) + write_plots(result, out):
             info(f"wrote {path}")
-    _print(result)
+    _print_result(result)
     if failures.failed:
         raise combined_error(failures.failed)
     return result
@@ -110,8 +112,8 @@ def _check(options: LotteryOptions, config: Config, *, parallel: int, retries: i
     check_trackers(config.run.trackers)
 
 
-def _request(options: LotteryOptions, experiment: Experiment) -> dict[str, str]:
-    """Return what all commands in a folder must have in common, as text.
+def _identity(options: LotteryOptions, experiment: Experiment) -> dict[str, str]:
+    """Return what identifies an experiment, as text: all calls for one folder have it in common.
 
     It is the options that determine the levels, and the fields that determine the result of a run.
     """
@@ -119,17 +121,23 @@ def _request(options: LotteryOptions, experiment: Experiment) -> dict[str, str]:
     rate = f"{RATE if options.prune_rate is None else options.prune_rate:g}"
     fields = shared_targets.result_fields(experiment.config)
     fields.pop("run.seed", None)
-    request = {"sweep": NAME, "recipe": experiment.recipe, "scope": options.scope, "rate": rate}
-    texts = {name: json.dumps(value) for name, value in fields.items()}
-    return {**request, "rewind": rewind, **texts}
+    return {
+        "sweep": NAME,
+        "recipe": experiment.recipe,
+        "scope": options.scope,
+        "rate": rate,
+        "rewind": rewind,
+        **{name: json.dumps(value) for name, value in fields.items()},
+    }
 
 
 def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan, int]:
     """Return the configuration with the normalization of all runs, the plan, and the steps per
     epoch.
 
-    The normalization can follow from the initial weights, and those of a rewound run are others
-    than those of the dense run. Raises ConfigError if the weights cannot be pruned in this way.
+    The normalization is set here because it can follow from the initial weights, and a rewound run
+    has other initial weights than the dense run. Raises ConfigError if the weights cannot be pruned
+    in this way.
     """
     config = with_init_normalization(config, load_init_weights(config.init))
     splits = load_splits(config.data)
@@ -138,36 +146,42 @@ def _plan(options: LotteryOptions, config: Config) -> tuple[Config, LotteryPlan,
     steps_per_epoch = num_steps_per_epoch(len(splits.train.labels), config.optim.batch_size)
     plan = plan_lottery(options, config, steps_per_epoch=steps_per_epoch)
     num_steps = config.optim.epochs * steps_per_epoch
-    if plan.rewind >= num_steps:
+    if plan.rewind_step >= num_steps:
         raise ConfigError(
-            f"rewind_epoch = {plan.rewind / steps_per_epoch:g}: rewinds to step {plan.rewind}, but "
-            f"a run has {num_steps} steps only"
+            f"rewind_epoch = {plan.rewind_step / steps_per_epoch:g}: rewinds to step "
+            f"{plan.rewind_step}, but a run has {num_steps} steps only"
         )
     weights = prunable(create_network(config.student, len(splits.class_names)))
     if not weights:
         raise ConfigError(f"student.name = {config.student.name!r}: has no prunable weights")
-    prune_in(plan.scope)(weights, all_ones(weights), plan.densities[0])  # raises if it cannot
+    prune = prune_in(plan.scope)
+    prune(weights, all_ones(weights), plan.densities[0])  # raises ConfigError if it cannot
     return config, plan, steps_per_epoch
 
 
 def _runs(
-    plan: LotteryPlan, experiment: Experiment, base: Config, seeds: Sequence[int]
+    plan: LotteryPlan, experiment: Experiment, config: Config, seeds: Sequence[int]
 ) -> tuple[BaseRuns, list[RunSpec], list[LotteryRun]]:
-    """Return the base runs and the runs of all seeds. Raises ConfigError and DataError."""
+    """Return the base runs and the runs of all seeds. config: from `_plan`.
+
+    Raises ConfigError and DataError.
+    """
     out = experiment.out
     first = experiment.config.replace(run={"seed": seeds[0]})
     recipe_config = experiment.config if experiment.recipe == UNNAMED else None
     sources = BaseRuns(experiment, first, out, recipe_config=recipe_config, arms=[first])
-    # Initial weights are not trained here: they must exist, since they set the normalization.
-    local = sources.with_local_paths(base.replace(init={"weights": None}))
-    local = local.replace(init={"weights": base.init.weights})
+    # Initial weights are never trained as a base run: they must exist, since they set the
+    # normalization. So their path stays as it is.
+    with_paths = sources.with_local_paths(config.replace(init={"weights": None}))
+    with_paths = with_paths.replace(init={"weights": config.init.weights})
     base_runs = [
-        RunSpec(name, config, out / slugify(name)) for name, config in sources.runs.items()
+        RunSpec(name, base_config, out / slugify(name))
+        for name, base_config in sources.runs.items()
     ]
     for run in base_runs:
         check_base_run(run)
-    check_inputs_exist(local, {str(run.out) for run in base_runs})
-    runs = [run for seed in seeds for run in lottery_runs(plan, local, seed, out)]
+    check_inputs_exist(with_paths, {str(run.out) for run in base_runs})
+    runs = [run for seed in seeds for run in lottery_runs(plan, with_paths, seed, out)]
     runs = [run._replace(spec=_with_recorded_paths(run.spec)) for run in runs]
     return sources, base_runs, runs
 
@@ -175,35 +189,35 @@ def _runs(
 def _with_recorded_paths(run: RunSpec) -> RunSpec:
     """Return a run with the paths of initial weights and masks that it was started with.
 
-    From another working directory, or after a move, the same files have other paths. A resumed run
-    reads neither.
+    From another working directory, or after a move, the same files have other paths, and a run
+    whose paths differ could not be resumed. A resumed run does not read the files themselves.
     """
     if not run_folder.list_checkpoints(run.out) or not (run.out / run_folder.CONFIG).is_file():
         return run
     recorded, planned = load_config(run.out / run_folder.CONFIG).init, run.config.init
-    same_files = {
-        leaf: getattr(recorded, leaf)
-        for leaf in ("weights", "pruning_masks")
-        if Path(getattr(recorded, leaf) or "").name == Path(getattr(planned, leaf) or "").name
+    recorded_paths = {
+        field: getattr(recorded, field)
+        for field in ("weights", "pruning_masks")
+        if Path(getattr(recorded, field) or "").name == Path(getattr(planned, field) or "").name
     }
-    return run._replace(config=run.config.replace(init=same_files))
+    return run._replace(config=run.config.replace(init=recorded_paths))
 
 
 def _log_plan(
-    plan: LotteryPlan, base: Config, runs: list[LotteryRun], steps_per_epoch: int
+    plan: LotteryPlan, config: Config, runs: list[LotteryRun], steps_per_epoch: int
 ) -> None:
     """Log the levels, the number of runs and their estimated time."""
     sparsities = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
     info(f"levels    sparsity {sparsities} % of the prunable weights (scope {plan.scope})")
-    epoch = f" (epoch {plan.rewind / steps_per_epoch:g})" if plan.rewind else ""
-    info(f"rewind    to the weights, schedule, order and views of step {plan.rewind}{epoch}")
+    epoch = f" (epoch {plan.rewind_step / steps_per_epoch:g})" if plan.rewind_step else ""
+    info(f"rewind    to the weights, schedule, order and views of step {plan.rewind_step}{epoch}")
     specs = [run.spec for run in runs]
     num_finished = len(runs) - len(unfinished(specs))
     info(
-        f"runs      {len(runs)} of {base.optim.epochs} epochs, {num_finished} of them finished; "
+        f"runs      {len(runs)} of {config.optim.epochs} epochs, {num_finished} of them finished; "
         "each level waits for the level before"
     )
-    info(f"time      {_time_left(specs, steps_per_epoch)}")
+    info(f"time      {_work_left(specs, steps_per_epoch)}")
 
 
 def _warn_of_ignored_runs(out: Path, runs: list[LotteryRun]) -> None:
@@ -217,7 +231,7 @@ def _warn_of_ignored_runs(out: Path, runs: list[LotteryRun]) -> None:
         )
 
 
-def _time_left(runs: list[RunSpec], steps_per_epoch: int) -> str:
+def _work_left(runs: list[RunSpec], steps_per_epoch: int) -> str:
     """Return the number of steps left, without those of teachers, and the time that they take,
     estimated from finished runs."""
     num_left = sum(
@@ -227,11 +241,11 @@ def _time_left(runs: list[RunSpec], steps_per_epoch: int) -> str:
     )
     results = [result for run in runs if (result := run_folder.read_result(run.out)) is not None]
     batch_size = runs[0].config.optim.batch_size
-    num_done = sum(result["samples_seen"] for result in results) / batch_size
-    if not num_left or not num_done:
+    num_measured = sum(result["samples_seen"] for result in results) / batch_size
+    if not num_left or not num_measured:
         later = "; their time is estimated once a run has finished" if num_left else ""
         return f"{num_left:,} steps, without those of teachers{later}"
-    step_seconds = sum(result["seconds"] for result in results) / num_done
+    step_seconds = sum(result["seconds"] for result in results) / num_measured
     return (
         f"{num_left:,} steps, without those of teachers; {format_duration(num_left * step_seconds)}"
         f" one run after another, at {step_seconds:.3g} s per step as in the finished runs"
@@ -243,28 +257,28 @@ def _num_steps_done(run: RunSpec) -> int:
     return max((step for step, _ in run_folder.list_checkpoints(run.out)), default=0)
 
 
-def _list(plan: LotteryPlan, base_runs: list[RunSpec], runs: list[LotteryRun]) -> None:
-    """Print the runs."""
+def _print_runs(plan: LotteryPlan, base_runs: list[RunSpec], runs: list[LotteryRun]) -> None:
+    """Print the runs that the plan has."""
     rows = [("base run", "", run.name, str(run.out)) for run in base_runs]
-    rows += [(run.kind, _sparsity(run, plan), str(run.seed), str(run.spec.out)) for run in runs]
+    rows += [(run.kind, sparsity_text(run, plan), str(run.seed), str(run.spec.out)) for run in runs]
     title = "dry run: nothing is trained or written"
     table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)
 
 
-def _sparsity(run: LotteryRun, plan: LotteryPlan) -> str:
-    """Return the sparsity in %, with as many digits as make those of all levels distinct."""
-    for digits in range(1, 9):
-        texts = [f"{100 * (1 - density):.{digits}f}" for density in (1.0, *plan.densities)]
-        if len(set(texts)) == len(texts):
-            break
-    return texts[run.level]
-
-
-def _point(run: LotteryRun, plan: LotteryPlan) -> Point:
-    """Return a run as a point of a sweep over its kind and sparsity."""
-    sparsity = _sparsity(run, plan)
-    name = DENSE if run.kind == DENSE else f"{run.kind}, {sparsity} %"
-    return Point(name, {"run": run.kind, "sparsity %": sparsity}, run.spec.config)
+def _sweep_plan(
+    sources: BaseRuns, base_runs: list[RunSpec], plan: LotteryPlan, runs: list[LotteryRun]
+) -> SweepPlan:
+    """Return the runs as those of a sweep over kind and sparsity, with the stores they share."""
+    stores, specs_with_stores = shared_targets.plan_shared_stores(
+        [run.spec for run in runs], sources.folder / "targets", content=None
+    )
+    return SweepPlan(
+        sources=sources,
+        base_runs=base_runs,
+        sweep_runs=[SweepRun(point_of(run, plan), run.seed, run.spec) for run in runs],
+        stores=stores,
+        runs=specs_with_stores,
+    )
 
 
 def _train(
@@ -279,23 +293,21 @@ def _train(
     later levels of its seed."""
     finished, failures = FinishedRunChecker(), SweepFailures([], {})
     finished.check([*sweep_plan.base_runs, *sweep_plan.runs])
-    spec_at = {spec.out: spec for spec in sweep_plan.runs}
+    spec_of = {spec.out: spec for spec in sweep_plan.runs}  # with the stores that runs share
     progress = RunProgress(len(unfinished(sweep_plan.base_runs)) + len(unfinished(sweep_plan.runs)))
-    written: set[str] = set()  # the stores that are complete
+    stores_of_earlier_levels: set[str] = set()  # which wrote them, or failed
     for level in range(len(plan.densities) + 1):
         ready = []
         for run in (run for run in runs if run.level == level):
-            reason = _missing_input(run, failures)
-            if reason is None:
-                reason = _write_masks_or_reason(run, plan, failures)
-            if reason is None:
-                ready.append(spec_at[run.spec.out])
+            if _has_inputs(run, failures) and _write_masks(run, plan, failures):
+                ready.append(spec_of[run.spec.out])
             else:
                 progress.total -= 1
-        stores = [store for store in sweep_plan.stores if str(store.path) not in written]
-        written |= {
-            target for spec in unfinished(ready) for target in spec.config.teacher.target_stores
-        }
+        stores = [
+            store for store in sweep_plan.stores if str(store.path) not in stores_of_earlier_levels
+        ]
+        for spec in unfinished(ready):
+            stores_of_earlier_levels.update(spec.config.teacher.target_stores)
         level_failures = train_all(
             sweep_plan._replace(runs=ready, stores=stores),
             finished=finished,
@@ -308,34 +320,31 @@ def _train(
     return failures
 
 
-def _missing_input(run: LotteryRun, failures: SweepFailures) -> str | None:
-    """Return why a run cannot start, and add that to the failures; None if it can.
+def _has_inputs(run: LotteryRun, failures: SweepFailures) -> bool:
+    """Return whether the runs that a run depends on have finished; if not, add it to `failures`.
 
     A run needs the level before it. A control also needs the masks of its ticket.
     """
     if run.level == 0:
-        return None
-    needed = run.spec.out.with_name(f"level-{run.level - 1}")
-    ticket = run.spec.out.with_name(f"level-{run.level}")
-    if run.kind != TICKET and ticket in failures.reasons():
-        needed = ticket
-    if needed not in failures.reasons():
-        return None
-    failures.blocked[run.spec.out] = f"needs {needed}, which is missing"
-    return failures.blocked[run.spec.out]
+        return True
+    needed = [run.spec.out.with_name(f"level-{run.level - 1}")]
+    if run.kind != TICKET:
+        needed.insert(0, run.spec.out.with_name(f"level-{run.level}"))
+    failed = [folder for folder in needed if folder in failures.reasons()]
+    if failed:
+        failures.blocked[run.spec.out] = f"needs {failed[0]}, which did not finish"
+    return not failed
 
 
-def _write_masks_or_reason(
-    run: LotteryRun, plan: LotteryPlan, failures: SweepFailures
-) -> str | None:
-    """Write the masks of a run. Return why they cannot be written, and add that to the failures."""
+def _write_masks(run: LotteryRun, plan: LotteryPlan, failures: SweepFailures) -> bool:
+    """Write the masks of a run; return whether that succeeded, and if not, add it to `failures`."""
     try:
         write_masks(run, plan)
     except DeitError as error:
         log = run.spec.out.with_name(f"{run.spec.out.name}.log")
         failures.failed.append(FailedRun(run.spec, error.exit_code, str(error), log))
-        return str(error)
-    return None
+        return False
+    return True
 
 
 def _result(
@@ -351,9 +360,9 @@ def _result(
     the masks of the first seed."""
     rows, evaluation, _ = collect_rows(sweep_plan, failures)
     for run in runs:
-        rows[_point(run, plan).name]["level"] = run.level
+        rows[point_of(run, plan).name]["level"] = run.level
     masks = {
-        _point(run, plan).name: mask_report(run)
+        point_of(run, plan).name: mask_report(run)
         for run in runs
         if run.seed == runs[0].seed
         and run.kind in (DENSE, TICKET)
@@ -374,7 +383,7 @@ def _result(
         "stopped": {},
         "lottery": {
             "scope": plan.scope,
-            "rewind": plan.rewind,
+            "rewind": plan.rewind_step,
             "tolerance": options.tolerance,
             "matching": matching(rows, options.tolerance),
             "masks": masks,
@@ -384,7 +393,7 @@ def _result(
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any]) -> None:
     print_rows(result)
     table(f"pruning masks, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
     info(f"matching runs are {matching_line(result)}")

@@ -8,6 +8,7 @@ from deit.core import run_folder
 from deit.experiments.base_runs import slugify
 from deit.experiments.lottery_options import DENSE, ONE_SHOT, REINITIALIZED, TICKET, LotteryOptions
 from deit.experiments.parallel_runs import RunSpec
+from deit.experiments.sweep_grid import Point
 
 _SEED_OFFSET = 1_000_000  # from the seed of a run to that of its reinitialized control
 
@@ -15,14 +16,14 @@ _SEED_OFFSET = 1_000_000  # from the seed of a run to that of its reinitialized 
 class LotteryPlan(NamedTuple):
     """What is common to the runs of a lottery experiment.
 
-    densities: the share of the prunable weights that each level keeps, from level 1. rewind: the
-    step of the dense run to whose weights, schedule, order and views every level is rewound.
-    controls: as in LotteryOptions. control_levels: its control_rounds.
+    densities: the share of the prunable weights that each level keeps, from level 1.
+    rewind_step: the step of the dense run to whose weights, schedule, order and views every level
+    is rewound. controls: as in LotteryOptions. control_levels: its control_rounds.
     """
 
     scope: str
     densities: tuple[float, ...]
-    rewind: int
+    rewind_step: int
     controls: tuple[str, ...]
     control_levels: tuple[int, ...]
 
@@ -63,7 +64,7 @@ def lottery_runs(plan: LotteryPlan, base: Config, seed: int, out: str | Path) ->
     base: the configuration of the dense run, without the seed. out: the folder of the experiment.
     """
     config = base.replace(run={"seed": seed})
-    keep_steps = (plan.rewind,) if plan.rewind else ()
+    keep_steps = (plan.rewind_step,) if plan.rewind_step else ()
     dense = RunSpec(
         f"dense, seed {seed}",
         config.replace(run={"keep_steps": keep_steps}),
@@ -81,7 +82,7 @@ def lottery_runs(plan: LotteryPlan, base: Config, seed: int, out: str | Path) ->
             masks = folder.parent / "masks" / f"{name}.safetensors"
             spec = RunSpec(
                 f"{kind} of level {level}, seed {seed}",
-                _pruned_config(config, kind, masks, plan.rewind, dense.out),
+                _pruned_config(config, kind, masks, plan.rewind_step, dense.out),
                 folder,
             )
             runs.append(LotteryRun(kind, level, seed, spec, masks))
@@ -101,3 +102,19 @@ def _pruned_config(config: Config, kind: str, masks: Path, rewind: int, dense: P
         return config.replace(init={"pruning_masks": str(masks)})
     init |= {"weights": str(run_folder.checkpoint_path(dense, rewind)), "start_step": rewind}
     return config.replace(init=init)
+
+
+def sparsity_text(run: LotteryRun, plan: LotteryPlan) -> str:
+    """Return the sparsity in %, with as many digits as make those of all levels distinct."""
+    for digits in range(1, 9):
+        texts = [f"{100 * (1 - density):.{digits}f}" for density in (1.0, *plan.densities)]
+        if len(set(texts)) == len(texts):
+            break
+    return texts[run.level]
+
+
+def point_of(run: LotteryRun, plan: LotteryPlan) -> Point:
+    """Return a run as a point of a sweep over its kind and sparsity."""
+    sparsity = sparsity_text(run, plan)
+    name = DENSE if run.kind == DENSE else f"{run.kind}, {sparsity} %"
+    return Point(name, {"run": run.kind, "sparsity %": sparsity}, run.spec.config)

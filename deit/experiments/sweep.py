@@ -82,7 +82,7 @@ def sweep(
     if not dry_run:
         check_writable(out, name="out")
     plan = plan_sweep(spec, experiment, recipe_config=recipe_config)
-    for message in duplicate_points(plan.trials):
+    for message in duplicate_points(plan.sweep_runs):
         info(message)
     if dry_run:
         _list(spec, plan)
@@ -91,7 +91,7 @@ def sweep(
     with lock_dir(out, name="out"):
         write_json(out / MANIFEST, {"sweep": spec.name, "recipe": spec.recipe})
         finished, search = FinishedRunChecker(), None
-        finished.check([*plan.base_runs, *(trial.run for trial in plan.trials)])
+        finished.check([*plan.base_runs, *(sweep_run.run for sweep_run in plan.sweep_runs)])
         if spec.search:
             search = search_all(
                 spec, config, plan, finished=finished, parallel=parallel, retries=retries
@@ -99,7 +99,7 @@ def sweep(
             plan = plan.with_search_results(spec, search.finished, top)
         failures = train_all(plan, finished=finished, parallel=parallel, retries=retries)
         for point, failed in search.failed if search else []:
-            plan.trials.append(SweepRun(point, spec.seeds[0], failed.run))
+            plan.sweep_runs.append(SweepRun(point, spec.seeds[0], failed.run))
             failures.failed.append(failed)
         result = _result(spec, plan, failures, search=search, top=top, command=command)
         for path in write_results(result, out) + write_plots(result, out):
@@ -213,7 +213,7 @@ def _result(
 ) -> dict[str, Any]:
     """Return the content of results.json."""
     rows, evaluation, first = collect_rows(plan, failures)
-    fields = (name for trial in plan.trials for name in trial.point.values)
+    fields = (name for sweep_run in plan.sweep_runs for name in sweep_run.point.values)
     return {
         "sweep": spec.name,
         "recipe": spec.recipe,

@@ -28,7 +28,7 @@ def collect_rows(
     point was evaluated.
     """
     evaluations = EvaluationCache()
-    classes = any(trial.run.config.data.unseen_classes for trial in plan.trials)
+    classes = any(sweep_run.run.config.data.unseen_classes for sweep_run in plan.sweep_runs)
     first: dict[str, CachedEvaluation] = {}
     rows: dict[str, result_rows.Row] = {}
     last: dict[str, Any] = {}
@@ -61,19 +61,19 @@ def collect_rows(
         else:
             last = evaluation.metrics
             _add_run(rows[run.name], seed, run.out, last, classes)
-    for trial in plan.trials:
-        epochs = trial.run.config.optim.epochs
+    for sweep_run in plan.sweep_runs:
+        epochs = sweep_run.run.config.optim.epochs
         row = result_rows.new_row(epochs=epochs, teacher=False)
-        more = {"values": trial.point.values, "seeds": [], "folders": [], "failed": {}}
-        more["sets"] = trial.point.changes
-        row = rows.setdefault(trial.point.name, {**row, **more})
-        if (evaluation := evaluation_of(trial.run)) is None:
-            row["failed"][str(trial.seed)] = reasons[trial.run.out]
+        more = {"values": sweep_run.point.values, "seeds": [], "folders": [], "failed": {}}
+        more["sets"] = sweep_run.point.changes
+        row = rows.setdefault(sweep_run.point.name, {**row, **more})
+        if (evaluation := evaluation_of(sweep_run.run)) is None:
+            row["failed"][str(sweep_run.seed)] = reasons[sweep_run.run.out]
             continue
-        if trial.seed == plan.trials[0].seed:
-            first[trial.point.name] = evaluation
+        if sweep_run.seed == plan.sweep_runs[0].seed:
+            first[sweep_run.point.name] = evaluation
         last = evaluation.metrics
-        _add_run(row, trial.seed, trial.run.out, last, classes)
+        _add_run(row, sweep_run.seed, sweep_run.run.out, last, classes)
     if not any(row["values"] and row["seeds"] for row in rows.values()):
         raise combined_error(failures.failed)
     return rows, last, first

@@ -22,7 +22,7 @@ from deit.experiments.parallel_runs import (
 )
 from deit.experiments.search import PrunedTrial, Search
 from deit.experiments.sweep_grid import Point
-from deit.experiments.sweep_plan import SweepPlan, make_trials
+from deit.experiments.sweep_plan import SweepPlan, make_sweep_runs
 from deit.experiments.sweep_spec import Sweep
 
 
@@ -191,13 +191,15 @@ def search_all(
     targets: tuple[str, ...] = ()
 
     def run_of(point: Point) -> RunSpec:
-        (trial,) = make_trials([point], (seed,), out, sources.with_local_paths)
-        trial_config = trial.run.config
+        (sweep_run,) = make_sweep_runs([point], (seed,), out, sources.with_local_paths)
+        trial_config = sweep_run.run.config
         has_teacher = trial_config.loss.kind != "none"
         matches = has_teacher and shared_targets.teacher_query_key(trial_config) == base_key
         if not (targets and matches and trial_config.optim.epochs <= base.optim.epochs):
-            return trial.run
-        return trial.run._replace(config=trial_config.replace(teacher={"target_stores": targets}))
+            return sweep_run.run
+        return sweep_run.run._replace(
+            config=trial_config.replace(teacher={"target_stores": targets})
+        )
 
     options = {"name": sweep.name, "seed": seed, "search_hash": _search_hash(sweep, first)}
     search = Search(sweep.search, config, out, **options, run_of=run_of, retries=retries)

@@ -26,7 +26,7 @@ class SweepRun(NamedTuple):
     run: RunSpec
 
 
-def make_trials(
+def make_sweep_runs(
     points: list[Point],
     seeds: tuple[int, ...],
     out: str | Path,
@@ -42,29 +42,29 @@ def make_trials(
     folders = {
         path.name[-shared_targets.HASH_LENGTH :]: path for path in runs.glob("*") if path.is_dir()
     }
-    trials = []
+    sweep_runs = []
     for seed in seeds:
         for point in points:
             config = point.config.replace(run={"seed": seed})
             key = shared_targets.content_hash(shared_targets.result_fields(config))
             folder = folders.setdefault(key, runs / f"{slugify(point.name)[:80]}-seed-{seed}-{key}")
             run = RunSpec(f"{point.name}, seed {seed}", with_local_paths(config), folder)
-            trials.append(SweepRun(point, seed, run))
-    return trials
+            sweep_runs.append(SweepRun(point, seed, run))
+    return sweep_runs
 
 
 class SweepPlan(NamedTuple):
     """The runs and target stores of a sweep.
 
     sources: the teachers and initial weights of all runs. base_runs: those of them that are
-    trained, each after the runs that it depends on. trials: every point with every seed. stores:
-    target stores that runs share. runs: the runs of the trials without duplicates, with their
+    trained, each after the runs that it depends on. sweep_runs: every point with every seed.
+    stores: target stores that runs share. runs: those of sweep_runs without duplicates, with their
     target stores.
     """
 
     sources: BaseRuns
     base_runs: list[RunSpec]
-    trials: list[SweepRun]
+    sweep_runs: list[SweepRun]
     stores: list[shared_targets.TargetStorePlan]
     runs: list[RunSpec]
 
@@ -72,19 +72,19 @@ class SweepPlan(NamedTuple):
         """Return the plan for the points of a finished search, the best first: all points with the
         first seed, and the `top` best with the other seeds."""
         out, with_local_paths = self.sources.folder, self.sources.with_local_paths
-        trials = make_trials(points, sweep.seeds[:1], out, with_local_paths)
-        trials += make_trials(points[:top], sweep.seeds[1:], out, with_local_paths)
-        return SweepPlan(self.sources, self.base_runs, trials, *_shared(sweep, trials, out))
+        sweep_runs = make_sweep_runs(points, sweep.seeds[:1], out, with_local_paths)
+        sweep_runs += make_sweep_runs(points[:top], sweep.seeds[1:], out, with_local_paths)
+        return SweepPlan(self.sources, self.base_runs, sweep_runs, *_shared(sweep, sweep_runs, out))
 
 
-def duplicate_points(trials: list[SweepRun]) -> list[str]:
+def duplicate_points(sweep_runs: list[SweepRun]) -> list[str]:
     """Return a message for each point that is the same run as a point before it."""
     first: dict[Path, str] = {}
     return [
-        f"{trial.point.name}: is the same run as {first[trial.run.out]}, trained once"
-        for trial in trials
-        if trial.seed == trials[0].seed
-        and first.setdefault(trial.run.out, trial.point.name) != trial.point.name
+        f"{sweep_run.point.name}: is the same run as {first[sweep_run.run.out]}, trained once"
+        for sweep_run in sweep_runs
+        if sweep_run.seed == sweep_runs[0].seed
+        and first.setdefault(sweep_run.run.out, sweep_run.point.name) != sweep_run.point.name
     ]
 
 
@@ -125,16 +125,16 @@ def plan_sweep(sweep: Sweep, experiment: Experiment, *, recipe_config: Config) -
     trained = {str(run.out) for run in base_runs}
     for point in known:
         check_inputs_exist(sources.with_local_paths(point.config), trained)
-    trials = make_trials(points, sweep.seeds, out, sources.with_local_paths)
-    return SweepPlan(sources, base_runs, trials, *_shared(sweep, trials, out))
+    sweep_runs = make_sweep_runs(points, sweep.seeds, out, sources.with_local_paths)
+    return SweepPlan(sources, base_runs, sweep_runs, *_shared(sweep, sweep_runs, out))
 
 
 def _shared(
-    sweep: Sweep, trials: list[SweepRun], out: Path
+    sweep: Sweep, sweep_runs: list[SweepRun], out: Path
 ) -> tuple[list[shared_targets.TargetStorePlan], list[RunSpec]]:
     """Return the shared stores, and the runs without duplicates, with their stores. Raises
     ConfigError."""
-    unique = list({trial.run.out: trial.run for trial in trials}.values())
+    unique = list({sweep_run.run.out: sweep_run.run for sweep_run in sweep_runs}.values())
     if not sweep.share_targets:
         return [], unique
     return shared_targets.plan_shared_stores(unique, out / "targets", content=sweep.content)

@@ -43,7 +43,7 @@ TRAINED = ("model", "average", "optimizer", "masks")
 
 def test_lottery_runs_rewind_to_the_weights_and_step_of_the_dense_run(tmp_path):
     plan, runs = planned_lottery(tmp_path, rounds=2, prune_rate=0.5, rewind_epoch=1.5)
-    assert (plan.rewind, plan.densities) == (6, (0.5, 0.25))
+    assert (plan.rewind_step, plan.densities) == (6, (0.5, 0.25))
     names = ["level-0", "level-1", "random-1", "reinitialized-1"]
     names += ["level-2", "random-2", "reinitialized-2", "one-shot-2"]
     assert [run.spec.out.name for run in runs] == names
@@ -66,7 +66,7 @@ def test_lottery_runs_rewind_to_the_weights_and_step_of_the_dense_run(tmp_path):
 
 def test_plan_lottery_default_rewinds_to_the_end_of_warm_up(tmp_path):
     plan, _ = planned_lottery(tmp_path)
-    assert plan.rewind == 2 * 4
+    assert plan.rewind_step == 2 * 4
     assert plan.densities == pytest.approx((0.8, 0.64, 0.512, 0.4096, 0.32768, 0.262144, 0.2097152))
 
 

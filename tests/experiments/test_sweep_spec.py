@@ -22,7 +22,7 @@ from deit.experiments.sweep_grid import (
     with_command_line,
     with_fields,
 )
-from deit.experiments.sweep_plan import duplicate_points, make_trials
+from deit.experiments.sweep_plan import duplicate_points, make_sweep_runs
 from deit.experiments.sweep_spec import SearchRange, read_sweep, text_of
 from tests.helpers.errors import raises
 
@@ -323,8 +323,10 @@ def test_search_range_is_whole_for_integer_fields(tmp_path):
 @pytest.mark.fault("E11")
 def test_duplicate_points_are_reported(tmp_path):
     sweep = read(tmp_path, "runs: {quick: {optim.lr: 0.5}, fast: {optim.lr: 0.5}, other: {}}")
-    trials = make_trials(points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config)
-    (message,) = duplicate_points(trials)
+    sweep_runs = make_sweep_runs(
+        points_of(sweep, digits()), (0, 1), tmp_path, lambda config: config
+    )
+    (message,) = duplicate_points(sweep_runs)
     assert message.startswith("fast: ")
     assert "quick" in message
 
