@@ -21,10 +21,10 @@ from deit.training.save import selection_metric
 DATABASE = "optuna.db"
 _NUM_STARTUP_TRIALS = 10  # random trials before the model is used: optuna's default
 _NUM_UNPRUNED_TRIALS = 5  # trials that are never pruned, to estimate the median from
-# Attributes of a trial: the number of the trial that it repeats, the reason of its failure, and
-# whether it is a duplicate of another trial.
-_REPEATS, _REASON, _DUPLICATE = "of", "reason", "again"
-_SEARCH_HASH = "of"  # the attribute of the study
+# Attributes of a trial in the database: the number of the trial that it retries, why it failed, and
+# whether another trial has the same point.
+_RETRY_OF, _FAILURE_REASON, _IS_DUPLICATE = "retry_of", "failure_reason", "is_duplicate"
+_SEARCH_HASH = "search_hash"  # an attribute of the study
 _MAX_DUPLICATES = 30  # duplicate proposals in a row before the search ends
 _TRANSIENT_ERRORS = (
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM),
@@ -52,7 +52,7 @@ class PrunedTrial(NamedTuple):
     top1: float
 
 
-def _cause(error: BaseException) -> BaseException:
+def _sqlite_cause(error: BaseException) -> BaseException:
     """Return the error of SQLite behind an error of SQLAlchemy or optuna."""
     while not isinstance(error, sqlite3.Error):
         cause = getattr(error, "orig", None) or error.__cause__ or error.__context__
@@ -62,7 +62,7 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _translating_errors(method: Callable[..., Result]) -> Callable[..., Result]:
+def _with_translated_errors(method: Callable[..., Result]) -> Callable[..., Result]:
     """Return a method of Search that raises database errors as SystemFault."""
 
     @functools.wraps(method)
@@ -83,8 +83,9 @@ class Search:
 
     seed: of the proposals. search_hash: identifies the space and the base configuration. run_of:
     returns the run of a point. retries: how often a trial is retried at once after a transient
-    failure; the next command retries all failed trials. progress: counts the remaining trials, and
-    the base runs before them.
+    failure; the next command retries all failed trials.
+
+    Attribute `progress` counts the remaining trials, and the base runs before them.
     """
 
     def __init__(
@@ -108,8 +109,9 @@ class Search:
         self._optuna, self._space, self._base, self._name = optuna, space, base, name
         self._run_of, self._retries = run_of, retries
         self._num_retries: Counter[Path] = Counter()
-        self._known: set[Path] | None = None
-        # _ending: no new trials; the active ones may still run.
+        self._proposed: set[Path] | None = None
+        # _ending: nothing more is proposed, but trials may still run. _exhausted: nor does any run,
+        # so the space has no other points.
         self._exhausted = self._ending = False
         self._reported: dict[Path, int] = {}
         self.progress = RunProgress(0)
@@ -128,10 +130,10 @@ class Search:
                 self._requeue()
         except Exception as error:  # optuna, SQLAlchemy and sqlite raise many types
             raise_transient(error, self._database)
-            cause = _cause(error)
+            cause = _sqlite_cause(error)
             # The low byte is the primary error code.
             if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _TRANSIENT_ERRORS:
-                raise self._fault(cause) from None
+                raise self._system_fault(cause) from None
             raise CheckpointError(
                 f"{self._database}: cannot be read ({first_line(error)})"
             ) from None
@@ -146,8 +148,8 @@ class Search:
         from sqlalchemy.pool import NullPool
 
         optuna = self._optuna
-        warmup = max(base.optim.epochs // 4, 1)
-        pruner = optuna.pruners.MedianPruner(_NUM_UNPRUNED_TRIALS, n_warmup_steps=warmup)
+        num_warmup_epochs = max(base.optim.epochs // 4, 1)
+        pruner = optuna.pruners.MedianPruner(_NUM_UNPRUNED_TRIALS, n_warmup_steps=num_warmup_epochs)
         return optuna.create_study(
             # NullPool: each connection is closed after its use.
             storage=optuna.storages.RDBStorage(
@@ -167,9 +169,9 @@ class Search:
         try:
             yield
         except (self._optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-            raise self._fault(_cause(error)) from None
+            raise self._system_fault(_sqlite_cause(error)) from None
 
-    def _fault(self, cause: BaseException) -> SystemFault:
+    def _system_fault(self, cause: BaseException) -> SystemFault:
         return SystemFault(
             f"{self._database}: cannot be read or written ({first_line(cause)}); its trials are "
             "kept; run the same command again to continue"
@@ -180,41 +182,41 @@ class Search:
         state = self._optuna.trial.TrialState
         for trial in self._study.get_trials(states=(state.RUNNING,)):
             self._study.tell(trial.number, state=state.FAIL)
-            self._study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
+            self._study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
         for trial in self._failed():
-            self._study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
+            self._study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
 
     def _failed(self) -> list[Any]:
         """Return the trials whose runs failed and that were not proposed again."""
         state = self._optuna.trial.TrialState
-        repeated = self._repeated()
+        retried = self._retried()
         failed = self._study.get_trials(states=(state.FAIL,))
         return [
             trial
             for trial in failed
-            if _REASON in trial.user_attrs and trial.number not in repeated
+            if _FAILURE_REASON in trial.user_attrs and trial.number not in retried
         ]
 
-    def _repeated(self) -> set[int]:
-        """Return the numbers of the trials that were proposed again."""
+    def _retried(self) -> set[int]:
+        """Return the numbers of the failed trials that were proposed again."""
         trials = self._study.get_trials()
-        return {trial.user_attrs[_REPEATS] for trial in trials if _REPEATS in trial.user_attrs}
+        return {trial.user_attrs[_RETRY_OF] for trial in trials if _RETRY_OF in trial.user_attrs}
 
-    @_translating_errors
+    @_with_translated_errors
     def num_done(self) -> int:
         """Return the number of trials that finished, were stopped, or failed."""
         state = self._optuna.trial.TrialState
         ended = self._study.get_trials(states=(state.COMPLETE, state.PRUNED, state.FAIL))
-        repeated = self._repeated()
+        retried = self._retried()
         return sum(
-            trial.number not in repeated and _DUPLICATE not in trial.user_attrs for trial in ended
+            trial.number not in retried and _IS_DUPLICATE not in trial.user_attrs for trial in ended
         )
 
     def num_left(self) -> int:
         """Return the number of trials that have not ended; 0 if the space has no other points."""
         return 0 if self._exhausted else max(self._space.trials - self.num_done(), 0)
 
-    @_translating_errors
+    @_with_translated_errors
     def counts(self) -> dict[str, int]:
         """Return the number of trials, in all and by outcome."""
         state = self._optuna.trial.TrialState
@@ -235,8 +237,8 @@ class Search:
             yield from self._proposals()
 
     def _proposals(self) -> Iterator[RunSpec]:
-        if self._known is None:
-            self._known = set(self._folders())
+        if self._proposed is None:
+            self._proposed = set(self._folders())
         num_duplicates = 0
         while self.num_left() > len(self._running):
             trial = self._study.ask(self._distributions())
@@ -247,9 +249,9 @@ class Search:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 continue
             run = self._run_of(point)
-            is_known = run.out in self._known and _REPEATS not in trial.user_attrs
-            if run.out in self._running or is_known:
-                trial.set_user_attr(_DUPLICATE, value=True)
+            was_proposed = run.out in self._proposed and _RETRY_OF not in trial.user_attrs
+            if run.out in self._running or was_proposed:
+                trial.set_user_attr(_IS_DUPLICATE, value=True)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 num_duplicates += 1
                 self._exhausted = num_duplicates == _MAX_DUPLICATES and not self._running
@@ -259,7 +261,7 @@ class Search:
                     return
                 continue
             num_duplicates = 0
-            self._known.add(run.out)
+            self._proposed.add(run.out)
             self._running[run.out] = trial
             yield run
 
@@ -279,7 +281,7 @@ class Search:
                 choices = [text_of(value) for value in values]
                 distributions[name] = types.CategoricalDistribution(choices)
             else:
-                range_type = types.IntDistribution if values.whole else types.FloatDistribution
+                range_type = types.IntDistribution if values.is_integer else types.FloatDistribution
                 distributions[name] = range_type(values.low, values.high, log=values.log)
         return distributions
 
@@ -293,13 +295,13 @@ class Search:
         return Point(name, {"run": name, **values}, config)
 
     def _original_number(self, trial: Any) -> int:
-        """Return the number of a trial; for a repeated trial the number of its first proposal."""
+        """Return the number of a trial; for a retried trial the number of its first proposal."""
         trials, original = self._study.get_trials(deepcopy=False), trial.number
-        while _REPEATS in trials[original].user_attrs:
-            original = trials[original].user_attrs[_REPEATS]
+        while _RETRY_OF in trials[original].user_attrs:
+            original = trials[original].user_attrs[_RETRY_OF]
         return original
 
-    @_translating_errors
+    @_with_translated_errors
     def should_stop(self, run: RunSpec) -> bool:
         """Report the last evaluation of an active run; return whether to stop the run."""
         trial = self._running[run.out]
@@ -320,31 +322,33 @@ class Search:
         info(f"{run.name}: {self._stopped[run.out]}, below the median")
         return True
 
-    @_translating_errors
+    @_with_translated_errors
     def on_end(self, run: RunSpec, code: int, reason: str) -> None:
         """Store the outcome of a run; propose it again after a transient failure."""
         state, trial = self._optuna.trial.TrialState, self._running.pop(run.out)
-        # First, since a run that should stop can finish before it does.
+        # The result counts, also if the run finished while it was being stopped.
         if (result := run_folder.read_result(run.out)) is not None:
             self._study.tell(trial, result["best"]["top1"])
         elif run.out in self._stopped:
             self._study.tell(trial, state=state.PRUNED)
         else:
-            trial.set_user_attr(_REASON, reason)
+            trial.set_user_attr(_FAILURE_REASON, reason)
             self._study.tell(trial, state=state.FAIL)
             if is_retryable(code) and self._num_retries[run.out] < self._retries:
                 self._num_retries[run.out] += 1
-                self._study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
+                self._study.enqueue_trial(trial.params, user_attrs={_RETRY_OF: trial.number})
                 info(f"{run.name}: retrying ({reason.splitlines()[0]})")
         num_left = len(self._running) if self._ending else self.num_left()
-        self.progress.total = self.progress.done + 1 + num_left
+        self.progress.total = (
+            self.progress.done + 1 + num_left
+        )  # `done` does not count this run yet
 
-    @_translating_errors
+    @_with_translated_errors
     def failed(self) -> list[Point]:
         """Return the points of the trials that failed."""
         return [self._point(trial) for trial in self._failed()]
 
-    @_translating_errors
+    @_with_translated_errors
     def stopped(self) -> list[PrunedTrial]:
         """Return the trials that were stopped early, the best first."""
         stopped = []
@@ -353,7 +357,7 @@ class Search:
             stopped.append(PrunedTrial(self._point(trial), epoch, trial.intermediate_values[epoch]))
         return sorted(stopped, key=lambda trial: -trial.top1)
 
-    @_translating_errors
+    @_with_translated_errors
     def finished(self) -> list[Point]:
         """Return the points of the finished trials, the best on the validation split first."""
         state = self._optuna.trial.TrialState

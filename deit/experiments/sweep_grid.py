@@ -186,7 +186,7 @@ def boundary_points(sweep: Sweep, config: Config) -> list[Point]:
 
 
 def _number_type(values: SearchRange) -> Callable[[float], float]:
-    return int if values.whole else float
+    return int if values.is_integer else float
 
 
 def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Config]]:

@@ -25,13 +25,13 @@ Fields = dict[str, Any]
 class SearchRange:
     """The range of a searched field, both ends included.
 
-    log: sample uniformly in the logarithm. whole: integers only.
+    log: sample uniformly in the logarithm. is_integer: integers only.
     """
 
     low: float
     high: float
     log: bool = False
-    whole: bool = False
+    is_integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,10 @@ def _range(name: str, value: Any) -> SearchRange:
     if not low < high or (log and low <= 0):
         ends = f"low {low:g} should be below high {high:g}"
         raise ValueError(f"{name}: {ends}" + ", and above 0 if log is true" * log)
-    whole = _is_integer_field(name)
-    return SearchRange(int(low), int(high), log, True) if whole else SearchRange(low, high, log)
+    is_integer = _is_integer_field(name)
+    return (
+        SearchRange(int(low), int(high), log, True) if is_integer else SearchRange(low, high, log)
+    )
 
 
 def _is_integer_field(name: str) -> bool:

@@ -185,7 +185,7 @@ def test_search_permanent_failure_is_not_retried(code, tmp_path):
 
 def test_search_proposes_integers_and_names(tmp_path):
     fields = {
-        "student.depth": SearchRange(2, 4, whole=True),
+        "student.depth": SearchRange(2, 4, is_integer=True),
         "loss": ("deit-soft", "deit-hard"),
         "views.crop": ("none", "padded"),
     }

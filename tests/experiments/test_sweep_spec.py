@@ -313,8 +313,8 @@ def test_search_range_is_whole_for_integer_fields(tmp_path):
     space = read(tmp_path, text).search
     assert (space.trials, space.prune) == (7, True)
     assert space.fields == {
-        "student.depth": SearchRange(2, 6, whole=True),
-        "student.embed_dim": SearchRange(16, 64, log=True, whole=True),
+        "student.depth": SearchRange(2, 6, is_integer=True),
+        "student.embed_dim": SearchRange(16, 64, log=True, is_integer=True),
         "loss.temperature": SearchRange(1.0, 20.0),
         "loss.kind": ("soft", "hard"),
     }
