@@ -13,11 +13,11 @@ from deit.datasets.listing import (
     SkippedFiles,
     SplitListing,
     build_listing,
+    check_classes,
     check_root,
     find_images,
     is_image,
     raise_problem,
-    resolve_classes,
     scan_folder,
     skipped_note,
     split_folders,
@@ -47,7 +47,8 @@ def list_folder(
         for split, folder in split_folders(root, skipped, on_problem).items()
     }
     names = tuple(folders["train"][1])
-    selected = set(names) if not classes else resolve_classes(classes, names)
+    check_classes(classes, names)
+    selected = set(classes or names)
     class_names = tuple(name for name in names if name in selected)
     splits = {}
     for split, (folder, class_folders) in folders.items():
@@ -70,7 +71,7 @@ def list_folder(
     paths = [
         os.path.relpath(folder / path, root)
         for (folder, _), split in zip(folders.values(), splits.values())
-        for path in split.names
+        for path in split.image_names
     ]
     return build_listing(FolderStore(root, paths), splits, class_names, skipped)
 

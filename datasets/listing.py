@@ -1,4 +1,4 @@
-"""List the images of a dataset that stay encoded: class, split and location of each."""
+"""List the encoded images of a dataset: class, split and location of each."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from deit.core.errors import (
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.images import ImageStore
 
-T = TypeVar("Part")
+T = TypeVar("T")
 OnProblem = Callable[[str], None]
 """Handles a problem of the data: raises DataError, or collects the message and continues."""
 
@@ -48,9 +48,9 @@ _SYSTEM_FILES = frozenset(
 
 @dataclass
 class SkippedFiles:
-    """What a dataset contains that is not read, for messages.
+    """Files and folders of a dataset that are not read, collected for messages.
 
-    files: their number by suffix. paths: folders and the like, each with the reason.
+    files: number of files by suffix. paths: folders and links, each with the reason.
     """
 
     files: Counter[str] = field(default_factory=Counter)
@@ -60,28 +60,28 @@ class SkippedFiles:
         """Count a file by its suffix."""
         self.files[suffix_of(name) or "other files"] += 1
 
-    def notes(self, *, most: int | None = 4) -> tuple[str, ...]:
-        """Return a line for all files and one for each path, at most `most` of them."""
+    def notes(self, *, max_paths: int | None = 4) -> tuple[str, ...]:
+        """Return a line for all files and one for each of the first paths; None: for all paths."""
         notes = [f"skipped: {counted(self.files)}"] if self.files else []
-        notes += [f"not read: {path}" for path in self.paths[:most]]
-        more = 0 if most is None else len(self.paths) - most
+        notes += [f"not read: {path}" for path in self.paths[:max_paths]]
+        more = 0 if max_paths is None else len(self.paths) - max_paths
         return tuple([*notes, f"not read: {more} more"] if more > 0 else notes)
 
 
 class Listing(NamedTuple):
     """The images of a store.
 
-    labels: int64 [positions], an index into the class names; -1 for a class that is not used.
-    identities: int64 [positions] in [0, 2**32), a hash of the image's name, so that an image stays
-    in its split when others are added or removed.
-    splits: int64 positions of `train`, and of `validation` and `test` if they exist.
-    skipped: what is not read.
+    labels: int64 [images], an index into the class names; -1 for a class that is not used.
+    name_hashes: int64 [images] in [0, 2**32), of the names of the images. Images are split by
+    them, so that an image stays in its split when others are added or removed.
+    splits: the indices of the images in `train`, and in `validation` and `test` if they exist (see
+    `named_splits`), int64.
     """
 
     class_names: tuple[str, ...]
     store: ImageStore
     labels: Tensor
-    identities: Tensor
+    name_hashes: Tensor
     splits: dict[str, Tensor]
     skipped: SkippedFiles
 
@@ -89,22 +89,18 @@ class Listing(NamedTuple):
 class SplitListing(NamedTuple):
     """The images of one split, in the order of the store.
 
-    origin: of the images, for messages. classes: the class name of each image. names: the name of
-    each image within the split.
+    origin: names the split in messages, such as its folder. image_classes: the class name of each
+    image. image_names: the name of each image within the split.
     """
 
     origin: Path | str
-    classes: Sequence[str]
-    names: Sequence[str]
+    image_classes: Sequence[str]
+    image_names: Sequence[str]
 
 
 def raise_problem(problem: str) -> None:
-    """Raise a problem as DataError (an OnProblem)."""
+    """Raise DataError: the OnProblem that stops at the first problem."""
     raise DataError(problem)
-
-
-def _ignore_problem(problem: str) -> None:
-    """Ignore a problem, in folders that are possibly not part of the data."""
 
 
 def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
@@ -119,7 +115,8 @@ def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder belongs to a system or program and not to the data.
 
-    Such as .git, ._a.png, .ipynb_checkpoints, __MACOSX, Thumbs.db.
+    Such as .git, ._a.png, .ipynb_checkpoints, __MACOSX, Thumbs.db. The parts `.` and `..` of paths
+    in archives are not hidden.
     """
     hidden = name.startswith(".") or name.lower() in _SYSTEM_FILES
     return hidden and name not in (".", "..")
@@ -206,7 +203,7 @@ def find_images(
 ) -> list[str]:
     """Return the image files in a folder at any depth, as sorted paths relative to it.
 
-    Other files are counted in `skipped`. Calls `on_problem` as `scan_folder` does.
+    Other files are added to `skipped`. Calls `on_problem` as `scan_folder` does.
     """
     images: list[str] = []
     pending = [("", folder)]
@@ -225,14 +222,15 @@ def find_images(
 def split_folders(
     root: Path, skipped: SkippedFiles, on_problem: OnProblem = raise_problem
 ) -> dict[str, Folder]:
-    """Return the folders of the splits by their names in SPLITS, or ROOT as `train`.
+    """Return the folders of the splits as `named_splits`, or {"train": ROOT} without splits.
 
-    Without a test split, the validation split is the test split, as is usual for ImageNet. Other
-    folders with images of classes or shards are added to `skipped`. Raises DataError if two
+    Other folders with class folders or shards are added to `skipped`. Raises DataError if two
     folders are the same split, or if there are splits but no training split.
     """
     root_folder = open_folder(root)
-    folders, files = scan_folder(root_folder, SkippedFiles(), _ignore_problem)
+    problems: list[str] = []
+    skipped_in_root = SkippedFiles()
+    folders, files = scan_folder(root_folder, skipped_in_root, problems.append)
     if not any(name.lower() in SPLITS["train"] for name in folders):
         split = next((name for name in folders if name.lower() in SPLIT_NAMES), None)
         if split is not None:
@@ -240,15 +238,17 @@ def split_folders(
                 f"data.root {root}: {split!r} looks like a split, not a class; rename the folder "
                 f"of the training images to {root}/train"
             )
-        return {"train": root_folder}
-    folders, files = scan_folder(root_folder, skipped, on_problem)
+        return {"train": root_folder}  # the caller scans it and reports its problems
+    for problem in problems:
+        on_problem(problem)
+    skipped.paths += skipped_in_root.paths
     splits = named_splits(folders, origin=f"data.root {root}")
-    read = {folder.path for folder in splits.values()}
+    split_paths = {folder.path for folder in splits.values()}
     skipped.paths += [
         f"{folder.path} (images outside the splits; splits are named "
         f"{', '.join(names[0] for names in SPLITS.values())})"
         for folder in folders.values()
-        if folder.path not in read and contains_images(folder)
+        if folder.path not in split_paths and has_classes_or_shards(folder)
     ]
     outside = [name for name in files if is_image(name) or suffix_of(name) == ".tar"]
     if outside:
@@ -256,21 +256,26 @@ def split_folders(
     return splits
 
 
-def contains_images(folder: Folder) -> bool:
-    """Return whether a folder contains shards (tar files) or classes (subfolders with images)."""
-    folders, files = scan_folder(folder, SkippedFiles(), _ignore_problem)
+def has_classes_or_shards(folder: Folder) -> bool:
+    """Return whether a folder contains shards (tar files) or class folders (with images).
+
+    Problems are ignored, since the folder is possibly not part of the data.
+    """
+
+    def scan(folder: Folder) -> tuple[dict[str, Folder], list[str]]:
+        return scan_folder(folder, SkippedFiles(), lambda problem: None)
+
+    folders, files = scan(folder)
     return any(suffix_of(name) == ".tar" for name in files) or any(
-        is_image(name)
-        for inner in folders.values()
-        for name in scan_folder(inner, SkippedFiles(), _ignore_problem)[1]
+        is_image(name) for inner in folders.values() for name in scan(inner)[1]
     )
 
 
 def named_splits(items: dict[str, T], *, origin: str) -> dict[str, T]:
-    """Select the items named like `train`, `validation` and `test` (see SPLITS).
+    """Return the items that are named like a split, by its name in SPLITS.
 
-    Without a test split, the validation split is the test split. origin: for the message. Raises
-    DataError if two items are the same split.
+    Without a test split, the validation split becomes `test`, as is usual for ImageNet. origin:
+    names the items in messages. Raises DataError if two items are the same split.
     """
     splits: dict[str, T] = {}
     for split, aliases in SPLITS.items():
@@ -287,42 +292,43 @@ def named_splits(items: dict[str, T], *, origin: str) -> dict[str, T]:
     return splits
 
 
-def resolve_classes(
-    classes: tuple[str, ...], names: Sequence[str], *, field: str = "data.classes"
-) -> set[str]:
-    """Return the set of classes. Raises DataError, with the field, if the data lacks one.
+def check_classes(
+    classes: Sequence[str], class_names: Sequence[str], *, field: str = "data.classes"
+) -> None:
+    """Raise DataError, with the field, if the data lacks one of the classes.
 
-    names: of all classes in the data.
+    class_names: of all classes in the data.
     """
     for name in classes:
-        if name not in names:
-            raise DataError(f"{field}: no class {name!r} in the data{did_you_mean(name, names)}")
-    return set(classes)
+        if name not in class_names:
+            advice = did_you_mean(name, class_names)
+            raise DataError(f"{field}: no class {name!r} in the data{advice}")
 
 
-def assemble(
-    store: ImageStore,
+def find_classes(
     splits: dict[str, SplitListing],
-    classes: tuple[str, ...],
+    selected_classes: tuple[str, ...],
     on_problem: OnProblem,
     skipped: SkippedFiles,
-) -> Listing:
-    """Return the listing of all splits, with the classes of the training images, sorted by name.
+) -> tuple[str, ...]:
+    """Return the names of the classes of the training images, sorted.
 
-    classes: names to use; empty for all. Calls `on_problem` for classes that differ between the
-    splits. Raises DataError if there are no training images or a class is unknown.
+    selected_classes: those to use; empty for all. Calls `on_problem` for classes that differ
+    between the splits. Raises DataError if there are no training images or a class is unknown.
     """
-    names = sorted(set(splits["train"].classes))
-    if not names:
+    class_names = sorted(set(splits["train"].image_classes))
+    if not class_names:
         raise DataError(f"{splits['train'].origin}: no images{skipped_note(skipped)}")
-    selected = resolve_classes(classes, names) if classes else set(names)
+    check_classes(selected_classes, class_names)
+    selected = set(selected_classes or class_names)
     for split in splits.values():
-        present = set(split.classes)
+        present = set(split.image_classes)
         for name in sorted(selected - present):
             on_problem(f"{split.origin}: no images of class {name!r}, which other splits have")
-        for name in sorted(present - set(names)) if not classes else ():
-            on_problem(f"{split.origin}: class {name!r} has no training images")
-    return build_listing(store, splits, tuple(name for name in names if name in selected), skipped)
+        if not selected_classes:
+            for name in sorted(present - selected):
+                on_problem(f"{split.origin}: class {name!r} has no training images")
+    return tuple(name for name in class_names if name in selected)
 
 
 def skipped_note(skipped: SkippedFiles) -> str:
@@ -336,24 +342,33 @@ def build_listing(
     class_names: tuple[str, ...],
     skipped: SkippedFiles,
 ) -> Listing:
-    """Return the listing for known classes.
+    """Return the listing of all splits.
 
-    Raises DataError for a class name that the files of a run cannot store.
+    class_names: the classes to use, in the order of their labels. Raises DataError for a name that
+    the files of a run cannot store.
     """
     _check_class_names(split_listings, class_names)
     label_of = {name: label for label, name in enumerate(class_names)}
     labels = torch.tensor(
-        [label_of.get(name, -1) for split in split_listings.values() for name in split.classes]
+        [
+            label_of.get(name, -1)
+            for split in split_listings.values()
+            for name in split.image_classes
+        ]
     )
-    identities = torch.tensor(
-        [zlib.crc32(bytes_of(name)) for split in split_listings.values() for name in split.names]
+    name_hashes = torch.tensor(
+        [
+            zlib.crc32(bytes_of(name))
+            for split in split_listings.values()
+            for name in split.image_names
+        ]
     )
     splits, start = {}, 0
     for name, split in split_listings.items():
-        rows = torch.arange(start, start + len(split.classes))
-        splits[name] = rows[labels[rows] >= 0]
-        start += len(split.classes)
-    return Listing(class_names, store, labels, identities, splits, skipped)
+        indices = torch.arange(start, start + len(split.image_classes))
+        splits[name] = indices[labels[indices] >= 0]
+        start += len(split.image_classes)
+    return Listing(class_names, store, labels, name_hashes, splits, skipped)
 
 
 def _check_class_names(

@@ -19,9 +19,10 @@ from deit.datasets.listing import (
     OnProblem,
     SkippedFiles,
     SplitListing,
-    assemble,
+    build_listing,
     check_root,
-    contains_images,
+    find_classes,
+    has_classes_or_shards,
     is_hidden,
     raise_problem,
     scan_folder,
@@ -104,7 +105,7 @@ def list_shards(
             for sample in indexed[path]
         ],
     )
-    return assemble(store, splits, classes, on_problem, skipped)
+    return build_listing(store, splits, find_classes(splits, classes, on_problem, skipped), skipped)
 
 
 def _shards(folder: Folder, root: Path, on_problem: OnProblem, skipped: SkippedFiles) -> list[Path]:
@@ -112,7 +113,7 @@ def _shards(folder: Folder, root: Path, on_problem: OnProblem, skipped: SkippedF
     skipped.paths += [
         f"{inner.path} (a folder next to the shards)"
         for inner in folders.values()
-        if contains_images(inner)
+        if has_classes_or_shards(inner)
     ]
     shards = []
     for name in files:

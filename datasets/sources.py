@@ -15,7 +15,7 @@ from deit.core.errors import DataError, SystemFault, first_line, raise_transient
 from deit.core.file_reading import read_lines
 from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages, ImageStore, InMemoryImages
-from deit.datasets.listing import Listing, resolve_classes
+from deit.datasets.listing import Listing, check_classes
 from deit.datasets.shards import list_shards
 from deit.datasets.timm_readers import list_reader
 
@@ -150,7 +150,7 @@ def load_listed(config: DataConfig, classes: tuple[str, ...]) -> Loaded:
         excluded = is_excluded(config.exclude_list, listing.store)
     return Loaded(
         listing.class_names,
-        listing.identities[listing.splits["train"]],
+        listing.name_hashes[listing.splits["train"]],
         encoded["train"],
         encoded.get("validation"),
         encoded.get("test"),
@@ -211,8 +211,8 @@ def _keep_classes(loaded: Loaded, classes: tuple[str, ...]) -> Loaded:
     """Keep only some classes, in the order of the source; empty for all."""
     if not classes:
         return loaded
-    selected = resolve_classes(classes, loaded.class_names)
-    old_labels = [index for index, name in enumerate(loaded.class_names) if name in selected]
+    check_classes(classes, loaded.class_names)
+    old_labels = [index for index, name in enumerate(loaded.class_names) if name in classes]
     new_label = torch.full((len(loaded.class_names),), -1)
     new_label[old_labels] = torch.arange(len(old_labels))
 

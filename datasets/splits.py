@@ -14,7 +14,7 @@ from deit.core.rng import Keys, random_words
 from deit.core.user_code import read_names
 from deit.datasets.decoding import decode_all, map_threads
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.listing import resolve_classes
+from deit.datasets.listing import check_classes
 from deit.datasets.sources import SOURCES, Loaded
 
 
@@ -161,7 +161,8 @@ def unseen_labels(config: DataConfig, class_names: tuple[str, ...]) -> list[int]
     Raises DataError for an unknown class, or if fewer than two classes would remain.
     """
     names = read_names("data.unseen_classes", config.unseen_classes)
-    unseen = resolve_classes(names, class_names, field="data.unseen_classes")
+    check_classes(names, class_names, field="data.unseen_classes")
+    unseen = set(names)
     if names and len(class_names) - len(unseen) < 2:
         raise DataError(
             f"data.unseen_classes: leaves {len(class_names) - len(unseen)} of {len(class_names)} "

@@ -15,8 +15,9 @@ from deit.datasets.listing import (
     OnProblem,
     SkippedFiles,
     SplitListing,
-    assemble,
+    build_listing,
     check_root,
+    find_classes,
     find_images,
     is_hidden,
     is_image,
@@ -70,7 +71,7 @@ def list_reader(
             f"data.reader {config.reader}: cannot read data.root {config.root} "
             f"({first_line(error)})"
         ) from None
-    return assemble(store, splits, classes, on_problem, skipped)
+    return build_listing(store, splits, find_classes(splits, classes, on_problem, skipped), skipped)
 
 
 _Listed = tuple[Any, dict[str, SplitListing]]
@@ -123,7 +124,7 @@ def _tars(name: str, config: DataConfig, skipped: SkippedFiles, on_problem: OnPr
         rows.sort(key=lambda row: row[0].name.split("/"))
         labels = [label for *_, label in rows]
         splits[split] = SplitListing(path, labels, [member.name for member, *_ in rows])
-        members += splits[split].names
+        members += splits[split].image_names
         ranges += [(index, _offset(member, outer), member.size) for member, outer, _ in rows]
     shards = [path.relative_to(root).as_posix() for path in tars.values()]
     return ShardStore(root, shards, members, ranges), splits

@@ -230,7 +230,7 @@ def print_scan(report: ScanReport) -> None:
         if duplicates.count:
             examples = "; ".join(" = ".join(keys[:_EXAMPLES]) for keys in duplicates.examples)
             warn(f"duplicate images: {duplicates.count} {where} ({examples})")
-    for note in SkippedFiles(Counter(report.passed_over), report.not_read).notes(most=None):
+    for note in SkippedFiles(Counter(report.passed_over), report.not_read).notes(max_paths=None):
         info(note)
     if report.excluded:
         info(f"skipped {report.excluded} images of the exclude list")
