@@ -33,10 +33,10 @@ from deit.datasets.crops import Decoder, ReadRequest
 from deit.datasets.decoding import open_image
 from deit.datasets.images import EncodedImages
 
-_AHEAD = 2  # batches read ahead per worker
-_KILLED_S = 1.0  # to wait for the end of a killed process, which a stalled disk can delay
+_PREFETCH_FACTOR = 2  # batches that each worker reads ahead, as in PyTorch's DataLoader
+_KILL_TIMEOUT_S = 1.0  # a stalled disk can delay the end of a killed process
 _SHARED_MEMORY = Path("/dev/shm")  # holds the batches of worker processes on Linux
-LOST_WORKER = (
+_LOST_WORKER_MESSAGE = (
     "data.num_workers: the system killed a worker process, because memory or /dev/shm is full (in "
     "a container, raise it with --shm-size 2g); use fewer data.num_workers or a smaller "
     "optim.batch_size, or data.num_workers 0 for no worker processes"
@@ -46,11 +46,13 @@ LOST_WORKER = (
 def fits_shared_memory(needed: int) -> bool:
     """Return whether batches of `needed` bytes fit into the shared memory of this machine.
 
-    Twice as much is required, for a second reader, in each training process of the machine. A
-    container has 64 MiB by default, and the system kills a process that writes beyond the limit.
+    Each training process of the machine can have two readers, such as those of training and
+    evaluation, so twice as many bytes are required per process. A container has 64 MiB by default,
+    and the system kills a process that writes beyond the limit.
     """
+    required = 2 * needed * processes_on_host()
     try:
-        return 2 * needed * processes_on_host() <= shutil.disk_usage(_SHARED_MEMORY).free
+        return required <= shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
         return True  # not Linux: shared memory has no limit of its own
 
@@ -74,12 +76,12 @@ def supports_sockets(folder: str) -> bool:
 
 
 @functools.cache
-def _warn_of_files(sockets: bool) -> None:
-    """Warn once that batches are passed in files instead of shared memory, and why.
+def _warn_about_files(has_sockets: bool) -> None:
+    """Warn, once per reason, that batches are passed in files instead of shared memory.
 
-    sockets: whether sockets are supported, so that the reason is the size of the shared memory.
+    has_sockets: whether sockets are supported; the shared memory is then too small.
     """
-    if sockets:
+    if has_sockets:
         free = shutil.disk_usage(_SHARED_MEMORY).free
         reason = f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB free, too little for the batches"
         advice = "in a container, raise it with --shm-size 2g"
@@ -92,7 +94,7 @@ def _warn_of_files(sockets: bool) -> None:
     )
 
 
-def worker_count(num_workers: int | None) -> int:
+def resolve_num_workers(num_workers: int | None) -> int:
     """Return the number of worker processes of one training process.
 
     num_workers: data.num_workers; None: this process's share of the cores, at most 8.
@@ -112,7 +114,7 @@ class ReadResult(NamedTuple):
     seconds: float
 
 
-class _ReadFile(NamedTuple):
+class _ResultFile(NamedTuple):
     """A ReadResult whose pixels are stored in a file.
 
     sizes: side [px] of each tensor, in the order of their bytes.
@@ -169,25 +171,25 @@ def _init_worker(task: _DecodeTask, parent: int) -> None:
 
 
 def _decode_in_worker(
-    epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str, shared: bool
-) -> ReadResult | _ReadFile | DeitError:
+    epoch: int, samples: np.ndarray, repeats: np.ndarray, folder: str, use_shared_memory: bool
+) -> ReadResult | _ResultFile | DeitError:
     """Return a batch in shared memory, or in a file of `folder`.
 
-    A file is used if `shared` is false, or if shared memory or open files are exhausted, because
-    other processes use them too. The pool's pipe is not used for pixels: after a worker is killed
-    in the middle of a batch, its reader would wait forever.
+    A file is used as well if shared memory or open files are exhausted, because other processes
+    use them too. The executor's pipe is not used for pixels: after a worker is killed in the middle
+    of a batch, the other end of the pipe would wait forever.
     """
     result = _task(epoch, samples, repeats)
-    if isinstance(result, DeitError) or (shared and _share(result)):
+    if isinstance(result, DeitError) or (use_shared_memory and _move_to_shared_memory(result)):
         return result
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         for pixels in result.pixels:
             file.write(pixels.numpy().data)
     sizes = tuple(pixels.shape[-1] for pixels in result.pixels)
-    return _ReadFile(file.name, sizes, result.seconds)
+    return _ResultFile(file.name, sizes, result.seconds)
 
 
-def _share(result: ReadResult) -> bool:
+def _move_to_shared_memory(result: ReadResult) -> bool:
     """Move a batch into shared memory; return whether it fit.
 
     Pickling would move it as well, but an error there would end the run.
@@ -200,24 +202,25 @@ def _share(result: ReadResult) -> bool:
     return True
 
 
-class _Workers:
+class _WorkerPool:
     """Worker processes that read batches. They have nothing to save, so `close` kills them."""
 
-    def __init__(self, task: _DecodeTask, count: int, *, pin: bool) -> None:
-        self._pool = ProcessPoolExecutor(
-            count, initializer=_init_worker, initargs=(task, os.getpid())
+    def __init__(self, task: _DecodeTask, num_workers: int, *, pin: bool) -> None:
+        self._executor = ProcessPoolExecutor(
+            num_workers, initializer=_init_worker, initargs=(task, os.getpid())
         )
-        self._pins = ThreadPoolExecutor(1) if pin else None
+        self._pin_thread = ThreadPoolExecutor(1) if pin else None
         # Created and removed by this process; killed workers could not remove theirs.
         self._folder = tempfile.mkdtemp(dir=get_temp_dir())
         self.processes: list[BaseProcess] = []
 
     def submit(
-        self, request: ReadRequest, *, shared: bool
-    ) -> "Future[ReadResult | _ReadFile | DeitError]":
+        self, request: ReadRequest, *, use_shared_memory: bool
+    ) -> "Future[ReadResult | _ResultFile | DeitError]":
         """Queue a batch. Raises WorkerLost if a worker was killed.
 
-        shared: pass the batch in shared memory, without a copy, if it fits; otherwise in a file.
+        use_shared_memory: pass the batch in shared memory, without a copy, if it fits; otherwise it
+        is passed in a file.
         """
         # Arrays: a tensor would be passed as shared memory, whose file stays open with it.
         arguments = (request.epoch, request.samples.numpy(), request.repeats.numpy())
@@ -225,27 +228,30 @@ class _Workers:
             # The first call starts the processes. A signal must not interrupt their registration.
             with nullcontext() if self.processes else _signals_deferred():
                 before = set(multiprocessing.active_children())
-                future = self._pool.submit(_decode_in_worker, *arguments, self._folder, shared)
+                future = self._executor.submit(
+                    _decode_in_worker, *arguments, self._folder, use_shared_memory
+                )
                 for process in set(multiprocessing.active_children()) - before:
-                    # After a worker is lost, the pool ends the others by SIGTERM, which they
-                    # ignore, and waits for them; from Python 3.12 on it accepts no calls meanwhile.
+                    # After a worker is lost, the executor sends SIGTERM to the others and waits for
+                    # them, from Python 3.12 on with the lock that `submit` needs. The workers
+                    # ignore SIGTERM, so `submit` would wait forever.
                     process.terminate = process.kill
                     self.processes.append(process)
-            return future if self._pins is None else self._pins.submit(_pin, future)
+            return future if self._pin_thread is None else self._pin_thread.submit(_pin, future)
         except BrokenProcessPool:
-            raise WorkerLost(LOST_WORKER) from None
+            raise WorkerLost(_LOST_WORKER_MESSAGE) from None
 
     def close(self) -> None:
         """Kill the processes, even in the middle of a batch."""
         for process in self.processes:
             process.kill()
-        # Batches are not canceled: Python 3.11 prints an error if a pool with canceled batches
+        # Batches are not canceled: Python 3.11 prints an error if an executor with canceled batches
         # breaks.
-        self._pool.shutdown(wait=False)
-        if self._pins is not None:
-            self._pins.shutdown(wait=False)
+        self._executor.shutdown(wait=False)
+        if self._pin_thread is not None:
+            self._pin_thread.shutdown(wait=False)
         running = {process.sentinel for process in self.processes}
-        end = time.monotonic() + _KILLED_S
+        end = time.monotonic() + _KILL_TIMEOUT_S
         while running and (remaining := end - time.monotonic()) > 0:
             running.difference_update(multiprocessing.connection.wait(running, remaining))
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -253,10 +259,14 @@ class _Workers:
 
 @contextmanager
 def _signals_deferred() -> Iterator[None]:
-    """Deliver signals to stop or to save only after this context; new processes start blocked."""
+    """Deliver signals to stop or to save only after this context.
+
+    Processes that start within it inherit the signal mask, which blocks these signals.
+    """
     received: list[int] = []
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by new processes
-    # Another thread can still receive a signal; its handler would run in the main thread.
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # The mask is that of this thread. If another thread receives a signal, Python runs the handler
+    # in the main thread, so the handlers are replaced as well.
     main = threading.current_thread() is threading.main_thread()
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS} if main else {}
     handlers = {signum: handler for signum, handler in handlers.items() if callable(handler)}
@@ -267,30 +277,31 @@ def _signals_deferred() -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         for signum in received:
             os.kill(os.getpid(), signum)
 
 
-def _pin(future: "Future[ReadResult | _ReadFile | DeitError]") -> ReadResult | DeitError:
+def _pin(future: "Future[ReadResult | _ResultFile | DeitError]") -> ReadResult | DeitError:
     """Return the batch in pinned memory, from which a GPU can copy while it computes."""
-    result = _receive(future.result())
+    result = _with_pixels(future.result())
     if isinstance(result, DeitError):
         return result
     return result._replace(pixels=tuple(pixels.pin_memory() for pixels in result.pixels))
 
 
-def _receive(sent: "ReadResult | _ReadFile | DeitError") -> ReadResult | DeitError:
-    if not isinstance(sent, _ReadFile):
-        return sent
-    content = torch.from_numpy(np.fromfile(sent.file, np.uint8))
-    os.unlink(sent.file)
-    batch = len(content) // sum(3 * size**2 for size in sent.sizes)
-    parts = content.split([batch * 3 * size**2 for size in sent.sizes])
+def _with_pixels(result: "ReadResult | _ResultFile | DeitError") -> ReadResult | DeitError:
+    """Read the pixels of a batch that was passed in a file, and remove the file."""
+    if not isinstance(result, _ResultFile):
+        return result
+    content = torch.from_numpy(np.fromfile(result.file, np.uint8))
+    os.unlink(result.file)
+    num_images = len(content) // sum(3 * size**2 for size in result.sizes)
+    parts = content.split([num_images * 3 * size**2 for size in result.sizes])
     pixels = tuple(
-        part.view(batch, 3, size, size) for part, size in zip(parts, sent.sizes, strict=True)
+        part.view(num_images, 3, size, size) for part, size in zip(parts, result.sizes, strict=True)
     )
-    return ReadResult(pixels, sent.seconds)
+    return ReadResult(pixels, result.seconds)
 
 
 class Reader:
@@ -298,48 +309,50 @@ class Reader:
 
     The processes start with the first batch and run until `close` or the end of a `with` block.
 
-    decoders: each returns one tensor per batch. workers: the number of processes; 0: read in this
-    process. pin: return batches in pinned memory.
+    decoders: each returns one tensor per batch. num_workers: the number of processes; 0: read in
+    this process. pin: return batches in pinned memory.
     """
 
     def __init__(
-        self, images: EncodedImages, decoders: tuple[Decoder, ...], *, workers: int, pin: bool
+        self, images: EncodedImages, decoders: tuple[Decoder, ...], *, num_workers: int, pin: bool
     ) -> None:
         self._task = _DecodeTask(images, decoders)
-        self._num_workers, self._pin = workers, pin
-        self._workers: _Workers | None = None
-        self._largest, self._shared = 0, True  # largest batch [images], and if it fits shared
+        self._num_workers, self._pin = num_workers, pin
+        self._pool: _WorkerPool | None = None
+        self._largest_batch = 0  # in images
+        self._largest_fits = True  # into shared memory
 
-    def read(self, batches: Iterable[ReadRequest]) -> Iterator[ReadResult]:
-        """Yield the batches in order.
+    def read(self, requests: Iterable[ReadRequest]) -> Iterator[ReadResult]:
+        """Yield the requested batches in order.
 
         Raises DataError for an unreadable image, SystemFault if an image cannot be read at the
         moment, WorkerLost if a worker was killed.
         """
-        for result in self._results(iter(batches)):
+        for result in self._batches(iter(requests)):
             if isinstance(result, DeitError):
                 raise type(result)(str(result))  # without the worker's traceback
             yield result
 
     def close(self) -> None:
         """End the worker processes; the next `read` starts new ones."""
-        workers, self._workers = self._workers, None
-        if workers is not None:
-            workers.close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
-    def _can_share(self, batch: int) -> bool:
-        """Return whether shared memory can pass batches of `batch` images.
+    def _can_share(self, num_images: int) -> bool:
+        """Return whether shared memory can pass batches of this size.
 
         It must hold all batches that are read ahead and the current one.
         """
-        if batch > self._largest:
-            batch_bytes = batch * 3 * sum(decoder.size**2 for decoder in self._task.decoders)
-            needed = (_AHEAD * self._num_workers + 1) * batch_bytes
-            sockets = supports_sockets(get_temp_dir())
-            self._largest, self._shared = batch, sockets and fits_shared_memory(needed)
-            if not self._shared:
-                _warn_of_files(sockets)
-        return self._shared
+        if num_images > self._largest_batch:
+            batch_bytes = num_images * 3 * sum(decoder.size**2 for decoder in self._task.decoders)
+            needed = (_PREFETCH_FACTOR * self._num_workers + 1) * batch_bytes
+            has_sockets = supports_sockets(get_temp_dir())
+            self._largest_batch = num_images
+            self._largest_fits = has_sockets and fits_shared_memory(needed)
+            if not self._largest_fits:
+                _warn_about_files(has_sockets)
+        return self._largest_fits
 
     def __enter__(self) -> "Reader":
         return self
@@ -347,30 +360,31 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _results(self, batches: Iterator[ReadRequest]) -> Iterator[ReadResult | DeitError]:
+    def _batches(self, requests: Iterator[ReadRequest]) -> Iterator[ReadResult | DeitError]:
         if self._num_workers == 0:
-            for epoch, samples, repeats in batches:
+            for epoch, samples, repeats in requests:
                 yield self._task(epoch, samples.numpy(), repeats.numpy())
             return
-        if self._workers is None:
-            self._workers = _Workers(self._task, self._num_workers, pin=self._pin)
-        pending: deque[Future[ReadResult | _ReadFile | DeitError]] = deque()
+        if self._pool is None:
+            self._pool = _WorkerPool(self._task, self._num_workers, pin=self._pin)
+        pending: deque[Future[ReadResult | _ResultFile | DeitError]] = deque()
         while True:
-            for request in islice(batches, _AHEAD * self._num_workers - len(pending)):
-                shared = self._can_share(len(request.samples))
-                pending.append(self._workers.submit(request, shared=shared))
+            for request in islice(requests, _PREFETCH_FACTOR * self._num_workers - len(pending)):
+                can_share = self._can_share(len(request.samples))
+                pending.append(self._pool.submit(request, use_shared_memory=can_share))
             if not pending:
                 return
-            yield _result(pending.popleft())
+            yield _wait_for(pending.popleft())
 
 
-def _result(future: "Future[ReadResult | _ReadFile | DeitError]") -> ReadResult | DeitError:
+def _wait_for(future: "Future[ReadResult | _ResultFile | DeitError]") -> ReadResult | DeitError:
+    """Return a batch when it is read. Raises WorkerLost if a worker was killed."""
     try:
-        return _receive(future.result())
+        return _with_pixels(future.result())  # with pinning, `_pin` has read them already
     except BrokenProcessPool:
-        raise WorkerLost(LOST_WORKER) from None
+        raise WorkerLost(_LOST_WORKER_MESSAGE) from None
     except RuntimeError as error:
         # A batch in shared memory could not be received.
         if any(text in str(error) for text in ("shared memory", "unable to mmap")):
-            raise WorkerLost(LOST_WORKER) from None
+            raise WorkerLost(_LOST_WORKER_MESSAGE) from None
         raise

@@ -332,7 +332,7 @@ class TrainLoader:
         reader = self._readers.get(decoders)
         if reader is None:
             pin = self.device.type == "cuda"
-            reader = Reader(self.images, decoders, workers=self.num_workers, pin=pin)
+            reader = Reader(self.images, decoders, num_workers=self.num_workers, pin=pin)
             self._readers[decoders] = reader
         return self._timed(reader.read(requests))
 

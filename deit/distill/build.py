@@ -12,7 +12,7 @@ from deit.config.sections.teacher import TeacherConfig
 from deit.config.sections.views import ViewsConfig
 from deit.config.teachers import TeacherSpec, teacher_specs
 from deit.core.accelerator import create_accelerator
-from deit.datasets.decode_workers import worker_count
+from deit.datasets.decode_workers import resolve_num_workers
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
 from deit.datasets.views import ChannelStats
@@ -163,6 +163,6 @@ def build_train_loader(
         process_index=0 if all_processes else accelerator.process_index,
         num_processes=1 if all_processes else accelerator.num_processes,
         device=accelerator.device,
-        num_workers=worker_count(config.data.num_workers),
+        num_workers=resolve_num_workers(config.data.num_workers),
         with_teacher_images=with_teacher_images,
     )

@@ -15,7 +15,7 @@ from deit.core.sharding import gathered_parameters
 from deit.core.signals import GracefulStop
 from deit.core.types import StudentOutput
 from deit.datasets.crops import CenterSquare, ReadRequest
-from deit.datasets.decode_workers import Reader, worker_count
+from deit.datasets.decode_workers import Reader, resolve_num_workers
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.views import evaluation_views
 
@@ -98,10 +98,10 @@ def _pixels(
     if isinstance(images, InMemoryImages):
         yield from (images.pixels[chunk].to(device) for chunk in chunks)
         return
-    workers = min(worker_count(num_workers), len(chunks))
+    workers = min(resolve_num_workers(num_workers), len(chunks))
     requests = [ReadRequest(0, chunk, torch.zeros_like(chunk)) for chunk in chunks]
     pin = device.type == "cuda"
-    with Reader(images, (CenterSquare(size),), workers=workers, pin=pin) as reader:
+    with Reader(images, (CenterSquare(size),), num_workers=workers, pin=pin) as reader:
         for result in reader.read(requests):
             yield result.pixels[0].to(device, non_blocking=True)
 

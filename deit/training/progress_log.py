@@ -11,7 +11,7 @@ from deit.config.sections.optim import OptimConfig
 from deit.core.console import count_noun, format_count, format_duration, format_percent, info, warn
 from deit.core.hardware import num_cores
 from deit.core.sharding import shard_degree
-from deit.datasets.decode_workers import worker_count
+from deit.datasets.decode_workers import resolve_num_workers
 from deit.datasets.images import InMemoryImages
 from deit.models.parameters import count_parameters
 from deit.models.surgery.fake_quant import fake_quant_layers
@@ -126,7 +126,7 @@ def _views_text(run: TrainingRun) -> str:
         if run.config.data.num_workers:
             parts.append("data.num_workers has no effect")
     else:
-        num_workers = worker_count(run.config.data.num_workers)
+        num_workers = resolve_num_workers(run.config.data.num_workers)
         workers = count_noun(num_workers, "worker") if num_workers else "the training process"
         parts.append(f"decoded by {workers}")
     steps = {

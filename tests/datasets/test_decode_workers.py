@@ -78,7 +78,7 @@ class Usage(NamedTuple):
 
 
 def test_small_shared_memory_passes_batches_in_files(file_images, expected, monkeypatch, capsys):
-    decode_workers._warn_of_files.cache_clear()
+    decode_workers._warn_about_files.cache_clear()
     requested = []
 
     def usage(path):
@@ -115,7 +115,7 @@ def test_full_shared_memory_passes_batch_in_file(printed, file_images, expected,
     with TemporaryDirectory() as folder:
         output = decode_workers._decode_in_worker(*request, folder, True)
         assert output.file.startswith(folder)
-        result = decode_workers._receive(output)
+        result = decode_workers._with_pixels(output)
         assert os.listdir(folder) == []
     assert all(map(torch.equal, result.pixels, task(*request).pixels))
 
@@ -126,18 +126,18 @@ def test_shared_memory_error_is_lost_worker(output):
     future = Future()
     future.set_exception(RuntimeError(output))
     with raises(WorkerLost, "data.num_workers"):
-        decode_workers._result(future)
+        decode_workers._wait_for(future)
     other = Future()
     other.set_exception(RuntimeError("a mistake in our own code"))
     with pytest.raises(RuntimeError, match="a mistake in our own code"):
-        decode_workers._result(other)
+        decode_workers._wait_for(other)
 
 
 def test_unsupported_sockets_pass_batches_in_files(
     file_images, expected, tmp_path, monkeypatch, capsys
 ):
     """The path of a socket is limited to 107 bytes, and shared memory is passed by a socket."""
-    decode_workers._warn_of_files.cache_clear()
+    decode_workers._warn_about_files.cache_clear()
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(folder))
@@ -153,11 +153,11 @@ def test_killed_worker_raises(shared, file_images, monkeypatch):
     """Also while its batch is being read."""
     monkeypatch.setattr(decode_workers, "fits_shared_memory", lambda needed: shared)
     request = ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-    with Reader(file_images, (CenterSquare(256),), workers=2, pin=False) as reader:
+    with Reader(file_images, (CenterSquare(256),), num_workers=2, pin=False) as reader:
         batches = reader.read([request] * 100_000)
         next(batches)
-        folder = Path(reader._workers._folder)
-        reader._workers.processes[0].kill()
+        folder = Path(reader._pool._folder)
+        reader._pool.processes[0].kill()
         with raises(WorkerLost, "data.num_workers"):
             list(batches)
         assert folder.is_dir()
@@ -172,7 +172,8 @@ from tests.helpers.images import images_at
 
 reading.fits_shared_memory = lambda needed: False
 wanted = crops.ReadRequest(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
-reader = reading.Reader(images_at(sys.argv[1]), (crops.CenterSquare(512),), workers=2, pin=False)
+images, decoders = images_at(sys.argv[1]), (crops.CenterSquare(512),)
+reader = reading.Reader(images, decoders, num_workers=2, pin=False)
 batches = reader.read([wanted] * 1000)
 for _ in range(4):
     next(batches)
@@ -212,7 +213,7 @@ def test_required_shared_memory_counts_batches_ahead(file_images, monkeypatch):
         monkeypatch.setattr(
             decode_workers.shutil, "disk_usage", lambda path, free=free: Usage(free)
         )
-        reader = Reader(file_images, (CenterSquare(4), CenterSquare(5)), workers=2, pin=False)
+        reader = Reader(file_images, (CenterSquare(4), CenterSquare(5)), num_workers=2, pin=False)
         assert reader._can_share(6) == fits
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not decode_workers.fits_shared_memory(needed)

@@ -18,7 +18,7 @@ from deit.config.sections.run import RunConfig
 from deit.config.sections.views import ViewsConfig
 from deit.core.errors import DataError, SystemFault, WorkerLost
 from deit.datasets.crops import CenterSquare, ReadRequest
-from deit.datasets.decode_workers import Reader, worker_count
+from deit.datasets.decode_workers import Reader, resolve_num_workers
 from deit.datasets.images import InMemoryImages
 from deit.datasets.splits import load_splits
 from deit.distill.inference import predict_split
@@ -28,7 +28,7 @@ from tests.helpers.images import PLAIN, SIDE, loader, write_image_folder
 
 def test_open_files_do_not_grow_with_epoch_length(file_images):
     # Tensors that wait in a queue are shared memory, and each holds a file open.
-    reader = Reader(file_images, (CenterSquare(4),), workers=1, pin=False)
+    reader = Reader(file_images, (CenterSquare(4),), num_workers=1, pin=False)
     item = torch.zeros(1, dtype=torch.int64)
     batches = reader.read([ReadRequest(0, item.clone(), item.clone()) for _ in range(120)])
     opened = [len(os.listdir("/proc/self/fd")) for _ in batches]
@@ -68,7 +68,7 @@ def test_machine_fault_raises_system_fault(workers, file_images, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", failing)
     request = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with (
-        Reader(file_images, (CenterSquare(4),), workers=workers, pin=False) as reader,
+        Reader(file_images, (CenterSquare(4),), num_workers=workers, pin=False) as reader,
         raises(SystemFault, "Input/output error") as raised,
     ):
         list(reader.read(request))
@@ -105,17 +105,17 @@ def test_evaluation_from_memory_and_files_is_equal(workers, files_root):
     assert len(result["files"].unique(dim=0)) == 12
 
 
-def test_worker_count_is_share_of_cores(monkeypatch):
+def test_num_workers_is_share_of_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert worker_count(None) == 8
-    assert worker_count(0) == 0
-    assert worker_count(20) == 20
+    assert resolve_num_workers(None) == 8
+    assert resolve_num_workers(0) == 0
+    assert resolve_num_workers(20) == 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert worker_count(None) == 3
-    assert worker_count(5) == 5
+    assert resolve_num_workers(None) == 3
+    assert resolve_num_workers(5) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert worker_count(None) == 1
+    assert resolve_num_workers(None) == 1
 
 
 def test_every_stage_is_measured(file_images):
@@ -137,7 +137,7 @@ def test_killed_worker_raises_system_fault(count, file_images):
 
     expected_ids = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with raises(SystemFault, "data.num_workers"):
-        list(Reader(file_images, (Deadly(),), workers=1, pin=False).read(expected_ids))
+        list(Reader(file_images, (Deadly(),), num_workers=1, pin=False).read(expected_ids))
 
 
 def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
@@ -154,7 +154,7 @@ def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
             time.sleep(10000)
 
     expected_ids = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
-    with Reader(file_images, (Busy(),), workers=2, pin=False) as reader:
+    with Reader(file_images, (Busy(),), num_workers=2, pin=False) as reader:
         for _ in range(2):
             with pytest.raises(WorkerLost):
                 next(reader.read(expected_ids))

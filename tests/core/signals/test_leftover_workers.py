@@ -50,12 +50,12 @@ def test_closing_the_reader_ends_a_worker_in_a_batch(image_folder):
     images = load_splits(image_run_config(image_folder, 1).data).train
     index = torch.zeros(1, dtype=torch.int64)
     before = child_processes()
-    with Reader(images, (Slow(),), workers=2, pin=False) as reader:
+    with Reader(images, (Slow(),), num_workers=2, pin=False) as reader:
         batches = reader.read([ReadRequest(0, index, index)] * 50)
 
         def stop_later():
             try:
-                wait_until(lambda: reader._workers and len(reader._workers.processes) == 2)
+                wait_until(lambda: reader._pool and len(reader._pool.processes) == 2)
             finally:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
