@@ -14,7 +14,7 @@ from deit.datasets.views import (
     ChannelStats,
     ViewParameters,
     apply_views,
-    evaluation_squares,
+    resize_and_center_crop,
     sample_views,
 )
 
@@ -90,8 +90,8 @@ class RandomView:
     def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> ViewParameters:
         """Sample the view parameters of images. samples, repeats: int64 [batch]."""
         keys = Keys(self.seed, epoch, samples, repeats)
-        extent = self.source_size
-        return sample_views(keys, self.views, height=extent, width=extent, size=self.size)
+        side = self.source_size
+        return sample_views(keys, self.views, height=side, width=side, size=self.size)
 
     def apply(self, pixels: Tensor, parameters: ViewParameters) -> Tensor:
         """Return views, uint8 [batch, 3, size, size].
@@ -109,12 +109,12 @@ class FixedView:
     def __init__(self, views: ViewsConfig, *, size: int) -> None:
         self.size = size
         self.whole = views.teacher_view == "resized"
-        self.crop = views.eval_crop_pct
+        self.crop_pct = views.eval_crop_pct
         self.interpolation = views.interpolation
         self.decoder: Decoder = (
             WholeImage(size, views.interpolation)
             if self.whole
-            else CenterSquare(round(size / self.crop))
+            else CenterSquare(round(size / self.crop_pct))
         )
 
     def sample(self, epoch: int, samples: Tensor, repeats: Tensor) -> None:
@@ -124,7 +124,7 @@ class FixedView:
         """Return views, uint8 [batch, 3, size, size]; pixels as for RandomView.apply."""
         if self.whole:
             return resize(pixels, self.size, self.size, self.interpolation)
-        return evaluation_squares(pixels, size=self.size, crop=self.crop)
+        return resize_and_center_crop(pixels, size=self.size, crop_pct=self.crop_pct)
 
 
 ViewSampler = RandomView | FixedView

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from deit.config.field_types import ErasingFill
 from deit.config.sections.views import ViewsConfig
 from deit.core.rng import Keys, random_words, uniform
 from deit.core.tensors import device_constant, to_device_async
@@ -19,11 +20,11 @@ from deit.datasets.operations import FillOptions, apply_operations
 from deit.datasets.policies import sample_policy
 from deit.datasets.resizing import chunked, resize, resize_boxes
 
-VERSION = 1
-"""Version of the pixels. It increases with every change to the view of a given key, so that stored
-teacher outputs for the old views are rejected."""
+VIEW_VERSION = 1
+"""It increases with every change to the view of a given key, so that stored teacher outputs for the
+old views are rejected."""
 
-Extent = int | Tensor
+Side = int | Tensor
 """Height or width [px]: one for all images, or float64 [batch]."""
 
 
@@ -37,44 +38,44 @@ class ChannelStats(NamedTuple):
 class ViewParameters(NamedTuple):
     """The sampled parameters of the views of a batch; None for an augmentation that is not used.
 
-    boxes: int64 [batch, 4], top, left, height, width of the crop in the source [px].
-    offsets: int64 [batch, 2], top and left of the crop in the padded image [px].
+    crop_boxes: int64 [batch, 4], top, left, height, width of the crop in the source [px].
+    crop_offsets: int64 [batch, 2], top and left of the crop in the padded image [px].
     flipped: bool [batch].
-    codes: int64 [batch, layers], on the CPU; arguments: float32 [batch, layers]: the operations,
-    see deit.datasets.policies.
-    erased: int64 [batch, 4], on the CPU: top, left, height, width of the erased box [px]; height 0
-    for none.
-    noise: int64 [batch], the seeds of the noise in the erased boxes.
+    op_codes: int64 [batch, layers], on the CPU, the operations in the order in which they are
+    applied (values of deit.datasets.operations.CODES).
+    op_arguments: float32 [batch, layers], such as the angle of a rotation.
+    erased_boxes: int64 [batch, 4], on the CPU: top, left, height, width [px]; height 0 for none.
+    noise_seeds: int64 [batch], of the noise in the erased boxes.
     """
 
-    boxes: Tensor | None
-    offsets: Tensor | None
+    crop_boxes: Tensor | None
+    crop_offsets: Tensor | None
     flipped: Tensor | None
-    codes: Tensor
-    arguments: Tensor
-    erased: Tensor | None
-    noise: Tensor | None
+    op_codes: Tensor
+    op_arguments: Tensor
+    erased_boxes: Tensor | None
+    noise_seeds: Tensor | None
 
-    def select(self, rows: slice) -> "ViewParameters":
+    def select(self, indices: slice) -> "ViewParameters":
         """Return the parameters of some of the views."""
-        return ViewParameters(*(None if values is None else values[rows] for values in self))
+        return ViewParameters(*(None if values is None else values[indices] for values in self))
 
 
 def sample_views(
-    keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent, size: int
+    keys: Keys, views: ViewsConfig, *, height: Side, width: Side, size: int
 ) -> ViewParameters:
-    """Sample the parameters of views of size x size px from images of height x width px.
+    """Sample the parameters of views of images of height x width px.
 
-    keys: seed, epoch and the samples of the batch. The parameters of a sample do not depend on the
-    rest of the batch:
+    keys: seed, epoch and the samples of the batch. size: side of the views [px], in which boxes are
+    erased. The parameters of a sample do not depend on the rest of the batch:
 
     >>> views = ViewsConfig(crop="random_resized")
     >>> batch = sample_views(Keys(7, 0, torch.arange(4)), views, height=32, width=32, size=32)
     >>> alone = sample_views(Keys(7, 0, torch.tensor([2])), views, height=32, width=32, size=32)
-    >>> batch.boxes[2].tolist() == alone.boxes[0].tolist()
+    >>> batch.crop_boxes[2].tolist() == alone.crop_boxes[0].tolist()
     True
     """
-    offsets = flipped = erased = noise = None
+    offsets = flipped = erased_boxes = noise_seeds = None
     boxes = sample_boxes(keys, views, height=height, width=width)
     if views.crop == "padded":
         offsets = sample_padded_crop(keys, views.crop_padding)
@@ -82,19 +83,21 @@ def sample_views(
         flipped = sample_flip(keys, views.flip)
     codes, arguments = sample_policy(keys, views)
     if views.erasing_prob > 0:
-        erased, noise = sample_erasing(keys, views, size)
-        erased = erased.cpu()
-    return ViewParameters(boxes, offsets, flipped, codes.cpu(), arguments, erased, noise)
+        erased_boxes, noise_seeds = sample_erasing(keys, views, size)
+        erased_boxes = erased_boxes.cpu()
+    return ViewParameters(
+        boxes, offsets, flipped, codes.cpu(), arguments, erased_boxes, noise_seeds
+    )
 
 
-def sample_boxes(keys: Keys, views: ViewsConfig, *, height: Extent, width: Extent) -> Tensor | None:
+def sample_boxes(keys: Keys, views: ViewsConfig, *, height: Side, width: Side) -> Tensor | None:
     """Sample crop boxes (top, left, height, width) [px], int64 [batch, 4]; None for other crops."""
     if views.crop == "random_resized":
         return sample_resized_crop(
             keys, height, width, scale=views.crop_scale, ratio=views.crop_ratio
         )
     if views.crop == "random":
-        return sample_random_crop(keys, height, width, side=views.crop_pct)
+        return sample_random_crop(keys, height, width, fraction=views.crop_pct)
     return None
 
 
@@ -120,10 +123,11 @@ def apply_views(
     ((2, 3, 8, 8), [0, 9])
     """
     interpolation = views.interpolation
-    if parameters.boxes is not None:
-        images = resize_boxes(pixels, parameters.boxes, size, interpolation, parameters.flipped)
-    elif parameters.offsets is not None:
-        offsets, flipped = parameters.offsets, parameters.flipped
+    if parameters.crop_boxes is not None:
+        boxes, flipped = parameters.crop_boxes, parameters.flipped
+        images = resize_boxes(pixels, boxes, size, interpolation, flipped)
+    elif parameters.crop_offsets is not None:
+        offsets, flipped = parameters.crop_offsets, parameters.flipped
         images = resize(
             apply_padded_crop(pixels, offsets, views.crop_padding, flipped),
             size,
@@ -134,22 +138,28 @@ def apply_views(
         images = resize(pixels, size, size, interpolation)
         images = images if parameters.flipped is None else apply_flip(images, parameters.flipped)
     fill_options = FillOptions(fill=_fill(views, channel_stats), interpolation=views.interpolation)
-    for layer in range(parameters.codes.shape[1]):
-        codes, arguments = parameters.codes[:, layer], parameters.arguments[:, layer]
+    for layer in range(parameters.op_codes.shape[1]):
+        codes, arguments = parameters.op_codes[:, layer], parameters.op_arguments[:, layer]
         images = apply_operations(images, codes, arguments, fill_options)
-    if parameters.erased is not None and parameters.noise is not None:
-        images = apply_erasing(images, parameters.erased, parameters.noise, views, channel_stats)
+    if parameters.erased_boxes is not None and parameters.noise_seeds is not None:
+        images = apply_erasing(
+            images,
+            parameters.erased_boxes,
+            parameters.noise_seeds,
+            mode=views.erasing_mode,
+            channel_stats=channel_stats,
+        )
     return images
 
 
 def _fill(views: ViewsConfig, channel_stats: ChannelStats) -> Tensor:
-    """Return the fill color: the mean color with a policy (as in timm), otherwise black."""
+    """Return the fill color: the mean color with auto_augment (as in timm), otherwise black."""
     if views.auto_augment == "none":
         return torch.zeros(3, dtype=torch.uint8)
-    return _mean_levels(channel_stats)
+    return _mean_color(channel_stats)
 
 
-def _mean_levels(channel_stats: ChannelStats) -> Tensor:
+def _mean_color(channel_stats: ChannelStats) -> Tensor:
     """Return the mean color, uint8 [3], on the CPU."""
     return (torch.tensor(channel_stats.mean) * 255).round().to(torch.uint8)
 
@@ -164,26 +174,26 @@ def to_unit_float(images: Tensor) -> Tensor:
     return images.float() * (1 / 255)
 
 
-def evaluation_views(pixels: Tensor, *, size: int, crop: float) -> Tensor:
-    """Return `evaluation_squares` as float32 [batch, 3, size, size] in [0, 1].
+def evaluation_views(pixels: Tensor, *, size: int, crop_pct: float) -> Tensor:
+    """Return `resize_and_center_crop` as float32 [batch, 3, size, size] in [0, 1].
 
     >>> pixels = torch.full((2, 3, 40, 30), 255, dtype=torch.uint8)
-    >>> images = evaluation_views(pixels, size=32, crop=0.875)
+    >>> images = evaluation_views(pixels, size=32, crop_pct=0.875)
     >>> images.shape, images.min().item()
     (torch.Size([2, 3, 32, 32]), 1.0)
     """
-    return to_unit_float(evaluation_squares(pixels, size=size, crop=crop))
+    return to_unit_float(resize_and_center_crop(pixels, size=size, crop_pct=crop_pct))
 
 
-def evaluation_squares(pixels: Tensor, *, size: int, crop: float) -> Tensor:
-    """Return the views used in evaluation: resize to size / crop, crop the center.
+def resize_and_center_crop(pixels: Tensor, *, size: int, crop_pct: float) -> Tensor:
+    """Return the views used in evaluation: resize to size / crop_pct, crop the center.
 
-    pixels: uint8 [batch, 3, height, width]. crop: in (0, 1], timm's crop_pct. Return uint8 [batch,
+    pixels: uint8 [batch, 3, height, width]. crop_pct: in (0, 1], as in timm. Return uint8 [batch,
     3, size, size].
     """
-    whole = round(size / crop)
-    resized = resize(pixels, whole, whole, "bicubic")
-    start = (whole - size) // 2
+    resized_side = round(size / crop_pct)
+    resized = resize(pixels, resized_side, resized_side, "bicubic")
+    start = (resized_side - size) // 2
     return resized[..., start : start + size, start : start + size]
 
 
@@ -212,27 +222,27 @@ def apply_padded_crop(
     return padded.gather(2, indices).view(images.shape)
 
 
-def sample_random_crop(keys: Keys, height: Extent, width: Extent, *, side: float) -> Tensor:
+def sample_random_crop(keys: Keys, height: Side, width: Side, *, fraction: float) -> Tensor:
     """Sample square boxes (top, left, side, side) [px], int64 [batch, 4], uniform in the image.
 
-    side: of the square, as a fraction of the image's shorter side. To resize to S and crop s, as
-    in Beyer et al. 2022 (160 and 128), use s / S.
+    fraction: side of the square, as a fraction of the image's shorter side. To resize to S and
+    crop s, as in Beyer et al. 2022 (160 and 128), use s / S.
     """
-    draws = uniform(keys, "crop", 2)
-    height, width = _extents(keys, height), _extents(keys, width)
-    extent = (torch.minimum(height, width) * side).round().clamp_min(1)
-    top = (draws[:, 0] * (height - extent + 1)).long()
-    left = (draws[:, 1] * (width - extent + 1)).long()
-    return torch.stack([top, left, extent.long(), extent.long()], dim=1)
+    top_draw, left_draw = uniform(keys, "crop", 2).unbind(dim=1)
+    height, width = _per_image(keys, height), _per_image(keys, width)
+    side = (torch.minimum(height, width) * fraction).round().clamp_min(1)
+    top = (top_draw * (height - side + 1)).long()
+    left = (left_draw * (width - side + 1)).long()
+    return torch.stack([top, left, side.long(), side.long()], dim=1)
 
 
-_ATTEMPTS = 10
+_ATTEMPTS = 10  # boxes that are sampled per image, as in torchvision and timm
 
 
 def sample_resized_crop(
     keys: Keys,
-    height: Extent,
-    width: Extent,
+    height: Side,
+    width: Side,
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float],
@@ -244,29 +254,29 @@ def sample_resized_crop(
     used, or the largest central box within `ratio` if none fits.
     """
     draws = uniform(keys, "crop", 2 * _ATTEMPTS + 2)
-    height, width = _extents(keys, height), _extents(keys, width)
-    heights, widths = _box_sides(draws[:, :-2], height, width, scale, ratio)
+    box_draws, top_draw, left_draw = draws[:, :-2], draws[:, -2], draws[:, -1]
+    height, width = _per_image(keys, height), _per_image(keys, width)
+    heights, widths = _box_sides(box_draws, height, width, scale, ratio)
     fits = (widths >= 1) & (widths <= width[:, None])
     fits &= (heights >= 1) & (heights <= height[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
     # The largest central box within the ratio, for samples without a fitting box.
     aspect = width / height
-    central_height = torch.where(
-        aspect < ratio[0], (width / torch.full_like(width, ratio[0])).round(), height
-    )
+    min_ratio = torch.full_like(width, ratio[0])  # a tensor: see to_unit_float
+    central_height = torch.where(aspect < ratio[0], (width / min_ratio).round(), height)
     central_width = torch.where(aspect > ratio[1], (height * ratio[1]).round(), width)
     fits_any = fits.any(dim=1)
     box_height = torch.where(fits_any, heights.gather(1, first).squeeze(1), central_height)
     box_width = torch.where(fits_any, widths.gather(1, first).squeeze(1), central_width)
-    top = (torch.where(fits_any, draws[:, -2], 0.5) * (height - box_height + 1)).long()
-    left = (torch.where(fits_any, draws[:, -1], 0.5) * (width - box_width + 1)).long()
+    top = (torch.where(fits_any, top_draw, 0.5) * (height - box_height + 1)).long()
+    left = (torch.where(fits_any, left_draw, 0.5) * (width - box_width + 1)).long()
     return torch.stack([top, left, box_height.long(), box_width.long()], dim=1)
 
 
-def _extents(keys: Keys, extent: Extent) -> Tensor:
-    """Return the extent of each image, float64 [batch]."""
+def _per_image(keys: Keys, side: Side) -> Tensor:
+    """Return the height or width of each image, float64 [batch]."""
     device = keys.samples.device
-    return torch.as_tensor(extent, dtype=torch.float64, device=device).expand(len(keys.samples))
+    return torch.as_tensor(side, dtype=torch.float64, device=device).expand(len(keys.samples))
 
 
 def _box_sides(
@@ -276,7 +286,10 @@ def _box_sides(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """Return heights and widths of all attempts, integral float64 [batch, attempts]."""
+    """Return heights and widths of all attempts, whole numbers as float64 [batch, attempts].
+
+    draws: uniform in [0, 1), [batch, 2 * attempts]: area and aspect ratio of each attempt.
+    """
     area_draw, ratio_draw = draws.reshape(len(draws), -1, 2).unbind(dim=2)
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * area_draw)
     low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -302,50 +315,55 @@ def sample_erasing(keys: Keys, views: ViewsConfig, size: int) -> tuple[Tensor, T
     dimensions is used.
     """
     draws = uniform(keys, "erasing", 2 * _ATTEMPTS + 3)
-    extent = _extents(keys, size)
-    heights, widths = _box_sides(
-        draws[:, 3:], extent, extent, views.erasing_scale, views.erasing_ratio
-    )
+    erase_draw, top_draw, left_draw = draws[:, 0], draws[:, 1], draws[:, 2]
+    side = _per_image(keys, size)
+    heights, widths = _box_sides(draws[:, 3:], side, side, views.erasing_scale, views.erasing_ratio)
     fits = (heights >= 1) & (widths >= 1) & (heights < size) & (widths < size)
     first = fits.int().argmax(dim=1, keepdim=True)
-    erased = (draws[:, 0] < views.erasing_prob) & fits.any(dim=1)
-    box_height = torch.where(erased, heights.gather(1, first).squeeze(1), 0.0)
-    box_width = torch.where(erased, widths.gather(1, first).squeeze(1), 0.0)
-    top = (draws[:, 1] * (size - box_height + 1)).long()
-    left = (draws[:, 2] * (size - box_width + 1)).long()
+    is_erased = (erase_draw < views.erasing_prob) & fits.any(dim=1)
+    box_height = torch.where(is_erased, heights.gather(1, first).squeeze(1), 0.0)
+    box_width = torch.where(is_erased, widths.gather(1, first).squeeze(1), 0.0)
+    top = (top_draw * (size - box_height + 1)).long()
+    left = (left_draw * (size - box_width + 1)).long()
     boxes = torch.stack([top, left, box_height.long(), box_width.long()], dim=1)
     return boxes, random_words(keys, "erasing/noise", 1).squeeze(1)
 
 
 def apply_erasing(
-    images: Tensor, boxes: Tensor, noise: Tensor, views: ViewsConfig, channel_stats: ChannelStats
+    images: Tensor,
+    boxes: Tensor,
+    seeds: Tensor,
+    *,
+    mode: ErasingFill,
+    channel_stats: ChannelStats,
 ) -> Tensor:
     """Fill each box with noise of the data's mean and standard deviation, or with the mean color.
 
-    images: uint8 [batch, 3, height, width]. boxes: of `sample_erasing`, on the CPU. timm erases
-    after normalization, with N(0, 1). Here values are clipped to 0 and 255, so that a teacher with
-    another normalization gets the same image.
+    images: uint8 [batch, 3, height, width]. boxes, seeds: of `sample_erasing`, the boxes on the
+    CPU. timm erases after normalization, with N(0, 1). Here values are clipped to 0 and 255, so
+    that a teacher with another normalization gets the same image.
     """
-    rows = (boxes[:, 2] > 0).nonzero().squeeze(1)
-    if len(rows) == 0:
+    indices = (boxes[:, 2] > 0).nonzero().squeeze(1)  # of the images with a box
+    if len(indices) == 0:
         return images
-    boxes, rows = to_device_async(boxes[rows], images.device), to_device_async(rows, images.device)
-    mean = _mean_levels(channel_stats)[:, None, None]
+    boxes = to_device_async(boxes[indices], images.device)
+    indices = to_device_async(indices, images.device)
+    mean = _mean_color(channel_stats)[:, None, None]
 
     def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
-        if views.erasing_mode == "noise":
+        if mode == "noise":
             fill = _noise(seeds, images.shape, channel_stats)
         else:
             fill = to_device_async(mean, images.device)
-        inside = inside_boxes(boxes, *images.shape[-2:])[:, None]
+        mask = box_bitmask(boxes, *images.shape[-2:])[:, None]
         # Select bits of `fill` within the box, of the image elsewhere.
-        return images ^ ((images ^ fill) & inside)
+        return images ^ ((images ^ fill) & mask)
 
-    return images.index_copy(0, rows, chunked(erase, images[rows], boxes, noise[rows]))
+    return images.index_copy(0, indices, chunked(erase, images[indices], boxes, seeds[indices]))
 
 
-def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Return 255 for pixels within boxes (top, left, height, width), otherwise 0.
+def box_bitmask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Return 255 (all bits set) for pixels within boxes (top, left, height, width), otherwise 0.
 
     boxes: int64 [batch, 4] [px]. Return uint8 [batch, height, width].
     """
@@ -376,5 +394,5 @@ def _noise(seeds: Tensor, shape: torch.Size, channel_stats: ChannelStats) -> Ten
     total = (pairs & 0xFFFF) + (pairs >> 16)
     z = (total - 510).float().view(shape).mul_(1 / math.sqrt(4 * (256**2 - 1) / 12))
     mean, std = (device_constant(tuple(c), z.device)[:, None, None] * 255 for c in channel_stats)
-    levels = z.mul_(std).add_(mean + 0.5).clamp_(0, 255)
-    return levels.to(torch.int16).to(torch.uint8)
+    values = z.mul_(std).add_(mean + 0.5).clamp_(0, 255)  # + 0.5: the conversion rounds down
+    return values.to(torch.int16).to(torch.uint8)

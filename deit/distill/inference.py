@@ -84,7 +84,7 @@ def evaluation_batches(
     size = size or settings.image_size
     resized = round(size / settings.crop_pct)
     for pixels in _pixels(images, chunks, resized, device, settings.num_workers):
-        yield evaluation_views(pixels, size=size, crop=settings.crop_pct)
+        yield evaluation_views(pixels, size=size, crop_pct=settings.crop_pct)
 
 
 def _pixels(

@@ -7,10 +7,10 @@ from typing import Any
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.sections.views import ViewsConfig
 from deit.config.teachers import teacher_specs
-from deit.datasets import views as view_code
 from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits
+from deit.datasets.views import VIEW_VERSION
 from deit.models.teachers import Teacher
 
 # Fields of the views section that never change what a teacher sees.
@@ -42,7 +42,7 @@ def fingerprint_of(splits: Splits, loader: TrainLoader) -> dict[str, Any]:
         "images": len(splits.train.labels),
         "storage": "memory" if in_memory else "files",
         "source_size": sizes.source,
-        "view_code": view_code.VERSION,
+        "view_code": VIEW_VERSION,
         "views": _view_fields(views),
         "teacher_size": sizes.teacher,
     }

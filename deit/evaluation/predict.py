@@ -218,13 +218,13 @@ def _predict_batch(
     if not files:
         return [], ()
     squares = [torch.stack(images) for images in zip(*(squares_by_file[file] for file in files))]
-    views = evaluation_views(squares[0], size=side, crop=crop)
+    views = evaluation_views(squares[0], size=side, crop_pct=crop)
     logits = logits_by_head(student(views))
     heads = {name: values.float() for name, values in logits.items() if name != "fused_softmax"}
     if teacher is not None:
         teacher_views = views
         if teacher_side > side:
-            teacher_views = evaluation_views(squares[1], size=teacher_side, crop=crop)
+            teacher_views = evaluation_views(squares[1], size=teacher_side, crop_pct=crop)
         heads["teacher"] = teacher(teacher_views)
     attention: AttentionMaps | None = None
     if draw:

@@ -17,7 +17,12 @@ from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import TrainLoader
 from deit.datasets.resizing import resize
 from deit.datasets.splits import load_splits
-from deit.datasets.views import ChannelStats, evaluation_squares, sample_random_crop, to_unit_float
+from deit.datasets.views import (
+    ChannelStats,
+    resize_and_center_crop,
+    sample_random_crop,
+    to_unit_float,
+)
 from tests.helpers.images import joined, write_image_folder
 
 MEMORY = InMemoryImages(
@@ -149,7 +154,7 @@ def test_fixed_teacher_view_is_equal_in_every_epoch(mode, storage, files):
                 whole = np.array(image.resize((16, 16), 3))
                 expected = torch.from_numpy(whole).permute(2, 0, 1)
         elif mode == "fix/cc":
-            expected = evaluation_squares(images.pixels[sample][None], size=16, crop=0.8)[0]
+            expected = resize_and_center_crop(images.pixels[sample][None], size=16, crop_pct=0.8)[0]
         else:
             expected = resize(images.pixels[sample][None], 16, 16, "bicubic")[0]
         assert torch.equal((view * 255).round().to(torch.uint8), expected)
@@ -209,12 +214,12 @@ def test_loader_without_teacher_makes_no_teacher_images():
 
 def test_random_crop_is_square_of_given_side():
     keys = Keys(3, 0, torch.arange(4000))
-    boxes = sample_random_crop(keys, 20, 30, side=0.8)
+    boxes = sample_random_crop(keys, 20, 30, fraction=0.8)
     assert (boxes[:, 2:] == 16).all()
     tops, lefts = boxes[:, 0], boxes[:, 1]
     assert sorted(tops.unique().tolist()) == list(range(5))
     assert sorted(lefts.unique().tolist()) == list(range(15))
     counts = torch.bincount(tops).double()
     assert ((counts / 800 - 1).abs() < 0.15).all()
-    whole = sample_random_crop(keys, 20, 20, side=1.0)
+    whole = sample_random_crop(keys, 20, 20, fraction=1.0)
     assert whole.unique(dim=0).tolist() == [[0, 0, 20, 20]]

@@ -19,8 +19,8 @@ from deit.datasets.views import (
     apply_flip,
     apply_padded_crop,
     apply_views,
+    box_bitmask,
     evaluation_views,
-    inside_boxes,
     sample_erasing,
     sample_flip,
     sample_padded_crop,
@@ -124,9 +124,9 @@ def test_erased_boxes_have_configured_probability_area_and_aspect():
 def test_erasing_fills_the_box_only(fill):
     images = torch.full((400, 3, 32, 32), 9, dtype=torch.uint8)
     keys, views = Keys(0, 0, torch.arange(400)), ViewsConfig(erasing_prob=0.5, erasing_mode=fill)
-    boxes, noise = sample_erasing(keys, views, 32)
-    result = apply_erasing(images, boxes, noise, views, CHANNEL_STATS)
-    inside = inside_boxes(boxes, 32, 32) == 255
+    boxes, seeds = sample_erasing(keys, views, 32)
+    result = apply_erasing(images, boxes, seeds, mode=fill, channel_stats=CHANNEL_STATS)
+    inside = box_bitmask(boxes, 32, 32) == 255
     assert (result.permute(0, 2, 3, 1)[~inside] == 9).all()
     filled = result.permute(0, 2, 3, 1)[inside].double() / 255
     if fill == "mean":
@@ -145,11 +145,11 @@ def test_erasing_fills_the_box_only(fill):
 
 def test_evaluation_view_is_resize_and_center_crop():
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(evaluation_views(pixels, size=32, crop=1.0), to_unit_float(pixels))
+    assert torch.equal(evaluation_views(pixels, size=32, crop_pct=1.0), to_unit_float(pixels))
     assert torch.equal(
-        evaluation_views(pixels, size=24, crop=0.75), to_unit_float(pixels[..., 4:28, 4:28])
+        evaluation_views(pixels, size=24, crop_pct=0.75), to_unit_float(pixels[..., 4:28, 4:28])
     )
-    half = evaluation_views(pixels, size=16, crop=1.0)
+    half = evaluation_views(pixels, size=16, crop_pct=1.0)
     expected = functional.resize(pixels, [16, 16], functional.InterpolationMode.BICUBIC)
     assert (half * 255 - expected).abs().max() < 3
 

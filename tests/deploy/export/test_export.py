@@ -169,7 +169,7 @@ def test_export_timm_and_transformers_preprocessing_agree(exports, tmp_path):
     student, model_info = load_student(exports["cropped", "timm"].parent / "best")
     image.save(tmp_path / "image.png")
     square = decode_square((tmp_path / "image.png").read_bytes(), "image", 10)
-    views = evaluation_views(square[None], size=8, crop=model_info.evaluation_crop)
+    views = evaluation_views(square[None], size=8, crop_pct=model_info.evaluation_crop)
     expected = ((views - student.mean) / student.std)[0]
     assert (by_timm - expected).abs().mean() < 0.03
 
