@@ -50,7 +50,7 @@ _LATENCY_BATCHES = (1, 64)
 _TIMED_S = 1.5  # for each variant and batch size
 _FILES = ("variants.json", "variants.md", "variants.png")
 _MIN_FLOAT_AGREEMENT = 0.999  # rounding can decide between two classes
-_MIN_INT8_AGREEMENT = 0.8  # below, an int8 file is of other weights
+_MIN_INT8_AGREEMENT = 0.8  # less: the int8 file was made from other weights
 _EVALUATED_ON = RunConfig(device="cpu", precision="fp32")
 InferenceFn = Callable[[Tensor], dict[str, Tensor]]
 """Views [batch, 3, side, side] in [0, 1] -> logits [batch, classes] by head."""
@@ -59,7 +59,8 @@ InferenceFn = Callable[[Tensor], dict[str, Tensor]]
 class Variant(NamedTuple):
     """A student, or a smaller variant of it.
 
-    run: the folder of the run that it is of. onnx: its ONNX file; None: it is computed by PyTorch.
+    run: the folder of the run that it was made from. onnx: its ONNX file; None: it is computed by
+    PyTorch.
     merge: number of tokens merged in each block.
     """
 
@@ -85,7 +86,7 @@ def variants(
     `prune` next to it, with their ONNX files. Latency is measured in interleaved turns. Writes
     variants.json, variants.md and variants.png into the folder `variants` of the run.
 
-    other_runs: runs on the same classes, such as the levels of a lottery search. merge_tokens:
+    other_runs: runs on the same classes, such as the levels of a lottery experiment. merge_tokens:
     numbers of tokens merged in each block, a variant each. root: the folder of the images, if they
     were moved. json_file: also write the result to this file. force: replace existing files.
     command: the command line, for the records.
@@ -105,17 +106,17 @@ def variants(
     predictions = {
         name: _predict(entry.infer, views(), len(labels), name) for name, entry in entries.items()
     }
-    _drop_stale_files(all_variants, predictions)
+    _exclude_stale_exports(all_variants, predictions)
     reference = final_head(predictions[all_variants[0].name])
     rows: dict[str, dict[str, Any]] = {}
     for name, by_head in predictions.items():
         rows[name] = {
             **entries[name].properties,
-            "top1": {head: _agreement(by_head.get(head), labels) for head in HEADS},
-            "agreement": _agreement(final_head(by_head), reference),
+            "top1": {head: _fraction_equal(by_head.get(head), labels) for head in HEADS},
+            "agreement": _fraction_equal(final_head(by_head), reference),
         }
-    networks = {name: entries[name].infer for name in rows}
-    for name, by_batch in _latencies(networks, next(views())).items():
+    inference_fns = {name: entries[name].infer for name in rows}
+    for name, by_batch in _latencies(inference_fns, next(views())).items():
         rows[name]["latency"] = by_batch
     result = {
         "run": str(run),
@@ -154,7 +155,7 @@ def find_variants(
     """
     _, saved = resolve_run(run, "best")
     warn_unfinished(saved.parent)
-    variants = _of_run(run, run.resolve().name)
+    variants = _variants_of_run(run, run.resolve().name)
     run_name = variants[0].name
     variants += [Variant(f"{run_name}, merging {num}", run, merge=num) for num in merge_tokens]
     digest = digest_of(read_weights(saved / WEIGHTS))
@@ -164,7 +165,7 @@ def find_variants(
         for folder in (RECOVERED, *CONTROLS.values()):
             if run_folder.read_result(manifest.parent / folder) is not None:
                 name = f"{manifest.parent.name}, {folder}"
-                variants += _of_run(manifest.parent / folder, name)
+                variants += _variants_of_run(manifest.parent / folder, name)
     pruned = {variant.run.resolve() for variant in variants[1:]} - {run.resolve()}
     for path in other_runs:
         warn_unfinished(resolve_run(path, "best")[1].parent)
@@ -174,20 +175,20 @@ def find_variants(
             raise ConfigError(f"{path}: is given twice; give each run once")
         names = {variant.name for variant in variants}
         name = path.resolve().name
-        variants += _of_run(path, str(path) if name in names else name)
+        variants += _variants_of_run(path, str(path) if name in names else name)
     return variants
 
 
-def _of_run(run: Path, name: str) -> list[Variant]:
+def _variants_of_run(run: Path, name: str) -> list[Variant]:
     """Return a run and the ONNX files in its folder."""
     files = [*sorted(run.glob("export-*/model.onnx")), *sorted(run.glob("quantized-*/model.onnx"))]
-    labels = {
+    display_names = {
         "export-onnx": "ONNX",
         "quantized-static": "int8 static",
         "quantized-dynamic": "int8 dynamic",
     }
     exported = [
-        Variant(f"{name}, {labels.get(file.parent.name, file.parent.name)}", run, file)
+        Variant(f"{name}, {display_names.get(file.parent.name, file.parent.name)}", run, file)
         for file in files
     ]
     return [Variant(name, run), *exported]
@@ -316,8 +317,10 @@ def _predict(
     return {head: torch.cat([batch[head] for batch in batches]) for head in batches[0]}
 
 
-def _drop_stale_files(variants: list[Variant], predictions: dict[str, dict[str, Tensor]]) -> None:
-    """Drop ONNX files that were exported from other weights than the run has now.
+def _exclude_stale_exports(
+    variants: list[Variant], predictions: dict[str, dict[str, Tensor]]
+) -> None:
+    """Delete the predictions of ONNX files that were made from other weights than the run has now.
 
     A float file then predicts some other classes, an int8 file many.
     """
@@ -332,26 +335,26 @@ def _drop_stale_files(variants: list[Variant], predictions: dict[str, dict[str, 
         of_file = final_head(predictions[variant.name])
         of_run = final_head(predictions[run_names[variant.run]])
         is_float = variant.onnx.parent.name.startswith("export-")
-        share = _agreement(of_file, of_run)
-        if share < (_MIN_FLOAT_AGREEMENT if is_float else _MIN_INT8_AGREEMENT):
+        agreement = _fraction_equal(of_file, of_run)
+        if agreement < (_MIN_FLOAT_AGREEMENT if is_float else _MIN_INT8_AGREEMENT):
             warn(
                 f"{variant.onnx}: skipped, its agreement with {variant.run}/best is only "
-                f"{format_percent(share)} %; if it was exported from other weights, repeat deit "
-                "export or deit quantize with --force"
+                f"{format_percent(agreement)} %; if it was exported from other weights, repeat "
+                "deit export or deit quantize with --force"
             )
             del predictions[variant.name]
 
 
-def _agreement(predictions: Tensor | None, classes: Tensor) -> float | None:
+def _fraction_equal(predictions: Tensor | None, classes: Tensor) -> float | None:
     return None if predictions is None else (predictions == classes).double().mean().item()
 
 
-def _latencies(networks: dict[str, InferenceFn], images: Tensor) -> dict[str, dict[str, Any]]:
-    """Return the latency by network and batch size, measured in interleaved turns."""
+def _latencies(inference_fns: dict[str, InferenceFn], images: Tensor) -> dict[str, dict[str, Any]]:
+    """Return the latency by variant and batch size, measured in interleaved turns."""
     images = images[torch.arange(max(_LATENCY_BATCHES)) % len(images)]
-    by_name: dict[str, dict[str, Any]] = {name: {} for name in networks}
+    by_name: dict[str, dict[str, Any]] = {name: {} for name in inference_fns}
     for batch in progress(_LATENCY_BATCHES, total=len(_LATENCY_BATCHES), title="latency"):
-        measured = latencies(networks, images[:batch], seconds=_TIMED_S * len(networks))
+        measured = latencies(inference_fns, images[:batch], seconds=_TIMED_S * len(inference_fns))
         for name, latency in measured.items():
             by_name[name][str(batch)] = latency._asdict()
     return by_name
