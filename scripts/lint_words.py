@@ -87,7 +87,9 @@ WHOLE_NAMES = {
 _PROSE = {re.compile(rf"(?<![\w-])(?:{key})(?![\w-])", re.I): hint for key, hint in PROSE.items()}
 _NAMES = {re.compile(rf"(?:.*_)?(?:{key})(?:_.*)?"): hint for key, hint in NAMES.items()}
 _NAMES |= {re.compile(rf"_?(?:{key})"): hint for key, hint in WHOLE_NAMES.items()}
-_CODE = re.compile(r"```.*?```|`[^`]*`|https?://\S+|<!--.*?-->|\]\([^)]*\)", re.S)
+_CODE = re.compile(
+    r"```.*?```|`[^`]*`|https?://\S+|<!--.*?-->|\]\([^)]*\)|^\s*>>> [^\n]*", re.S | re.M
+)
 
 
 class Hit(NamedTuple):

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"deit": "deit", "models": "deit.models", "datasets": "deit.datasets"}
 WITH_EXAMPLES = {
     *("deit.core", "deit.config", "deit.models", "deit.datasets", "deit.distill", "deit.training"),
+    *("deit.evaluation", "deit.deploy", "deit.experiments", "deit.analysis", "deit.viz"),
 }
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 

@@ -52,6 +52,12 @@ def report(
     Every chart is also written as PNG, and every table as CSV. root: the current folder of the
     images, if they were moved. force: replace a report in the folder. Raises ConfigError,
     CheckpointError or SystemFault before anything is drawn.
+
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     page = report("checkpoints/digits", "report")
+    >>> page.as_posix(), (page.parent / "report.json").is_file()
+    ('report/index.html', True)
     """
     started = time.monotonic()
     paths, out = to_paths(paths), Path(out)
@@ -90,16 +96,21 @@ def report(
         # The name of a single path is the title of the page.
         body += parts if len(paths) == 1 else [html.section(names[path], parts, anchor=anchor)]
     title = names[paths[0]] if len(paths) == 1 else f"{len(paths)} reports"
-    kinds = [count_noun(len(runs), "run")] * bool(runs)
-    kinds += [count_noun(len(sweeps), "sweep")] * bool(sweeps)
-    page = html.page(
-        title,
-        f"{' and '.join(kinds)}: {', '.join(map(str, paths))}",
-        body,
-        foot="Written by deit report. This page is self-contained and makes no network requests. "
-        "Its charts (PNG) and tables (CSV) are in the same folder.",
-    )
+    page = html.page(title, _lead(paths, len(runs), len(sweeps)), body, foot=_FOOT)
     return _write_page(page, out / PAGE, started)
+
+
+_FOOT = (
+    "Written by deit report. This page is self-contained and makes no network requests. Its charts "
+    "(PNG) and tables (CSV) are in the same folder."
+)
+
+
+def _lead(paths: Sequence[Path], num_runs: int, num_sweeps: int) -> str:
+    """Return the line under the title: what the page is about."""
+    kinds = [count_noun(num_runs, "run")] * bool(num_runs)
+    kinds += [count_noun(num_sweeps, "sweep")] * bool(num_sweeps)
+    return f"{' and '.join(kinds)}: {', '.join(map(str, paths))}"
 
 
 def _write_page(page: str, path: Path, started: float) -> Path:

@@ -63,6 +63,12 @@ def export(
     Raises ConfigError if there is no such format, or it does not support the network, SystemFault
     if a package is missing or the folder cannot be written, CheckpointError if the export differs
     from the original. Then nothing is written.
+
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     folder = export("checkpoints/digits", format="timm")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['README.md', 'config.json', 'model.safetensors']
     """
     check_choice("format", format, FORMATS)
     check_at_least("images", images, 1)
@@ -95,6 +101,11 @@ def export(
             license=license,
         )
 
+    return _write_folder(folder, write, force=force)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None], *, force: bool) -> Path:
+    """Write an export, log its files, and return its folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_dir(folder, write, replace=force)
     files = sorted(folder.iterdir())

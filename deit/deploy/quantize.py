@@ -75,6 +75,12 @@ def quantize(
     options are invalid or do not apply to the network, DataError with too few training images,
     CheckpointError if the run is not finished or if too much accuracy is lost. Then nothing is
     written.
+
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     folder = quantize("checkpoints/digits", options=QuantizeOptions(max_drop=50.0))
+    >>> sorted(file.name for file in folder.iterdir())
+    ['README.md', 'model.onnx', 'quantization.json']
     """
     run, json_file = Path(run), None if json_file is None else Path(json_file)
     check_options(options)
@@ -106,12 +112,17 @@ def quantize(
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_dir(folder, write, replace=force)
+    _print(report, folder, json_file)
+    return folder
+
+
+def _print(report: dict[str, Any], folder: Path, json_file: Path | None) -> None:
+    """Print the measurements and the written files; also write the measurements to `json_file`."""
     print_quantization(report)
     if json_file is not None:
         write_json(json_file, report)
         info(f"wrote {json_file}")
     info(f"quantized {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    return folder
 
 
 def _compare(

@@ -27,6 +27,9 @@ class QuantizeOptions:
     quantize_attention: also quantize the products of two activations. exclude: a regular expression
     for the names of layers that stay float. max_drop: the largest drop of top-1 on the test images
     [percentage points]. sensitivity: also measure accuracy with each layer quantized alone.
+
+    >>> QuantizeOptions(percentile=99.9).range_method, QuantizeOptions().num_images
+    ('percentile', 128)
     """
 
     method: str = "static"

@@ -47,9 +47,14 @@ def compare_evaluations(
     block; empty: no merging. checkpoint, split, root, teacher, device, batch_size, test_set: as for
     deit.evaluation.evaluate.evaluate. plot: a PNG file to write, throughput against accuracy.
     json_file: a file to write the result to. command: the command line, for that file.
-
     Returns `rows`, the metrics by name; `agreement`, the share of equal predictions by name and by
     name, if the images are the same; and `command`. Raises the errors of deit.core.errors.
+
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     result = compare_evaluations(["checkpoints/digits", "checkpoints/digits-teacher"])
+    >>> list(result["rows"])
+    ['digits', 'digits-teacher']
     """
     runs = to_paths(runs)
     check_test_set(test_set, split=split, root=root, teacher=teacher)
@@ -76,13 +81,18 @@ def compare_evaluations(
     rows = {name: result.metrics for name, result in results.items()}
     _print_rows(rows)
     report: dict[str, Any] = {"rows": rows, "command": command, **_agreement(results)}
+    _write(report, plot, json_file)
+    return report
+
+
+def _write(report: dict[str, Any], plot: str | Path | None, json_file: str | Path | None) -> None:
+    """Write the plot and the result to the files that are given, in the main process."""
     if is_main_process() and plot is not None:
-        draw_throughput(rows, Path(plot))
+        draw_throughput(report["rows"], Path(plot))
         info(f"wrote {Path(plot)}")
     if is_main_process() and json_file is not None:
         write_json(Path(json_file), report)
         info(f"wrote {Path(json_file)}")
-    return report
 
 
 def _agreement(results: dict[str, EvaluationResult]) -> dict[str, Any]:

@@ -84,6 +84,12 @@ def evaluate(
     `heads` of the metrics holds class, distillation, fused (mean of logits) and fused_softmax (mean
     of softmax) with top1, top5 and calibration_error in [0, 1]; with one head, `fused` equals it,
     and the others are None. Raises the errors of deit.core.errors.
+
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     result = evaluate("checkpoints/digits")
+    >>> sorted(result.metrics["heads"]["fused"]), sorted(result.predictions)[:2]
+    (['calibration_error', 'top1', 'top5'], ['class', 'distillation'])
     """
     check_test_set(test_set, split=split, root=root, teacher=teacher)
     config, saved = resolve_run(run, checkpoint)
@@ -102,16 +108,9 @@ def evaluate(
     check_inference_memory(student, student.forward, side, accelerator, num_images)
     teacher = "none" if test_set else teacher
     outputs = _run_networks(accelerator, config, student, teacher, model_info.class_names, eval_set)
-    metrics: dict[str, Any] = {
-        "run": str(Path(run)),
-        "checkpoint": saved.name,
-        **_describe_images(config, model_info, eval_set),
-        "heads": _metrics_by_head(outputs.heads, eval_set.labels),
-        "teacher": None,
-        "token_cosine": _token_cosine(student, _first_batch(config, eval_set), config),
-        "throughput_img_s": len(eval_set.images.labels) / outputs.seconds,
-        "environment": environment_info(accelerator),
-    }
+    metrics: dict[str, Any] = {"run": str(Path(run)), "checkpoint": saved.name}
+    metrics |= _describe_images(config, model_info, eval_set)
+    metrics |= _measure(accelerator, config, student, eval_set, outputs)
     if merge_tokens is not None:
         metrics |= {"merge": merge_tokens, "tokens": num_tokens_per_block(student.network)}
     if cost:
@@ -130,6 +129,23 @@ def _describe_images(
         "eval_crop_pct": config.views.eval_crop_pct,
         "num_samples": len(eval_set.images.labels),
         "class_names": [model_info.class_names[column] for column in eval_set.columns],
+    }
+
+
+def _measure(
+    accelerator: Accelerator,
+    config: Config,
+    student: Student,
+    eval_set: EvaluationSet,
+    outputs: "_Outputs",
+) -> dict[str, Any]:
+    """Return the metrics by head, token cosines, throughput and environment."""
+    return {
+        "heads": _metrics_by_head(outputs.heads, eval_set.labels),
+        "teacher": None,
+        "token_cosine": _token_cosine(student, _first_batch(config, eval_set), config),
+        "throughput_img_s": len(eval_set.images.labels) / outputs.seconds,
+        "environment": environment_info(accelerator),
     }
 
 
@@ -285,6 +301,9 @@ def head_metrics(logits: Tensor | None, labels: Tensor) -> dict[str, float] | No
 
     labels: int64 [images], or bool [images, classes] where an image has several correct classes.
     None for logits None.
+
+    >>> head_metrics(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]))["top1"]
+    0.5
     """
     if logits is None:
         return None

@@ -107,6 +107,10 @@ def student_at_resolution(saved: str | Path, side: int | None) -> tuple[Student,
 
     saved: the folder of a checkpoint. side: default: the student's own. Raises CheckpointError if
     the patch size does not divide the side.
+
+    >>> student, _ = student_at_resolution("checkpoints/digits/best", 16)
+    >>> student.network.pos_embed.shape  # 2 tokens, and 8 x 8 patches of 2 px
+    torch.Size([1, 66, 16])
     """
     student, model_info = load_student(Path(saved))
     config = model_info.student
@@ -140,6 +144,10 @@ def resolve_run(run: str | Path, name: str) -> tuple[Config, Path]:
     run: a run folder, or a checkpoint folder in it. name: best or last. Teachers that were moved
     together with the run are looked up next to it (see `load_run_config`). Raises CheckpointError
     and ConfigError.
+
+    >>> config, saved = resolve_run("checkpoints/digits", "best")
+    >>> config.student.name, saved.as_posix()
+    ('deit_micro', 'checkpoints/digits/best')
     """
     run, saved = Path(run), None
     if not (run / run_folder.CONFIG).is_file() and run_folder.is_checkpoint_dir(run):
@@ -157,6 +165,9 @@ def load_run_config(run: str | Path) -> Config:
     A teacher that is missing at its source is replaced by a saved model of the same folder name
     next to the run or one folder above, as in a comparison or a sweep that was moved. Raises
     CheckpointError and ConfigError.
+
+    >>> load_run_config("checkpoints/digits").optim.epochs
+    2
     """
     run = Path(run)
     config = load_config(run / run_folder.CONFIG)

@@ -60,13 +60,19 @@ def predict(
     """Predict image files, print the top classes, and return them as plain values, ready for JSON.
 
     run: a run folder, or a folder with a saved student. paths: image files or folders of them, or
-    one of these.
-    checkpoint: best or last. teacher: source of a teacher to predict with as well; "run": the run's
-    own. top_k: number of classes per head. attention: a PNG file to draw the attention to.
-    json_file: a file to write the result to.
+    one of these. checkpoint: best or last. teacher: source of a teacher to predict with as well;
+    "run": the run's own. top_k: number of classes per head. attention: a PNG file to draw the
+    attention to. json_file: a file to write the result to.
 
     The result has `pictures`, a dict per image, and `unreadable`, the reason by file; see
     `raise_if_unreadable`. Raises the errors of deit.core.errors; DataError if no image is readable.
+
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     result = predict("checkpoints/digits", "pets/cat/0.png", top_k=3)
+    >>> (image,) = result["pictures"]
+    >>> image["file"], list(image["heads"]), len(image["heads"]["fused"])
+    ('pets/cat/0.png', ['class', 'distillation', 'fused'], 3)
     """
     check_at_least("top_k", top_k, 1)
     run, paths = Path(run), to_paths(paths)
@@ -92,18 +98,12 @@ def predict(
     if not predictions:
         _raise_unreadable(unreadable, 0)
     rows = [_to_row(prediction, model_info, top_k) for prediction in predictions]
-    result = {
-        "run": str(run),
-        "checkpoint": saved.name,
-        "pictures": rows,
-        "unreadable": unreadable,
-    }
+    result = {"run": str(run), "checkpoint": saved.name, "pictures": rows, "unreadable": unreadable}
     for row in rows:
         _print_row(row)
     if json_file is not None:
-        json_file = Path(json_file)
-        write_json(json_file, result)
-        info(f"wrote {json_file}")
+        write_json(Path(json_file), result)
+        info(f"wrote {Path(json_file)}")
     if attention is not None:
         _draw(predictions, rows, token_names, Path(attention))
     return result

@@ -74,6 +74,14 @@ def sweep(
 
     Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
     failed runs, after the results of the others are written.
+
+    >>> from deit.core.console import quiet
+    >>> spec = {"recipe": "digits-teacher", "grid": {"optim.lr": [0.001, 0.003]},
+    ...         "set": {"optim.epochs": 1, "optim.warmup_epochs": 0, "data.train_fraction": 0.1}}
+    >>> with quiet():
+    ...     result = sweep(spec, "checkpoints/lr")
+    >>> list(result["rows"]), len(result["best"])
+    (['lr 0.001', 'lr 0.003'], 2)
     """
     spec, recipe_config, config = _resolve(spec, config, overrides or {})
     out = Path(out)
@@ -90,17 +98,7 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     with lock_dir(out, name="out"):
         write_json(out / MANIFEST, {"sweep": spec.name, "recipe": spec.recipe})
-        finished, search = FinishedRunChecker(), None
-        finished.check([*plan.base_runs, *(sweep_run.run for sweep_run in plan.sweep_runs)])
-        if spec.search:
-            search = search_all(
-                spec, config, plan, finished=finished, parallel=parallel, retries=retries
-            )
-            plan = plan.with_search_results(spec, search.finished, top)
-        failures = train_all(plan, finished=finished, parallel=parallel, retries=retries)
-        for point, failed in search.failed if search else []:
-            plan.sweep_runs.append(SweepRun(point, spec.seeds[0], failed.run))
-            failures.failed.append(failed)
+        plan, search, failures = _train(spec, config, plan, parallel, retries, top)
         result = _result(spec, plan, failures, search=search, top=top, command=command)
         for path in write_results(result, out) + write_plots(result, out):
             info(f"wrote {path}")
@@ -108,6 +106,25 @@ def sweep(
     if failures.failed:
         raise combined_error(failures.failed)
     return result
+
+
+def _train(
+    spec: Sweep, config: Config, plan: SweepPlan, parallel: int, retries: int, top: int
+) -> tuple[SweepPlan, SearchResult | None, SweepFailures]:
+    """Search if the sweep does, and train all runs; return the plan with the points of the search,
+    its result and the failures."""
+    finished, search = FinishedRunChecker(), None
+    finished.check([*plan.base_runs, *(sweep_run.run for sweep_run in plan.sweep_runs)])
+    if spec.search:
+        search = search_all(
+            spec, config, plan, finished=finished, parallel=parallel, retries=retries
+        )
+        plan = plan.with_search_results(spec, search.finished, top)
+    failures = train_all(plan, finished=finished, parallel=parallel, retries=retries)
+    for point, failed in search.failed if search else []:
+        plan.sweep_runs.append(SweepRun(point, spec.seeds[0], failed.run))
+        failures.failed.append(failed)
+    return plan, search, failures
 
 
 def _resolve(
