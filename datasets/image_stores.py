@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.core.errors import DataError, NotAllowedError, bytes_of, first_line, raise_transient
+from deit.core.errors import (
+    DataError,
+    NotAllowedError,
+    filename_bytes,
+    first_line,
+    raise_if_transient,
+)
 
 
 class StringTable:
@@ -20,7 +26,7 @@ class StringTable:
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [bytes_of(string) for string in strings]
+        encoded = [filename_bytes(string) for string in strings]
         self.ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         self.content = b"".join(encoded)
 
@@ -182,7 +188,7 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
     Raises SystemFault if the machine is the cause, so that an intact image is not excluded.
     """
-    raise_transient(error, name)
+    raise_if_transient(error, name)
     reason = getattr(error, "strerror", None) or first_line(error)
     kind = NotAllowedError if isinstance(error, PermissionError) else DataError
     return kind(f"{name}: not readable ({reason})")

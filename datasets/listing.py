@@ -15,12 +15,12 @@ from torch import Tensor
 from deit.core.errors import (
     DataError,
     NotFoundError,
-    bytes_of,
-    counted,
     did_you_mean,
-    in_line,
+    filename_bytes,
+    format_counts,
     name_problem,
-    raise_transient,
+    raise_if_transient,
+    single_line,
 )
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.images import ImageStore
@@ -62,7 +62,7 @@ class SkippedFiles:
 
     def notes(self, *, max_paths: int | None = 4) -> tuple[str, ...]:
         """Return a line for all files and one for each of the first paths; None: for all paths."""
-        notes = [f"skipped: {counted(self.files)}"] if self.files else []
+        notes = [f"skipped: {format_counts(self.files)}"] if self.files else []
         notes += [f"not read: {path}" for path in self.paths[:max_paths]]
         more = 0 if max_paths is None else len(self.paths) - max_paths
         return tuple([*notes, f"not read: {more} more"] if more > 0 else notes)
@@ -148,7 +148,7 @@ def open_folder(path: Path) -> Folder:
     try:
         stats = [os.stat(folder) for folder in (path, *path.resolve().parents)]
     except OSError as error:
-        raise_transient(error, path)
+        raise_if_transient(error, path)
         raise DataError(f"{path}: not readable ({error.strerror})") from None
     return Folder(path, frozenset((stat.st_dev, stat.st_ino) for stat in stats))
 
@@ -168,7 +168,7 @@ def scan_folder(
         with os.scandir(folder.path) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)
     except OSError as error:
-        raise_transient(error, folder.path)
+        raise_if_transient(error, folder.path)
         on_problem(f"{folder.path}: not readable ({error.strerror})")
         return folders, files
     for entry in entries:
@@ -193,7 +193,7 @@ def scan_folder(
                 target = os.readlink(entry.path)
                 on_problem(f"{entry.path}: a broken link (to {target}); repair or remove it")
         except OSError as error:
-            raise_transient(error, entry.path)
+            raise_if_transient(error, entry.path)
             on_problem(f"{entry.path}: not readable ({error.strerror})")
     return folders, files
 
@@ -333,7 +333,7 @@ def find_classes(
 
 def skipped_note(skipped: SkippedFiles) -> str:
     """Return the number of skipped files, as the end of a message about missing images."""
-    return f" (skipped: {counted(skipped.files)})" if skipped.files else ""
+    return f" (skipped: {format_counts(skipped.files)})" if skipped.files else ""
 
 
 def build_listing(
@@ -358,7 +358,7 @@ def build_listing(
     )
     name_hashes = torch.tensor(
         [
-            zlib.crc32(bytes_of(name))
+            zlib.crc32(filename_bytes(name))
             for split in split_listings.values()
             for name in split.image_names
         ]
@@ -378,4 +378,4 @@ def _check_class_names(
     for name in class_names:
         if problem := name_problem(name):
             origin = split_listings["train"].origin
-            raise DataError(f"{origin}: class '{in_line(name)}': its name {problem}; rename it")
+            raise DataError(f"{origin}: class '{single_line(name)}': its name {problem}; rename it")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from deit.config.sections.data import DataConfig
 from deit.core.console import progress
-from deit.core.errors import DataError, first_line, raise_transient
+from deit.core.errors import DataError, first_line, raise_if_transient
 from deit.core.file_reading import read_lines
 from deit.datasets.decoding import EXTENSIONS
 from deit.datasets.image_stores import ShardStore
@@ -72,7 +72,7 @@ def list_shards(
         try:
             indexed[path] = list(read_index(path, on_problem, skipped))
         except (OSError, tarfile.TarError, ValueError) as error:
-            raise_transient(error, path)
+            raise_if_transient(error, path)
             indexed[path] = []
             on_problem(
                 f"{path}: not a complete, uncompressed tar file ({first_line(error)}); download it "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, VisionDataset
 
 from deit.config.sections.data import DataConfig
-from deit.core.errors import DataError, SystemFault, first_line, raise_transient
+from deit.core.errors import DataError, SystemFault, first_line, raise_if_transient
 from deit.core.file_reading import read_lines
 from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages, ImageStore, InMemoryImages
@@ -93,7 +93,7 @@ def _both_splits(
             dataset(root, train=part, download=config.download) for part in (True, False)
         )
     except Exception as error:  # torchvision raises RuntimeError, urllib, tarfile, struct their own
-        raise_transient(error, f"data.root {root}")
+        raise_if_transient(error, f"data.root {root}")
         raise DataError(
             f"data.root {root}: contains no {dataset.__name__} ({first_line(error)}); expected "
             f"{expected}. Download it with --data.download, or set --data.root to its location; "

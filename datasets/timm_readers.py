@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.config.sections.data import DataConfig
-from deit.core.errors import ConfigError, DataError, SystemFault, first_line, raise_transient
+from deit.core.errors import ConfigError, DataError, SystemFault, first_line, raise_if_transient
 from deit.datasets.image_stores import FolderStore, ReaderStore, ShardStore
 from deit.datasets.listing import (
     Listing,
@@ -66,7 +66,7 @@ def list_reader(
     except (ConfigError, DataError, SystemFault):
         raise
     except (Exception, SystemExit) as error:  # third-party readers raise errors of any type
-        raise_transient(error, f"data.reader {config.reader}")
+        raise_if_transient(error, f"data.reader {config.reader}")
         raise DataError(
             f"data.reader {config.reader}: cannot read data.root {config.root} "
             f"({first_line(error)})"

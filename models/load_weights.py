@@ -14,7 +14,7 @@ from deit.config.field_types import PosEmbedKernel
 from deit.config.sections.init import InitConfig
 from deit.config.sections.student import SIZES, StudentConfig
 from deit.core.console import info
-from deit.core.errors import CheckpointError, did_you_mean, first_line, raise_transient
+from deit.core.errors import CheckpointError, did_you_mean, first_line, raise_if_transient
 from deit.core.file_reading import missing_file_reason, read_text
 from deit.core.json_io import load_json_as
 from deit.core.user_code import HUB_PREFIXES, address_hint
@@ -52,7 +52,7 @@ def load_weights_from(source: str) -> LoadedWeights:
     try:
         loaded = _load(source)
     except _PARSE_ERRORS as error:
-        raise_transient(error, f"init.weights {source}")
+        raise_if_transient(error, f"init.weights {source}")
         raise CheckpointError(
             f"init.weights {source}: its content does not match its names ({type(error).__name__}: "
             f"{first_line(error)})"
@@ -247,7 +247,7 @@ def _from_timm(name: str) -> LoadedWeights:
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
-        raise_transient(error, f"init.weights {name}")
+        raise_if_transient(error, f"init.weights {name}")
         advice = "give a local folder or file instead"
         if name.startswith(HUB_PREFIXES):
             advice = f"it {address_hint(name)}"

@@ -20,7 +20,7 @@ from deit.core.errors import (
     NotFoundError,
     did_you_mean,
     first_line,
-    raise_transient,
+    raise_if_transient,
 )
 from deit.core.file_reading import missing_file_reason
 from deit.core.types import logits_by_head
@@ -164,7 +164,7 @@ def _from_timm(name: str, source: str) -> LoadedNetwork:
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # hub, network, parsing and shape errors of many types
-        raise_transient(error, f"teacher.source {source}")
+        raise_if_transient(error, f"teacher.source {source}")
         reason = str(error).strip().split("\n")[0]
         # An existing folder is damaged; a name belongs to the hub, which could not be reached.
         kind = DataError if name.startswith("local-dir:") else NotFoundError
@@ -289,7 +289,7 @@ def _from_callable(source: str) -> LoadedNetwork:
     try:
         network = getattr(import_file(path), function)()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise_transient(error, f"teacher.source {source}")
+        raise_if_transient(error, f"teacher.source {source}")
         raise DataError(f"teacher.source {source}: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise DataError(
@@ -347,7 +347,7 @@ def _count_outputs(loaded: LoadedNetwork, image_size: int) -> int:
         with torch.no_grad():
             logits = loaded.network(torch.zeros(2, 3, side, side))
     except (Exception, SystemExit) as error:  # a network of any origin may raise anything
-        raise_transient(error, f"teacher {loaded.description}")
+        raise_if_transient(error, f"teacher {loaded.description}")
         raise DataError(
             f"teacher {loaded.description}: fails on images of {side} px "
             f"({type(error).__name__}: {first_line(error)}); set its input size with "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.config.sections.student import SIZES
-from deit.core.errors import CheckpointError, ConfigError, in_line
+from deit.core.errors import CheckpointError, ConfigError, single_line
 from deit.models.metadata import ModelInfo
 from deit.models.registry import check_plain_blocks
 
@@ -85,8 +85,8 @@ def from_transformers(weights: Weights) -> Weights:
         timm_name, part = _timm_name(name, kind)
         if (first := full_names.setdefault((timm_name, part), name)) != name:
             raise CheckpointError(
-                f"its weights {in_line(first)} and {in_line(name)} are both {timm_name} of a "
-                "deit_* or vit_*; keep one of them"
+                f"its weights {single_line(first)} and {single_line(name)} are both {timm_name} of "
+                "a deit_* or vit_*; keep one of them"
             )
         if part is None:
             converted[timm_name] = value
@@ -118,7 +118,7 @@ def _timm_name(name: str, kind: str) -> tuple[str, str | None]:
         return f"blocks.{layer[1]}.{layers[layer[2]]}.{leaf}", None
     if layer is not None and layer[2].removeprefix("attention.attention.") in _PARTS:
         return f"blocks.{layer[1]}.attn.qkv.{leaf}", layer[2].rpartition(".")[2]
-    raise CheckpointError(f"its weight {in_line(name)} does not exist in a deit_* or vit_*")
+    raise CheckpointError(f"its weight {single_line(name)} does not exist in a deit_* or vit_*")
 
 
 def transformers_config(model_info: ModelInfo) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from deit.core.errors import CheckpointError, in_line
+from deit.core.errors import CheckpointError, single_line
 
 _CONVERT = "convert it to PyTorch and save its state_dict"
 _MAX_HEADER_BYTES = 2**27  # safetensors reads headers up to 100 MB
@@ -66,7 +66,7 @@ def _zip_problem(path: Path) -> str | None:
         return f"a NumPy .npz file with {len(names)} arrays: {_CONVERT}"
     if any(name.endswith(".weights.h5") for name in names):
         return f"a Keras file: {_CONVERT}"
-    examples = ", ".join(map(in_line, names[:3]))
+    examples = ", ".join(map(single_line, names[:3]))
     more = f" and {len(names) - 3} more" if names[3:] else ""
     return (
         f"a zip archive of {examples or 'nothing'}{more}: unpack it and use the weight file in it"
@@ -79,4 +79,4 @@ def _first_in_tar(path: Path) -> str:
             first = archive.next()
     except (tarfile.TarError, OSError):
         return ""
-    return "" if first is None else f" of {in_line(first.name)} ..."
+    return "" if first is None else f" of {single_line(first.name)} ..."

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deit.core.errors import CheckpointError, NotReadableError, in_line, raise_transient
+from deit.core.errors import CheckpointError, NotReadableError, raise_if_transient, single_line
 from deit.core.file_reading import check_readable, open_file
 from deit.core.sharding import shard_like
 from deit.models.weight_file_types import check_file_type, is_safetensors
@@ -79,7 +79,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             content = _load(path)
     except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-        raise_transient(error, path)
+        raise_if_transient(error, path)
         check_readable(path)
         if isinstance(error, FileNotFoundError):
             raise CheckpointError(f"{path}: no such weight file") from None
@@ -106,7 +106,7 @@ def _load(path: Path) -> Any:
         except (OSError, EOFError):
             raise
         except Exception as error:  # torch raises RuntimeError, KeyError, UnpicklingError and more
-            raise_transient(error, path)
+            raise_if_transient(error, path)
             # An error that names no class or other global is one of a damaged file.
             message = str(error)
             name = _rejected_name(message)
@@ -157,7 +157,7 @@ def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: contains no named tensors; {_describe(content)}")
     for name, value in weights.items():
         if (problem := _tensor_problem(value)) is not None:
-            raise CheckpointError(f"{path}: {in_line(name)} {problem}")
+            raise CheckpointError(f"{path}: {single_line(name)} {problem}")
     return weights
 
 
@@ -250,8 +250,8 @@ def _remove_prefixes(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor
     for name, full_name in zip(names, weights, strict=True):
         if (first := full_names.setdefault(name, full_name)) != full_name:
             raise CheckpointError(
-                f"{path}: contains {in_line(name)} twice, as {in_line(first)} and as "
-                f"{in_line(full_name)}; keep one of them"
+                f"{path}: contains {single_line(name)} twice, as {single_line(first)} and as "
+                f"{single_line(full_name)}; keep one of them"
             )
     return dict(zip(names, weights.values(), strict=True))
 

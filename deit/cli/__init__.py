@@ -24,10 +24,10 @@ from deit.core.errors import (
     compiler_failure,
     did_you_mean,
     first_line,
-    in_line,
     is_out_of_memory,
     name_problem,
     open_streams,
+    single_line,
 )
 from deit.core.fault_injection import install_faults
 from deit.core.parent_process import (
@@ -154,14 +154,14 @@ def _system_failure(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and "Storage size calculation overflowed" in str(error):
         return f"needs more memory than any machine has ({first_line(error)})"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
-        return in_line(str(error))  # an OSError from Python 3.13 on
+        return single_line(str(error))  # an OSError from Python 3.13 on
     if (failure := compiler_failure(error)) is not None:
         return f"{failure}; remove --run.compile"
     if not isinstance(error, OSError):
         return None
     if error.errno in _SYSTEM_ERRNOS:
         where = "" if error.filename is None else f"{error.filename}: "
-        return in_line(f"{where}{error.strerror}")
+        return single_line(f"{where}{error.strerror}")
     # From tempfile; the message lists the folders that it tried.
     if error.errno == errno.ENOENT and "temporary directory" in str(error.strerror):
         return f"{error.strerror}; set TMPDIR to a writable folder"
@@ -207,12 +207,12 @@ def _check_names(command: str, arguments: list[str]) -> None:
     """
     for argument in arguments if command != "predict" else ():
         if problem := name_problem(argument):
-            raise ConfigError(f"{in_line(argument)}: {problem}; rename it, or use another")
+            raise ConfigError(f"{single_line(argument)}: {problem}; rename it, or use another")
     with contextlib.suppress(OSError):  # a deleted directory is reported where it is needed
         if problem := name_problem(os.getcwd()):
             raise ConfigError(
-                f"the working directory {in_line(os.getcwd())}: {problem}; rename it, or work in "
-                "another"
+                f"the working directory {single_line(os.getcwd())}: {problem}; rename it, or work "
+                "in another"
             )
 
 

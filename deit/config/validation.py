@@ -19,8 +19,8 @@ from deit.core.errors import (
     ConfigProblem,
     NotReadableError,
     did_you_mean,
-    in_line,
     name_problem,
+    single_line,
 )
 from deit.core.file_reading import read_bytes, read_text
 from deit.core.filesystem import ENVIRONMENT, RESUMED
@@ -218,5 +218,5 @@ def _section_type(name: str) -> type:
 def unknown_field(name: str, others: Collection[str] = ()) -> ConfigProblem:
     """Return the problem of an unknown field, with the closest name of a field or of `others`."""
     return ConfigProblem(
-        in_line(name), NO_VALUE, f"unknown field{did_you_mean(name, [*field_names(), *others])}"
+        single_line(name), NO_VALUE, f"unknown field{did_you_mean(name, [*field_names(), *others])}"
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deit.core.errors import SystemFault, in_line, printable
+from deit.core.errors import SystemFault, printable, single_line
 
 Item = TypeVar("Item")
 ProgressFn = Callable[[range], Iterable[int]]
@@ -136,7 +136,7 @@ def _bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[I
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(in_line(title), total=total, completed=done)
+        task = bar.add_task(single_line(title), total=total, completed=done)
         for item in items:
             yield item
             bar.advance(task)
@@ -150,7 +150,7 @@ def _lines(items: Iterable[Item], total: int, title: str, done_before: int) -> I
         if now - last >= _PLAIN_INTERVAL_S and done < total:
             last = now
             eta = format_duration((now - started) / count * (total - done))
-            complain(f"{in_line(title)}: {done}/{total}, ETA {eta}")
+            complain(f"{single_line(title)}: {done}/{total}, ETA {eta}")
 
 
 class _Console(Console):
@@ -180,8 +180,8 @@ def table(
     """
     if not _prints():
         return
-    title, columns = in_line(title), list(map(in_line, columns))
-    cells = [tuple(map(in_line, row)) for row in rows]
+    title, columns = single_line(title), list(map(single_line, columns))
+    cells = [tuple(map(single_line, row)) for row in rows]
     width = Console().width if is_terminal(sys.stdout) else None
     grid = _grid(columns, cells, text=text)
     console = _Console(width=_ENDLESS, highlight=False, markup=False, emoji=False)

@@ -187,7 +187,7 @@ def compiler_failure(error: BaseException) -> str | None:
     return f"torch.compile failed ({reason if cause is None else f'{reason}: {cause}'})"
 
 
-def raise_transient(error: BaseException, subject: object) -> None:
+def raise_if_transient(error: BaseException, subject: object) -> None:
     """Raise an out-of-memory error as it is, and a transient I/O error as SystemFault; return
     for any other error. Call it before an error is translated into one about a file or a setting.
 
@@ -218,10 +218,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     '; did you mean digits?'
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {in_line(close[0])}?" if close else ""
+    return f"; did you mean {single_line(close[0])}?" if close else ""
 
 
-def in_line(text: str) -> str:
+def single_line(text: str) -> str:
     """Return text that is safe on one line of a terminal or a file.
 
     Control characters, line breaks and bytes that are not UTF-8 (surrogate escapes) become
@@ -231,7 +231,7 @@ def in_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text as `in_line` does, but keep line breaks and tabs."""
+    """Return text as `single_line` does, but keep line breaks and tabs."""
     return _UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match[0]), text)
 
 
@@ -274,7 +274,7 @@ def breaks_line(name: str) -> bool:
     return _CONTROLS.search(name) is not None
 
 
-def bytes_of(name: str) -> bytes:
+def filename_bytes(name: str) -> bytes:
     """Return the bytes of a file name as they are on the disk."""
     try:
         return os.fsencode(name)
@@ -293,10 +293,10 @@ def name_problem(name: str) -> str | None:
     return "is not valid UTF-8" if _UNSAFE.search(name) else None
 
 
-def counted(counts: Mapping[str, int], *, max_items: int = 8) -> str:
+def format_counts(counts: Mapping[str, int], *, max_items: int = 8) -> str:
     """Return counts as text, the largest first; all beyond the first `max_items` are added up.
 
-    >>> counted({".csv": 2, ".heic": 40})
+    >>> format_counts({".csv": 2, ".heic": 40})
     '40 .heic, 2 .csv'
     """
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
-from deit.core.errors import CheckpointError, NotReadableError, SystemFault, raise_transient
+from deit.core.errors import CheckpointError, NotReadableError, SystemFault, raise_if_transient
 from deit.core.file_reading import open_file, read_bytes, read_text
 from deit.core.hardware import thread_pool
 from deit.core.json_io import load_json_as, parse_strict_json
@@ -122,7 +122,7 @@ def _lstat(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise_transient(error, path)
+        raise_if_transient(error, path)
         raise NotReadableError(f"{path}: cannot be read ({error.strerror})") from None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.config.command_choices import EXPORT_PACKAGES
-from deit.core.errors import ConfigError, first_line, raise_transient
+from deit.core.errors import ConfigError, first_line, raise_if_transient
 from deit.core.types import logits_by_head
 from deit.models.saved_student import WEIGHTS, ModelInfo, save_weights
 from deit.models.student import Student, has_distillation_head
@@ -281,7 +281,7 @@ def _translate_errors() -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outermost error only names the failed step
             cause = cause.__cause__
-        raise_transient(cause, "the exporter")
+        raise_if_transient(cause, "the exporter")
         raise ConfigError(
             f"the exporter cannot trace this network ({type(cause).__name__}: "
             f"{first_line(cause)}); format timm supports timm's networks"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from deit.core.errors import CheckpointError, ConfigError, DeitError, first_line, raise_transient
+from deit.core.errors import CheckpointError, ConfigError, DeitError, first_line, raise_if_transient
 from deit.models.surgery.weight_sharing import MixedAttention
 
 METHODS = {"static": ("MatMul", "Gemm", "Conv"), "dynamic": ("MatMul", "Gemm")}
@@ -186,7 +186,7 @@ def by_onnxruntime(action: str) -> Iterator[None]:
     except DeitError:
         raise  # from reading the images
     except Exception as error:  # ONNX Runtime's tools raise types of their own
-        raise_transient(error, "ONNX Runtime")
+        raise_if_transient(error, "ONNX Runtime")
         raise CheckpointError(
             f"ONNX Runtime cannot {action} this network ({type(error).__name__}: "
             f"{first_line(error)})"

@@ -8,7 +8,7 @@ from torch import nn
 from deit.config.schema import Config
 from deit.config.sections.init import InitConfig
 from deit.config.sections.student import StudentConfig
-from deit.core.errors import CheckpointError, first_line, raise_transient
+from deit.core.errors import CheckpointError, first_line, raise_if_transient
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.load_weights import load_weights_from
 from deit.models.saved_student import ModelInfo
@@ -45,7 +45,7 @@ def init_student(
     try:
         adapted = adapt_weights(loaded, network, info.class_names, init)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:  # shapes of unknown origin
-        raise_transient(error, f"init.weights {init.weights}")
+        raise_if_transient(error, f"init.weights {init.weights}")
         raise CheckpointError(
             f"init.weights {init.weights}: made for another network ({first_line(error)})"
         ) from None

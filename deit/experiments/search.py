@@ -12,7 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
 from deit.core.console import format_percent, info
-from deit.core.errors import CheckpointError, ConfigError, SystemFault, first_line, raise_transient
+from deit.core.errors import (
+    CheckpointError,
+    ConfigError,
+    SystemFault,
+    first_line,
+    raise_if_transient,
+)
 from deit.experiments.parallel_runs import RunProgress, RunSpec, is_retryable
 from deit.experiments.sweep_grid import Point, with_fields
 from deit.experiments.sweep_spec import SearchSpace, text_of
@@ -129,7 +135,7 @@ class Search:
             if stored_hash == search_hash:
                 self._requeue()
         except Exception as error:  # optuna, SQLAlchemy and sqlite raise many types
-            raise_transient(error, self._database)
+            raise_if_transient(error, self._database)
             cause = _sqlite_cause(error)
             # The low byte is the primary error code.
             if (getattr(cause, "sqlite_errorcode", 0) & 0xFF) in _TRANSIENT_ERRORS:

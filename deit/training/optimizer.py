@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deit.config.sections.optim import OptimConfig
-from deit.core.errors import CheckpointError, raise_transient
+from deit.core.errors import CheckpointError, raise_if_transient
 from deit.core.file_reading import check_readable
 from deit.core.sharding import local_tensor, shard_like
 
@@ -209,6 +209,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise_transient(error, path)
+        raise_if_transient(error, path)
         check_readable(path)
         raise CheckpointError(f"{path}: not readable ({error})") from None

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deit.core.errors import SystemFault, in_line
+from deit.core.errors import SystemFault, single_line
 from deit.viz.plots import save_figure
 
 TEXT_ON_ANY_BACKGROUND = "#808894"
@@ -41,7 +41,7 @@ def draw_attention(
         side = image.shape[0]
         extent = (-0.5, side - 0.5, side - 0.5, -0.5)
         _show(grid[row][0], image, side)
-        text = f"{in_line(caption)}\n{_prediction_lines(by_head)}"
+        text = f"{single_line(caption)}\n{_prediction_lines(by_head)}"
         grid[row][0].set_title(text, fontsize=8, loc="left", **text_color)
         for column, (name, values) in enumerate(zip(token_names, token_maps), start=1):
             axes = grid[row][column]

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from deit.core.errors import in_line
+from deit.core.errors import single_line
 
 HEADS = ("class", "distillation", "fused")
 
@@ -34,7 +34,7 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str
     """
     columns = list(columns)
     lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(in_line, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(single_line, line)) + " |" for line in lines)
 
 
 def final_top1(row: dict[str, Any]) -> list[float]:

@@ -12,7 +12,7 @@ from deit.config.recipes.handwriting import digits
 from deit.config.schema import to_dict
 from deit.config.sections.data import DataConfig
 from deit.config.validation import load_config
-from deit.core.errors import ConfigError, DataError, counted
+from deit.core.errors import ConfigError, DataError, format_counts
 from deit.core.file_reading import read_lines, read_text
 from deit.datasets.splits import load_splits
 from deit.experiments.sweep_spec import read_sweep
@@ -141,6 +141,6 @@ def test_config_file_in_all_encodings(written, tmp_path):
 
 
 def test_counted_adds_up_the_rest():
-    assert counted({"a": 1, "b": 3, "c": 3}) == "3 b, 3 c, 1 a"
-    assert counted({"a": 1, "b": 3, "c": 3}, max_items=1).startswith("3 b, 4 ")
-    assert counted({}) == ""
+    assert format_counts({"a": 1, "b": 3, "c": 3}) == "3 b, 3 c, 1 a"
+    assert format_counts({"a": 1, "b": 3, "c": 3}, max_items=1).startswith("3 b, 4 ")
+    assert format_counts({}) == ""

@@ -24,7 +24,7 @@ from deit.core.errors import (
     SystemFault,
     compiler_failure,
     is_out_of_memory,
-    raise_transient,
+    raise_if_transient,
 )
 from deit.datasets import decoding, sources, timm_readers
 from deit.deploy.export_formats import FORMATS
@@ -49,7 +49,7 @@ NO_MEMORY = (
 def test_is_out_of_memory_by_class_or_message(error):
     assert is_out_of_memory(error)
     with pytest.raises(type(error)) as raised:
-        raise_transient(error, "a place")
+        raise_if_transient(error, "a place")
     assert raised.value is error
 
 
@@ -74,7 +74,7 @@ def test_compiler_failure_by_module_of_the_error():
 @pytest.mark.parametrize("error_number", TRANSIENT)
 def test_transient_errors_raise_system_fault(error_number):
     with raises(SystemFault, "a place", "message of the system"):
-        raise_transient(OSError(error_number, "message of the system"), "a place")
+        raise_if_transient(OSError(error_number, "message of the system"), "a place")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_transient_errors_raise_system_fault(error_number):
 )
 def test_other_errors_are_left_to_the_caller(error):
     assert not is_out_of_memory(error)
-    raise_transient(error, "a place")
+    raise_if_transient(error, "a place")
 
 
 def raising(error):

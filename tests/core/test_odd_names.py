@@ -15,7 +15,7 @@ from deit.config.recipes.handwriting import digits
 from deit.config.schema import to_dict
 from deit.config.validation import config_from_dict
 from deit.core import run_folder
-from deit.core.errors import ConfigError, in_line, name_problem, printable
+from deit.core.errors import ConfigError, name_problem, printable, single_line
 from deit.viz.plots import legend, save_figure
 from deit.viz.tables import markdown_table
 from tests.helpers.errors import raises
@@ -63,9 +63,9 @@ def write_images(
     ],
 )
 def test_in_line_escapes_control_characters(text, line):
-    assert in_line(text) == line
+    assert single_line(text) == line
     assert printable(text) == line.replace("\\n", "\n").replace("\\t", "\t")
-    assert in_line(text).encode()
+    assert single_line(text).encode()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_unwritable_arguments_raise(command_server, tmp_path):
         for arguments in (("train", "digits", "--out", name), ("evaluate", name)):
             done = command_server.run(*arguments, cwd=tmp_path)
             assert done.code == 2
-            assert done.err.startswith(f"deit: error: {in_line(name)}: ")
+            assert done.err.startswith(f"deit: error: {single_line(name)}: ")
             assert done.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ from deit.config.recipes import imagenet  # noqa: F401  # isort: skip
 from deit.config.recipes.registry import RECIPES
 from deit.config.schema import Config
 from deit.config.validation import load_config
-from deit.core.errors import ConfigError, did_you_mean, raise_transient
+from deit.core.errors import ConfigError, did_you_mean, raise_if_transient
 from deit.core.file_reading import missing_file_reason
 from deit.core.user_code import import_file
 
@@ -59,7 +59,7 @@ def _from_file(name: str) -> Config:
     try:
         config = getattr(import_file(path), function)()
     except (Exception, SystemExit) as error:  # user code can raise any error
-        raise_transient(error, f"recipe {name}")
+        raise_if_transient(error, f"recipe {name}")
         raise ConfigError(f"recipe {name}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(
