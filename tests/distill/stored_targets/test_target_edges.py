@@ -182,14 +182,14 @@ def test_refused_store_without_shards_advises_to_delete_it(teachers, tmp_path):
     out = tmp_path / "store"
     write_targets(configuration(teachers[0]), out, part=(8, 9))
 
-    def num_out_suggestions():
+    def suggests_another_folder():
         with raises(ConfigError, f"out = {out}", "teacher.1.weights") as refused:
             write_targets(configuration(teachers[1]), out)
-        return str(refused.value).count("--out") - 1
+        return "give another folder" in str(refused.value)
 
-    assert num_out_suggestions() == 0
+    assert not suggests_another_folder()
     write_targets(configuration(teachers[0]), out, part=(0, 3))
-    assert num_out_suggestions() == 1
+    assert suggests_another_folder()
 
 
 def test_part_without_shards_is_logged(teachers, tmp_path, capsys):
