@@ -68,20 +68,20 @@ def load_test_set(name: str, root: str | Path, class_names: tuple[str, ...]) -> 
     if name == "imagenet-v2" and all(synset.isdecimal() for synset in synsets):
         if max(map(int, synsets)) >= len(imagenet):
             raise DataError(
-                f"--data.root {root}: class {max(synsets, key=int)} is not one of the 1000 classes"
+                f"data.root {root}: class {max(synsets, key=int)} is not one of the 1000 classes"
             )
         synsets = tuple(imagenet[int(index)] for index in synsets)
     unknown = sorted(set(synsets) - set(expected))
     if unknown or len(synsets) != len(expected):
         example = f", including the unknown {unknown[0]!r}" if unknown else ""
         raise DataError(
-            f"--data.root {root}: test set {name} has {len(expected)} classes in "
+            f"data.root {root}: test set {name} has {len(expected)} classes in "
             f"folders named by synset, but the folder has {len(synsets)}{example}"
         )
     present = set(synsets)
     class_indices = tuple(i for i, synset in enumerate(class_names) if synset in present)
     if not class_indices:
-        raise DataError(f"--data.root {root}: contains none of the network's classes")
+        raise DataError(f"data.root {root}: contains none of the network's classes")
     columns = {class_names[index]: column for column, index in enumerate(class_indices)}
     if name == "imagenet-real":
         column_of = [columns.get(synset, -1) for synset in imagenet]

@@ -29,8 +29,10 @@ from deit.datasets.view_samplers import (
 )
 from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
 
-_MIN_VIEWS_SAMPLED = 4096  # at once: sampling a few parameters takes as long as sampling many
-_MIN_VIEW_BYTES = 2 * 2**20  # at once: smaller micro-batches in memory are made together
+_VIEWS_SAMPLED = 4096  # at most, at once: sampling a few parameters takes as long as many
+_VIEW_BYTES = (
+    2 * 2**20
+)  # at most, at once: views of small micro-batches in memory are made together
 
 
 class UnmixedViews(NamedTuple):
@@ -232,8 +234,8 @@ class TrainLoader:
         at_once = 1  # micro-batches whose views are made together
         if decoded is None:
             micro_batch_bytes = 3 * self.sizes.view**2 * self.micro_batch_size
-            at_once = max(_MIN_VIEW_BYTES // micro_batch_bytes, 1)
-        num_sampled = _MIN_VIEWS_SAMPLED // self.micro_batch_size // at_once * at_once
+            at_once = max(_VIEW_BYTES // micro_batch_bytes, 1)
+        num_sampled = _VIEWS_SAMPLED // self.micro_batch_size // at_once * at_once
         for chunk in rows.split(max(num_sampled, at_once)):
             with self.stages.time("views", 0):  # no images: `_make_batches` counts them
                 flat = chunk.flatten()
@@ -260,7 +262,7 @@ class TrainLoader:
         images, repeats = self._locate(order, rows, repeat)
         batches = zip(images.split(batch_size), repeats.split(batch_size))
         decoded = self._decode([sampler], (ReadRequest(epoch, *batch) for batch in batches))
-        num_sampled = max(_MIN_VIEWS_SAMPLED // batch_size, 1) * batch_size
+        num_sampled = max(_VIEWS_SAMPLED // batch_size, 1) * batch_size
         for start in range(0, len(rows), num_sampled):
             chunk = slice(start, start + num_sampled)
             sampled = self._sample(epoch, rows[chunk], images[chunk], repeats[chunk], [sampler])

@@ -73,7 +73,8 @@ NAMES = {
     r"told|said|says|heard|hears|asked|asks|spoken|anew|beside|apart|aloud|begun|laid|kept|lain|"
     r"mine|ours|theirs|yours|there|here|everyone|everybody|whoever|nobody|alone|together|alike|"
     r"shown|gone|made|meant|wanted|wrong|ways|zygote|straight|voice|voices|seat|seats|panel|"
-    r"lay|settle|settled|colours?|colour|grey|normalis\w*|initialis\w*|standardis\w*|behaviour": (
+    r"lay|settle|settled|colours?|colour|grey|normalis\w*|initialis\w*|standardis\w*|behaviour|neighbours?|"
+    r"centres?": (
         "a noun or a verb of the field"
     ),
 }  # fmt: skip
@@ -173,6 +174,8 @@ def main() -> int:
     parser.add_argument("paths", nargs="*", type=Path, help="files or folders; default: all")
     parser.add_argument("--count", action="store_true", help="print the number of hits a file")
     options = parser.parse_args()
+    if missing := [str(path) for path in options.paths if not path.exists()]:
+        parser.error(f"no such file or folder: {missing[0]}")
     total = 0
     for file in files_under(options.paths):
         hits = hits_in(file, file.relative_to(ROOT).as_posix())

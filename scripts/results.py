@@ -241,7 +241,7 @@ def seeds_section(name: str) -> str:
     links = ", ".join(f"[{file}.json](results/{file}.json)" for file in files)
     first, *others = [result["options"] for result in results.values()]
     options = [
-        f"`--run-seed {request['run_seed']} --measure {','.join(request['parts'])}`"
+        f"`--run-seed {request['run_seed']} --measure {','.join(request['measure'])}`"
         for request in others
     ]
     return (

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = {
     str(path.relative_to(ROOT)): path
-    for pattern in ("*.py", "deit/**/*.py", "models/*.py", "datasets/*.py", "scripts/**/*.py")
+    for pattern in ("*.py", "deit/**/*.py", "models/**/*.py", "datasets/*.py", "scripts/**/*.py")
     for path in ROOT.glob(pattern)
 }
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def landscape(
         )
         cache = _MeasurementCache(out / _CACHE, data, settings)
         result = {
-            "options": options.recorded(),
+            "options": asdict(options),
             "images": data.num_images,
             "points": {point.name: _around(point, data, options, cache) for point in points},
             **_between(points, data, options, cache),
@@ -88,8 +89,8 @@ def landscape(
 
 def _measurement_settings(options: LandscapeOptions) -> dict[str, Any]:
     """Return the options that affect a measurement, other than its weights and images."""
-    values = options.recorded()
-    for selection in ("parts", "kinds", "levels", "run_seed"):
+    values = asdict(options)
+    for selection in ("measure", "kinds", "rounds", "run_seed"):
         del values[selection]
     return values
 

@@ -1,7 +1,6 @@
 """The options of `deit loss-landscape` and their checks; no torch."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from deit.config.command_choices import check_at_least, check_choice
 from deit.core.errors import ConfigError
@@ -43,11 +42,6 @@ class LandscapeOptions:
     rays: int = 32
     loss_rise: float = 0.1
     seed: int = 0
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the options as landscape.json records them."""
-        names = {"measure": "parts", "rounds": "levels"}
-        return {names.get(name, name): value for name, value in asdict(self).items()}
 
 
 _MINIMUM = {

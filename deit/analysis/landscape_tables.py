@@ -34,7 +34,7 @@ _NOTE = (
 def columns(result: dict[str, Any]) -> tuple[str, ...]:
     """Return the column names of the table of runs."""
     names = ["", "free weights", "loss", "error %", "gradient norm"]
-    parts = result["options"]["parts"]
+    parts = result["options"]["measure"]
     if "curvature" in parts:
         names += ["largest eigenvalue", "smallest eigenvalue", "trace"]
     if "volume" in parts:
@@ -126,7 +126,7 @@ def _markdown(result: dict[str, Any]) -> str:
 
 def _page(result: dict[str, Any], out: Path) -> str:
     body = [
-        html.table(columns(result), cells(result), csv_path=out / "places.csv"),
+        html.table(columns(result), cells(result), csv_path=out / "points.csv"),
         html.paragraph(_NOTE, "note"),
         *_lines_section(result, out),
         *_curvature_section(result, out),
@@ -146,7 +146,7 @@ def _page(result: dict[str, Any], out: Path) -> str:
         )
     )
     images = f"{result['images']} {result['options']['split']} images"
-    lead = f"{len(result['places'])} runs; cross-entropy on {images}"
+    lead = f"{len(result['points'])} runs; cross-entropy on {images}"
     foot = (
         "Written by deit loss-landscape. The charts (PNG) and tables (CSV) are in the same folder."
     )

@@ -93,7 +93,7 @@ def _report(error: BaseException, name: str, debug: bool) -> int:
         return _report_stop(name, error, debug)
     if isinstance(error, DeitError):
         message = with_option(str(error))
-        _print_error(message, debug, all_ranks=not isinstance(error, ConfigError))
+        _print_error(message, debug, all_processes=not isinstance(error, ConfigError))
         return error.exit_code
     if isinstance(error, SystemExit):
         return _report_exit(error, debug)
@@ -105,14 +105,14 @@ def _report(error: BaseException, name: str, debug: bool) -> int:
         return BROKEN_PIPE
     if _is_peer_failure(error):
         message = "another process of this run exited or does not respond; see its output"
-        _print_error(message, debug, all_ranks=True)
+        _print_error(message, debug, all_processes=True)
         return PeerError.exit_code
     if (reason := _system_failure(error)) is not None:
-        _print_error(f"{reason} (--debug prints the traceback)", debug, all_ranks=True)
+        _print_error(f"{reason} (--debug prints the traceback)", debug, all_processes=True)
         return SystemFault.exit_code
     reason = str(error).strip().split("\n")[0]
     message = f"unexpected {type(error).__name__}: {reason} (--debug prints the traceback)"
-    _print_error(message, debug, all_ranks=True)
+    _print_error(message, debug, all_processes=True)
     return 1
 
 
@@ -123,10 +123,10 @@ def _report_exit(error: SystemExit, debug: bool) -> int:
     which is an error even with exit code 0.
     """
     if isinstance(error.code, str):
-        _print_error(error.code, debug, all_ranks=True)
+        _print_error(error.code, debug, all_processes=True)
     elif not error.code and (module := _raising_module(error)).partition(".")[0] != "argparse":
         _print_error(
-            f"{module} called sys.exit() before the command finished", debug, all_ranks=True
+            f"{module} called sys.exit() before the command finished", debug, all_processes=True
         )
         return 1
     return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -243,7 +243,7 @@ def _flush_streams(code: int) -> int:
     name, error = next(iter(broken.items()))
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
-    _print_error(f"{name}: cannot be written ({error.strerror})", False, all_ranks=True)
+    _print_error(f"{name}: cannot be written ({error.strerror})", False, all_processes=True)
     return SystemFault.exit_code
 
 
@@ -263,14 +263,16 @@ def _leave_process_group() -> None:
         destroy_process_group()
 
 
-def _print_error(message: str, debug: bool, *, all_ranks: bool = False) -> None:
-    """Print one message on the main process. all_ranks: also on the others, for an error that may
-    have happened on one process only."""
+def _print_error(message: str, debug: bool, *, all_processes: bool = False) -> None:
+    """Print one message on the main process.
+
+    all_processes: also on the others, for an error that may have happened on one process only.
+    """
     from deit.core.console import complain, is_main_process
 
     if is_main_process():
         prefix = "deit: error"
-    elif all_ranks:
+    elif all_processes:
         prefix = f"deit: error in process {os.environ['RANK']}"
     else:
         return

@@ -14,7 +14,7 @@ POINTS = {
     "loss": "at the loss of a micro-batch (action nan)",
     "fit": "before a micro-batch size is tried (run.auto_micro_batch)",
     "evaluation": "before a batch of an evaluation",
-    "teacher": "before the teachers run on a block of stored targets",
+    "teacher": "before the teachers run on a batch of views for a store",
     "targets": "before a shard of stored targets is written",
     "model": "after a checkpoint's weights are written",
     "optimizer": "after a checkpoint's optimizer state is written",

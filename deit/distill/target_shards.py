@@ -27,7 +27,7 @@ from deit.distill.target_store import (
     read_manifest,
 )
 
-_MAGIC = b"deit-unit"
+_MAGIC = b"deit-shrd"
 # Magic, format version, digest, shard, number of rows and of view checksums, CRC-32.
 _HEADER = struct.Struct("<9sB16sIIII")
 _COUNTS = struct.Struct("<II")

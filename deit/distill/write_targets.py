@@ -220,7 +220,7 @@ def _check_combinable(config: Config) -> None:
     """Raise ConfigError unless the outputs of all teachers of a configuration make one target."""
     teacher, loss = config.teacher, config.loss
     if loss.kind == "none":
-        raise ConfigError("loss.kind = 'none': has no teacher; choose another loss")
+        raise ConfigError("loss.kind = 'none': has no teacher; choose another loss.kind")
     if not teacher.source:
         raise ConfigError("teacher.source = None: there is no teacher; give one")
     if len(teacher.source) > 1 and teacher.combine == "tokens":

@@ -125,8 +125,8 @@ def _identity(options: LotteryOptions, experiment: Experiment) -> dict[str, str]
         "sweep": NAME,
         "recipe": experiment.recipe,
         "scope": options.scope,
-        "rate": rate,
-        "rewind": rewind,
+        "prune_rate": rate,
+        "rewind_epoch": rewind,
         **{name: json.dumps(value) for name, value in fields.items()},
     }
 
@@ -227,7 +227,7 @@ def _warn_of_ignored_runs(out: Path, runs: list[LotteryRun]) -> None:
     if ignored:
         warn(
             f"{len(ignored)} finished runs in {out} are not in these results, for example "
-            f"{min(ignored)}; add their levels, controls and seeds to include them"
+            f"{min(ignored)}; add their rounds, controls and seeds to include them"
         )
 
 

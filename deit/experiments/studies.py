@@ -34,7 +34,7 @@ def with_and_without_teacher(config: Config) -> Arms:
     {'distilled': 'soft', 'undistilled': 'none'}
     """
     if config.loss.kind == "none":
-        raise ConfigError("study = teacher: the loss has no teacher (loss.kind = 'none')")
+        raise ConfigError("study teacher: the loss has no teacher (loss.kind = 'none')")
     return {"distilled": config, "undistilled": without_teacher(config)}
 
 
@@ -96,10 +96,10 @@ def ensemble(config: Config) -> Arms:
     """
     teacher, one_token = config.teacher, {"num_distillation_tokens": 1}
     if len(teacher.source) < 2:
-        raise ConfigError("study = ensemble: needs several teachers (teacher.source A,B)")
+        raise ConfigError("study ensemble: needs several teachers (teacher.source A,B)")
     if len(teacher.target_stores) == 1:
         raise ConfigError(
-            "study = ensemble: a store of the combined teachers has neither the outputs of one "
+            "study ensemble: a store of the combined teachers has neither the outputs of one "
             "teacher nor another mean; give one store per teacher (`deit targets write ... "
             "--teacher-index 1`)"
         )
@@ -129,7 +129,7 @@ def resolution(config: Config) -> Arms:
     Raises ConfigError if the recipe has no initial weights.
     """
     if config.init.weights is None:
-        raise ConfigError("study = resolution: the recipe has no initial weights; set init.weights")
+        raise ConfigError("study resolution: the recipe has no initial weights; set init.weights")
     arms: Arms = {}
     original = tuple(map(_before_finetuning, config.teacher.source))
     labels = without_teacher(config)
@@ -161,7 +161,7 @@ def _class_token_twin(config: Config, study: str) -> dict[str, object]:
     name = config.student.name
     if not name.startswith("deit_"):
         raise ConfigError(
-            f"study = {study}: compares a deit_* student with the same network without a "
+            f"study {study}: compares a deit_* student with the same network without a "
             f"distillation token; student.name is {name!r}"
         )
     return {"name": name.replace("deit_", "vit_", 1), "num_distillation_tokens": 1}
@@ -217,7 +217,7 @@ def table_2(config: Config) -> Arms:
     recipe = recipe_of_path(config.teacher.source[0]) if config.teacher.source else None
     if recipe is None or not recipe.endswith("-teacher"):
         raise ConfigError(
-            "study = table-2: teacher.source should be the teacher of a built-in recipe; for other "
+            "study table-2: teacher.source should be the teacher of a built-in recipe; for other "
             "teachers write a sweep with a grid over teacher.source"
         )
     family = recipe.removesuffix("-teacher")

@@ -73,7 +73,7 @@ def train_epoch(
     """Train on the batches of an epoch; yield the result of each step.
 
     batches: micro-batches, optim.grad_accum_steps per step. metrics: accumulates the steps that
-    were applied. step: of the first update, counted from 0 over the run. steps: of a whole epoch.
+    were applied. step: the first step, counted from 0 over the run. steps: of a whole epoch.
     A step whose loss or gradient is not finite changes no weight. Raises NumericsError if a
     teacher's output is not finite. deit.training.epochs.step_context has an example.
     """

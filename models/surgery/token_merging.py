@@ -41,39 +41,39 @@ def check_merging(network: nn.Module, counts: int | Sequence[int]) -> None:
     """Raise ConfigError if the network cannot merge tokens, or not that many."""
     if adapters_of(network):
         raise ConfigError(
-            "--merge-tokens: student.adapters convolve the grid of all patches, which merged "
+            "merge_tokens: student.adapters convolve the grid of all patches, which merged "
             "tokens no longer form; use a run without adapters, such as the one they were trained "
             "on"
         )
     if any(isinstance(module, MixedAttention) for module in network.modules()):
         raise ConfigError(
-            "--merge-tokens: attention that mixes its heads (student.shared_block_size) does not "
+            "merge_tokens: attention that mixes its heads (student.shared_block_size) does not "
             "support merged tokens; use a run with student.shared_block_size 1"
         )
     if not isinstance(network, VisionTransformer) or not all(
         type(block) is Block and type(block.attn) is Attention for block in network.blocks
     ):
         raise ConfigError(
-            f"--merge-tokens: {type(network).__name__} has no tokens to merge; use a deit_* or "
+            f"merge_tokens: {type(network).__name__} has no tokens to merge; use a deit_* or "
             "vit_*, or a ViT of timm with plain attention and blocks"
         )
     if network.global_pool != "token":
         raise ConfigError(
-            f"--merge-tokens: this network classifies by a pool of all patches "
+            f"merge_tokens: this network classifies by a pool of all patches "
             f"({network.global_pool}), which merging would weight differently; use a network that "
             "classifies by its class token"
         )
     per_block = _per_block(network, counts)
     if len(per_block) != len(network.blocks):
         raise ConfigError(
-            f"--merge-tokens {','.join(map(str, per_block))}: should be one number, or "
+            f"merge_tokens = {','.join(map(str, per_block))}: should be one number, or "
             f"{len(network.blocks)}, one per block"
         )
     patches = network.patch_embed.num_patches
     for count in per_block:
         if not 0 <= count <= patches // 2:
             raise ConfigError(
-                f"--merge-tokens {count}: should be from 0 to {patches // 2} tokens per block, "
+                f"merge_tokens = {count}: should be from 0 to {patches // 2} tokens per block, "
                 f"half of the {patches} patches of an image"
             )
 

@@ -180,7 +180,7 @@ def test_landscape_writes_page_charts_and_tables(landscape_run):
     names = {path.name for path in out.iterdir()}
     charts = ("lines-loss", "lines-error", "spectra", "eigenvalues", "radii", "path")
     charts = (*charts, "plane-0", "plane-1", "plane-2")
-    assert {f"{name}.png" for name in charts} | {"places.csv", "lines.csv"} <= names
+    assert {f"{name}.png" for name in charts} | {"points.csv", "lines.csv"} <= names
     page = (out / "index.html").read_text()
     assert page.count("<svg") == len(charts)
     assert page.count("<h3>") == len(PARTS) + 1  # and the path
@@ -217,7 +217,7 @@ def test_landscape_cells_mark_volumes_that_are_lower_bounds(landscape_run):
 @pytest.mark.parametrize("part", PARTS)
 def test_write_page_with_a_single_part_draws_its_charts(landscape_run, tmp_path, part):
     landscape = read_landscape(landscape_run[0])
-    landscape["options"]["parts"] = [part]
+    landscape["options"]["measure"] = [part]
     for values in landscape["points"].values():
         for other in set(PARTS) - {part}:
             values.pop(other, None)

@@ -137,9 +137,9 @@ def test_erasing_fills_the_box_only(fill):
         # Cut off at black and white, 2.5 deviations away or more.
         assert values.mean() == pytest.approx(mean, abs=0.02)
         assert values.std() == pytest.approx(std, abs=0.05)
-    neighbours = torch.corrcoef(torch.stack([filled[:-1, 0], filled[1:, 0]]))[0, 1]
+    neighbors = torch.corrcoef(torch.stack([filled[:-1, 0], filled[1:, 0]]))[0, 1]
     between_channels = torch.corrcoef(filled[:, :2].T)[0, 1]
-    assert abs(neighbours) < 0.02
+    assert abs(neighbors) < 0.02
     assert abs(between_channels) < 0.02
 
 

@@ -39,7 +39,7 @@ def test_study_arms_are_valid_and_have_equal_budget(name, study):
     }
     is_invalid, field = invalid.get(study, (False, ""))
     if is_invalid:
-        with raises(ConfigError, f"study = {study}", field):
+        with raises(ConfigError, f"study {study}", field):
             STUDIES[study](config)
         return
     arms = STUDIES[study](config)

@@ -60,10 +60,10 @@ def test_resize_with_deit_kernel_equals_cubic_convolution_by_hand():
     before, after = 4, 6
     matrix = torch.zeros(after, before)
     for new in range(after):
-        centre = (new + 0.5) * before / after - 0.5
-        first = int(torch.tensor(centre).floor())
+        center = (new + 0.5) * before / after - 0.5
+        first = int(torch.tensor(center).floor())
         for index in range(first - 1, first + 3):
-            matrix[new, min(max(index, 0), before - 1)] += weight(centre - index)
+            matrix[new, min(max(index, 0), before - 1)] += weight(center - index)
     grid = torch.randn(before, before)
     expected = matrix @ grid @ matrix.T
     positions = grid.reshape(1, before**2, 1)

@@ -218,13 +218,13 @@ def test_failing_python_function_raises_with_name(tmp_path):
 
 
 def test_python_file_can_define_dataclasses_and_import_neighbors(tmp_path):
-    (tmp_path / "neighbour_of_mine.py").write_text("WIDTH = 3\n")
+    (tmp_path / "helper_module.py").write_text("WIDTH = 3\n")
     path = tmp_path / "mine.py"
     path.write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
         "import torch\n"
-        "from neighbour_of_mine import WIDTH\n"
+        "from helper_module import WIDTH\n"
         "@dataclass\n"
         "class Settings:\n    width: int = WIDTH\n"
         "class Sized(torch.nn.Module):\n"

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from deit.config.recipes.handwriting import digits, digits_teacher
-from deit.deploy import quantize
-from deit.deploy import quantize_input as onnx_student
+from deit.deploy import quantize, quantize_input
 from deit.deploy.quantize_options import QuantizeOptions
 from deit.training.train import train
 from tests.helpers.exports import (
@@ -27,7 +26,7 @@ RUNS = {"distilled": {"student": SMALL_DEIT}, "plain": {"student": PLAIN}}
 
 @pytest.fixture(scope="package", autouse=True)
 def _export_once():
-    with mock.patch.object(onnx_student, "write_onnx_with_metadata", write_once):
+    with mock.patch.object(quantize_input, "write_onnx_with_metadata", write_once):
         yield
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from deit.cli import run_command
 from deit.core.errors import CheckpointError
-from deit.deploy import int8_compare, quantize
-from deit.deploy import quantize_input as onnx_student
+from deit.deploy import int8_compare, quantize, quantize_input
 from deit.deploy.export import BATCHES
 from deit.deploy.export_formats import onnx_inference_fn
 from deit.deploy.int8_layers import prepare
@@ -79,7 +78,7 @@ def test_quantize_invalid_arguments_fail_before_export(runs, tmp_path, capsys, m
     def export(*arguments):
         pytest.fail("a network was exported")
 
-    monkeypatch.setattr(onnx_student, "write_onnx_with_metadata", export)
+    monkeypatch.setattr(quantize_input, "write_onnx_with_metadata", export)
 
     def check_refused(code, parts, *arguments):
         before = listing(runs)
@@ -164,13 +163,13 @@ def test_quantize_noisy_small_batches_raise(runs, tmp_path, monkeypatch):
 
 
 def test_quantize_unknown_attention_products_raise(runs, tmp_path, monkeypatch):
-    from deit.deploy import quantize_input as onnx_student
+    from deit.deploy import quantize_input
 
     def prepare_without_one(source, target):
         layers = prepare(source, target)
         return layers._replace(products=layers.products[1:])
 
-    monkeypatch.setattr(onnx_student, "prepare", prepare_without_one)
+    monkeypatch.setattr(quantize_input, "prepare", prepare_without_one)
     with raises(CheckpointError, "PyTorch", "ONNX Runtime") as refused:
         quantize.quantize(runs / "plain", tmp_path / "out", QuantizeOptions())
     assert re.findall(r"\d+", str(refused.value)) == [

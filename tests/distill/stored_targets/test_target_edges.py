@@ -332,7 +332,7 @@ def test_store_without_a_targets_file_is_refused(store, tmp_path):
 
 def test_ensemble_study_with_one_combined_store_is_refused():
     config = digits_ensemble().replace(teacher={"target_stores": ("both",), "combine": "logits"})
-    with raises(ConfigError, "study = ensemble", "--teacher-index 1"):
+    with raises(ConfigError, "study ensemble", "--teacher-index 1"):
         STUDIES["ensemble"](config.replace(student={"num_distillation_tokens": 1}))
 
 

@@ -130,7 +130,7 @@ def test_prune_groups_keeps_largest_of_each_group():
 
 @pytest.mark.parametrize("scope", ["2:2", "0:4", "3:2", "some", "2:", "1:4:8"])
 def test_unknown_scope_raises(scope):
-    with raises(ConfigError, f"scope {scope}:", "N:M", *SCOPES):
+    with raises(ConfigError, f"scope = {scope}:", "N:M", *SCOPES):
         groups_of(scope)
 
 

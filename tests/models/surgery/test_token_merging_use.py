@@ -55,7 +55,7 @@ def test_attend_weights_token_by_size(fused):
     assert not attention.k_norm._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ["distilled", "class token", "layer scale", "normalised keys"])
+@pytest.mark.parametrize("kind", ["distilled", "class token", "layer scale", "normalized keys"])
 def test_merging_equal_patches_changes_nothing(kind):
     """For an image of one color without positions, all patches are equal in every block."""
     built = network(kind)
@@ -154,26 +154,26 @@ REFUSED = {
     "a convnet": (
         lambda: create_network(StudentConfig(name="small_convnet"), 4),
         1,
-        ("--merge-tokens", "SmallConvNet"),
+        ("merge_tokens", "SmallConvNet"),
     ),
-    "a pool": (pooled, 1, ("--merge-tokens", "avg")),
-    "other blocks": (parallel, 1, ("--merge-tokens", "VisionTransformer ", "deit_*")),
-    "other attention": (differential, 1, ("--merge-tokens", "VisionTransformer ", "deit_*")),
+    "a pool": (pooled, 1, ("merge_tokens", "avg")),
+    "other blocks": (parallel, 1, ("merge_tokens", "VisionTransformer ", "deit_*")),
+    "other attention": (differential, 1, ("merge_tokens", "VisionTransformer ", "deit_*")),
     "merged before": (
         lambda: with_merging(network(), 1),
         1,
-        ("--merge-tokens", "VisionTransformerDistilled", "deit_*"),
+        ("merge_tokens", "VisionTransformerDistilled", "deit_*"),
     ),
-    "adapters": (lambda: small_vit(adapters="convpass"), 1, ("--merge-tokens", "student.adapters")),
+    "adapters": (lambda: small_vit(adapters="convpass"), 1, ("merge_tokens", "student.adapters")),
     "shared blocks": (
         lambda: small_vit(shared_block_size=3),
         1,
-        ("--merge-tokens", "student.shared_block_size"),
+        ("merge_tokens", "student.shared_block_size"),
     ),
-    "negative": (network, -1, ("--merge-tokens -1", "8", "16")),
-    "too many": (network, 9, ("--merge-tokens 9", "8", "16")),
-    "one too many": (network, [0, 9, 0], ("--merge-tokens 9", "8", "16")),
-    "too few numbers": (network, [1, 2], ("--merge-tokens 1,2", "3")),
+    "negative": (network, -1, ("merge_tokens = -1", "8", "16")),
+    "too many": (network, 9, ("merge_tokens = 9", "8", "16")),
+    "one too many": (network, [0, 9, 0], ("merge_tokens = 9", "8", "16")),
+    "too few numbers": (network, [1, 2], ("merge_tokens = 1,2", "3")),
 }
 """What cannot be merged, by how many, and what the error names."""
 
@@ -300,5 +300,5 @@ def test_merging_of_convnet_run_raises_immediately(numbers, runs, capsys):
     for requested in (arguments, arguments[1:]):
         assert run_command("evaluate", requested, "evaluate") == 2
         output = capsys.readouterr()
-        assert "--merge-tokens: SmallConvNet" in output.err
+        assert "merge_tokens: SmallConvNet" in output.err
         assert output.out == ""
