@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from deit.config.sections.data import DataConfig
-from deit.core.console import info, table, warn
+from deit.core.console import count_noun, info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
 from deit.datasets.decoding import decode_image, map_threads
 from deit.datasets.images import ImageStore
@@ -233,7 +233,7 @@ def print_scan(report: ScanReport) -> None:
     for note in SkippedFiles(Counter(report.passed_over), report.not_read).notes(max_paths=None):
         info(note)
     if report.excluded:
-        info(f"skipped {report.excluded} images of the exclude list")
+        info(f"skipped {count_noun(report.excluded, 'image')} of the exclude list")
 
 
 def _format_counts(counts: dict[str, int]) -> str:
@@ -254,7 +254,7 @@ def write_exclude_list(report: ScanReport, path: str | Path) -> None:
         path.write_bytes(text.encode(errors="surrogateescape"))
     except OSError as error:
         raise SystemFault(f"{path}: {error.strerror}") from None
-    info(f"wrote {path}: {len(report.unreadable)} images")
+    info(f"wrote {path}: {count_noun(len(report.unreadable), 'image')}")
 
 
 def raise_if_unreadable(report: ScanReport, exclude_list: str | Path | None = None) -> None:
@@ -262,8 +262,11 @@ def raise_if_unreadable(report: ScanReport, exclude_list: str | Path | None = No
 
     exclude_list: the list that the unreadable images were written to.
     """
-    errors = [f"{len(report.unreadable)} unreadable images"] if report.unreadable else []
-    errors += [f"{len(report.problems)} problems of the layout"] if report.problems else []
+    errors = []
+    if report.unreadable:
+        errors.append(count_noun(len(report.unreadable), "unreadable image"))
+    if report.problems:
+        errors.append(f"{count_noun(len(report.problems), 'problem')} of the layout")
     if not errors:
         return
     advice = ""

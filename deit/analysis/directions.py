@@ -33,17 +33,6 @@ def random_direction(surface: LossSurface, *, seed: int, index: int = 0) -> Tens
     return _filter_normalized(surface, surface.weights.flatten(samples))
 
 
-def filter_scales(surface: LossSurface) -> Tensor:
-    """Return `scales` for `basin_volume`, [size], in the unit of `random_direction`.
-
-    With them, a step of radius 1 along a random ray moves every filter by about its own norm.
-    They are 0 for weights that `random_direction` does not move.
-    """
-    scales = _filter_normalized(surface, torch.ones_like(surface.point))
-    # A filter's share of a random unit vector has norm sqrt(weights in the filter / all moving).
-    return scales * math.sqrt(scales.count_nonzero())
-
-
 def _filter_normalized(surface: LossSurface, vector: Tensor) -> Tensor:
     """Return a vector whose filters have the norms of those of the weights at the point."""
     space = surface.weights

@@ -7,7 +7,7 @@ import torch
 
 from deit.analysis.class_sections import calibration_section, class_sections
 from deit.analysis.run_report import RunReport, final_top1, write_csv
-from deit.core.console import format_duration, format_percent
+from deit.core.console import count_noun, format_duration, format_percent
 from deit.distill.losses import teacher_weight_ramp
 from deit.training.optimizer import ema_decay
 from deit.viz import charts, html
@@ -59,8 +59,8 @@ def card_of(report: RunReport) -> str:
         "optimizer": f"{optim.name}, {optim.epochs} epochs, batch size {optim.batch_size}, peak "
         f"learning rate {optim.peak_lr:.3g}, weight decay {optim.weight_decay:g}",
         "seed": str(config.run.seed),
-        "device": f"{environment.device_name}, {environment.processes} processes, "
-        f"{environment.threads} threads, {environment.precision}",
+        "device": f"{environment.device_name}, {count_noun(environment.processes, 'process')}, "
+        f"{count_noun(environment.threads, 'thread')}, {environment.precision}",
         "versions": f"deit {environment.deit}, torch {environment.packages.torch}, timm "
         f"{environment.packages.timm}, commit {environment.commit}",
         "time": f"{format_duration(summary['seconds'])}, best epoch {summary['best_epoch']}",

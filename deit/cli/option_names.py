@@ -9,13 +9,16 @@ _OTHER_NAMES = {"json_file": "--json", "root": "--data.root", "run": "RUN"}
 def with_option(message: str) -> str:
     """Return a message that begins with a parameter and its value with the option instead.
 
-    Fields of the configuration keep their names.
+    Fields of the configuration keep their names. The remedy `force=True (--force)` becomes --force.
 
     >>> with_option("prune_rate = 2: should be a share between 0 and 1")
     '--prune-rate 2: should be a share between 0 and 1'
     >>> with_option("run.device = 'cuda': no CUDA device found")
     "run.device = 'cuda': no CUDA device found"
+    >>> with_option("out = page: exists already; use force=True (--force) to replace it")
+    '--out page: exists already; use --force to replace it'
     """
+    message = message.replace("force=True (--force)", "--force")
     match = re.match(r"([a-z]\w*) = ", message)
     if match is None:
         return message

@@ -73,7 +73,7 @@ def verify_targets(
     record_format = store.record_format
     store.verify_checksums()
     info(
-        f"checksums {record_format.num_shards} shards, {record_format.rows} "
+        f"checksums {count_noun(record_format.num_shards, 'shard')}, {record_format.rows} "
         f"{record_format.content} targets: intact"
     )
     config = _config_of(store, root=root, teacher=teacher)

@@ -64,13 +64,13 @@ def predict(
     "run": the run's own. top_k: number of classes per head. attention: a PNG file to draw the
     attention to. json_file: a file to write the result to.
 
-    The result has `pictures`, a dict per image, and `unreadable`, the reason by file; see
+    The result has `images`, a dict per image, and `unreadable`, the reason by file; see
     `raise_if_unreadable`. Raises the errors of deit.core.errors; DataError if no image is readable.
 
     >>> from deit.core.console import quiet
     >>> with quiet():
     ...     result = predict("checkpoints/digits", "pets/cat/0.png", top_k=3)
-    >>> (image,) = result["pictures"]
+    >>> (image,) = result["images"]
     >>> image["file"], list(image["heads"]), len(image["heads"]["fused"])
     ('pets/cat/0.png', ['class', 'distillation', 'fused'], 3)
     """
@@ -98,7 +98,7 @@ def predict(
     if not predictions:
         _raise_unreadable(unreadable, 0)
     rows = [_to_row(prediction, model_info, top_k) for prediction in predictions]
-    result = {"run": str(run), "checkpoint": saved.name, "pictures": rows, "unreadable": unreadable}
+    result = {"run": str(run), "checkpoint": saved.name, "images": rows, "unreadable": unreadable}
     for row in rows:
         _print_row(row)
     if json_file is not None:
@@ -112,7 +112,7 @@ def predict(
 def raise_if_unreadable(result: dict[str, Any]) -> None:
     """Raise DataError with every file that could not be read. result: of `predict`."""
     if result["unreadable"]:
-        _raise_unreadable(result["unreadable"], len(result["pictures"]))
+        _raise_unreadable(result["unreadable"], len(result["images"]))
 
 
 def _raise_unreadable(unreadable: dict[str, str], num_predicted: int) -> NoReturn:

@@ -140,13 +140,6 @@ def run_parallel(
             info(f"{child.run.name}: {end}; {progress.ended()}")
 
 
-def run_parallel_or_raise(runs: list[RunSpec], *, num_parallel: int, progress: RunProgress) -> None:
-    """Train runs as `run_parallel` does. Raises DeitError with the exit code of the first failed
-    run, once all runs have ended."""
-    if failed := run_parallel(runs, num_parallel=num_parallel, progress=progress):
-        raise combined_error(failed)
-
-
 def combined_error(failed: list[FailedRun]) -> DeitError:
     """Return one error for all failed runs, with the exit code of the first."""
     lines = "".join(f"\n  {run.run.name} ({run.log}): {run.reason}" for run in failed)

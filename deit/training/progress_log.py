@@ -78,7 +78,7 @@ def schedule_of(optim: OptimConfig) -> str:
     base = optim.lr_base_batch_size
     arithmetic = f" = {optim.lr:g} x {optim.batch_size} / {base}" if base else ""
     return (
-        f"{optim.epochs} epochs, peak learning rate {optim.peak_lr:.3g}{arithmetic}, "
+        f"{count_noun(optim.epochs, 'epoch')}, peak learning rate {optim.peak_lr:.3g}{arithmetic}, "
         f"warm-up {optim.warmup_epochs:g} epochs"
     )
 

@@ -9,12 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from deit.analysis.basin_volume import basin_volume
 from deit.analysis.directions import (
     LossLine,
     WeightPlane,
     _normalize_filters,
-    filter_scales,
     grid,
     line,
     plane_through,
@@ -128,32 +126,6 @@ def test_random_direction_depends_on_seed_and_index():
     assert torch.equal(first, again)
     for other in (random_direction(land, seed=2), random_direction(land, seed=1, index=1)):
         assert abs(torch.cosine_similarity(first, other, dim=0).item()) < 0.02
-
-
-def test_filter_scales_move_each_filter_by_about_its_norm():
-    network = student("convnet")
-    masks = half_masks(network)
-    land = surface(network, masks=masks)
-    scales = filter_scales(land)
-    ray = torch.randn_like(scales) * (scales > 0)
-    moved = land.weights.unflatten(scales * ray / ray.norm())
-    for name, weight in land.weights.unflatten(land.point).items():
-        if weight.ndim < 2:
-            assert moved[name].count_nonzero() == 0
-        elif masks.get(name, torch.tensor(True)).any():
-            moved_norms, weight_norms = (
-                moved[name].flatten(1).norm(dim=1),
-                weight.flatten(1).norm(dim=1),
-            )
-            is_nonzero = weight_norms > 0
-            assert (
-                moved_norms[is_nonzero] / weight_norms[is_nonzero]
-            ).mean().item() == pytest.approx(1, abs=0.2)
-    basin = basin_volume(
-        land.value, land.point, loss_rise=0.1, largest_radius=4, rays=2, scales=scales
-    )
-    assert basin.size == scales.count_nonzero() < land.size
-    assert max(basin.log_radii) < 0  # less than the norm of the filters
 
 
 # Lines

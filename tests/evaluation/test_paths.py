@@ -39,7 +39,7 @@ def test_predict_paths_as_str_are_accepted(runs, tmp_path):
         attention=str(plot),
         json_file=str(json_file),
     )
-    assert [row["file"] for row in result["pictures"]] == [str(tmp_path / "image.png")]
+    assert [row["file"] for row in result["images"]] == [str(tmp_path / "image.png")]
     assert json_file.is_file()
     assert plot.is_file()
 

@@ -67,9 +67,9 @@ def test_predict_probabilities_equal_student_and_teacher(workspace, predict, tmp
     images = load_splits(config.data).test.pixels[:3].float() / 255
     with torch.no_grad():
         heads = {**logits_by_head(student.eval()(images)), "teacher": teacher(images)}
-    names = [row["file"].rpartition("/")[2] for row in result["pictures"]]
+    names = [row["file"].rpartition("/")[2] for row in result["images"]]
     assert names == ["0.png", "1.png", "2.png"]
-    for row, prediction in enumerate(result["pictures"]):
+    for row, prediction in enumerate(result["images"]):
         assert set(prediction["heads"]) == {"class", "distillation", "fused", "teacher"}
         for head, ranked in prediction["heads"].items():
             expected = heads[head][row].softmax(dim=0).sort(descending=True)
@@ -77,7 +77,7 @@ def test_predict_probabilities_equal_student_and_teacher(workspace, predict, tmp
             for rank, top in enumerate(ranked):
                 assert top["class"] == model_info.class_names[expected.indices[rank]]
                 assert top["probability"] == pytest.approx(expected.values[rank].item(), abs=1e-5)
-    assert result["pictures"][0]["heads"]["fused"][0]["class"] in output.out
+    assert result["images"][0]["heads"]["fused"][0]["class"] in output.out
 
 
 def test_predict_attention_is_drawn_and_replaced_with_force_only(workspace, predict, tmp_path):
@@ -108,7 +108,7 @@ def test_predict_top_k_above_number_of_classes_lists_all(workspace, predict, tmp
         workspace / "teacher", workspace / "pictures" / "0.png", "--top-k", "99", "--json", "f.json"
     )
     assert code == 0
-    (row,) = json.loads((tmp_path / "f.json").read_text())["pictures"]
+    (row,) = json.loads((tmp_path / "f.json").read_text())["images"]
     assert list(row["heads"]) == ["class"]
     probabilities = [top["probability"] for top in row["heads"]["class"]]
     assert len(probabilities) == 10
@@ -128,7 +128,7 @@ def test_predict_unreadable_images_are_listed_after_the_others(workspace, predic
     code, output = predict(workspace / "run", first, readable[0], *rest, *readable[1:], *options)
     assert code == 3
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["file"] for row in result["pictures"]] == [str(path) for path in readable]
+    assert [row["file"] for row in result["images"]] == [str(path) for path in readable]
     assert result["unreadable"].keys() == unreadable.keys()
     assert all(str(path) in output.out for path in readable)
     assert (tmp_path / "attention.png").is_file()
@@ -169,7 +169,7 @@ def test_predict_teacher_of_larger_images_gets_larger_views(
     assert code == 3
     assert shapes == [(3, 3, 24, 24)]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [set(row["heads"]) for row in result["pictures"]] == [
+    assert [set(row["heads"]) for row in result["images"]] == [
         {"class", "distillation", "fused", "teacher"}
     ] * 3
 
@@ -188,7 +188,7 @@ def test_predict_folder_is_listed_like_training_data(workspace, predict, tmp_pat
     code, output = predict(workspace / "run", "images", "--json", "result.json")
     assert code == 0, output.err
     result = json.loads((tmp_path / "result.json").read_text())
-    files = [row["file"] for row in result["pictures"]]
+    files = [row["file"] for row in result["images"]]
     assert files == ["images/a.png", "images/c.jfif", "images/linked/d.png"]
     assert re.search(r"\b1 \.heic\b", output.out)
     assert re.search(r"images/again\b.* link\b", output.out)
