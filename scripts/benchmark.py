@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deit.cli.option_names import with_option
 from deit.config.sections.run import RunConfig
 from deit.core.accelerator import environment_info, raise_malloc_threshold
 from deit.core.console import info, table
@@ -59,7 +60,7 @@ def main() -> None:
         for name in ("json", "plot"):
             check_file(getattr(options, name), name=name, replace=options.force)
     except SystemFault as error:
-        parser.error(str(error))
+        parser.error(with_option(str(error)))
     if options.plot is not None and options.plot.suffix != ".png":
         parser.error(f"--plot {options.plot}: should end in .png")
     torch.set_num_threads(options.threads or (num_cores() if options.what == "train" else 1))

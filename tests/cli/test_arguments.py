@@ -143,7 +143,7 @@ BAD_ARGUMENTS = {
     ),
     "ensemble of one teacher": (
         ["deit", "compare", "digits", "--study=ensemble"],
-        "--study ensemble",
+        "study ensemble",
         "teacher.source",
     ),
     "targets verify without queries": (

@@ -145,7 +145,7 @@ def test_all_commands_read_a_run_with_odd_names(trained, workspace, command_serv
     for name in ODD:
         assert all(name in outputs[command] for command in ("evaluate", "predict"))
     assert "caf\\xe9.png" in outputs["predict"]
-    files = [row["file"] for row in json.loads((workspace / "said.json").read_text())["pictures"]]
+    files = [row["file"] for row in json.loads((workspace / "said.json").read_text())["images"]]
     assert sorted(files) == sorted(map(str, images))
     page = (workspace / "page" / "index.html").read_text(encoding="utf-8")
     assert "[bold]x[red] | &amp; 50%" in page

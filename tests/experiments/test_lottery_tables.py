@@ -171,8 +171,8 @@ def test_lottery_of_partly_trained_student_is_refused(command, tmp_path, finishe
     ("arguments", "differs"),
     [
         (("--scope", "layerwise"), r"scope\b.*\bglobal\b.*\blayerwise"),
-        (("--prune-rate", "0.4"), r"rate\b.*\b0\.5\b.*\b0\.4"),
-        (("--rewind-epoch", "1"), r"rewind\b.*\b0\.5\b.*\b1"),
+        (("--prune-rate", "0.4"), r"prune_rate\b.*\b0\.5\b.*\b0\.4"),
+        (("--rewind-epoch", "1"), r"rewind_epoch\b.*\b0\.5\b.*\b1"),
         (("--optim.lr", "0.5"), r"optim\.lr\b.*\b0\.001\b.*\b0\.5"),
         (("--student.depth", "2"), r"student\.depth\b.*\b1\b.*\b2"),
         (("--loss", "none"), r"loss\.kind\b.*\bsoft\b.*\bnone"),

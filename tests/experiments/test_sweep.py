@@ -250,7 +250,7 @@ def test_sweep_store_content_without_the_needed_records_is_refused(command_serve
     file = write(tmp_path / "s.json", grid=grid, content="hard", set=soft)
     done = command_server.run("sweep", file, "--out", tmp_path / "out")
     assert done.code == 2, done.err
-    for name in ("loss.kind 'soft'", "--content full"):
+    for name in ("loss.kind 'soft'", "content full"):
         assert name in done.err
     assert not (tmp_path / "out").exists()
 

@@ -199,7 +199,7 @@ MISTAKES = {
     "best": (("teacher", "--top", "0"), ("--top 0",)),
     "resume": (("teacher", "--resume"), ("deit sweep", "--resume")),
     "value": (("teacher", "--optim.lr", "-1"), ("optim.lr = '-1'",)),
-    "study": (("ensemble", "--recipe", "digits"), ("--study ensemble", "teacher.source")),
+    "study": (("ensemble", "--recipe", "digits"), ("study ensemble", "teacher.source")),
     "seed": (("teacher", "--run.seed", "3"), ("run.seed = 3", "seeds")),
 }
 INCOMPATIBLE = {

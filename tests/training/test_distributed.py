@@ -180,7 +180,9 @@ EXCHANGE = """
 import json, sys
 import torch
 from safetensors.torch import save_file
-from deit.config.sections.optim import OptimConfig, RunConfig, StudentConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
 from deit.core.accelerator import destroy_process_group
 from deit.distill.build import build_accelerator
 from deit.models.saved_student import ModelInfo, build_student
