@@ -26,16 +26,16 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deit.core.console import info
+from deit.datasets.splits import load_splits
+from deit.deploy.export import split_normalization
+from deit.deploy.export_formats import FORMATS
+from deit.evaluation.load_run import load_run_config
+from deit.models.saved_student import load_student
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from deit.core.console import info  # noqa: E402
-from deit.datasets.splits import load_splits  # noqa: E402
-from deit.deploy.export import split_normalization  # noqa: E402
-from deit.deploy.export_formats import FORMATS  # noqa: E402
-from deit.evaluation.load_run import load_run_config  # noqa: E402
-from deit.models.saved_student import load_student  # noqa: E402
-
 _EXACT = ("--run.device", "cpu", "--run.linear_backend", "torch")
 _TWO_EPOCHS = ("--optim.epochs", "2", "--optim.warmup_epochs", "1", *_EXACT)
 _TEACHER = (

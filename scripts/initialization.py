@@ -5,23 +5,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from einops import rearrange
+from torch import Tensor
 
-import torch  # noqa: E402
-from einops import rearrange  # noqa: E402
-from torch import Tensor  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deit.config.presets import LOSS_PRESETS  # noqa: E402
-from deit.config.recipes.handwriting import digits  # noqa: E402
-from deit.config.schema import Config  # noqa: E402
-from deit.core import run_folder  # noqa: E402
-from deit.core.metrics import topk_accuracy  # noqa: E402
-from deit.core.types import logits_by_head  # noqa: E402
-from deit.datasets.splits import load_splits  # noqa: E402
-from deit.models.saved_student import load_student  # noqa: E402
-from deit.models.student import Student  # noqa: E402
-from deit.training.train import train  # noqa: E402
+from deit.config.presets import LOSS_PRESETS
+from deit.config.recipes.handwriting import digits
+from deit.config.schema import Config
+from deit.core import run_folder
+from deit.core.metrics import topk_accuracy
+from deit.core.types import logits_by_head
+from deit.datasets.splits import load_splits
+from deit.models.saved_student import load_student
+from deit.models.student import Student
+from deit.training.train import train
 
 
 def shuffled_patches(images: Tensor, patch: int) -> Tensor:
