@@ -127,17 +127,17 @@ def test_every_stage_is_measured(file_images):
 
 
 @pytest.mark.fault("A26")
-@pytest.mark.parametrize("count", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
-def test_killed_worker_raises_system_fault(count, file_images):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])  # no memory; a full /dev/shm
+def test_killed_worker_raises_system_fault(signum, file_images):
     class Deadly:
         size = 4
 
         def decode(self, images, request):
-            os.kill(os.getpid(), count)
+            os.kill(os.getpid(), signum)
 
-    expected_ids = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
+    requests = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))]
     with raises(SystemFault, "data.num_workers"):
-        list(Reader(file_images, (Deadly(),), num_workers=1, pin=False).read(expected_ids))
+        list(Reader(file_images, (Deadly(),), num_workers=1, pin=False).read(requests))
 
 
 def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
@@ -153,8 +153,8 @@ def test_lost_worker_does_not_wait_for_busy_worker(file_images, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(10000)
 
-    expected_ids = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
+    requests = [ReadRequest(0, torch.arange(2), torch.zeros(2, dtype=torch.int64))] * 2
     with Reader(file_images, (Busy(),), num_workers=2, pin=False) as reader:
         for _ in range(2):
             with pytest.raises(WorkerLost):
-                next(reader.read(expected_ids))
+                next(reader.read(requests))

@@ -8,9 +8,12 @@ import threading
 import time
 
 import pytest
+import torch
 
 from deit.core.errors import StoppedBySignal
+from deit.datasets.crops import ReadRequest
 from deit.datasets.decode_workers import Reader
+from deit.datasets.splits import load_splits
 from deit.training.train import train
 from tests.helpers.leftovers import child_processes
 from tests.helpers.processes import wait_until
@@ -34,35 +37,31 @@ def test_call_from_python_leaves_no_worker(image_folder, tmp_path):
 
 
 @pytest.mark.fault("E19")
-def test_closing_the_reader_ends_a_worker_in_a_batch(image_folder):
-    from deit.datasets.splits import load_splits
-
-    class Slow:
+def test_closing_the_reader_ends_a_worker_in_a_batch(image_folder, tmp_path):
+    class Stuck:
         size = 4
 
-        def cut(self, image_folder, requests):
+        def decode(self, images, request):
+            (tmp_path / str(os.getpid())).touch()
             time.sleep(1000)
 
-    import torch
-
-    from deit.datasets.crops import ReadRequest
+    def raise_stopped(*_):
+        raise StoppedBySignal(signal.SIGTERM)
 
     images = load_splits(image_run_config(image_folder, 1).data).train
     index = torch.zeros(1, dtype=torch.int64)
     before = child_processes()
-    with Reader(images, (Slow(),), num_workers=2, pin=False) as reader:
+    with Reader(images, (Stuck(),), num_workers=2, pin=False) as reader:
         batches = reader.read([ReadRequest(0, index, index)] * 50)
 
         def stop_later():
             try:
-                wait_until(lambda: reader._pool and len(reader._pool.processes) == 2)
+                wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
             finally:
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
         stopper = threading.Thread(target=stop_later)
-        previous = signal.signal(
-            signal.SIGALRM, lambda *_: (_ for _ in ()).throw(StoppedBySignal(15))
-        )
+        previous = signal.signal(signal.SIGALRM, raise_stopped)
         stopper.start()
         try:
             with pytest.raises(StoppedBySignal):
