@@ -125,7 +125,9 @@ def _resumable_dir(rest: list[str], source: str | None) -> Path | None:
         folder = Path("checkpoints") / run_name(rest[0])
     else:
         folder = Path(f"checkpoints/{run_folder.run_dir_of(source or '').resolve().name}-finetuned")
-    return folder if (folder / CONFIG).is_file() and run_folder.list_checkpoints(folder) else None
+    from deit.training.finetune import is_resumable
+
+    return folder if is_resumable(folder) else None
 
 
 def _resume(
@@ -137,26 +139,11 @@ def _resume(
     rest = rest if recipe is None else rest[1:]
     saved = folder / "config.json"
     run = parse_run([str(saved), *rest], program=program, about="", out=folder)
-    image_size, weights = run.config.student.image_size, run.config.init.weights
-    if options.source is not None and not _is_same_source(options.source, weights):
-        raise ConfigError(
-            f"--resume: the run in {folder} started from {weights}, not from {options.source}; "
-            f"use --from {weights}, or another --out"
-        )
+    from deit.training.finetune import check_same_start
+
+    check_same_start(folder, run.config, options.source, options.resolution)
     _check_same_command(folder, recipe, options.schedule)
-    if options.resolution not in (None, image_size):
-        raise ConfigError(
-            f"--resume: the run in {folder} has a resolution of {image_size} px, not "
-            f"{options.resolution}; leave out --resolution, or use another --out"
-        )
     return run
-
-
-def _is_same_source(a: str, b: str | None) -> bool:
-    if b is None:
-        return False
-    path_a, path_b = Path(a).expanduser(), Path(b).expanduser()
-    return a == b or (path_a.exists() and path_a.resolve() == path_b.resolve())
 
 
 def _check_same_command(folder: Path, recipe: str | None, schedule: str | None) -> None:
@@ -176,7 +163,7 @@ def _check_same_command(folder: Path, recipe: str | None, schedule: str | None) 
     for option, old, new in options:
         if arguments and old != new:
             raise ConfigError(
-                f"--resume: the run in {folder} was started {_with(option, old)}, not "
+                f"resume = True: the run in {folder} was started {_with(option, old)}, not "
                 f"{_with(option, new)}; use the same, or another --out"
             )
 

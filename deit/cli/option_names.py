@@ -2,7 +2,7 @@
 
 import re
 
-_OTHER_NAMES = {"json_file": "--json", "root": "--data.root", "run": "RUN"}
+_OTHER_NAMES = {"json_file": "--json", "root": "--data.root", "run": "RUN", "source": "--from"}
 """The arguments of commands that are not spelled like the parameter."""
 
 
@@ -17,10 +17,12 @@ def with_option(message: str) -> str:
     "run.device = 'cuda': no CUDA device found"
     >>> with_option("out = page: exists already; use force=True (--force) to replace it")
     '--out page: exists already; use --force to replace it'
+    >>> with_option("resume = True: the configuration differs from the run's")
+    "--resume: the configuration differs from the run's"
     """
     message = message.replace("force=True (--force)", "--force")
-    match = re.match(r"([a-z]\w*) = ", message)
+    match = re.match(r"([a-z]\w*) =( True(?=:))? ?", message)
     if match is None:
         return message
     option = _OTHER_NAMES.get(match[1], "--" + match[1].replace("_", "-"))
-    return f"{option} {message[match.end() :]}"
+    return option + ("" if match[2] else " ") + message[match.end() :]

@@ -18,7 +18,7 @@ from deit.config.sections.data import DataConfig
 from deit.config.sections.student import StudentConfig
 from deit.config.validation import load_config
 from deit.core import run_folder
-from deit.core.errors import CheckpointError
+from deit.core.errors import CheckpointError, ConfigError
 from deit.datasets.splits import load_split
 from deit.models.load_weights import load_weights_from
 from deit.training.train import train
@@ -39,12 +39,57 @@ def finetune(
     """Train from given weights; return the content of result.json.
 
     source, config, resolution, schedule, epochs: as for `finetune_config`. out, resume, dry_run,
-    command: as for deit.training.train.train. Raises the errors of deit.core.errors.
+    command: as for deit.training.train.train. A run can be resumed after its source was removed;
+    its own configuration is then used. Raises the errors of deit.core.errors.
+
+    Example:
+        >>> from deit.core.console import quiet
+        >>> with quiet():
+        ...     result = finetune("checkpoints/digits", "runs/digits-16", resolution=16, epochs=1)
+        >>> result["epochs"]
+        1
     """
-    config = finetune_config(
-        source, config, resolution=resolution, schedule=schedule, epochs=epochs
-    )
+    out = Path(out)
+    if resume and is_resumable(out) and not Path(source).expanduser().exists():
+        config = load_config(out / run_folder.CONFIG)
+        check_same_start(out, config, str(source), resolution, epochs)
+    else:
+        config = finetune_config(
+            source, config, resolution=resolution, schedule=schedule, epochs=epochs
+        )
     return train(config, out, resume=resume, dry_run=dry_run, command=command)
+
+
+def is_resumable(out: Path) -> bool:
+    """Return whether a folder has a run with a checkpoint."""
+    return (out / run_folder.CONFIG).is_file() and bool(run_folder.list_checkpoints(out))
+
+
+def check_same_start(
+    out: Path, config: Config, source: str | None, resolution: int | None, epochs: int | None = None
+) -> None:
+    """Raise ConfigError if a run to resume was started with other arguments.
+
+    config: that of the run in `out`. source, resolution, epochs: as given now; None: not given.
+    """
+    remedy = "resume it with that, or use another --out"
+    weights = config.init.weights
+    if source is not None and not _is_same_source(source, weights):
+        raise ConfigError(f"source = {source}: the run in {out} started from {weights}; {remedy}")
+    given = {
+        "resolution": (resolution, config.student.image_size),
+        "epochs": (epochs, config.optim.epochs),
+    }
+    for name, (now, before) in given.items():
+        if now is not None and now != before:
+            raise ConfigError(f"{name} = {now}: the run in {out} has {before}; {remedy}")
+
+
+def _is_same_source(a: str, b: str | None) -> bool:
+    if b is None:
+        return False
+    path_a, path_b = Path(a).expanduser(), Path(b).expanduser()
+    return a == b or (path_a.exists() and path_a.resolve() == path_b.resolve())
 
 
 def finetune_config(

@@ -248,7 +248,7 @@ def _check_config(run: TrainingRun) -> None:
                 f"deit finetune --from {shlex.quote(str(run.out))} to continue with its weights"
             )
         raise ConfigError(
-            f"--resume: the configuration differs from the run's; {', or '.join(advice)}:"
+            f"resume = True: the configuration differs from the run's; {', or '.join(advice)}:"
             + "".join(differences)
         )
 

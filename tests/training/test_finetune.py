@@ -10,12 +10,15 @@ from safetensors.torch import load_file
 
 from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes.handwriting import digits
+from deit.config.validation import load_config
 from deit.core import run_folder, run_log
-from deit.core.errors import CheckpointError
+from deit.core.errors import CheckpointError, ConfigError
 from deit.distill.write_targets import write_targets
 from deit.evaluation.evaluate import evaluate
 from deit.models.pos_embed import resize_positions
+from deit.training.finetune import finetune
 from deit.training.train import train
+from tests.helpers.commands import tree
 from tests.helpers.errors import raises
 from tests.helpers.finetune_runs import BRIEF, FEW, SMALL, finer, weights
 from tests.helpers.resume_helpers import assert_same_end, stop_and_resume
@@ -98,6 +101,29 @@ def test_resume_without_the_initial_weights_continues(pretrained, tmp_path):
     with raises(CheckpointError, "init.weights", start):
         train(config, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_finetune_resumes_after_its_source_was_removed(pretrained, tmp_path):
+    start, out = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(pretrained / "student", start)
+    settings = {"resolution": 16, "schedule": "linear-probe", "epochs": 1}
+    result = finetune(start, out, **settings)
+    config = load_config(out / run_folder.CONFIG)
+    assert config.student.image_size == config.data.image_size == 16
+    assert (config.optim.epochs, config.optim.trainable) == (1, "heads")
+    shutil.rmtree(start)
+    files = tree(out)
+    assert finetune(start, out, **settings, resume=True) == result
+    assert tree(out) == files
+    with raises(ConfigError, "resolution = 24", "has 16"):
+        finetune(start, out, resolution=24, resume=True)
+    with raises(ConfigError, f"source = {tmp_path / 'other'}", start):
+        finetune(tmp_path / "other", out, resume=True)
+    with raises(ConfigError, "epochs = 2", "has 1"):
+        finetune(start, out, epochs=2, resume=True)
+    with raises(CheckpointError, start):
+        finetune(start, tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_layer_decay_slows_the_layers_near_the_input(pretrained, tmp_path):

@@ -294,7 +294,7 @@ def test_finetune_resumes_without_its_initial_weights(pretrained, tmp_path, comm
     other_resolution = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
     code, output = command(*other_resolution)
     assert code == 2
-    assert re.search(r"--resume: .*\b16 px\b.*\b24\b.*--resolution", output.err)
+    assert re.search(r"--resolution 24: .*\b16\b", output.err)
     differing = {
         "--schedule deit": (*arguments, "--schedule", "deit"),
         "RECIPE digits": ("--from", start, "digits", "--out", "run"),
@@ -305,7 +305,7 @@ def test_finetune_resumes_without_its_initial_weights(pretrained, tmp_path, comm
         assert expected_text in output.err
     code, output = command("--from", pretrained / "student", "--out", "run", "--resume")
     assert code == 2
-    assert all(word in output.err for word in (f"--from {start}", str(pretrained / "student")))
+    assert all(word in output.err for word in (str(start), f"--from {pretrained / 'student'}: "))
 
 
 @pytest.mark.fault("B7")
