@@ -20,6 +20,7 @@ from deit.core.json_io import load_json_as
 from deit.core.user_code import HUB_PREFIXES, address_hint
 from deit.models.adapt_weights import LoadedWeights, Weights, adapt_weights, num_distillation_tokens
 from deit.models.metadata import (
+    BASE,
     MODEL_INFO,
     WEIGHTS,
     ModelInfo,
@@ -99,13 +100,13 @@ def _from_run(folder: Path, source: str) -> LoadedWeights:
     names, mean, std = model_info.class_names, model_info.mean, model_info.std
     description = f"{model_info.student.name} from {source}"
     masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
-    weights, base = read_weights(folder / WEIGHTS), read_base(folder)
-    if base is not None:
+    base = read_base(folder)
+    if base is None:
+        weights = read_weights(folder / WEIGHTS)
+    else:
         base_weights = find_base(folder, base, load_weights_from)
-        weights, masks = (
-            _on_base(weights, base_weights, base.kernel, model_info),
-            base_weights.masks,
-        )
+        weights = _on_base(folder / WEIGHTS, base_weights, base.kernel, model_info)
+        masks = base_weights.masks
     return LoadedWeights(weights, description, model_info.student, names, mean, std, masks=masks)
 
 
@@ -127,13 +128,13 @@ def reader_of(folder: Path, model_info: ModelInfo) -> Callable[[str], Weights]:
     if base is None:
         return lambda file: read_weights(folder / file)
     base_weights = find_base(folder, base, load_weights_from)
-    return lambda file: _on_base(read_weights(folder / file), base_weights, base.kernel, model_info)
+    return lambda file: _on_base(folder / file, base_weights, base.kernel, model_info)
 
 
 def _on_base(
-    saved: Weights, base_weights: LoadedWeights, kernel: PosEmbedKernel, model_info: ModelInfo
+    file: Path, base_weights: LoadedWeights, kernel: PosEmbedKernel, model_info: ModelInfo
 ) -> Weights:
-    """Combine saved adapters and heads with the other weights, taken from the base."""
+    """Combine the adapters and heads in `file` with the other weights, taken from the base."""
     with torch.device("meta"):
         network = create_network(model_info.student, len(model_info.class_names))
     adapted = adapt_weights(
@@ -142,8 +143,14 @@ def _on_base(
         model_info.class_names,
         InitConfig(head="new", pos_embed_resize=kernel),
     )
-    trained = trainable_parameters(network, "adapters")  # `saved` has their values
-    return {name: value for name, value in adapted.weights.items() if name not in trained} | saved
+    saved, trained = read_weights(file), trainable_parameters(network, "adapters")
+    from_base = {name: value for name, value in adapted.weights.items() if name not in trained}
+    if both := sorted(saved.keys() & from_base.keys()):
+        raise CheckpointError(
+            f"{file}: holds {both[0]}, which is neither of an adapter nor of a head, so its "
+            f"{BASE} should not be there"
+        )
+    return from_base | saved
 
 
 def _from_folder(folder: Path, source: str) -> LoadedWeights:
