@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from deit.config.sections.teacher import TeacherConfig
+from deit.core.errors import ConfigError
 
 
 class TeacherSpec(NamedTuple):
@@ -81,10 +82,15 @@ def _classes_per_teacher(
 def given_sources(teacher: str | Sequence[str]) -> tuple[str, ...]:
     """Return the sources of one or several teachers: text with commas, or a sequence.
 
-    "none" is no teacher.
+    "none" is no teacher. Raises ConfigError for an empty source.
+
+    >>> given_sources("runs/a,runs/b"), given_sources(["runs/a"]), given_sources("none")
+    (('runs/a', 'runs/b'), ('runs/a',), ())
     """
-    sources = teacher.split(",") if isinstance(teacher, str) else teacher
-    return () if tuple(sources) == ("none",) else tuple(sources)
+    sources = tuple(teacher.split(",") if isinstance(teacher, str) else teacher)
+    if "" in sources:
+        raise ConfigError(f"teacher = {teacher!r}: a source is empty; for no teacher give 'none'")
+    return () if sources == ("none",) else sources
 
 
 def single_teacher(teacher: TeacherConfig, index: int) -> TeacherConfig:

@@ -39,8 +39,8 @@ def init_student(
 ) -> dict[str, Any]:
     """Copy initial weights into the student's network; return a report of how they were adapted.
 
-    The report is the content of init.json: `source`, `found`, `weights` (a SHA-256) and `notes`.
-    Raises CheckpointError with the first ten differences, before anything is copied.
+    The report is the content of init.json: `source`, `description`, `weights` (a SHA-256) and
+    `notes`. Raises CheckpointError with the first ten differences, before anything is copied.
     """
     try:
         adapted = adapt_weights(loaded, network, info.class_names, init)
@@ -54,7 +54,7 @@ def init_student(
     _check_adapter_scale(loaded, init, info.student)
     return {
         "source": init.weights,
-        "found": loaded.description,
+        "description": loaded.description,
         "weights": digest_of(loaded.weights),
         "notes": [*notes, *_normalization_notes(loaded, info)],
     }

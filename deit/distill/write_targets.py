@@ -102,7 +102,7 @@ def write_targets(
         return open_store(out) if accelerator.is_main_process else None
     _check_memory(teachers, loader.sizes.teacher, accelerator, batch_size)
     _check_disk(out, record_format)
-    _check_teachers(teachers, config, splits, accelerator, loader.sizes.teacher)
+    _measure_teachers(teachers, config, splits, accelerator, loader.sizes.teacher)
     store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
     shards = _shards_of(part, record_format.num_shards, accelerator)
@@ -144,7 +144,7 @@ def _check_memory(
             check_inference_memory(teacher, teacher.forward, size, accelerator, batch_size)
 
 
-def _check_teachers(
+def _measure_teachers(
     teachers: list[Teacher], config: Config, splits: Splits, accelerator: Accelerator, size: int
 ) -> None:
     """Measure the teachers on the validation images, as a run does."""

@@ -36,10 +36,6 @@ def less_memory_advice(run: TrainingRun) -> list[str]:
     return [*advice, "a smaller student" + " or teacher" * (run.ensemble is not None)]
 
 
-def joined_by_or(options: list[str]) -> str:
-    return ", or ".join(options)
-
-
 def recomputes(network: nn.Module) -> bool:
     """Turn activation checkpointing on; return whether the network supports it."""
     try:
@@ -191,7 +187,7 @@ def find_micro_batch(run: TrainingRun) -> None:
         if not smaller:
             raise SystemFault(
                 f"run.auto_micro_batch: out of memory even with micro-batches of {size} images: "
-                f"try {joined_by_or(less_memory_advice(run))}"
+                f"try {', or '.join(less_memory_advice(run))}"
             )
         _set_grad_accum(run, run.config.optim.grad_accum_steps * size // smaller[0])
 

@@ -88,7 +88,7 @@ def _log_student(run: TrainingRun) -> None:
     report, optim = run.init_report, run.config.optim
     network = run.accelerator.unwrap_model(run.student).network
     if report is not None:
-        info(f"init      {report['found']}")
+        info(f"init      {report['description']}")
         for note in report["notes"]:
             info(f"          {note}")
     if run.masks is not None:

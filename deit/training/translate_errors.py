@@ -18,7 +18,6 @@ from deit.core.sharding import is_sharded
 from deit.training.memory import (
     fits,
     grad_accum_advice,
-    joined_by_or,
     less_memory_advice,
     micro_batch_sizes,
 )
@@ -74,12 +73,12 @@ def _memory_fault(run: TrainingRun) -> SystemFault:
         smaller = [grad_accum_advice(run, size) for size in micro_batch_sizes(run)[:1]]
         return SystemFault(
             f"{message} of a sharded student (run.sharding): try "
-            f"{joined_by_or(smaller + less_memory_advice(run))}; {_how_to_resume(run)}"
+            f"{', or '.join(smaller + less_memory_advice(run))}; {_how_to_resume(run)}"
         )
     if fitting is None:
         smallest = f", and of {sizes[-1]}" if sizes else ""
         return SystemFault(
-            f"{message}{smallest}: try {joined_by_or(less_memory_advice(run))}; "
+            f"{message}{smallest}: try {', or '.join(less_memory_advice(run))}; "
             f"{_how_to_resume(run)}"
         )
     return SystemFault(

@@ -8,6 +8,7 @@ import pytest
 
 from deit.config.recipes.handwriting import digits
 from deit.config.schema import Config, to_dict
+from deit.config.teachers import given_sources
 from deit.config.validation import config_from_dict
 from deit.core.errors import NO_VALUE, ConfigError
 from tests.helpers.errors import raises
@@ -245,3 +246,9 @@ def test_mixing_with_odd_micro_batches_raises():
     (problem,) = error.problems
     assert (problem.field, problem.value) == ("optim.batch_size", 6)
     assert "optim.grad_accum_steps" in problem.hint
+
+
+@pytest.mark.parametrize("teacher", ["", "a,", ("a", "")])
+def test_empty_teacher_source_raises(teacher):
+    with raises(ConfigError, "teacher = ", "empty"):
+        given_sources(teacher)

@@ -36,7 +36,7 @@ RECIPE = ViewsConfig(**AUGMENTATIONS["deit"] | {"aug_repeats": 1}, eval_crop_pct
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    root = write_image_folder(tmp_path_factory.mktemp("looks") / "images")
+    root = write_image_folder(tmp_path_factory.mktemp("views") / "images")
     data = DataConfig(source="folder", root=str(root), storage="files", image_size=16)
     return load_splits(data).train
 
@@ -84,7 +84,7 @@ def test_teacher_inputs_equal_teacher_images_of_training(mode, storage, repeats,
         samples = torch.cat([batch.sample_ids for batch in batches])
         assert {batch.epoch for batch in batches} == {epoch}
         assert rows.max() < train_loader.rows_per_epoch
-        # In blocks of another size, on other places; as a lone process.
+        # The inputs of one process are those of all, in batches of any size.
         single_process = loader(
             images, views_of(mode, aug_repeats=repeats), num_processes=3, process=1
         )
