@@ -112,6 +112,10 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
     scan continues. Raises DataError if there are no images at all, and SystemFault if an image
     cannot be read for a reason of the machine: it may be valid, and every image on an exclude list
     is left out of all later runs.
+
+    >>> report = scan("pets")
+    >>> report.class_names, report.splits["train"].images, report.unreadable
+    (('cat', 'dog'), 20, {})
     """
     config = data if isinstance(data, DataConfig) else DataConfig(source="folder", root=str(data))
     problems: list[str] = []

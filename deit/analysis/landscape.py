@@ -45,6 +45,16 @@ def landscape(
     saved as soon as it is done, so the same call resumes after an interruption. root: the current
     folder of the dataset, if it was moved. command: recorded in the results. Returns the content of
     landscape.json. Raises ConfigError, DataError, CheckpointError, NumericsError or SystemFault.
+
+    Example:
+        >>> from deit.core.console import quiet
+        >>> options = LandscapeOptions(measure=("curvature",), images=32, probes=2, steps=6)
+        >>> with quiet():
+        ...     result = landscape("checkpoints/digits", "landscape", options)
+        >>> result["images"]
+        32
+        >>> len(result["points"])
+        1
     """
     started = time.monotonic()
     runs, out = to_paths(runs), Path(out)

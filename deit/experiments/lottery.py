@@ -75,6 +75,20 @@ def lottery(
 
     Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis"; for rewinding to a later step
     Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis".
+
+    Example:
+        >>> from deit.core.console import quiet
+        >>> from deit.config.presets import LOSS_PRESETS
+        >>> from deit.config.recipes import find_recipe
+        >>> config = find_recipe("digits").replace(data={"train_fraction": 0.2},
+        ...                                        teacher={"source": ()},
+        ...                                        loss=LOSS_PRESETS["none"],
+        ...                                        optim={"epochs": 1, "warmup_epochs": 0.5})
+        >>> options = LotteryOptions(rounds=1, prune_rate=0.5, controls=())
+        >>> with quiet():
+        ...     result = lottery(config, "tickets", options)
+        >>> {name: masks["kept"] for name, masks in result["lottery"]["masks"].items()}
+        {'dense': 196608, 'ticket, 50.0 %': 98304}
     """
     config, out = validate(config, live_teacher=False), Path(out)
     _check(options, config, parallel=parallel, retries=retries)
