@@ -121,9 +121,9 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
     problems: list[str] = []
     listing = LISTINGS[config.source](config, (), problems.append)
     store = listing.store
-    included = torch.ones(len(store), dtype=torch.bool)
+    excluded = torch.zeros(len(store), dtype=torch.bool)
     if config.exclude_list is not None:
-        included = ~is_excluded(Path(config.exclude_list), store)
+        excluded = is_excluded(Path(config.exclude_list), store)
 
     def decode(row: int) -> _ImageInfo:
         try:
@@ -136,11 +136,10 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
         content.update(image.tobytes())
         return _ImageInfo("", False, image.size, stored.format, stored.mode, content.digest())
 
-    splits: dict[str, SplitStats] = {}
-    unreadable: dict[str, str] = {}
+    splits, unreadable = {}, {}
     copies = defaultdict(list)  # digest -> locations
     for split, rows in listing.splits.items():
-        rows = rows[included[rows]].tolist()
+        rows = rows[~excluded[rows]].tolist()
         decoded = list(map_threads(decode, rows, f"scanning {split}"))
         labels = listing.labels[rows].tolist()
         valid = [image for image in decoded if not image.reason]
@@ -162,7 +161,7 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
         within_split=within,
         across_splits=across,
         across_classes=mislabeled,
-        excluded=int((~included).sum()),
+        excluded=int(excluded.sum()),
         passed_over=dict(listing.skipped.files),
         not_read=listing.skipped.paths,
     )

@@ -46,15 +46,12 @@ def landscape(
     folder of the dataset, if it was moved. command: recorded in the results. Returns the content of
     landscape.json. Raises ConfigError, DataError, CheckpointError, NumericsError or SystemFault.
 
-    Example:
-        >>> from deit.core.console import quiet
-        >>> options = LandscapeOptions(measure=("curvature",), images=32, probes=2, steps=6)
-        >>> with quiet():
-        ...     result = landscape("checkpoints/digits", "landscape", options)
-        >>> result["images"]
-        32
-        >>> len(result["points"])
-        1
+    >>> from deit.core.console import quiet
+    >>> options = LandscapeOptions(measure=("curvature",), images=32, probes=2, steps=6)
+    >>> with quiet():
+    ...     result = landscape("checkpoints/digits", "landscape", options)
+    >>> result["images"]
+    32
     """
     started = time.monotonic()
     runs, out = to_paths(runs), Path(out)
@@ -63,12 +60,7 @@ def landscape(
     settings = _measurement_settings(options)
     request = {"runs": [run.resolve().name for run in runs], **settings}
     check_same_request(out, MANIFEST, request, what="landscape")
-    if "lines" in options.measure and len(points) < 2:
-        if options.measure == ("lines",):
-            raise ConfigError(
-                f"measure = lines: needs at least two runs, but there is only {points[0].name}"
-            )
-        info("lines     skipped: they need at least two runs")
+    _check_lines(points, options)
     accelerator = build_accelerator(resolve_run(points[0].run, options.checkpoint)[0].run)
     data = load_landscape_data(points, options, root=root, device=accelerator.device)
     check_writable(out, name="out")
@@ -95,6 +87,16 @@ def landscape(
     table(title, columns(result), cells(result))
     info(f"took {format_duration(time.monotonic() - started)}")
     return result
+
+
+def _check_lines(points: list[LandscapePoint], options: LandscapeOptions) -> None:
+    """Raise ConfigError if only lines are to be measured, but there is only one run."""
+    if "lines" in options.measure and len(points) < 2:
+        if options.measure == ("lines",):
+            raise ConfigError(
+                f"measure = lines: needs at least two runs, but there is only {points[0].name}"
+            )
+        info("lines     skipped: they need at least two runs")
 
 
 def _measurement_settings(options: LandscapeOptions) -> dict[str, Any]:

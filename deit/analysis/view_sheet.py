@@ -75,13 +75,12 @@ def draw_view_sheet(
     transparent: leave the background transparent and use a text color that can be read on white and
     on black. Raises ConfigError, DataError, CheckpointError or SystemFault.
 
-    Example:
-        >>> from deit.config.recipes import find_recipe
-        >>> from deit.core.console import quiet
-        >>> with quiet():
-        ...     path = draw_view_sheet(find_recipe("digits"), "views.png", epoch=3, num_views=4)
-        >>> path.name, path.stat().st_size > 0
-        ('views.png', True)
+    >>> from deit.config.recipes import find_recipe
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     path = draw_view_sheet(find_recipe("digits"), "views.png", epoch=3, num_views=4)
+    >>> path.name, path.stat().st_size > 0
+    ('views.png', True)
     """
     check_image_path(out, name="out")
     check_epoch(epoch)

@@ -64,12 +64,11 @@ def prune(
 
     Returns the content of results.json; empty for a dry run. Raises the errors of deit.core.errors.
 
-    Example:
-        >>> from deit.core.console import quiet
-        >>> with quiet():
-        ...     result = prune("checkpoints/digits", "pruned", PruneOptions(hidden=0.5))
-        >>> {name: row["parameters"] for name, row in result["rows"].items()}
-        {'digits': 4180, 'pruned': 3124, 'recovered': 3124}
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     result = prune("checkpoints/digits", "pruned", PruneOptions(hidden=0.5))
+    >>> {name: row["parameters"] for name, row in result["rows"].items()}
+    {'digits': 4180, 'pruned': 3124, 'recovered': 3124}
     """
     run, out = Path(run), Path(out)
     check_options(options)
@@ -82,16 +81,11 @@ def prune(
     num_units = units_to_keep(config, options)
     manifest = _manifest(config, saved, options, recovery)
     check_same_request(out, MANIFEST, manifest, what="pruning")
-    controls = tuple(  # finished controls are in the table, whether requested again or not
-        control
-        for control, folder in CONTROLS.items()
-        if control in controls or run_folder.read_result(out / folder) is not None
-    )
+    controls = _with_finished(controls, out)
     _print_plan(config, recovery, controls)
     score_config = scoring_config(config, recovery, saved)
     if dry_run:
-        model_info, units, _ = select_units(score_config, saved, options, num_units)
-        print_selection(model_info, units)
+        print_selection(*select_units(score_config, saved, options, num_units)[:2])
         info("dry run: nothing is written")
         return {}
     check_writable(out, name="out")
@@ -99,9 +93,8 @@ def prune(
     with lock_dir(out, name="out"):
         write_json(out / MANIFEST, manifest)
         if not (out / PRUNED / run_folder.CONFIG).is_file():
-            model_info, units, weights = select_units(score_config, saved, options, num_units)
-            print_selection(model_info, units)
-            _write_pruned(out / PRUNED, config, model_info, units, weights)
+            selection = select_units(score_config, saved, options, num_units)
+            _write_pruned(out / PRUNED, config, *selection)
         _, model_info = load_student(out / PRUNED / run_folder.BEST)
         runs = _runs(config, recovery, model_info, out, controls)
         _train(runs, parallel)
@@ -109,6 +102,15 @@ def prune(
         _write_results(out, result)
     print_pruning(result)
     return result
+
+
+def _with_finished(controls: Sequence[str], out: Path) -> tuple[str, ...]:
+    """Return the requested controls and the finished ones, which stay in the table."""
+    return tuple(
+        control
+        for control, folder in CONTROLS.items()
+        if control in controls or run_folder.read_result(out / folder) is not None
+    )
 
 
 def _train(runs: list[RunSpec], parallel: int) -> None:
@@ -224,7 +226,9 @@ def _write_pruned(
     units: KeptUnits,
     weights: dict[str, Tensor],
 ) -> None:
-    """Write the pruned student into a folder that can be evaluated and exported like a run."""
+    """Print what is kept, and write the pruned student into a folder that can be evaluated and
+    exported like a run."""
+    print_selection(model_info, units)
     head_width = model_info.student.width // model_info.student.heads
     pruned = dataclasses.replace(model_info, student=pruned_config(model_info.student, units))
     folder.mkdir(exist_ok=True)

@@ -93,12 +93,11 @@ def variants(
 
     Returns the content of variants.json. Raises the errors of deit.core.errors.
 
-    Example:
-        >>> from deit.core.console import quiet
-        >>> with quiet():
-        ...     result = variants("checkpoints/digits", merge_tokens=[2])
-        >>> {name: f"{row['gmacs']:.2g}" for name, row in result["rows"].items()}
-        {'digits': '6.9e-05', 'digits, merging 2': '6.5e-05'}
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     result = variants("checkpoints/digits", merge_tokens=[2])
+    >>> {name: f"{row['gmacs']:.2g}" for name, row in result["rows"].items()}
+    {'digits': '6.9e-05', 'digits, merging 2': '6.5e-05'}
     """
     run, other_runs = Path(run), to_paths(other_runs)
     json_file = None if json_file is None else Path(json_file)
@@ -115,16 +114,7 @@ def variants(
     }
     _exclude_stale_exports(all_variants, predictions)
     reference = final_head(predictions[all_variants[0].name])
-    rows: dict[str, dict[str, Any]] = {}
-    for name, by_head in predictions.items():
-        rows[name] = {
-            **entries[name].properties,
-            "top1": {head: _fraction_equal(by_head.get(head), labels) for head in HEADS},
-            "agreement": _fraction_equal(final_head(by_head), reference),
-        }
-    inference_fns = {name: entries[name].infer for name in rows}
-    for name, by_batch in _latencies(inference_fns, next(views())).items():
-        rows[name]["latency"] = by_batch
+    rows = _rows(entries, predictions, labels, reference, next(views()))
     result = {
         "run": str(run),
         "split": "test",
@@ -354,6 +344,26 @@ def _exclude_stale_exports(
 
 def _fraction_equal(predictions: Tensor | None, classes: Tensor) -> float | None:
     return None if predictions is None else (predictions == classes).double().mean().item()
+
+
+def _rows(
+    entries: dict[str, VariantEntry],
+    predictions: dict[str, dict[str, Tensor]],
+    labels: Tensor,
+    reference: Tensor,
+    images: Tensor,
+) -> dict[str, dict[str, Any]]:
+    """Return accuracy, agreement with `reference`, latency on `images` and size by variant."""
+    latency = _latencies({name: entries[name].infer for name in predictions}, images)
+    return {
+        name: {
+            **entries[name].properties,
+            "top1": {head: _fraction_equal(by_head.get(head), labels) for head in HEADS},
+            "agreement": _fraction_equal(final_head(by_head), reference),
+            "latency": latency[name],
+        }
+        for name, by_head in predictions.items()
+    }
 
 
 def _latencies(inference_fns: dict[str, InferenceFn], images: Tensor) -> dict[str, dict[str, Any]]:

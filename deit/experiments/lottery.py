@@ -9,7 +9,7 @@ from deit.config.command_choices import RETRIES, check_at_least
 from deit.config.schema import Config
 from deit.config.validation import load_config, validate
 from deit.core import run_folder
-from deit.core.console import format_duration, info, table, warn
+from deit.core.console import info, table, warn
 from deit.core.errors import ConfigError, DeitError
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import check_same_request
@@ -24,10 +24,11 @@ from deit.experiments.lottery_options import DENSE, RATE, TICKET, LotteryOptions
 from deit.experiments.lottery_plan import (
     LotteryPlan,
     LotteryRun,
+    log_plan,
     lottery_runs,
     plan_lottery,
     point_of,
-    sparsity_text,
+    print_runs,
 )
 from deit.experiments.lottery_tables import mask_cells, mask_columns, matching, matching_line
 from deit.experiments.parallel_runs import (
@@ -73,22 +74,16 @@ def lottery(
     Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
     failed runs, after the results of the others are written.
 
-    Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis"; for rewinding to a later step
-    Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis".
+    Source: Frankle and Carbin 2019, arXiv 1803.03635; rewinding to a later step: Frankle et al.
+    2020, arXiv 1912.05671.
 
-    Example:
-        >>> from deit.core.console import quiet
-        >>> from deit.config.presets import LOSS_PRESETS
-        >>> from deit.config.recipes import find_recipe
-        >>> config = find_recipe("digits").replace(data={"train_fraction": 0.2},
-        ...                                        teacher={"source": ()},
-        ...                                        loss=LOSS_PRESETS["none"],
-        ...                                        optim={"epochs": 1, "warmup_epochs": 0.5})
-        >>> options = LotteryOptions(rounds=1, prune_rate=0.5, controls=())
-        >>> with quiet():
-        ...     result = lottery(config, "tickets", options)
-        >>> {name: masks["kept"] for name, masks in result["lottery"]["masks"].items()}
-        {'dense': 196608, 'ticket, 50.0 %': 98304}
+    >>> from deit.core.console import quiet
+    >>> config = load_config("checkpoints/digits/config.json")
+    >>> options = LotteryOptions(rounds=1, prune_rate=0.5, controls=())
+    >>> with quiet():
+    ...     result = lottery(config, "tickets", options)
+    >>> {name: masks["kept"] for name, masks in result["lottery"]["masks"].items()}
+    {'dense': 196608, 'ticket, 50.0 %': 98304}
     """
     config, out = validate(config, live_teacher=False), Path(out)
     _check(options, config, parallel=parallel, retries=retries)
@@ -99,10 +94,10 @@ def lottery(
         check_writable(out, name="out")
     normalized, plan, steps_per_epoch = _plan(options, config)
     sources, base_runs, runs = _runs(plan, experiment, normalized, seeds)
-    _log_plan(plan, normalized, runs, steps_per_epoch)
+    log_plan(plan, normalized, runs, steps_per_epoch)
     _warn_of_ignored_runs(out, runs)
     if dry_run:
-        _print_runs(plan, base_runs, runs)
+        print_runs(plan, base_runs, runs)
         return {}
     out.mkdir(parents=True, exist_ok=True)
     with lock_dir(out, name="out"):
@@ -110,9 +105,7 @@ def lottery(
         sweep_plan = _sweep_plan(sources, base_runs, plan, runs)
         failures = _train(plan, sweep_plan, runs, parallel=parallel, retries=retries)
         result = _result(options, plan, experiment, sweep_plan, failures, runs, command)
-        for path in write_results(result, out) + write_plots(result, out):
-            info(f"wrote {path}")
-    _print_result(result)
+        _write_and_print(result, out)
     if failures.failed:
         raise combined_error(failures.failed)
     return result
@@ -217,23 +210,6 @@ def _with_recorded_paths(run: RunSpec) -> RunSpec:
     return run._replace(config=run.config.replace(init=recorded_paths))
 
 
-def _log_plan(
-    plan: LotteryPlan, config: Config, runs: list[LotteryRun], steps_per_epoch: int
-) -> None:
-    """Log the levels, the number of runs and their estimated time."""
-    sparsities = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
-    info(f"levels    sparsity {sparsities} % of the prunable weights (scope {plan.scope})")
-    epoch = f" (epoch {plan.rewind_step / steps_per_epoch:g})" if plan.rewind_step else ""
-    info(f"rewind    to the weights, schedule, order and views of step {plan.rewind_step}{epoch}")
-    specs = [run.spec for run in runs]
-    num_finished = len(runs) - len(unfinished(specs))
-    info(
-        f"runs      {len(runs)} of {config.optim.epochs} epochs, {num_finished} of them finished; "
-        "each level waits for the level before"
-    )
-    info(f"time      {_work_left(specs, steps_per_epoch)}")
-
-
 def _warn_of_ignored_runs(out: Path, runs: list[LotteryRun]) -> None:
     """Warn of finished runs in the folder whose levels, controls or seeds were not requested."""
     requested = {run.spec.out for run in runs}
@@ -243,40 +219,6 @@ def _warn_of_ignored_runs(out: Path, runs: list[LotteryRun]) -> None:
             f"{len(ignored)} finished runs in {out} are not in these results, for example "
             f"{min(ignored)}; add their rounds, controls and seeds to include them"
         )
-
-
-def _work_left(runs: list[RunSpec], steps_per_epoch: int) -> str:
-    """Return the number of steps left, without those of teachers, and the time that they take,
-    estimated from finished runs."""
-    num_left = sum(
-        run.config.optim.epochs * steps_per_epoch
-        - max(run.config.init.start_step, _num_steps_done(run))
-        for run in unfinished(runs)
-    )
-    results = [result for run in runs if (result := run_folder.read_result(run.out)) is not None]
-    batch_size = runs[0].config.optim.batch_size
-    num_measured = sum(result["samples_seen"] for result in results) / batch_size
-    if not num_left or not num_measured:
-        later = "; their time is estimated once a run has finished" if num_left else ""
-        return f"{num_left:,} steps, without those of teachers{later}"
-    step_seconds = sum(result["seconds"] for result in results) / num_measured
-    return (
-        f"{num_left:,} steps, without those of teachers; {format_duration(num_left * step_seconds)}"
-        f" one run after another, at {step_seconds:.3g} s per step as in the finished runs"
-    )
-
-
-def _num_steps_done(run: RunSpec) -> int:
-    """Return the step of a run's latest checkpoint; 0 without one."""
-    return max((step for step, _ in run_folder.list_checkpoints(run.out)), default=0)
-
-
-def _print_runs(plan: LotteryPlan, base_runs: list[RunSpec], runs: list[LotteryRun]) -> None:
-    """Print the runs that the plan has."""
-    rows = [("base run", "", run.name, str(run.out)) for run in base_runs]
-    rows += [(run.kind, sparsity_text(run, plan), str(run.seed), str(run.spec.out)) for run in runs]
-    title = "dry run: nothing is trained or written"
-    table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)
 
 
 def _sweep_plan(
@@ -407,7 +349,9 @@ def _result(
     }
 
 
-def _print_result(result: dict[str, Any]) -> None:
+def _write_and_print(result: dict[str, Any], out: Path) -> None:
+    for path in write_results(result, out) + write_plots(result, out):
+        info(f"wrote {path}")
     print_rows(result)
     table(f"pruning masks, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
     info(f"matching runs are {matching_line(result)}")

@@ -1,13 +1,15 @@
-"""Plan the runs of a lottery experiment: the pruning levels and their controls."""
+"""Plan the runs of a lottery experiment, the pruning levels and their controls, and print them."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from deit.config.schema import Config
 from deit.core import run_folder
+from deit.core.console import format_duration, info, table
 from deit.experiments.base_runs import slugify
 from deit.experiments.lottery_options import DENSE, ONE_SHOT, REINITIALIZED, TICKET, LotteryOptions
 from deit.experiments.parallel_runs import RunSpec
+from deit.experiments.sweep_execute import unfinished
 from deit.experiments.sweep_grid import Point
 
 _SEED_OFFSET = 1_000_000  # from the seed of a run to that of its reinitialized control
@@ -118,3 +120,54 @@ def point_of(run: LotteryRun, plan: LotteryPlan) -> Point:
     sparsity = sparsity_text(run, plan)
     name = DENSE if run.kind == DENSE else f"{run.kind}, {sparsity} %"
     return Point(name, {"run": run.kind, "sparsity %": sparsity}, run.spec.config)
+
+
+def log_plan(
+    plan: LotteryPlan, config: Config, runs: list[LotteryRun], steps_per_epoch: int
+) -> None:
+    """Log the levels, the number of runs and their estimated time."""
+    sparsities = ", ".join(f"{100 * (1 - density):.1f}" for density in plan.densities)
+    info(f"levels    sparsity {sparsities} % of the prunable weights (scope {plan.scope})")
+    epoch = f" (epoch {plan.rewind_step / steps_per_epoch:g})" if plan.rewind_step else ""
+    info(f"rewind    to the weights, schedule, order and views of step {plan.rewind_step}{epoch}")
+    specs = [run.spec for run in runs]
+    num_finished = len(runs) - len(unfinished(specs))
+    info(
+        f"runs      {len(runs)} of {config.optim.epochs} epochs, {num_finished} of them finished; "
+        "each level waits for the level before"
+    )
+    info(f"time      {work_left(specs, steps_per_epoch)}")
+
+
+def work_left(runs: list[RunSpec], steps_per_epoch: int) -> str:
+    """Return the number of steps left, without those of teachers, and the time that they take,
+    estimated from finished runs."""
+    num_left = sum(
+        run.config.optim.epochs * steps_per_epoch
+        - max(run.config.init.start_step, _num_steps_done(run))
+        for run in unfinished(runs)
+    )
+    results = [result for run in runs if (result := run_folder.read_result(run.out)) is not None]
+    batch_size = runs[0].config.optim.batch_size
+    num_measured = sum(result["samples_seen"] for result in results) / batch_size
+    if not num_left or not num_measured:
+        later = "; their time is estimated once a run has finished" if num_left else ""
+        return f"{num_left:,} steps, without those of teachers{later}"
+    step_seconds = sum(result["seconds"] for result in results) / num_measured
+    return (
+        f"{num_left:,} steps, without those of teachers; {format_duration(num_left * step_seconds)}"
+        f" one run after another, at {step_seconds:.3g} s per step as in the finished runs"
+    )
+
+
+def _num_steps_done(run: RunSpec) -> int:
+    """Return the step of a run's latest checkpoint; 0 without one."""
+    return max((step for step, _ in run_folder.list_checkpoints(run.out)), default=0)
+
+
+def print_runs(plan: LotteryPlan, base_runs: list[RunSpec], runs: list[LotteryRun]) -> None:
+    """Print the runs that the plan has."""
+    rows = [("base run", "", run.name, str(run.out)) for run in base_runs]
+    rows += [(run.kind, sparsity_text(run, plan), str(run.seed), str(run.spec.out)) for run in runs]
+    title = "dry run: nothing is trained or written"
+    table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)

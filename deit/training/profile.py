@@ -42,13 +42,12 @@ def profile_run(
     Returns seconds per step, by component (`parts`) and by operator (`operations`). Raises the
     errors of deit.core.errors.
 
-    Example:
-        >>> from deit.core.console import quiet
-        >>> from deit.config.recipes import find_recipe
-        >>> with quiet():
-        ...     result = profile_run(find_recipe("digits"), num_steps=1)
-        >>> result["step_s"] > 0, "teacher" in result["parts"]
-        (True, True)
+    >>> from deit.core.console import quiet
+    >>> from deit.config.recipes import find_recipe
+    >>> with quiet():
+    ...     result = profile_run(find_recipe("digits"), num_steps=1)
+    >>> result["step_s"] > 0, "teacher" in result["parts"]
+    (True, True)
     """
     check_at_least("num_steps", num_steps, 1)
     # PyTorch's profiler logs its start and, as an error, a missing GPU.

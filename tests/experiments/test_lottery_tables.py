@@ -12,11 +12,11 @@ from deit.cli import run_command
 from deit.config.sparsity import SCOPES
 from deit.core import run_folder
 from deit.core.console import format_duration
-from deit.experiments import lottery
 from deit.experiments.lottery_options import (
     CONTROLS,
     RANDOM,
 )
+from deit.experiments.lottery_plan import work_left
 from deit.experiments.lottery_tables import matching, sparsest
 from deit.experiments.sweep_plots import draw_sweep, ticket_curve
 from tests.helpers.processes import Completed
@@ -201,9 +201,9 @@ def test_time_left_counts_steps_and_estimates_seconds(tmp_path):
     runs = [run.spec for run in lottery_runs]
     # Eight runs of 10 epochs of 4 steps; all but the dense run and two reinitialized ones start
     # at step 6. Without a finished run there is no time.
-    assert numbers_in(lottery._work_left(runs, 4)) == [8 * 40 - 5 * 6]
+    assert numbers_in(work_left(runs, 4)) == [8 * 40 - 5 * 6]
     (runs[7].out / "checkpoint-00000020").mkdir(parents=True)
-    assert numbers_in(lottery._work_left(runs, 4)) == [8 * 40 - 4 * 6 - 20]
+    assert numbers_in(work_left(runs, 4)) == [8 * 40 - 4 * 6 - 20]
     shutil.rmtree(runs[7].out)
     best = {"epoch": 10, "top1": 0.5, "class_top1": 0.5}
     result = asdict(run_folder.Result(10, 0, 0, 60.0, 0, None, best, "", "", [], []))
@@ -211,11 +211,11 @@ def test_time_left_counts_steps_and_estimates_seconds(tmp_path):
         run.out.mkdir(parents=True)
         (run.out / run_folder.RESULT).write_text(json.dumps({**result, "samples_seen": samples}))
     step_seconds = 120 / 74
-    line = lottery._work_left(runs, 4)
+    line = work_left(runs, 4)
     assert numbers_in(line)[0] == 8 * 40 - 5 * 6 - 74
     assert format_duration(216 * step_seconds) in line
     assert "1.62 s" in line  # per step of the finished runs
-    assert numbers_in(lottery._work_left(runs[:2], 4)) == [0]
+    assert numbers_in(work_left(runs[:2], 4)) == [0]
 
 
 def numbers_in(text: str) -> list[float]:

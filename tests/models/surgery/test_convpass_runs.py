@@ -26,7 +26,7 @@ from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import student_at_resolution
 from deit.models import load_weights
 from deit.models.load_weights import load_weights_from, saved_weights
-from deit.models.metadata import BASE, AdapterBase, base_of, read_base
+from deit.models.metadata import BASE, AdapterBase, read_base
 from deit.models.parameters import trainable_parameters
 from deit.models.saved_student import load_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, read_masks
@@ -235,15 +235,6 @@ def test_other_weights_at_relative_path_are_skipped(runs, tmp_path, damaged):
     if damaged:
         (tmp_path / "base" / "best" / "model.safetensors").write_bytes(b"cut off")
     load_student(tmp_path / "adapted" / "best")
-
-
-def test_base_of_source_has_absolute_and_relative_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "base").mkdir()
-    expected = AdapterBase(str(tmp_path / "base"), "../../base", "ab", "timm")
-    assert base_of("base", "ab", "timm", out=Path("runs/one")) == expected
-    named = AdapterBase("deit_tiny", None, "ab", "deit")
-    assert base_of("deit_tiny", "ab", "deit", out=Path("x")) == named
 
 
 def test_file_with_missing_adapters_raises(runs, tmp_path):
