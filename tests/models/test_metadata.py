@@ -1,4 +1,4 @@
-"""What is stored beside the weights of a student."""
+"""The metadata next to the weights of a student: base.json."""
 
 from pathlib import Path
 
