@@ -116,19 +116,21 @@ def test_onednn_product_is_deterministic():
 
 
 @pytest.mark.parametrize(
-    ("vendor", "run", "expected"),
+    ("vendor", "capability", "run", "expected"),
     [
-        ("AuthenticAMD", {}, "onednn"),
-        ("GenuineIntel", {}, "torch"),
-        ("", {}, "torch"),
-        ("AuthenticAMD", {"precision": "bf16"}, "torch"),
-        ("AuthenticAMD", {"compile": "default"}, "torch"),
-        ("AuthenticAMD", {"linear_backend": "torch"}, "torch"),
-        ("GenuineIntel", {"linear_backend": "onednn"}, "onednn"),
+        ("AuthenticAMD", "AVX512", {}, "onednn"),
+        ("AuthenticAMD", "AVX2", {}, "torch"),
+        ("GenuineIntel", "AVX512", {}, "torch"),
+        ("", "DEFAULT", {}, "torch"),
+        ("AuthenticAMD", "AVX512", {"precision": "bf16"}, "torch"),
+        ("AuthenticAMD", "AVX512", {"compile": "default"}, "torch"),
+        ("AuthenticAMD", "AVX512", {"linear_backend": "torch"}, "torch"),
+        ("GenuineIntel", "AVX512", {"linear_backend": "onednn"}, "onednn"),
     ],
 )
-def test_auto_is_onednn_in_fp32_on_amd(vendor, run, expected, monkeypatch):
+def test_auto_is_onednn_in_fp32_on_amd_with_avx512(vendor, capability, run, expected, monkeypatch):
     monkeypatch.setattr(onednn_linear, "cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     config = RunConfig(device="cpu", **run)
     assert resolve_linear_backend(config, build_accelerator(config)) == expected
     if expected == "onednn":

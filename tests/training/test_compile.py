@@ -88,6 +88,7 @@ def test_compiled_student_does_not_use_onednn_linear(config, tmp_path, monkeypat
     ):
         monkeypatch.setattr(name, lambda network, mode: None)  # not needed here
     monkeypatch.setattr(onednn_linear, "cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     onednn_students = []
     monkeypatch.setattr(
         "deit.training.build.use_onednn", lambda student: onednn_students.append(student)

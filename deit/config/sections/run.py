@@ -30,7 +30,7 @@ class RunConfig:
     """auto: the value of `accelerate launch --mixed_precision`, else fp32."""
     linear_backend: LinearBackend = "auto"
     """Implementation of the student's linear layers on a CPU in fp32: torch, or oneDNN called
-    directly. auto: oneDNN on AMD processors, where PyTorch's own matrix products are slow."""
+    directly. auto: oneDNN on AMD processors with AVX-512, which MKL does not use there."""
     compile: Compile = "none"
     """Mode of torch.compile for student and teachers. none: eager; default: fused kernels;
     reduce-overhead: also CUDA graphs, for small batches; max-autotune: kernels chosen by
