@@ -100,13 +100,11 @@ def _from_run(folder: Path, source: str) -> LoadedWeights:
     names, mean, std = model_info.class_names, model_info.mean, model_info.std
     description = f"{model_info.student.name} from {source}"
     masks = read_masks(folder / MASKS) if (folder / MASKS).is_file() else None
-    base = read_base(folder)
+    base = _load_base(folder, model_info)
     if base is None:
         weights = read_weights(folder / WEIGHTS)
     else:
-        base_weights = find_base(folder, base, load_weights_from)
-        weights = _on_base(folder / WEIGHTS, base_weights, base.kernel, model_info)
-        masks = base_weights.masks
+        weights, masks = _on_base(folder / WEIGHTS, *base, model_info), base[0].masks
     return LoadedWeights(weights, description, model_info.student, names, mean, std, masks=masks)
 
 
@@ -124,11 +122,22 @@ def reader_of(folder: Path, model_info: ModelInfo) -> Callable[[str], Weights]:
     The file is model.safetensors or another one with the same tensors. A base is loaded and
     verified once, for all files. Both functions raise CheckpointError.
     """
-    base = read_base(folder)
+    base = _load_base(folder, model_info)
     if base is None:
         return lambda file: read_weights(folder / file)
-    base_weights = find_base(folder, base, load_weights_from)
-    return lambda file: _on_base(folder / file, base_weights, base.kernel, model_info)
+    return lambda file: _on_base(folder / file, *base, model_info)
+
+
+def _load_base(folder: Path, model_info: ModelInfo) -> tuple[LoadedWeights, PosEmbedKernel] | None:
+    """Load the base of saved adapters, with its kernel; None if all weights are in `folder`."""
+    base = read_base(folder)
+    if base is None:
+        return None
+    if model_info.student.adapters == "none":
+        raise CheckpointError(
+            f"{folder / BASE}: belongs to adapters, but the student has none; remove it"
+        )
+    return find_base(folder, base, load_weights_from), base.kernel
 
 
 def _on_base(
@@ -147,8 +156,9 @@ def _on_base(
     from_base = {name: value for name, value in adapted.weights.items() if name not in trained}
     if both := sorted(saved.keys() & from_base.keys()):
         raise CheckpointError(
-            f"{file}: holds {both[0]}, which is neither of an adapter nor of a head, so its "
-            f"{BASE} should not be there"
+            f"{file}: holds all weights; remove the {BASE} next to it"
+            if len(both) == len(from_base)
+            else f"{file}: holds {both[0]}, a weight of its base; it is from another run"
         )
     return from_base | saved
 

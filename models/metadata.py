@@ -112,6 +112,8 @@ def find_base(folder: Path, base: AdapterBase, read: Callable[[str], T]) -> T:
     """
     problem = f"{base.source} was not found, neither at its original path nor next to the run"
     for source in _candidate_sources(folder, base):
+        if Path(source).resolve() in (folder.resolve(), folder.resolve().parent):
+            continue  # reading it would not end
         try:
             loaded = read(source)
         except CheckpointError as error:

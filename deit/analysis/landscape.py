@@ -90,7 +90,7 @@ def landscape(
 
 
 def _check_lines(points: list[LandscapePoint], options: LandscapeOptions) -> None:
-    """Raise ConfigError if only lines are to be measured, but there is only one run."""
+    """Report that lines are skipped for a single run; raise ConfigError if nothing is left."""
     if "lines" in options.measure and len(points) < 2:
         if options.measure == ("lines",):
             raise ConfigError(

@@ -125,9 +125,7 @@ def _resumable_dir(rest: list[str], source: str | None) -> Path | None:
         folder = Path("checkpoints") / run_name(rest[0])
     else:
         folder = Path(f"checkpoints/{run_folder.run_dir_of(source or '').resolve().name}-finetuned")
-    from deit.training.finetune import is_resumable
-
-    return folder if is_resumable(folder) else None
+    return folder if (folder / CONFIG).is_file() and run_folder.list_checkpoints(folder) else None
 
 
 def _resume(

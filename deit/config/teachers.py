@@ -82,15 +82,19 @@ def _classes_per_teacher(
 def given_sources(teacher: str | Sequence[str]) -> tuple[str, ...]:
     """Return the sources of one or several teachers: text with commas, or a sequence.
 
-    "none" is no teacher. Raises ConfigError for an empty source.
+    "none" is no teacher. Raises ConfigError for an empty source, and for "none" next to others.
 
-    >>> given_sources("runs/a,runs/b"), given_sources(["runs/a"]), given_sources("none")
+    >>> given_sources("runs/a, runs/b"), given_sources(["runs/a"]), given_sources("none")
     (('runs/a', 'runs/b'), ('runs/a',), ())
     """
     sources = tuple(teacher.split(",") if isinstance(teacher, str) else teacher)
-    if "" in sources:
-        raise ConfigError(f"teacher = {teacher!r}: a source is empty; for no teacher give 'none'")
-    return () if sources == ("none",) else sources
+    sources = tuple(source.strip() for source in sources)
+    if sources == ("none",):
+        return ()
+    for source, reason in (("", "a source is empty"), ("none", "none is next to other sources")):
+        if source in sources:
+            raise ConfigError(f"teacher = {teacher!r}: {reason}; for no teacher give none alone")
+    return sources
 
 
 def single_teacher(teacher: TeacherConfig, index: int) -> TeacherConfig:

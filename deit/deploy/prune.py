@@ -85,7 +85,7 @@ def prune(
     _print_plan(config, recovery, controls)
     score_config = scoring_config(config, recovery, saved)
     if dry_run:
-        print_selection(*select_units(score_config, saved, options, num_units)[:2])
+        _select(score_config, saved, options, num_units)
         info("dry run: nothing is written")
         return {}
     check_writable(out, name="out")
@@ -93,8 +93,8 @@ def prune(
     with lock_dir(out, name="out"):
         write_json(out / MANIFEST, manifest)
         if not (out / PRUNED / run_folder.CONFIG).is_file():
-            selection = select_units(score_config, saved, options, num_units)
-            _write_pruned(out / PRUNED, config, *selection)
+            model_info, units, weights = _select(score_config, saved, options, num_units)
+            _write_pruned(out / PRUNED, config, model_info, units, weights)
         _, model_info = load_student(out / PRUNED / run_folder.BEST)
         runs = _runs(config, recovery, model_info, out, controls)
         _train(runs, parallel)
@@ -102,6 +102,15 @@ def prune(
         _write_results(out, result)
     print_pruning(result)
     return result
+
+
+def _select(
+    config: Config, saved: Path, options: PruneOptions, num_units: tuple[int, int]
+) -> tuple[ModelInfo, KeptUnits, dict[str, Tensor]]:
+    """Select the units to keep and print how many they are; returned as by `select_units`."""
+    model_info, units, weights = select_units(config, saved, options, num_units)
+    print_selection(model_info, units)
+    return model_info, units, weights
 
 
 def _with_finished(controls: Sequence[str], out: Path) -> tuple[str, ...]:
@@ -226,9 +235,7 @@ def _write_pruned(
     units: KeptUnits,
     weights: dict[str, Tensor],
 ) -> None:
-    """Print what is kept, and write the pruned student into a folder that can be evaluated and
-    exported like a run."""
-    print_selection(model_info, units)
+    """Write the pruned student into a folder that can be evaluated and exported like a run."""
     head_width = model_info.student.width // model_info.student.heads
     pruned = dataclasses.replace(model_info, student=pruned_config(model_info.student, units))
     folder.mkdir(exist_ok=True)

@@ -96,8 +96,8 @@ def variants(
     >>> from deit.core.console import quiet
     >>> with quiet():
     ...     result = variants("checkpoints/digits", merge_tokens=[2])
-    >>> {name: f"{row['gmacs']:.2g}" for name, row in result["rows"].items()}
-    {'digits': '6.9e-05', 'digits, merging 2': '6.5e-05'}
+    >>> {name: round(1e9 * row["gmacs"]) for name, row in result["rows"].items()}  # MACs
+    {'digits': 69056, 'digits, merging 2': 65472}
     """
     run, other_runs = Path(run), to_paths(other_runs)
     json_file = None if json_file is None else Path(json_file)

@@ -70,15 +70,16 @@ def verify_targets(
     """
     check_at_least("num_queries", num_queries, 1)
     store = open_store(Path(store))
+    sources = None if teacher is None else given_sources(teacher)
     record_format = store.record_format
     store.verify_checksums()
     info(
         f"checksums {count_noun(record_format.num_shards, 'shard')}, {record_format.rows} "
         f"{record_format.content} targets: intact"
     )
-    config = _config_of(store, root=root, teacher=teacher)
+    config = _config_of(store, root=root, teacher=sources)
     accelerator = build_accelerator(config.run)
-    with_teachers = teacher is None or given_sources(teacher) != ()
+    with_teachers = sources != ()
     if with_teachers:
         for spec in teacher_specs(config.teacher):
             resolve_source(spec.source)
@@ -94,9 +95,7 @@ def verify_targets(
     return checked
 
 
-def _config_of(
-    store: TargetStore, *, root: str | None, teacher: str | Sequence[str] | None
-) -> Config:
+def _config_of(store: TargetStore, *, root: str | None, teacher: tuple[str, ...] | None) -> Config:
     """Return the configuration a store was written with, with new paths. Raises CheckpointError if
     it cannot be read, ConfigError if it would run a teacher's code without permission."""
     try:
@@ -108,8 +107,8 @@ def _config_of(
         ) from None
     if root is not None:
         config = config.replace(data={"root": root})
-    if teacher is not None and (sources := given_sources(teacher)):
-        config = config.replace(teacher={"source": sources})
+    if teacher:
+        config = config.replace(teacher={"source": teacher})
         config = validate(config, live_teacher=False)
     if teacher is None and config.teacher.code_sources:
         raise ConfigError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deit.config.command_choices import TOP_K, check_at_least
 from deit.config.sections.teacher import TeacherConfig
-from deit.config.teachers import teacher_specs
+from deit.config.teachers import given_sources, teacher_specs
 from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.console import format_percent, info, progress, table
@@ -61,8 +61,8 @@ def predict(
 
     run: a run folder, or a folder with a saved student. paths: image files or folders of them, or
     one of these. checkpoint: best or last. teacher: source of a teacher to predict with as well;
-    "run": the run's own. top_k: number of classes per head. attention: a PNG file to draw the
-    attention to. json_file: a file to write the result to.
+    "run": the run's own; "none": no teacher. top_k: number of classes per head. attention: a PNG
+    file to draw the attention to. json_file: a file to write the result to.
 
     The result has `images`, a dict per image, and `unreadable`, the reason by file; see
     `raise_if_unreadable`. Raises the errors of deit.core.errors; DataError if no image is readable.
@@ -170,9 +170,12 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
 
 
 def _load_teacher(run: Path, source: str | None, model_info: ModelInfo) -> Teacher | None:
-    if source is None:
+    sources = () if source is None else given_sources(source)
+    if not sources:
         return None
-    config = TeacherConfig(source=(source,))
+    if len(sources) > 1:
+        raise ConfigError(f"teacher = {source}: give the source of one teacher")
+    config = TeacherConfig(source=sources)
     if source == "run":
         folder = run.parent if run_folder.is_checkpoint_dir(run) else run
         config = load_config(folder / run_folder.CONFIG).teacher

@@ -74,16 +74,15 @@ def lottery(
     Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
     failed runs, after the results of the others are written.
 
-    Source: Frankle and Carbin 2019, arXiv 1803.03635; rewinding to a later step: Frankle et al.
-    2020, arXiv 1912.05671.
+    Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis", arXiv 1803.03635; rewinding
+    to a later step: Frankle et al. 2020, arXiv 1912.05671.
 
     >>> from deit.core.console import quiet
-    >>> config = load_config("checkpoints/digits/config.json")
     >>> options = LotteryOptions(rounds=1, prune_rate=0.5, controls=())
     >>> with quiet():
-    ...     result = lottery(config, "tickets", options)
+    ...     result = lottery(load_config("checkpoints/digits/config.json"), "tickets", options)
     >>> {name: masks["kept"] for name, masks in result["lottery"]["masks"].items()}
-    {'dense': 196608, 'ticket, 50.0 %': 98304}
+    {'dense': 3072, 'ticket, 50.0 %': 1536}
     """
     config, out = validate(config, live_teacher=False), Path(out)
     _check(options, config, parallel=parallel, retries=retries)
@@ -105,7 +104,8 @@ def lottery(
         sweep_plan = _sweep_plan(sources, base_runs, plan, runs)
         failures = _train(plan, sweep_plan, runs, parallel=parallel, retries=retries)
         result = _result(options, plan, experiment, sweep_plan, failures, runs, command)
-        _write_and_print(result, out)
+        _write(result, out)
+    _print_result(result)
     if failures.failed:
         raise combined_error(failures.failed)
     return result
@@ -349,9 +349,12 @@ def _result(
     }
 
 
-def _write_and_print(result: dict[str, Any], out: Path) -> None:
+def _write(result: dict[str, Any], out: Path) -> None:
     for path in write_results(result, out) + write_plots(result, out):
         info(f"wrote {path}")
+
+
+def _print_result(result: dict[str, Any]) -> None:
     print_rows(result)
     table(f"pruning masks, seed {result['seeds'][0]}", mask_columns(), mask_cells(result))
     info(f"matching runs are {matching_line(result)}")

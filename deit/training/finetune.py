@@ -1,8 +1,11 @@
 """Fine-tune a run or pretrained weights: the configuration, and the training."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import timm
 
 from deit.config.finetune_schedules import (
     DATA_SIZED_SCHEDULES,
@@ -18,7 +21,9 @@ from deit.config.sections.data import DataConfig
 from deit.config.sections.student import StudentConfig
 from deit.config.validation import load_config
 from deit.core import run_folder
+from deit.core.console import count_noun
 from deit.core.errors import CheckpointError, ConfigError
+from deit.core.user_code import HUB_PREFIXES
 from deit.datasets.splits import load_split
 from deit.models.load_weights import load_weights_from
 from deit.training.train import train
@@ -39,8 +44,8 @@ def finetune(
     """Train from given weights; return the content of result.json.
 
     source, config, resolution, schedule, epochs: as for `finetune_config`. out, resume, dry_run,
-    command: as for deit.training.train.train. A run can be resumed after its source was removed;
-    its own configuration is then used. Raises the errors of deit.core.errors.
+    command: as for deit.training.train.train. A run whose source was removed can be resumed without
+    `config` and `schedule`, which cannot be compared then. Raises the errors of deit.core.errors.
 
     Example:
         >>> from deit.core.console import quiet
@@ -49,10 +54,15 @@ def finetune(
         >>> result["epochs"]
         1
     """
-    out = Path(out)
-    if resume and is_resumable(out) and not Path(source).expanduser().exists():
+    source, out = str(source), Path(out)
+    if resume and run_folder.list_checkpoints(out) and _was_removed(source):
+        if config is not None or schedule is not None:
+            raise ConfigError(
+                f"source = {source}: no longer exists, so config and schedule cannot be compared "
+                f"with those of the run in {out}; resume it without them"
+            )
         config = load_config(out / run_folder.CONFIG)
-        check_same_start(out, config, str(source), resolution, epochs)
+        check_same_start(out, config, source, resolution, epochs)
     else:
         config = finetune_config(
             source, config, resolution=resolution, schedule=schedule, epochs=epochs
@@ -60,9 +70,10 @@ def finetune(
     return train(config, out, resume=resume, dry_run=dry_run, command=command)
 
 
-def is_resumable(out: Path) -> bool:
-    """Return whether a folder has a run with a checkpoint."""
-    return (out / run_folder.CONFIG).is_file() and bool(run_folder.list_checkpoints(out))
+def _was_removed(source: str) -> bool:
+    """Return whether a source of weights is a path that does not exist."""
+    is_name = timm.is_model(source) or source.startswith(HUB_PREFIXES)
+    return not is_name and not Path(source).expanduser().exists()
 
 
 def check_same_start(
@@ -72,24 +83,34 @@ def check_same_start(
 
     config: that of the run in `out`. source, resolution, epochs: as given now; None: not given.
     """
-    remedy = "resume it with that, or use another --out"
     weights = config.init.weights
+    if source is not None and weights is None:
+        raise ConfigError(
+            f"source = {source}: the run in {out} started from random weights, so it is no "
+            "fine-tuning; resume it with its own command, or use another --out"
+        )
     if source is not None and not _is_same_source(source, weights):
-        raise ConfigError(f"source = {source}: the run in {out} started from {weights}; {remedy}")
-    given = {
-        "resolution": (resolution, config.student.image_size),
-        "epochs": (epochs, config.optim.epochs),
-    }
-    for name, (now, before) in given.items():
-        if now is not None and now != before:
-            raise ConfigError(f"{name} = {now}: the run in {out} has {before}; {remedy}")
+        raise ConfigError(
+            f"source = {source}: the run in {out} started from {weights}; resume it with that, or "
+            "use another --out"
+        )
+    if resolution not in (None, config.student.image_size):
+        raise ConfigError(
+            f"resolution = {resolution}: the run in {out} has a resolution of "
+            f"{config.student.image_size} px; leave it out, or use another --out"
+        )
+    if epochs not in (None, config.optim.epochs):
+        raise ConfigError(
+            f"epochs = {epochs}: the run in {out} has {count_noun(config.optim.epochs, 'epoch')}; "
+            "leave it out, or use another --out"
+        )
 
 
-def _is_same_source(a: str, b: str | None) -> bool:
-    if b is None:
-        return False
-    path_a, path_b = Path(a).expanduser(), Path(b).expanduser()
-    return a == b or (path_a.exists() and path_a.resolve() == path_b.resolve())
+def _is_same_source(a: str, b: str) -> bool:
+    """Return whether two names of weights are equal, or paths to the same place."""
+    return a == b or os.path.realpath(Path(a).expanduser()) == os.path.realpath(
+        Path(b).expanduser()
+    )
 
 
 def finetune_config(

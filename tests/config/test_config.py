@@ -248,7 +248,10 @@ def test_mixing_with_odd_micro_batches_raises():
     assert "optim.grad_accum_steps" in problem.hint
 
 
-@pytest.mark.parametrize("teacher", ["", "a,", ("a", "")])
-def test_empty_teacher_source_raises(teacher):
-    with raises(ConfigError, "teacher = ", "empty"):
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [("", "empty"), ("a, ", "empty"), (("a", ""), "empty"), ("none,a", "none")],
+)
+def test_invalid_teacher_sources_raise(teacher, reason):
+    with raises(ConfigError, "teacher = ", reason):
         given_sources(teacher)

@@ -1,6 +1,7 @@
 """Fine-tuning a run at a higher resolution, with and without a teacher, of all or some weights."""
 
 import json
+import os
 import re
 import shutil
 
@@ -111,19 +112,30 @@ def test_finetune_resumes_after_its_source_was_removed(pretrained, tmp_path):
     config = load_config(out / run_folder.CONFIG)
     assert config.student.image_size == config.data.image_size == 16
     assert (config.optim.epochs, config.optim.trainable) == (1, "heads")
-    shutil.rmtree(start)
     files = tree(out)
     assert finetune(start, out, **settings, resume=True) == result
+    with raises(ConfigError, "optim.trainable"):
+        finetune(start, out, **{**settings, "schedule": "short"}, resume=True)
+    shutil.rmtree(start)
+    del settings["schedule"]
+    for spelling in (start, f"{start}/", os.path.relpath(start)):
+        assert finetune(spelling, out, **settings, resume=True) == result
     assert tree(out) == files
-    with raises(ConfigError, "resolution = 24", "has 16"):
+    for given in ({"schedule": "linear-probe"}, {"config": digits()}):
+        with raises(ConfigError, f"source = {start}", "config and schedule"):
+            finetune(start, out, **given, resume=True)
+    with raises(ConfigError, "resolution = 24", "16 px"):
         finetune(start, out, resolution=24, resume=True)
     with raises(ConfigError, f"source = {tmp_path / 'other'}", start):
         finetune(tmp_path / "other", out, resume=True)
-    with raises(ConfigError, "epochs = 2", "has 1"):
+    with raises(ConfigError, "epochs = 2", "1 epoch"):
         finetune(start, out, epochs=2, resume=True)
     with raises(CheckpointError, start):
         finetune(start, tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
+    scratch = shutil.copytree(pretrained / "student", tmp_path / "scratch")
+    with raises(ConfigError, f"source = {start}", "random weights"):
+        finetune(start, scratch, resume=True)
 
 
 def test_layer_decay_slows_the_layers_near_the_input(pretrained, tmp_path):

@@ -294,7 +294,7 @@ def test_finetune_resumes_without_its_initial_weights(pretrained, tmp_path, comm
     other_resolution = ("--from", start, "--resolution", "24", "--out", "run", "--resume")
     code, output = command(*other_resolution)
     assert code == 2
-    assert re.search(r"--resolution 24: .*\b16\b", output.err)
+    assert re.search(r"--resolution 24: .*\b16 px\b.*leave it out", output.err)
     differing = {
         "--schedule deit": (*arguments, "--schedule", "deit"),
         "RECIPE digits": ("--from", start, "digits", "--out", "run"),

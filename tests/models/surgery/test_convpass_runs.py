@@ -246,14 +246,6 @@ def test_file_with_missing_adapters_raises(runs, tmp_path):
         load_student(copied)
 
 
-@pytest.mark.parametrize("read", [load_student, lambda folder: load_weights_from(str(folder))])
-def test_file_with_a_weight_of_the_base_raises(read, runs, tmp_path):
-    file = _copied(runs, tmp_path) / "adapted" / "best" / "model.safetensors"
-    save_weights(file, {**load_file(file), "blocks.0.norm1.weight": torch.zeros(16)})
-    with raises(CheckpointError, file, "blocks.0.norm1.weight", "base.json"):
-        read(file.parent)
-
-
 def test_adapters_with_other_resolution_classes_and_tokens(runs, tmp_path):
     """The base is adapted as it was in training, and the adapters with it."""
     config = config_of(
