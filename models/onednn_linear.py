@@ -24,7 +24,7 @@ def resolve_linear_backend(run: RunConfig, accelerator: Accelerator) -> str:
 
     Auto is onednn for float32 on AMD processors with AVX-512 and without torch.compile. MKL,
     PyTorch's default, does not use AVX-512 on AMD: a training step of DeiT-Ti takes 1.6 times as
-    long. With AVX2 alone, MKL is the faster one (docs/log.md). The processor of the main process
+    long. With AVX2 alone, MKL was the faster one (docs/log.md). The processor of the main process
     decides for all processes. Raises SystemFault if onednn is configured but this PyTorch lacks it.
     """
     if run.linear_backend == "onednn" and not available():
