@@ -1,10 +1,11 @@
 """Export formats: how a student is written, and how other packages load it."""
 
+import io
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +142,8 @@ def _export_onnx(student: Student, model_info: ModelInfo) -> Any:
     import onnx
 
     graph, example, shapes = _graph_and_example(student, model_info)
-    with _translate_errors():
+    # onnxscript 0.6 prints the number of its rewrite rules.
+    with _translate_errors(), redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             graph,
             example,
