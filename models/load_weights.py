@@ -30,7 +30,7 @@ from deit.models.metadata import (
 )
 from deit.models.parameters import trainable_parameters
 from deit.models.pos_embed import grid_side
-from deit.models.registry import create_network
+from deit.models.registry import create_network, is_published_name
 from deit.models.surgery.pruning_masks import MASKS, read_masks
 from deit.models.transformers_format import from_transformers
 from deit.models.weight_files import read_weights
@@ -85,7 +85,7 @@ def _load(source: str) -> LoadedWeights:
         return LoadedWeights(
             weights, f"{path}", infer_student_config(weights), None, None, None, heads_known=False
         )
-    if timm.is_model(source) or source.startswith(HUB_PREFIXES):
+    if is_published_name(source):
         return _from_timm(source)
     if path.exists():
         raise CheckpointError(f"init.weights {source}: {missing_file_reason(path)}")

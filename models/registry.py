@@ -10,6 +10,7 @@ from torch import nn
 
 from deit.config.sections.student import SIZES, StudentConfig
 from deit.core.errors import ConfigError, did_you_mean
+from deit.core.user_code import HUB_PREFIXES
 from deit.models.rednet import DEPTHS, RedNet
 from deit.models.small_networks import Dense, SmallConvNet
 from deit.models.surgery.convpass import add_adapters
@@ -163,6 +164,15 @@ def create_regnety_small_stem(student: StudentConfig, num_classes: int) -> nn.Mo
     network = timm.create_model(name, num_classes=num_classes, drop_path_rate=student.drop_path)
     network.stem.conv.stride = (1, 1)
     return network
+
+
+def is_published_name(source: str) -> bool:
+    """Return whether a source is a name of timm or of the Hugging Face Hub, not a path.
+
+    >>> is_published_name("deit_tiny_patch16_224"), is_published_name("checkpoints/digits")
+    (True, False)
+    """
+    return timm.is_model(source) or source.startswith(HUB_PREFIXES)
 
 
 def create_timm(student: StudentConfig, num_classes: int) -> nn.Module:

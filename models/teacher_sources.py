@@ -27,7 +27,7 @@ from deit.core.types import logits_by_head
 from deit.core.user_code import HUB_PREFIXES, address_hint, import_file, read_names
 from deit.models.metadata import find_saved_model
 from deit.models.parameters import classifier_names
-from deit.models.registry import create_network
+from deit.models.registry import create_network, is_published_name
 from deit.models.saved_student import load_student
 from deit.models.student import Student
 from deit.models.teachers import ASSUMED, BY_NAME, LoadedNetwork, Teacher
@@ -99,7 +99,7 @@ def resolve_source(source: str) -> str:
         )
     if path.is_file():
         return "file"
-    if timm.is_model(source) or source.startswith(HUB_PREFIXES):
+    if is_published_name(source):
         return "timm"
     if path.exists():
         raise NotFoundError(f"teacher.source {source}: {missing_file_reason(path)}")

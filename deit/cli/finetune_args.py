@@ -133,12 +133,12 @@ def _resume(
 ) -> RunArguments:
     """Return the command line of a run to resume, by its own configuration: the weights that it
     started from may no longer exist."""
+    from deit.training.finetune import check_same_start  # imports torch
+
     recipe = None if rest[0].startswith("-") else rest[0]
     rest = rest if recipe is None else rest[1:]
     saved = folder / "config.json"
     run = parse_run([str(saved), *rest], program=program, about="", out=folder)
-    from deit.training.finetune import check_same_start
-
     check_same_start(folder, run.config, options.source, options.resolution)
     _check_same_command(folder, recipe, options.schedule)
     return run

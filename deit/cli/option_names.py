@@ -21,7 +21,7 @@ def with_option(message: str) -> str:
     "--resume: the configuration differs from the run's"
     """
     message = message.replace("force=True (--force)", "--force")
-    match = re.match(r"([a-z]\w*) =( True(?=:))? ?", message)
+    match = re.match(r"([a-z]\w*) = (True(?=:))?", message)
     if match is None:
         return message
     option = _OTHER_NAMES.get(match[1], "--" + match[1].replace("_", "-"))

@@ -176,7 +176,7 @@ def _load_teacher(run: Path, source: str | None, model_info: ModelInfo) -> Teach
     if len(sources) > 1:
         raise ConfigError(f"teacher = {source}: give the source of one teacher")
     config = TeacherConfig(source=sources)
-    if source == "run":
+    if sources == ("run",):
         folder = run.parent if run_folder.is_checkpoint_dir(run) else run
         config = load_config(folder / run_folder.CONFIG).teacher
         if len(config.source) != 1:

@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from deit.config.finetune_schedules import (
     DATA_SIZED_SCHEDULES,
     DEFAULT_SCHEDULE,
@@ -23,9 +21,9 @@ from deit.config.validation import load_config
 from deit.core import run_folder
 from deit.core.console import count_noun
 from deit.core.errors import CheckpointError, ConfigError
-from deit.core.user_code import HUB_PREFIXES
 from deit.datasets.splits import load_split
 from deit.models.load_weights import load_weights_from
+from deit.models.registry import is_published_name
 from deit.training.train import train
 
 
@@ -72,8 +70,7 @@ def finetune(
 
 def _was_removed(source: str) -> bool:
     """Return whether a source of weights is a path that does not exist."""
-    is_name = timm.is_model(source) or source.startswith(HUB_PREFIXES)
-    return not is_name and not Path(source).expanduser().exists()
+    return not is_published_name(source) and not Path(source).expanduser().exists()
 
 
 def check_same_start(

@@ -190,11 +190,11 @@ def test_macs_of_fused_torch_layers_are_counted():
 
 def test_unknown_products_are_warned_about(capsys):
     """Products of another library or a later version of PyTorch are not missed silently."""
-    with torch.library._scoped_library("deit_test", "FRAGMENT") as library:
-        library.define("mixed(Tensor a, Tensor b) -> Tensor")
-        library.impl("mixed", lambda a, b: a.clone(), "CPU")
-        layer = Layer(lambda a, b: torch.ops.deit_test.mixed(a @ b, b))
-        assert macs_of_image(layer, torch.rand(1, 3, 8, 8)) == 8**3
+    operators = torch.library.Library("deit_test", "FRAGMENT")
+    operators.define("mixed(Tensor a, Tensor b) -> Tensor")
+    operators.impl("mixed", lambda a, b: a.clone(), "CPU")
+    layer = Layer(lambda a, b: torch.ops.deit_test.mixed(a @ b, b))
+    assert macs_of_image(layer, torch.rand(1, 3, 8, 8)) == 8**3
     assert re.fullmatch(
         r"deit: warning: .*\bLayer\b.*\bdeit_test::mixed\b.*\n", capsys.readouterr().err
     )
