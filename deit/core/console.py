@@ -1,9 +1,17 @@
-"""Console output of the main process: messages, warnings, progress with an ETA, tables."""
+"""Output of the main process: messages, warnings and tables as log records; progress with an ETA.
 
+Messages are records of the logger "deit". By default they are printed: up to INFO to standard
+output, warnings and errors to standard error. `logging.getLogger("deit")` takes other levels and
+handlers, as any logger.
+"""
+
+import io
+import logging
 import os
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,16 +33,46 @@ _WIDE = 100  # characters: in wider tables, column heads are broken into lines
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
 
 
+class _PrintingHandler(logging.Handler):
+    """Prints records to the standard streams as they are at that moment.
+
+    Raises SystemFault if a message cannot be written, for example on a full disk.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno > logging.INFO:
+            complain(f"deit: {record.levelname.lower()}: {message}")
+            return
+        with _written():
+            print(message, flush=True)
+
+
+def _create_logger() -> logging.Logger:
+    logger = logging.getLogger("deit")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_PrintingHandler())
+        logger.propagate = False  # a handler of the root logger would print everything twice
+    return logger
+
+
+_LOGGER = _create_logger()
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Print no messages, tables and progress within the block; warnings and errors are printed.
+def quiet(enabled: bool = True) -> Iterator[None]:
+    """Log no messages and tables and show no progress in the block; warnings are logged.
+
+    enabled: False changes nothing.
 
     >>> with quiet():
     ...     info("not printed")
     >>> info("printed")
     printed
     """
-    token = _is_quiet.set(True)
+    token = _is_quiet.set(enabled or _is_quiet.get())
     try:
         yield
     finally:
@@ -47,7 +85,7 @@ def is_main_process() -> bool:
 
 
 def _prints() -> bool:
-    return is_main_process() and not _is_quiet.get()
+    return is_main_process() and not _is_quiet.get() and _LOGGER.isEnabledFor(logging.INFO)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -59,10 +97,9 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def info(message: str = "") -> None:
-    """Print a message to standard output in the main process; control characters are escaped."""
+    """Log a message in the main process, at level INFO; control characters are escaped."""
     if _prints():
-        with _written():
-            print(printable(message), flush=True)
+        _LOGGER.info("%s", printable(message))
 
 
 @contextmanager
@@ -82,9 +119,9 @@ def complain(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a warning to standard error in the main process."""
+    """Log a warning in the main process."""
     if is_main_process():
-        complain(f"deit: warning: {message}")
+        _LOGGER.warning("%s", printable(message))
 
 
 def format_duration(seconds: float) -> str:
@@ -114,7 +151,7 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) -> Iterator[Item]:
-    """Yield the items, with a progress bar on a terminal, or else a line every 10 s.
+    """Yield the items, with a progress bar on a terminal or in a notebook, else a line every 10 s.
 
     done: how many of `total` were done before.
     """
@@ -122,6 +159,8 @@ def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) ->
         yield from items
     elif is_terminal(sys.stderr):
         yield from _bar(items, total, title, done)
+    elif in_notebook():
+        yield from _notebook_bar(items, total, title, done)
     else:
         yield from _lines(items, total, title, done)
 
@@ -142,6 +181,26 @@ def _bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[I
             bar.advance(task)
 
 
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython.get_ipython() if ipython else None, "kernel")
+
+
+def _notebook_bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[Item]:
+    from tqdm import TqdmWarning
+    from tqdm.auto import tqdm
+
+    with warnings.catch_warnings():
+        # Without ipywidgets the bar is text, and tqdm advises to install it.
+        warnings.simplefilter("ignore", TqdmWarning)
+        bar = tqdm(total=total, initial=done, desc=single_line(title), leave=False)
+    with bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
 def _lines(items: Iterable[Item], total: int, title: str, done_before: int) -> Iterator[Item]:
     started = last = time.monotonic()
     for count, item in enumerate(items, start=1):
@@ -153,11 +212,10 @@ def _lines(items: Iterable[Item], total: int, title: str, done_before: int) -> I
             complain(f"{single_line(title)}: {done}/{total}, ETA {eta}")
 
 
-class _Console(Console):
-    """rich's console, but a broken pipe raises its error instead of ending the process."""
+class _Buffer(io.StringIO):
+    """Text with the encoding of standard output, from which rich chooses the lines of a table."""
 
-    def on_broken_pipe(self) -> None:
-        raise  # the error that is being handled
+    encoding = property(lambda self: getattr(sys.stdout, "encoding", None))
 
 
 def table(
@@ -168,7 +226,7 @@ def table(
     text: bool = False,
     folds: str | None = None,
 ) -> None:
-    """Print a table to standard output.
+    """Log a table as one message, at level INFO.
 
     text: align all columns left; by default only the first, and the others right.
     folds: a column of sentences that may be broken into lines.
@@ -184,18 +242,19 @@ def table(
     cells = [tuple(map(single_line, row)) for row in rows]
     width = Console().width if is_terminal(sys.stdout) else None
     grid = _grid(columns, cells, text=text)
-    console = _Console(width=_ENDLESS, highlight=False, markup=False, emoji=False)
+    output = _Buffer()
+    console = Console(file=output, width=_ENDLESS, highlight=False, markup=False, emoji=False)
     if width is not None and console.measure(grid).maximum > width:
         grid = _folded(columns, cells, console, width, text=text, folds=folds)
-    with _written():
-        console.print(title, style="italic", soft_wrap=True)  # a table would break a long title
-        if grid is not None:
-            console.print(grid)
+    lines = [title]
+    if grid is not None:
+        console.print(grid)
+        lines += output.getvalue().splitlines()
     for row in cells if grid is None else ():
         (first, head), *others = zip(row, columns)
-        info(f"{head}: {first}" if head else first)
-        for cell, name in others:
-            info(f"  {name}: {cell}" if name else f"  {cell}")
+        lines.append(f"{head}: {first}" if head else first)
+        lines += [f"  {name}: {cell}" if name else f"  {cell}" for cell, name in others]
+    info("\n".join(lines))
 
 
 _ENDLESS = 100_000  # characters

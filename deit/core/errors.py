@@ -127,11 +127,11 @@ class PeerError(DeitError):
     exit_code = 7
 
 
-class StoppedBySignal(BaseException):
-    """A signal requested a stop.
+class StoppedBySignal(KeyboardInterrupt):
+    """A signal requested a stop: SIGINT (Ctrl-C, a notebook's stop button), SIGTERM or SIGHUP.
 
-    Not an Exception, like KeyboardInterrupt: it can be raised at any line, and an `except
-    Exception` there must not handle it.
+    A KeyboardInterrupt, so that programs and notebooks handle it as one. No Exception: it can be
+    raised at any line, and an `except Exception` there must not handle it.
     """
 
     def __init__(self, signum: int, message: str = "") -> None:

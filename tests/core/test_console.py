@@ -1,6 +1,11 @@
 """Console output: durations, progress, tables, and only in the main process."""
 
+import io
+import logging
 import re
+import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.cells import cell_len
@@ -8,7 +13,7 @@ from rich.cells import cell_len
 from deit.cli import run_command
 from deit.config.recipes import RECIPES
 from deit.core import console
-from deit.core.errors import SystemFault
+from deit.core.errors import StoppedBySignal, SystemFault
 from tests.helpers.errors import raises
 
 
@@ -199,3 +204,50 @@ def test_quiet_prints_warnings_only_and_ends_with_its_block(capsys):
     assert "careful" in err
     console.info("printed again")
     assert capsys.readouterr().out == "printed again\n"
+
+
+def test_messages_are_records_of_a_logger(caplog, capsys):
+    logger = logging.getLogger("deit")
+    logger.addHandler(caplog.handler)
+    try:
+        console.info("50 % done")
+        console.table("heads", ("head", "top-1"), [("class", "98.0")])
+        console.warn("careful")
+        logger.setLevel(logging.WARNING)
+        console.info("hidden by the level")
+        assert list(console.progress([1], total=1, title="hidden")) == [1]
+    finally:
+        logger.setLevel(logging.INFO)
+        logger.removeHandler(caplog.handler)
+    levels = [(record.levelname, record.getMessage().splitlines()[0]) for record in caplog.records]
+    assert levels == [("INFO", "50 % done"), ("INFO", "heads"), ("WARNING", "careful")]
+    assert "98.0" in caplog.records[1].getMessage()
+    assert "hidden" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("encoding", "corner"), [("ascii", "+"), ("utf-8", "┏")])
+def test_tables_have_lines_that_the_output_can_encode(encoding, corner, monkeypatch):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    monkeypatch.setattr("sys.stdout", stream)
+    console.table("heads", ("head", "top-1"), [("class", "98.0")])
+    lines = raw.getvalue().decode(encoding).splitlines()
+    assert lines[1].startswith(corner)
+    assert "\\u" not in raw.getvalue().decode(encoding)
+
+
+def test_progress_in_a_notebook_is_a_bar_without_a_warning(monkeypatch, capsys):
+    kernel = SimpleNamespace(kernel=object(), config={})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    assert console.in_notebook()
+    assert list(console.progress(range(3), total=5, done=2, title="epoch 1/2")) == [0, 1, 2]
+    assert "epoch 1/2" in capsys.readouterr().err
+    monkeypatch.setattr("sys.modules", {**sys.modules, "IPython": None})
+    assert not console.in_notebook()
+
+
+def test_stop_is_a_keyboard_interrupt_and_no_exception():
+    stop = StoppedBySignal(signal.SIGTERM)
+    assert isinstance(stop, KeyboardInterrupt)
+    assert not isinstance(stop, Exception)
+    assert stop.exit_code == 143
