@@ -14,8 +14,8 @@ from deit.core.rng import Keys, random_words
 from deit.core.user_code import read_names
 from deit.datasets.decoding import decode_all, map_threads
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.listing import check_classes
-from deit.datasets.sources import SOURCES, Loaded
+from deit.datasets.sources.listing import check_classes
+from deit.datasets.sources.registry import SOURCES, Loaded
 
 
 class Splits(NamedTuple):

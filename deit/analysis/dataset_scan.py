@@ -14,8 +14,8 @@ from deit.core.console import count_noun, info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
 from deit.datasets.decoding import decode_image, map_threads
 from deit.datasets.images import ImageStore
-from deit.datasets.listing import SkippedFiles
-from deit.datasets.sources import LISTINGS, exclude_list_line, is_excluded
+from deit.datasets.sources.listing import SkippedFiles
+from deit.datasets.sources.registry import LISTINGS, exclude_list_line, is_excluded
 
 _EXAMPLES = 3
 

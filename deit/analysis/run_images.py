@@ -15,7 +15,7 @@ from deit.config.sections.init import InitConfig
 from deit.config.sections.teacher import TeacherConfig
 from deit.core.errors import ConfigError
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.sources import LISTINGS
+from deit.datasets.sources.registry import LISTINGS
 from deit.datasets.splits import load_split, load_splits
 from deit.distill.inference import evaluation_batches
 from deit.evaluation.cache import CachedEvaluation

@@ -15,8 +15,8 @@ from deit.config.teachers import TeacherSlot, teacher_slots
 from deit.core.accelerator import in_main_process
 from deit.core.console import count_noun, format_percent, info, warn
 from deit.core.errors import NotFoundError
-from deit.datasets.listing import check_root
 from deit.datasets.loader import TrainLoader, UnmixedViews
+from deit.datasets.sources.listing import check_root
 from deit.datasets.splits import Splits
 from deit.distill.build import build_online_ensemble, build_teacher, teacher_input_size
 from deit.distill.losses import needs_logits

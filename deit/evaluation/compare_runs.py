@@ -14,7 +14,7 @@ from deit.core.errors import ConfigError
 from deit.core.filesystem import to_paths, write_json
 from deit.core.metrics import agreement
 from deit.core.run_folder import is_checkpoint_dir
-from deit.datasets.imagenet_test_sets import check_has_classes
+from deit.datasets.sources.imagenet_test_sets import check_has_classes
 from deit.evaluation.evaluate import EvaluationResult, evaluate
 from deit.evaluation.load_run import resolve_run, student_at_resolution
 from deit.evaluation.tables import print_disagreement

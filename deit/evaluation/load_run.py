@@ -14,8 +14,8 @@ from deit.config.validation import load_config
 from deit.core import run_folder, run_log
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, DataError
-from deit.datasets.imagenet_test_sets import load_test_set
 from deit.datasets.images import EncodedImages, InMemoryImages
+from deit.datasets.sources.imagenet_test_sets import load_test_set
 from deit.datasets.splits import load_split
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.metadata import ModelInfo, find_saved_model

@@ -18,7 +18,7 @@ from deit.core.file_reading import missing_file_reason, read_bytes
 from deit.core.filesystem import to_paths, write_json
 from deit.core.types import logits_by_head
 from deit.datasets.decoding import EXTENSIONS, center_square, open_image
-from deit.datasets.listing import SkippedFiles, find_images, open_folder
+from deit.datasets.sources.listing import SkippedFiles, find_images, open_folder
 from deit.datasets.views import evaluation_views
 from deit.distill.teacher_check import log_class_order
 from deit.models.attention_rollout import AttentionMaps, check_attention, rollout

@@ -13,9 +13,9 @@ from torch import Tensor
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.student import StudentConfig
 from deit.config.sections.views import ViewsConfig
-from deit.datasets.image_stores import FolderStore
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import TrainLoader
+from deit.datasets.sources.image_stores import FolderStore
 from deit.datasets.views import ChannelStats
 from deit.models.saved_student import ModelInfo, build_student
 from scripts.benchmarks.interleaved import Case, photographs, run_cases

@@ -14,9 +14,9 @@ from deit.analysis import dataset_scan
 from deit.cli import run_command
 from deit.config.sections.data import DataConfig
 from deit.core.errors import TRANSIENT, DataError, NotAllowedError, SystemFault
-from deit.datasets import image_stores as stores
-from deit.datasets.image_stores import FolderStore, ReaderStore, ShardStore
 from deit.datasets.images import ImageStore
+from deit.datasets.sources import image_stores as stores
+from deit.datasets.sources.image_stores import FolderStore, ReaderStore, ShardStore
 from deit.datasets.splits import load_splits
 from tests.helpers.commands import assert_refused, run_in
 from tests.helpers.errors import raises
@@ -243,7 +243,7 @@ def test_scan_with_system_fault_does_not_report_a_layout_problem(source, tmp_pat
     if source == "shards":
         monkeypatch.setattr(tarfile, "open", failing)
     else:
-        monkeypatch.setattr("deit.datasets.listing.os.scandir", failing)
+        monkeypatch.setattr("deit.datasets.sources.listing.os.scandir", failing)
     with raises(SystemFault, tmp_path / "data", "Too many open files in system"):
         dataset_scan.scan(DataConfig(source=source, root=str(tmp_path / "data")))
 

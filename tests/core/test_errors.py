@@ -26,7 +26,9 @@ from deit.core.errors import (
     is_out_of_memory,
     raise_if_transient,
 )
-from deit.datasets import decoding, sources, timm_readers
+from deit.datasets import decoding
+from deit.datasets.sources import registry as sources
+from deit.datasets.sources import timm_readers
 from deit.deploy.export_formats import FORMATS
 from deit.deploy.int8_layers import by_onnxruntime
 from deit.distill import student_init

@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from deit.config.command_choices import TEST_SETS
 from deit.core.errors import DataError
-from deit.datasets.imagenet_test_sets import SYNSET_FILES, load_test_set
+from deit.datasets.sources.imagenet_test_sets import SYNSET_FILES, load_test_set
 from tests.helpers.errors import raises
 from tests.helpers.images import imagenet_classes, write_class_images
 

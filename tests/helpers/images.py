@@ -14,8 +14,8 @@ from deit.config.presets import AUGMENTATIONS
 from deit.config.sections.data import DataConfig
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
-from deit.datasets.imagenet_test_sets import SYNSET_FILES
 from deit.datasets.loader import TrainLoader
+from deit.datasets.sources.imagenet_test_sets import SYNSET_FILES
 from deit.datasets.splits import load_splits
 from deit.datasets.views import ChannelStats
 

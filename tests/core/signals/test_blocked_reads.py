@@ -12,7 +12,7 @@ import pytest
 from deit.cli import run_command
 from deit.core import run_folder, run_log
 from deit.core.errors import DataError
-from deit.datasets.image_stores import FolderStore
+from deit.datasets.sources.image_stores import FolderStore
 from tests.helpers.images import write_image_folder
 from tests.helpers.leftovers import assert_ends, child_processes
 from tests.helpers.processes import wait_until

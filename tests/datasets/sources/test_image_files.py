@@ -13,8 +13,8 @@ from deit.cli import run_command
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets import decoding
-from deit.datasets.listing import SkippedFiles, is_hidden, suffix_of
-from deit.datasets.sources import LISTINGS, exclude_list_line
+from deit.datasets.sources.listing import SkippedFiles, is_hidden, suffix_of
+from deit.datasets.sources.registry import LISTINGS, exclude_list_line
 from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.layouts import (

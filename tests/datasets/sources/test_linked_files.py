@@ -6,7 +6,7 @@ import re
 import pytest
 
 from deit.core.errors import DataError
-from deit.datasets.sources import LISTINGS
+from deit.datasets.sources.registry import LISTINGS
 from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.layouts import (

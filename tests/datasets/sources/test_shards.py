@@ -9,9 +9,9 @@ import pytest
 
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
-from deit.datasets.listing import SkippedFiles
-from deit.datasets.shards import read_index
-from deit.datasets.sources import SOURCES
+from deit.datasets.sources.listing import SkippedFiles
+from deit.datasets.sources.registry import SOURCES
+from deit.datasets.sources.shards import read_index
 from deit.datasets.splits import Splits, load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.stores import IMAGE, add_member

@@ -12,7 +12,7 @@ from deit.config.field_types import Source
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError, SystemFault
 from deit.datasets.images import EncodedImages, InMemoryImages
-from deit.datasets.sources import SOURCES
+from deit.datasets.sources.registry import SOURCES
 from deit.datasets.splits import channel_statistics, load_splits, select_fraction
 from tests.helpers.errors import raises
 from tests.helpers.images import folder_data, write_class_folders

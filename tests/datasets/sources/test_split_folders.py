@@ -10,7 +10,7 @@ import pytest
 from deit.cli import run_command
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
-from deit.datasets import timm_readers
+from deit.datasets.sources import timm_readers
 from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.layouts import (

@@ -7,9 +7,9 @@ import pytest
 
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
-from deit.datasets.image_stores import StringTable
 from deit.datasets.images import EncodedImages
-from deit.datasets.sources import SOURCES
+from deit.datasets.sources.image_stores import StringTable
+from deit.datasets.sources.registry import SOURCES
 from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.stores import (

@@ -14,8 +14,8 @@ from PIL import Image
 
 from deit.config.sections.data import DataConfig
 from deit.core.errors import ConfigError, DataError, SystemFault
-from deit.datasets.image_stores import ReaderStore
-from deit.datasets.sources import SOURCES
+from deit.datasets.sources.image_stores import ReaderStore
+from deit.datasets.sources.registry import SOURCES
 from deit.datasets.splits import load_splits
 from tests.helpers.errors import raises
 from tests.helpers.image_sources.stores import (

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from deit.config.sections.data import DataConfig
-from deit.datasets.sources import LISTINGS
+from deit.datasets.sources.registry import LISTINGS
 
 CLASSES = ("ant", "bee")
 SPLIT_SIZES = {"train": 4, "validation": 3, "test": 2}

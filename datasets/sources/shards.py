@@ -11,8 +11,8 @@ from deit.core.console import progress
 from deit.core.errors import DataError, first_line, raise_if_transient
 from deit.core.file_reading import read_lines
 from deit.datasets.decoding import EXTENSIONS
-from deit.datasets.image_stores import ShardStore
-from deit.datasets.listing import (
+from deit.datasets.sources.image_stores import ShardStore
+from deit.datasets.sources.listing import (
     SPLIT_NAMES,
     Folder,
     Listing,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
-from deit.datasets.image_stores import FolderStore
-from deit.datasets.listing import (
+from deit.datasets.sources.image_stores import FolderStore
+from deit.datasets.sources.listing import (
     Folder,
     Listing,
     OnProblem,

@@ -13,11 +13,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, VisionDataset
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError, SystemFault, first_line, raise_if_transient
 from deit.core.file_reading import read_lines
-from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages, ImageStore, InMemoryImages
-from deit.datasets.listing import Listing, check_classes
-from deit.datasets.shards import list_shards
-from deit.datasets.timm_readers import list_reader
+from deit.datasets.sources.folders import list_folder
+from deit.datasets.sources.listing import Listing, check_classes
+from deit.datasets.sources.shards import list_shards
+from deit.datasets.sources.timm_readers import list_reader
 
 
 class Loaded(NamedTuple):

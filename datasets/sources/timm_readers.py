@@ -9,8 +9,8 @@ from typing import Any
 
 from deit.config.sections.data import DataConfig
 from deit.core.errors import ConfigError, DataError, SystemFault, first_line, raise_if_transient
-from deit.datasets.image_stores import FolderStore, ReaderStore, ShardStore
-from deit.datasets.listing import (
+from deit.datasets.sources.image_stores import FolderStore, ReaderStore, ShardStore
+from deit.datasets.sources.listing import (
     Listing,
     OnProblem,
     SkippedFiles,
@@ -28,7 +28,7 @@ from deit.datasets.listing import (
     split_folders,
     suffix_of,
 )
-from deit.datasets.shards import check_end
+from deit.datasets.sources.shards import check_end
 
 _STREAMS = {
     "wds": "for WebDataset shards use --data.source shards",

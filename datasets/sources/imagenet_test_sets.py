@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
-from deit.datasets.folders import list_folder
 from deit.datasets.images import EncodedImages
+from deit.datasets.sources.folders import list_folder
 
 _NUM_IMAGES = 50_000  # of the validation set, which ReaL relabels
 SYNSET_FILES = {
