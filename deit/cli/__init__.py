@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import signal
 import sys
@@ -59,6 +58,9 @@ def run_command(name: str, arguments: list[str], program: str) -> int:
         except StoppedBySignal as stop:  # between an error and its message
             return stop.exit_code
 
+
+HELP_OPTIONS = ("-h", "--help", "--help-all")
+"""The options that print a help text and exit."""
 
 AUTO_RESUMING = ("targets", "compare", "sweep", "lottery", "prune", "loss-landscape")
 """Commands that resume without an option when they are run again."""
@@ -316,14 +318,14 @@ def main() -> int:
 def _without_command(arguments: list[str]) -> int:
     """Print the version, the help, or an error; return the exit code."""
     from deit.cli.commands import COMMANDS
-    from deit.core.console import complain, info
+    from deit.cli.overview import overview
 
     if arguments == ["--version"]:
-        info(f"deit {deit.__version__}")
+        print(f"deit {deit.__version__}", flush=True)
         return 0
-    if not arguments or arguments[0] in ("-h", "--help"):
-        write = info if arguments else complain  # a missing command is an error
-        write(_help())
+    if not arguments or arguments[0] in HELP_OPTIONS:
+        # A missing command is an error.
+        print(overview(), file=sys.stdout if arguments else sys.stderr, flush=True)
         return 0 if arguments else 2
     _print_error(
         f"no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; see deit --help", False
@@ -331,30 +333,12 @@ def _without_command(arguments: list[str]) -> int:
     return 2
 
 
-def _help() -> str:
-    """Return the text of `deit --help`: every command with the first line of its docstring."""
-    from deit.cli.commands import COMMAND_GROUPS, COMMANDS
-
-    width = max(map(len, COMMANDS))
-    lines = ["usage: deit COMMAND [OPTIONS]"]
-    for title, commands in COMMAND_GROUPS.items():
-        lines += ["", f"{title}:"]
-        for name, command in commands.items():
-            summary = (command.__doc__ or "").strip().partition("\n")[0]
-            lines.append(f"  {name:<{width}}  {summary}")
-    lines += [
-        "",
-        "deit COMMAND --help lists the options of a command. Every command also takes --debug, to",
-        "print the traceback of an error.",
-    ]
-    return "\n".join(lines)
-
-
 def _end_process(code: int) -> int:
     """Kill the child processes, and make sure that this process exits: at exit Python waits for the
     threads of libraries, which may wait forever."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    if (multiprocessing := sys.modules.get("multiprocessing")) is not None:
+        for child in multiprocessing.active_children():
+            child.kill()
     threading.Thread(target=_exit_later, args=(code,), daemon=True).start()
     return code
 

@@ -1,16 +1,20 @@
 """The help of `deit`, its commands and the root scripts; the lists of recipes and commands."""
 
+import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
 import deit
-from deit.cli.commands import COMMANDS
+from deit.cli.commands import COMMAND_GROUPS, COMMANDS
 from deit.cli.grammar import SHARED, option_of
 from deit.config.recipes import RECIPES
 from deit.config.validation import field_names
 from deit.experiments.studies import STUDIES
 from tests.helpers.commands import COMMANDS_WITH_CONFIG, tree
+from tests.helpers.processes import ROOT
 
 TRAIN, EVALUATE = "train_deit.py", "evaluate_deit.py"
 
@@ -74,6 +78,33 @@ def test_missing_command_is_an_error_that_prints_help(run):
 def test_help_lists_every_command(run):
     listed = re.findall(r"^  ([\w-]+) +[A-Z].*\.$", run("deit", "--help").stdout, re.MULTILINE)
     assert listed == list(COMMANDS)
+
+
+def test_overview_fits_a_screen_and_has_an_example_for_each_group(run):
+    lines = run("deit", "--help").stdout.splitlines()
+    assert len(lines) <= 42
+    assert max(map(len, lines)) <= 100
+    examples = [line.partition(", for example: deit ")[2] for line in lines]
+    assert [text for text in examples if text] == [g.example for g in COMMAND_GROUPS.values()]
+    for group in COMMAND_GROUPS.values():
+        assert group.example.split()[0] in group.commands
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["help"], ["--version"], ["trian"], []])
+def test_overview_and_unknown_commands_import_no_package(arguments):
+    """Imports would make them slow."""
+    code = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import deit.cli\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "deit.cli.main()\n"
+        "names = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(names - sys.stdlib_module_names), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    imported = set(ast.literal_eval(done.stderr.splitlines()[-1]))
+    assert imported - {"deit"} <= ({"rich"} if arguments == ["trian"] else set())
 
 
 def test_help_of_option_is_the_same_in_every_command(run):

@@ -1,52 +1,90 @@
-"""The commands of `deit`: each parses its options and calls a function of the library."""
+"""The commands of `deit` as `deit --help` lists them.
 
-from collections.abc import Callable
+A command's module is imported when the command is called, so that `deit --help` takes no longer
+than Python itself. torch and everything that needs it are imported inside the commands, so that
+their --help and errors in the arguments are printed at once.
+"""
 
-from deit.cli.commands.compress import prune, quantize, variants
-from deit.cli.commands.data import check_data, show_views, targets
-from deit.cli.commands.experiments import compare, report, sweep
-from deit.cli.commands.inspect import evaluate, export, predict
-from deit.cli.commands.lottery import loss_landscape, lottery
-from deit.cli.commands.train import finetune, profile, recipes, train
+from importlib import import_module
+from typing import NamedTuple
 
-# torch and everything that needs it are imported inside the commands, so that --help and errors in
-# the arguments are printed at once.
 
-Command = Callable[[list[str], str], None]
-"""A command: (arguments, program). program: the name of the command in messages."""
+class Command(NamedTuple):
+    """A command, called with its arguments and its name in messages.
 
-COMMAND_GROUPS: dict[str, dict[str, Command]] = {
-    "Train": {
-        "train": train,
-        "finetune": finetune,
-        "profile": profile,
-        "recipes": recipes,
-    },
-    "Inspect a run": {
-        "evaluate": evaluate,
-        "predict": predict,
-        "report": report,
-        "loss-landscape": loss_landscape,
-    },
-    "Train many runs": {
-        "compare": compare,
-        "sweep": sweep,
-        "lottery": lottery,
-    },
-    "Export and compress a run": {
-        "export": export,
-        "quantize": quantize,
-        "prune": prune,
-        "variants": variants,
-    },
-    "Prepare data and targets": {
-        "check-data": check_data,
-        "show-views": show_views,
-        "targets": targets,
-    },
+    module: the module of this folder in which it is.
+    function: the function that runs it.
+    summary: one sentence for `deit --help`.
+    """
+
+    module: str
+    function: str
+    summary: str
+
+    def __call__(self, arguments: list[str], program: str) -> None:
+        """Run the command. program: its name in messages."""
+        getattr(import_module(f"{__name__}.{self.module}"), self.function)(arguments, program)
+
+
+class Group(NamedTuple):
+    """Commands for one purpose, each with its module and its summary.
+
+    example: the arguments of one command, after `deit`.
+    """
+
+    example: str
+    commands: dict[str, tuple[str, str]]
+
+
+COMMAND_GROUPS = {
+    "Train one network": Group(
+        "train digits --out digits --optim.epochs 20",
+        {
+            "train": ("train", "Train a student or a teacher by a recipe."),
+            "finetune": ("train", "Train on from a run or from pretrained weights."),
+            "profile": ("train", "Measure the time of each part of a training step."),
+            "recipes": ("train", "List the recipes."),
+        },
+    ),
+    "Use and inspect a run": Group(
+        "evaluate digits --json digits.json",
+        {
+            "evaluate": ("inspect", "Measure accuracy, calibration, cost and speed of runs."),
+            "predict": ("inspect", "Classify images; draw attention maps."),
+            "report": ("experiments", "Write an HTML report with charts and tables."),
+            "loss-landscape": ("lottery", "Measure the loss around the weights of runs."),
+        },
+    ),
+    "Train and compare many runs": Group(
+        "compare digits --seeds 0,1,2 --parallel 2",
+        {
+            "compare": ("experiments", "Train with and without the teacher, or another study."),
+            "sweep": ("experiments", "Train every run of a grid or a search."),
+            "lottery": ("lottery", "Find lottery tickets by pruning in rounds."),
+        },
+    ),
+    "Export and compress a run": Group(
+        "export digits --format onnx",
+        {
+            "export": ("inspect", "Write timm, transformers, ONNX or PyTorch files; verify them."),
+            "quantize": ("compress", "Write int8 weights and activations for a CPU."),
+            "prune": ("compress", "Remove attention heads and MLP units; train the rest again."),
+            "variants": ("compress", "Compare a run with its exports and smaller variants."),
+        },
+    ),
+    "Prepare images and targets": Group(
+        "check-data photos",
+        {
+            "check-data": ("data", "Decode every image; list unreadable ones and duplicates."),
+            "show-views": ("data", "Draw the augmented views that student and teacher see."),
+            "targets": ("data", "Store a teacher's outputs for every view, or verify them."),
+        },
+    ),
 }
-"""The commands as `deit --help` groups them."""
+"""The commands by purpose."""
 
 COMMANDS: dict[str, Command] = {
-    name: command for group in COMMAND_GROUPS.values() for name, command in group.items()
+    name: Command(module, name.replace("-", "_"), summary)
+    for group in COMMAND_GROUPS.values()
+    for name, (module, summary) in group.commands.items()
 }
