@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from deit.cli.common_options import is_help_requested
+from deit.cli.grammar import ConfigCommand
 from deit.cli.parser import Parser
 from deit.cli.run_args import RunArguments, given_epochs, parse_data, parse_run, run_name
 from deit.config.command_choices import check_at_least
@@ -23,10 +25,6 @@ from deit.core.run_folder import CONFIG
 from deit.core.user_code import HUB_PREFIXES
 
 _SCHEDULES = (*FINETUNE_SCHEDULES, *DATA_SIZED_SCHEDULES)
-_ABOUT = (
-    "Train from given weights. The network and its input normalization are those of SOURCE. "
-    "Without RECIPE, the configuration is that of the run at SOURCE."
-)
 _NO_SOURCE = "{}: needs --from SOURCE, the initial weights (a run, a folder or a weight file)"
 
 
@@ -56,6 +54,19 @@ def _finetune_parser(program: str = "") -> Parser:
     return parser
 
 
+FINETUNE = ConfigCommand(
+    "finetune",
+    "Train from given weights. The network and its input normalization are those of SOURCE. "
+    "Without RECIPE, the configuration is that of the run at SOURCE.",
+    usage="[RECIPE] --from SOURCE",
+    own_parser=_finetune_parser,
+    help_overrides={
+        "out": "Run folder. (default: checkpoints/RECIPE, or checkpoints/SOURCE-finetuned without "
+        "RECIPE)"
+    },
+)
+
+
 def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     """Parse the command line of fine-tuning.
 
@@ -71,7 +82,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
     if "--resume" in rest and (folder := _resumable_dir(rest, options.source)) is not None:
         return _resume(rest, folder, options, program)
     out, schedule = None, options.schedule
-    is_help = bool({"-h", "--help"} & set(arguments))
+    is_help = is_help_requested(arguments)
     config_from_run = not is_help and (not rest or rest[0].startswith("-"))
     if config_from_run:
         saved = _source_config(options.source, program, rest)
@@ -101,17 +112,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
         )
 
     return parse_run(
-        rest,
-        program=program,
-        usage="[RECIPE] --from SOURCE",
-        about=_ABOUT,
-        command_parser=parser,
-        help_overrides={
-            "out": "Run folder. (default: checkpoints/RECIPE, or checkpoints/SOURCE-finetuned "
-            "without RECIPE)"
-        },
-        transform=transform,
-        out=out,
+        rest, FINETUNE, program=program, own_parser=parser, transform=transform, out=out
     )
 
 
@@ -138,7 +139,7 @@ def _resume(
     recipe = None if rest[0].startswith("-") else rest[0]
     rest = rest if recipe is None else rest[1:]
     saved = folder / "config.json"
-    run = parse_run([str(saved), *rest], program=program, about="", out=folder)
+    run = parse_run([str(saved), *rest], FINETUNE, program=program, out=folder)
     check_same_start(folder, run.config, options.source, options.resolution)
     _check_same_command(folder, recipe, options.schedule)
     return run

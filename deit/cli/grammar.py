@@ -7,10 +7,12 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from deit.cli.parser import Parser
+from deit.config.recipes import find_recipe
 from deit.config.schema import Config
 
 SHARED = {
@@ -30,7 +32,20 @@ SHARED = {
 """Help of the options that every command with a configuration takes, in addition to fields."""
 FLAGS = ("resume", "dry_run", "print_config")
 """Those of SHARED that take no value."""
-_METAVARS = {"out": "DIR"}
+_METAVARS = {
+    "out": "DIR",
+    "data.root": "DIR",
+    "data.exclude_list": "FILE|none",
+    "data.classes": "NAME,...|@FILE",
+    "data.unseen_classes": "NAME,...|@FILE",
+    "student.name": "NAME",
+    "init.weights": "SOURCE|none",
+    "init.pruning_masks": "FILE|keep|none",
+    "teacher.source": "SOURCE,...",
+    "teacher.architecture": "NAME,...",
+    "teacher.target_stores": "STORE,...",
+}
+"""What `--help` shows as the value of shared options and of fields whose type is text."""
 
 
 class RawValue(NamedTuple):
@@ -54,42 +69,79 @@ def plain(value: Any) -> Any:
     return value.text if isinstance(value, RawValue) else value
 
 
-def parse_options(
-    arguments: list[str],
-    base: Config,
-    *,
-    usage: str,
-    about: str,
-    command_parser: argparse.ArgumentParser | None = None,
-    help_overrides: Mapping[str, str] | None = None,
-    excluded: Collection[str] = (),
-) -> tuple[Any, list[str]]:
+def _no_options(program: str) -> Parser:
+    return Parser(prog=program, add_help=False)
+
+
+@dataclass(frozen=True)
+class ConfigCommand:
+    """A command that takes the fields of a configuration as options.
+
+    name: the words after `deit`. about: the description in `--help`. usage: the positional
+    arguments, for `--help`.
+    own_parser: returns the parser of the command's own options, for its name in messages.
+    help_overrides: help of shared options that differs for this command. excluded: shared options
+    that the command does not take, each with what to do instead.
+    """
+
+    name: str = ""
+    about: str = ""
+    usage: str = "RECIPE"
+    own_parser: Callable[[str], Parser] = _no_options
+    help_overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def parser(
+        self,
+        program: str,
+        *,
+        recipe: str = "digits",
+        base: Config | None = None,
+        own_parser: Parser | None = None,
+    ) -> Parser:
+        """Return the parser of all options: the command's own, the shared ones, and the fields.
+
+        program: the command's name in messages. recipe, base: where the defaults come from.
+        own_parser: the parser of the command's own options, if it depends on other arguments.
+        """
+        parser = Parser(
+            name=self.name,
+            prog=program,
+            usage=f"{program} {self.usage} [OPTIONS]",
+            description=f"{self.about}\n\n{_about_recipe(recipe, self.usage)}",
+            parents=[own_parser or self.own_parser(program)],
+        )
+        existing = {action.dest for action in parser._actions}
+        for name, text in SHARED.items():
+            if name not in existing and name not in self.excluded:
+                settings: dict[str, Any] = {"nargs": "*", "metavar": _METAVARS.get(name, "NAME")}
+                settings = {"action": "store_true"} if name in FLAGS else settings
+                text = self.help_overrides.get(name, text)
+                parser.add_argument(option_of(name), help=_escaped(text), **settings)
+        base = base or find_recipe(recipe)
+        for section in dataclasses.fields(Config):
+            _add_section(parser, section.name, getattr(base, section.name))
+        return parser
+
+
+def _about_recipe(recipe: str, usage: str) -> str:
+    """Return the paragraph of --help about RECIPE and the defaults of fields."""
+    defaults = f"Defaults of fields are those of {recipe!r}."
+    if "RECIPE" in usage:
+        kinds = "a name listed by `deit recipes`, FILE.py:FUNCTION, or the config.json of a run"
+        return f"RECIPE: {kinds}. {defaults}"
+    return defaults if recipe.endswith(".json") else f"{defaults} Give {usage} to see its own."
+
+
+def parse_options(arguments: list[str], parser: Parser, base: Config) -> tuple[Any, list[str]]:
     """Parse the shared options and the fields of a configuration.
 
-    usage: program, command and positional arguments. about: the description in `--help`.
-    command_parser: the parser of the command's own options, which are already removed from
-    `arguments`; `--help` lists them first. help_overrides: help of shared options that differ for
-    this command. excluded: shared options that the command does not take.
+    parser: of a `ConfigCommand`. The command's own options are already removed from `arguments`.
 
     Returns an object and the unknown arguments. The object has an attribute for each shared option,
     None or False if it was not given, and `config`: a copy of `base` that holds a `RawValue` or
     bool for each given field. `--help` prints and raises SystemExit(0).
     """
-    parser = Parser(
-        prog=usage.split(" ", 2)[0],
-        usage=f"{usage} [OPTIONS]",
-        description=about,
-        parents=[] if command_parser is None else [command_parser],
-    )
-    existing = {action.dest for action in parser._actions}
-    for name, text in SHARED.items():
-        if name not in existing and name not in excluded:
-            settings: dict[str, Any] = {"nargs": "*", "metavar": _METAVARS.get(name, "NAME")}
-            settings = {"action": "store_true"} if name in FLAGS else settings
-            text = (help_overrides or {}).get(name, text)
-            parser.add_argument(option_of(name), help=_escaped(text), **settings)
-    for section in dataclasses.fields(Config):
-        _add_section(parser, section.name, getattr(base, section.name))
     namespace, unknown = parser.parse_known_args(arguments)
     shared = {name: getattr(namespace, name, None) for name in SHARED}
     values = {
@@ -111,7 +163,7 @@ def _add_section(parser: argparse.ArgumentParser, section: str, base: Any) -> No
     group = parser.add_argument_group(f"{section} options", " ".join(summary.split()))
     for field in dataclasses.fields(base):
         name, value = f"{section}.{field.name}", getattr(base, field.name)
-        metavar = _metavar(field.type)
+        metavar = _METAVARS.get(name) or _metavar(field.type)
         text = _field_helps(type(base))[field.name]
         text = _escaped(_with_default(text, value, takes_none=metavar.endswith("|none")))
         if field.type is bool:
@@ -192,7 +244,9 @@ def _metavar(annotation: Any) -> str:
     if origin is Annotated:
         return _metavar(inner[0])
     if origin is tuple:
-        return "A,B,..." if inner[-1] is Ellipsis else ",".join(_metavar(part) for part in inner)
+        if inner[-1] is Ellipsis:
+            return f"{_metavar(inner[0])},..."
+        return ",".join(map(_metavar, inner))
     return {int: "INT", float: "FLOAT"}.get(annotation, "TEXT")
 
 

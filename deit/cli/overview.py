@@ -16,7 +16,7 @@ def overview() -> str:
         lines += [f"  {name:<{width}}  {COMMANDS[name].summary}" for name in group.commands]
     lines += [
         "",
-        "deit COMMAND --help lists the options of a command.",
+        "deit COMMAND --help shows the most used options of a command, --help-all all of them.",
         "Every command takes --debug, which prints the traceback of an error.",
         "Tutorials, guides and results: README.md and docs/ of the source.",
     ]

@@ -6,10 +6,11 @@ import shlex
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deit.cli.common_options import COMMON, HELP_OPTIONS
 from deit.config.command_choices import RETRIES
 from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
@@ -118,13 +119,77 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._format_args(action, default_metavar)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse for the commands: errors are ConfigError, and options cannot be abbreviated."""
+class _Help(argparse.Action):
+    """`--help` prints the most used options, `--help-all` all of them."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **settings)
-        if self.add_help:
-            self._option_string_actions["--help"].help = "Print this help and exit."
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        all_options = option_string == "--help-all" or parser.common is None
+        # Unlike argparse's, this raises if standard output cannot be written.
+        print(parser.format_help() if all_options else parser.format_common_help(), end="")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for the commands: errors are ConfigError, and options cannot be abbreviated.
+
+    name: the command in COMMON, whose most used options `--help` shows; without it, or if it is not
+    there, `--help` shows all options.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "",
+        add_help: bool = True,
+        parents: Sequence[argparse.ArgumentParser] = (),
+        **settings: Any,
+    ) -> None:
+        help_parser = argparse.ArgumentParser(add_help=False)
+        if add_help:
+            text = "Print the most used options, or all options, and exit."
+            names = sorted(HELP_OPTIONS, key=len)
+            help_parser.add_argument(
+                *names, action=_Help, nargs=0, dest=argparse.SUPPRESS, help=text
+            )
+        self.common = COMMON.get(name)
+        super().__init__(
+            add_help=False,
+            parents=[help_parser, *parents],
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
+            **settings,
+        )
+
+    @property
+    def options(self) -> dict[str, argparse.Action]:
+        """The options by their first name, without those that print a help text."""
+        return {
+            action.option_strings[0]: action
+            for action in self._actions
+            if action.option_strings and not isinstance(action, _Help)
+        }
+
+    def format_common_help(self) -> str:
+        """Return the text of `--help`: the most used options and examples."""
+        assert self.common is not None
+        options = self.options
+        positionals = [action for action in self._actions if not action.option_strings]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        for title, actions in (
+            ("arguments", positionals),
+            ("most used options", [options[f"--{name}"] for name in self.common.options]),
+        ):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        program = f"python {self.prog}" if self.prog.endswith(".py") else self.prog
+        examples = "".join(f"  {program} {text}\n" for text in self.common.examples)
+        end = f"--help-all lists all {len(options)} options.\n"
+        return f"{formatter.format_help()}\nexamples:\n{examples}\n{end}"
 
     def add_run(self, *, many: bool = False, text: str | None = None) -> None:
         """Add RUN as `run`; with `many`, one or more of them as `runs`."""
@@ -182,7 +247,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--seeds",
             default=seeds,
-            metavar="A,B,...",
+            metavar="N,...",
             help="Seeds to train with; several give mean and standard deviation.",
         )
         self.add_parallel()
@@ -212,10 +277,6 @@ class Parser(argparse.ArgumentParser):
             if argument.startswith("--") and option in self._option_string_actions:
                 return f"{option}{equals}{value}"
         return argument
-
-    def print_help(self, file: Any = None) -> None:
-        """Print the help; unlike argparse, raise if standard output cannot be written."""
-        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise ConfigError instead of exiting."""

@@ -1,6 +1,5 @@
 """Parse the command line of a run: a recipe, options, and fields of its configuration."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -8,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.cli.grammar import RawValue, option_of, parse_options, plain
+from deit.cli.common_options import is_help_requested
+from deit.cli.grammar import ConfigCommand, RawValue, option_of, parse_options, plain
+from deit.cli.parser import Parser
 from deit.config.presets import PRESETS, apply_presets, fit_epochs
 from deit.config.recipes import RECIPES, find_recipe
 from deit.config.schema import Config, to_dict
@@ -22,6 +23,10 @@ USE_TRAIN = "use it with deit train"
 NOT_TRAINING = dict.fromkeys(("resume", "dry_run", "print_config"), USE_TRAIN)
 ALWAYS_RESUMES = {"resume": "run the same command again to resume"}
 """Shared options that a command does not take, each with what to do instead."""
+
+TRAIN = ConfigCommand(
+    "train", "Train a student by a recipe, with or without a teacher; or train a teacher."
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,10 @@ class RunArguments:
 
 def parse_run(
     arguments: list[str],
+    command: ConfigCommand = TRAIN,
     *,
     program: str,
-    about: str,
-    usage: str = "RECIPE",
-    command_parser: argparse.ArgumentParser | None = None,
-    help_overrides: Mapping[str, str] | None = None,
-    excluded: Mapping[str, str] | None = None,
+    own_parser: Parser | None = None,
     live_teacher: bool = True,
     transform: Callable[[Config], Config] | None = None,
     out: Path | None = None,
@@ -54,31 +56,22 @@ def parse_run(
 ) -> RunArguments:
     """Parse and check the command line of a run: RECIPE first, then options.
 
-    usage: the positional arguments, for `--help`. about: the description in `--help`.
-    command_parser, help_overrides: see `parse_options`. excluded: shared options that the command
-    does not take, each with what to do instead. live_teacher: whether the teachers run during
-    training; see `config_from_dict`. transform: applied to the recipe before the fields of the
-    command line. out: the default folder; by default checkpoints/RECIPE, with `prefix` before
-    RECIPE.
+    own_parser: the parser of the command's own options, if they were parsed before; see
+    `ConfigCommand.parser`. live_teacher: whether the teachers run during training; see
+    `config_from_dict`. transform: applied to the recipe before the fields of the command line.
+    out: the default folder; by default checkpoints/RECIPE, with `prefix` before RECIPE.
 
     Raises ConfigError with all problems. `--help` prints and raises SystemExit(0).
     """
-    excluded = excluded or {}
     recipe, rest = _split_recipe(arguments, program)
-    _check_excluded(rest, excluded, program)
+    _check_excluded(rest, command.excluded, program)
     base = find_recipe(recipe)
     if transform is not None:
         base = transform(base)
-    options, unknown = parse_options(
-        rest,
-        base,
-        usage=f"{program} {usage}",
-        about=f"{about}\n\n{_about_recipe(recipe, usage)}",
-        command_parser=command_parser,
-        help_overrides=help_overrides,
-        excluded=excluded,
-    )
-    problems = _unknown_arguments(unknown, command_parser)
+    own_parser = own_parser or command.own_parser(program)
+    parser = command.parser(program, recipe=recipe, base=base, own_parser=own_parser)
+    options, unknown = parse_options(rest, parser, base)
+    problems = _unknown_arguments(unknown, own_parser)
     values = _with_options(base, options, problems)
     folder = plain(options.out)
     if folder == "":
@@ -122,7 +115,7 @@ def _split_recipe(arguments: list[str], program: str) -> tuple[str, list[str]]:
     """Return the recipe and the arguments after it; `digits` for --help alone."""
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
-    if {"-h", "--help"} & set(arguments):
+    if is_help_requested(arguments):
         return "digits", arguments
     raise ConfigError(
         f"name a recipe first: {program} RECIPE [options]; recipes are "
@@ -159,20 +152,11 @@ def parse_data(arguments: list[str]) -> DataConfig:
     """
     recipe, rest = arguments[0], arguments[1:]
     base = find_recipe(recipe)
-    options, _ = parse_options(rest, base, usage="", about="")
+    options, _ = parse_options(rest, TRAIN.parser("", base=base), base)
     values = to_dict(base)
     _merge(values, base, options.config)
     valid = to_dict(Config(loss=LossConfig(kind="none")))
     return config_from_dict({**valid, "data": values["data"]}).data
-
-
-def _about_recipe(recipe: str, usage: str) -> str:
-    """Return the paragraph of --help about RECIPE and the defaults of fields."""
-    defaults = f"Defaults of fields are those of {recipe!r}."
-    if "RECIPE" in usage:
-        kinds = "a name listed by `deit recipes`, FILE.py:FUNCTION, or the config.json of a run"
-        return f"RECIPE: {kinds}. {defaults}"
-    return defaults if recipe.endswith(".json") else f"{defaults} Give {usage} to see its own."
 
 
 def _merge(values: dict[str, dict[str, Any]], base: Config, parsed: Config) -> list[ConfigProblem]:
@@ -205,15 +189,9 @@ def _given_fields(parsed: Config) -> list[str]:
     ]
 
 
-def _unknown_arguments(
-    arguments: list[str], command_parser: argparse.ArgumentParser | None
-) -> list[ConfigProblem]:
+def _unknown_arguments(arguments: list[str], own_parser: Parser) -> list[ConfigProblem]:
     """Return a problem for each unknown option and each argument that belongs to none."""
-    known = (
-        {action.option_strings[0][2:] for action in command_parser._actions}
-        if command_parser is not None
-        else ()
-    )
+    known = [option[2:] for option in own_parser.options]
     problems, after_option = [], False
     for argument in arguments:
         if argument.startswith("--"):

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 import deit
-from deit.cli.commands import COMMAND_GROUPS, COMMANDS
+from deit.cli.commands import COMMAND_GROUPS, COMMANDS, parsers
+from deit.cli.common_options import COMMON
 from deit.cli.grammar import SHARED, option_of
 from deit.config.recipes import RECIPES
 from deit.config.validation import field_names
@@ -16,12 +17,18 @@ from deit.experiments.studies import STUDIES
 from tests.helpers.commands import COMMANDS_WITH_CONFIG, tree
 from tests.helpers.processes import ROOT
 
+
+@pytest.fixture(scope="module")
+def all_parsers():
+    return parsers()
+
+
 TRAIN, EVALUATE = "train_deit.py", "evaluate_deit.py"
 
 
 @pytest.mark.parametrize("command", [(TRAIN,), (TRAIN, "cifar10"), ("deit", "train", "folder")])
 def test_help_shows_every_field_and_its_default(run, command):
-    done = run(*command, "--help")
+    done = run(*command, "--help-all")
     assert (done.returncode, done.stderr) == (0, "")
     _, *options = re.split(r"\n  --", done.stdout)
     switches = ("resume", "dry-run", "print-config")
@@ -34,7 +41,7 @@ def test_help_shows_every_field_and_its_default(run, command):
 @pytest.mark.parametrize("command", COMMANDS_WITH_CONFIG)
 def test_help_lists_own_options_first_and_no_excluded_option(run, command, tmp_path):
     own_options, excluded = (names.split() for names in COMMANDS_WITH_CONFIG[command])
-    done = run("deit", *command.split(), "--help")
+    done = run("deit", *command.split(), "--help-all")
     assert (done.returncode, done.stderr) == (0, "")
     first = done.stdout.partition("data options")[0]
     listed = re.findall(r"^  --([\w.-]+)", first, re.MULTILINE)
@@ -107,11 +114,68 @@ def test_overview_and_unknown_commands_import_no_package(arguments):
     assert imported - {"deit"} <= ({"rich"} if arguments == ["trian"] else set())
 
 
+@pytest.mark.parametrize("command", COMMON)
+def test_help_shows_ten_options_and_the_rest_with_help_all(command, all_parsers, run):
+    parser = all_parsers[command]
+    assert len(set(COMMON[command].options)) == 10
+    short = run("deit", *command.split(), "--help")
+    assert (short.returncode, short.stderr) == (0, "")
+    assert len(short.stdout.splitlines()) <= 50
+    assert max(map(len, short.stdout.splitlines())) <= 100
+    listed = re.findall(r"^  --([\w.-]+)", short.stdout, re.MULTILINE)
+    assert listed == list(COMMON[command].options)
+    assert f"--help-all lists all {len(parser.options)} options." in short.stdout
+    full = run("deit", *command.split(), "--help-all").stdout
+    assert re.findall(r"^  (--[\w.-]+)", full, re.MULTILINE) == list(parser.options)
+
+
+@pytest.mark.parametrize("command", sorted(set(parsers()) - set(COMMON)))
+def test_help_of_a_command_with_few_options_shows_all(command, all_parsers, run):
+    assert len(all_parsers[command].options) <= 10
+    short = run("deit", *command.split(), "--help")
+    assert (short.returncode, short.stderr) == (0, "")
+    assert short.stdout == run("deit", *command.split(), "--help-all").stdout
+    assert len(short.stdout.splitlines()) <= 50
+
+
+@pytest.mark.parametrize("script", ["train", "finetune", "evaluate"])
+def test_help_of_a_root_script_is_that_of_its_command(script, run):
+    for option in ("--help", "--help-all"):
+        text = run(f"{script}_deit.py", option).stdout
+        text = text.replace(f"python {script}_deit.py", f"deit {script}")
+        of_command = run("deit", script, option).stdout
+        # The names have different lengths, so lines break elsewhere.
+        same_name = text.replace(f"{script}_deit.py", f"deit {script}")
+        assert same_name.split() == of_command.split()
+
+
+EXAMPLES = [group.example for group in COMMAND_GROUPS.values()]
+EXAMPLES += [f"{name} {text}" for name, common in COMMON.items() for text in common.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_of_a_help_text_is_a_valid_command_line(example, all_parsers, run, tmp_path):
+    command = next(name for name in all_parsers if f"{example} ".startswith(f"{name} "))
+    arguments = example.removeprefix(command).split()
+    parser = all_parsers[command]
+    _, unknown = parser.parse_known_args(arguments)
+    if command not in COMMANDS_WITH_CONFIG:
+        assert unknown == []
+        return
+    first = [] if arguments[0].startswith("-") else arguments[:1]
+    assert unknown == first
+    if first == ["heat.yaml"]:
+        (tmp_path / "heat.yaml").write_text("recipe: digits\ngrid:\n  optim.lr: [0.001, 0.002]\n")
+    if "--print-config" in parser.options and command not in ("finetune", "prune"):
+        done = run("deit", *example.split(), "--print-config")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_of_option_is_the_same_in_every_command(run):
     commands = [name for name in COMMANDS if name not in ("targets", "recipes")]
     helps: dict[str, set[str]] = {}
     for command in commands:
-        text = run("deit", command, "--help").stdout.partition("\n\ndata options")[0]
+        text = run("deit", command, "--help-all").stdout.partition("\n\ndata options")[0]
         for option in re.split(r"\n  --", text)[1:]:
             name, text = re.match(r"(\S+)(.*?)(?:\n\n|\Z)", option, re.DOTALL).groups()
             text = re.sub(r"\(default: .*\)", "", " ".join(text.split()))

@@ -44,7 +44,7 @@ def test_broken_config_file_raises_config_error(tmp_path, content):
 
 
 def parse(*arguments):
-    return parse_run(list(arguments), program="train", about="").config
+    return parse_run(list(arguments), program="train").config
 
 
 def test_text_is_converted_to_the_type_of_the_field():
@@ -289,4 +289,4 @@ def test_fit_epochs_keeps_given_values():
 
 
 def run_of(*arguments):
-    return parse_run(list(arguments), program="deit train", about="").config
+    return parse_run(list(arguments), program="deit train").config

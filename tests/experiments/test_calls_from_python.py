@@ -51,7 +51,7 @@ def test_sweep_of_file_with_code_as_teacher_raises(tmp_path):
 
 def test_with_overrides_of_a_command_line_gives_its_configuration():
     arguments = ("--optim.epochs", "3", "--loss", "none", "--run.eval_batch_size", "7")
-    run = parse_run(["digits", *arguments], program="deit", about="", live_teacher=False)
+    run = parse_run(["digits", *arguments], program="deit", live_teacher=False)
     base = with_fields(digits(), {"optim.lr": 0.5}, where="test")
     expected = run.config.replace(optim={"lr": 0.5})
     assert with_overrides(base, differing(base, expected)) == expected

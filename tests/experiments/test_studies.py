@@ -106,7 +106,7 @@ def test_ensemble_study_single_teacher_keeps_its_fields():
 
 
 def base_runs_of(arguments, folder, seed=3):
-    run = parse_run(arguments, program="compare", about="")
+    run = parse_run(arguments, program="compare")
     return BaseRuns(run, run.config.replace(run={"seed": seed}), folder), run.config
 
 

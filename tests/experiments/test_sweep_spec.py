@@ -349,4 +349,4 @@ def test_warm_up_fitted_to_few_epochs_can_vary(tmp_path):
 
 
 def run_of(*arguments):
-    return parse_run(list(arguments), program="deit sweep", about="", live_teacher=False).config
+    return parse_run(list(arguments), program="deit sweep", live_teacher=False).config

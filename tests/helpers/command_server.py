@@ -335,7 +335,7 @@ def _parse_once() -> None:
     """Parse the command line of a run: the libraries do some work at the first time only."""
     from deit.cli.run_args import parse_run
 
-    parse_run(["digits"], program="deit", about="")
+    parse_run(["digits"], program="deit")
 
 
 def _serve(path: Path, parent: int) -> None:

@@ -5,8 +5,13 @@ than Python itself. torch and everything that needs it are imported inside the c
 their --help and errors in the arguments are printed at once.
 """
 
+import typing
+from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
+
+if typing.TYPE_CHECKING:
+    from deit.cli.parser import Parser
 
 
 class Command(NamedTuple):
@@ -88,3 +93,23 @@ COMMANDS: dict[str, Command] = {
     for group in COMMAND_GROUPS.values()
     for name, (module, summary) in group.commands.items()
 }
+
+
+def parsers() -> dict[str, "Parser"]:
+    """Return the parsers of all options of all commands, by the words that select a command.
+
+    `targets` has two, `targets write` and `targets verify`.
+
+    >>> parsers()["targets verify"].prog
+    'deit targets verify'
+    """
+    modules = dict.fromkeys(command.module for command in COMMANDS.values())
+    makers: dict[str, Callable[[str], Parser]] = {}
+    for module in modules:
+        makers |= import_module(f"{__name__}.{module}").PARSERS
+    return {name: makers[name](f"deit {name}") for name in sorted(makers, key=_position)}
+
+
+def _position(name: str) -> int:
+    """Return the place of a command in `deit --help`."""
+    return list(COMMANDS).index(name.split()[0])

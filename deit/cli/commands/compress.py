@@ -1,8 +1,11 @@
 """Commands that quantize or prune a run, and compare its variants."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+from deit.cli.common_options import is_help_requested
+from deit.cli.grammar import ConfigCommand
 from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers
 from deit.cli.run_args import (
     ALWAYS_RESUMES,
@@ -42,6 +45,7 @@ def quantize(arguments: list[str], program: str) -> None:
 
 def _quantize_parser(program: str) -> Parser:
     parser = Parser(
+        name="quantize",
         prog=program,
         usage="%(prog)s RUN [OPTIONS]",
         description="Write the student of a finished run with weights and activations of 8 bits, "
@@ -114,62 +118,6 @@ def _add_calibration_options(parser: Parser) -> None:
     )
 
 
-def prune(arguments: list[str], program: str) -> None:
-    """Remove attention heads and MLP hidden units from a run, and train the rest again."""
-    parser = _prune_parser(program)
-    options, rest = parser.parse_known_args(arguments)
-    names = [field.name for field in dataclasses.fields(PruneOptions)]
-    pruning = PruneOptions(**{name: getattr(options, name) for name in names})
-    prune_options.check_options(pruning)
-    controls = parse_controls(options.controls, prune_options.CONTROLS)
-    check_choice("schedule", options.schedule, FINETUNE_SCHEDULES)
-    run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
-    is_help = bool({"-h", "--help"} & set(rest))
-    if run is None and not is_help:
-        raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
-    if run is not None:
-        run_folder.require_run(run)
-    recovery = parse_run(
-        rest if run is None else [str(run / run_folder.CONFIG), *rest[1:]],
-        program=program,
-        usage="RUN",
-        about="Remove the least important attention heads and MLP hidden units of a run, and train "
-        "the rest again on the run's data with its teacher. Fields of the configuration apply to "
-        "that training. Writes the runs `pruned`, `recovered` and the controls, results.json and "
-        "results.md to --out. Run the same command again to resume.",
-        command_parser=parser,
-        help_overrides={
-            "out": "Folder of all results. (default: checkpoints/RUN-pruned in the working "
-            "directory)",
-            "dry_run": "Print what would be kept and how it would be trained; write nothing.",
-        },
-        excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
-        transform=lambda config: (
-            config
-            if run is None
-            else prune_options.recovery_config(
-                config, schedule=options.schedule, epochs=given_epochs(rest)
-            )
-        ),
-        out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
-    )
-    if run is None or print_config_if_requested(recovery):
-        return
-    from deit.deploy.prune import prune
-
-    prune(
-        run,
-        recovery.out,
-        pruning,
-        recovery=recovery.config,
-        checkpoint=options.checkpoint,
-        controls=controls,
-        parallel=options.parallel,
-        dry_run=recovery.dry_run,
-        command=command_of(program, arguments),
-    )
-
-
 def _prune_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     for option, text in (
@@ -214,7 +162,7 @@ def _prune_parser(program: str) -> Parser:
     parser.add_argument(
         "--controls",
         default="none",
-        metavar="A,B",
+        metavar="NAME,...",
         help="Also train students of the same shape from random weights. short: as long as the "
         "recovery; long: as long as the run and the recovery together.",
     )
@@ -231,8 +179,68 @@ def _full_schedules() -> list[str]:
     ]
 
 
-def variants(arguments: list[str], program: str) -> None:
-    """Compare a run with its exported, quantized and pruned variants."""
+_PRUNE = ConfigCommand(
+    "prune",
+    "Remove the least important attention heads and MLP hidden units of a run, and train the rest "
+    "again on the run's data with its teacher. Fields of the configuration apply to that training. "
+    "Writes the runs `pruned`, `recovered` and the controls, results.json and results.md to --out. "
+    "Run the same command again to resume.",
+    usage="RUN",
+    own_parser=_prune_parser,
+    help_overrides={
+        "out": "Folder of all results. (default: checkpoints/RUN-pruned in the working directory)",
+        "dry_run": "Print what would be kept and how it would be trained; write nothing.",
+    },
+    excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
+)
+
+
+def prune(arguments: list[str], program: str) -> None:
+    """Remove attention heads and MLP hidden units from a run, and train the rest again."""
+    parser = _prune_parser(program)
+    options, rest = parser.parse_known_args(arguments)
+    names = [field.name for field in dataclasses.fields(PruneOptions)]
+    pruning = PruneOptions(**{name: getattr(options, name) for name in names})
+    prune_options.check_options(pruning)
+    controls = parse_controls(options.controls, prune_options.CONTROLS)
+    check_choice("schedule", options.schedule, FINETUNE_SCHEDULES)
+    run = Path(rest[0]).expanduser() if rest and not rest[0].startswith("-") else None
+    if run is None and not is_help_requested(rest):
+        raise ConfigError(f"name a finished run first: {program} RUN --ratio 0.5 --out DIR")
+    if run is not None:
+        run_folder.require_run(run)
+    recovery = parse_run(
+        rest if run is None else [str(run / run_folder.CONFIG), *rest[1:]],
+        _PRUNE,
+        program=program,
+        own_parser=parser,
+        transform=lambda config: (
+            config
+            if run is None
+            else prune_options.recovery_config(
+                config, schedule=options.schedule, epochs=given_epochs(rest)
+            )
+        ),
+        out=None if run is None else Path(f"checkpoints/{run.resolve().name}-pruned"),
+    )
+    if run is None or print_config_if_requested(recovery):
+        return
+    from deit.deploy.prune import prune
+
+    prune(
+        run,
+        recovery.out,
+        pruning,
+        recovery=recovery.config,
+        checkpoint=options.checkpoint,
+        controls=controls,
+        parallel=options.parallel,
+        dry_run=recovery.dry_run,
+        command=command_of(program, arguments),
+    )
+
+
+def _variants_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
         usage="%(prog)s RUN [RUN ...] [OPTIONS]",
@@ -243,13 +251,18 @@ def variants(arguments: list[str], program: str) -> None:
     parser.add_run(many=True, text="The run, then other runs to compare it with.")
     parser.add_argument(
         "--merge-tokens",
-        metavar="A,B",
+        metavar="N,...",
         help="Numbers of tokens that each block merges; one more variant of the run for each.",
     )
     parser.add_data_root()
     parser.add_json()
     parser.add_force("RUN/variants", "--json")
-    options = parser.parse_intermixed_args(arguments)
+    return parser
+
+
+def variants(arguments: list[str], program: str) -> None:
+    """Compare a run with its exported, quantized and pruned variants."""
+    options = _variants_parser(program).parse_intermixed_args(arguments)
     merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=1)
     from deit.deploy.variants import variants
 
@@ -262,3 +275,11 @@ def variants(arguments: list[str], program: str) -> None:
         force=options.force,
         command=command_of(program, arguments),
     )
+
+
+PARSERS: dict[str, Callable[[str], Parser]] = {
+    "quantize": _quantize_parser,
+    "prune": _PRUNE.parser,
+    "variants": _variants_parser,
+}
+"""The parsers of all options, by the words that select the command."""

@@ -2,8 +2,11 @@
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
+from deit.cli.common_options import is_help_requested
+from deit.cli.grammar import ConfigCommand
 from deit.cli.parser import Parser, check_content, parse_part
 from deit.cli.run_args import (
     ALWAYS_RESUMES,
@@ -88,8 +91,7 @@ def _check_data_parser(program: str) -> Parser:
     return parser
 
 
-def show_views(arguments: list[str], program: str) -> None:
-    """Draw the first training views of an epoch as student and teacher see them."""
+def _show_views_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
         "--out", type=Path, default=Path("views.png"), metavar="FILE.png", help="Image to write."
@@ -101,16 +103,23 @@ def show_views(arguments: list[str], program: str) -> None:
     parser.add_argument(
         "--num-views", type=int, default=NUM_VIEWS, metavar="N", help="Number of views to draw."
     )
+    return parser
+
+
+_SHOW_VIEWS = ConfigCommand(
+    "show-views",
+    "Draw the first training views of an epoch as student and teacher see them, with labels, "
+    "mixing weights and the teacher's predictions.",
+    own_parser=_show_views_parser,
+    excluded=NOT_TRAINING,
+)
+
+
+def show_views(arguments: list[str], program: str) -> None:
+    """Draw the first training views of an epoch as student and teacher see them."""
+    parser = _show_views_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    run = parse_run(
-        rest,
-        program=program,
-        about="Draw the first training views of an epoch as student and teacher see them, with "
-        "labels, mixing weights and the teacher's predictions.",
-        command_parser=parser,
-        excluded=NOT_TRAINING,
-        live_teacher=False,
-    )
+    run = parse_run(rest, _SHOW_VIEWS, program=program, own_parser=parser, live_teacher=False)
     check_epoch(options.epoch)
     check_at_least("num_views", options.num_views, 1)
     from deit.analysis.view_sheet import check_image_path, draw_view_sheet
@@ -127,7 +136,7 @@ def targets(arguments: list[str], program: str) -> None:
     if arguments and arguments[0] in actions:
         actions[arguments[0]](arguments[1:], f"{program} {arguments[0]}")
         return
-    if {"-h", "--help"} & set(arguments[:1]):
+    if is_help_requested(arguments[:1]):
         info(
             f"usage: {program} write RECIPE --out STORE [OPTIONS]\n"
             f"       {program} verify STORE [OPTIONS]\n\n"
@@ -138,40 +147,6 @@ def targets(arguments: list[str], program: str) -> None:
         return
     action = f"{arguments[0]!r}{did_you_mean(arguments[0], actions)}" if arguments else "nothing"
     raise ConfigError(f"{program}: should be followed by write or verify, not by {action}")
-
-
-def _write_targets(arguments: list[str], program: str) -> None:
-    parser = _write_targets_parser(program)
-    options, rest = parser.parse_known_args(arguments)
-    run = parse_run(
-        rest,
-        program=program,
-        about="Store the outputs of a recipe's teachers for its training views. Runs can then use "
-        "the store instead of the teachers (--teacher.target_stores). Run the same command again "
-        "to resume.",
-        command_parser=parser,
-        excluded={**ALWAYS_RESUMES, "dry_run": USE_TRAIN},
-        live_teacher=False,
-    )
-    if print_config_if_requested(run):
-        return
-    content, part = check_content(options.content), parse_part(options.part)
-    if options.out is None:
-        raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
-    check_amount(options.epochs, part)
-    from deit.distill.write_targets import write_targets
-
-    written = write_targets(
-        run.config,
-        options.out,
-        epochs=options.epochs,
-        content=content,
-        part=part,
-        teacher_index=options.teacher_index,
-    )
-    if written is not None:
-        store = shlex.quote(str(options.out.resolve()))
-        info(f"next: deit train {shlex.join(rest)} --teacher.target_stores {store}")
 
 
 def _write_targets_parser(program: str) -> Parser:
@@ -204,7 +179,41 @@ def _write_targets_parser(program: str) -> Parser:
     return parser
 
 
-def _verify_targets(arguments: list[str], program: str) -> None:
+_WRITE_TARGETS = ConfigCommand(
+    "targets write",
+    "Store the outputs of a recipe's teachers for its training views. Runs can then use the store "
+    "instead of the teachers (--teacher.target_stores). Run the same command again to resume.",
+    own_parser=_write_targets_parser,
+    excluded={**ALWAYS_RESUMES, "dry_run": USE_TRAIN},
+)
+
+
+def _write_targets(arguments: list[str], program: str) -> None:
+    parser = _write_targets_parser(program)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(rest, _WRITE_TARGETS, program=program, own_parser=parser, live_teacher=False)
+    if print_config_if_requested(run):
+        return
+    content, part = check_content(options.content), parse_part(options.part)
+    if options.out is None:
+        raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
+    check_amount(options.epochs, part)
+    from deit.distill.write_targets import write_targets
+
+    written = write_targets(
+        run.config,
+        options.out,
+        epochs=options.epochs,
+        content=content,
+        part=part,
+        teacher_index=options.teacher_index,
+    )
+    if written is not None:
+        store = shlex.quote(str(options.out.resolve()))
+        info(f"next: deit train {shlex.join(rest)} --teacher.target_stores {store}")
+
+
+def _verify_targets_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
         usage="%(prog)s STORE [OPTIONS]",
@@ -216,7 +225,7 @@ def _verify_targets(arguments: list[str], program: str) -> None:
     parser.add_data_root(since="the store was written")
     parser.add_argument(
         "--teacher",
-        metavar="A,B",
+        metavar="SOURCE,...",
         help="Teachers, if they have moved since the store was written; none: skip their check.",
     )
     parser.add_argument(
@@ -226,10 +235,23 @@ def _verify_targets(arguments: list[str], program: str) -> None:
         metavar="N",
         help="Number of teacher outputs to recompute.",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def _verify_targets(arguments: list[str], program: str) -> None:
+    options = _verify_targets_parser(program).parse_args(arguments)
     check_at_least("num_queries", options.num_queries, 1)
     from deit.distill.verify_targets import verify_targets
 
     verify_targets(
         options.store, root=options.root, teacher=options.teacher, num_queries=options.num_queries
     )
+
+
+PARSERS: dict[str, Callable[[str], Parser]] = {
+    "check-data": _check_data_parser,
+    "show-views": _SHOW_VIEWS.parser,
+    "targets write": _WRITE_TARGETS.parser,
+    "targets verify": _verify_targets_parser,
+}
+"""The parsers of all options, by the words that select the command."""

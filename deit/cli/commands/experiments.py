@@ -3,9 +3,12 @@
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deit.cli.common_options import is_help_requested
+from deit.cli.grammar import ConfigCommand
 from deit.cli.parser import Parser, check_content, command_of, parse_names, parse_seeds
 from deit.cli.run_args import ALWAYS_RESUMES, RunArguments, parse_run, print_config_if_requested
 from deit.config.command_choices import TOP_POINTS
@@ -27,45 +30,6 @@ from deit.experiments.sweep_grid import (
 from deit.experiments.sweep_spec import Sweep
 
 
-def compare(arguments: list[str], program: str) -> None:
-    """Train a recipe with and without its teacher, or another study, and compare."""
-    parser = _compare_parser(program)
-    options, rest = parser.parse_known_args(arguments)
-    arms, seeds = parse_names(options.arms), parse_seeds(options.seeds)
-    plan = study_sweep(options.study, recipe="", arms=arms, seeds=seeds)
-    recipe_configs: list[Config] = []
-
-    def transform(config: Config) -> Config:
-        recipe_configs.append(config)
-        return config
-
-    run = parse_run(
-        rest,
-        program=program,
-        about="Train a recipe's teacher and several students, and evaluate all of them on the test "
-        "split. data.* and run.* also apply to the teacher, which is trained once, with the first "
-        "seed. Run the same command again to resume; finished runs are not trained again.",
-        command_parser=parser,
-        help_overrides={
-            "out": "Folder of all runs. (default: checkpoints/compare-RECIPE in the working "
-            "directory)",
-            "dry_run": "List the runs; train and write nothing.",
-        },
-        excluded=ALWAYS_RESUMES,
-        transform=transform,
-        prefix="compare-",
-        live_teacher=False,
-    )
-    if print_config_if_requested(run):
-        return
-    plan = dataclasses.replace(plan, recipe=run.recipe)
-    command = command_of(program, arguments)
-    (config,) = recipe_configs
-    result = _train_points(plan, run, options, command, recipe=config, base=config)
-    if result and options.study == "teacher":
-        _suggest_next(run.recipe, result)
-
-
 def _compare_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
@@ -80,11 +44,59 @@ def _compare_parser(program: str) -> Parser:
         "between teacher and students), table-8 (ablation of the training).",
     )
     parser.add_argument(
-        "--arms", default="", metavar="A,B", help="Students of the study to train. (default: all)"
+        "--arms",
+        default="",
+        metavar="NAME,...",
+        help="Students of the study to train. (default: all)",
     )
     parser.add_multi_run_options()
     parser.set_defaults(top=TOP_POINTS)
     return parser
+
+
+_COMPARE = ConfigCommand(
+    "compare",
+    "Train a recipe's teacher and several students, and evaluate all of them on the test split. "
+    "data.* and run.* also apply to the teacher, which is trained once, with the first seed. Run "
+    "the same command again to resume; finished runs are not trained again.",
+    own_parser=_compare_parser,
+    help_overrides={
+        "out": "Folder of all runs. (default: checkpoints/compare-RECIPE in the working directory)",
+        "dry_run": "List the runs; train and write nothing.",
+    },
+    excluded=ALWAYS_RESUMES,
+)
+
+
+def compare(arguments: list[str], program: str) -> None:
+    """Train a recipe with and without its teacher, or another study, and compare."""
+    parser = _compare_parser(program)
+    options, rest = parser.parse_known_args(arguments)
+    arms, seeds = parse_names(options.arms), parse_seeds(options.seeds)
+    plan = study_sweep(options.study, recipe="", arms=arms, seeds=seeds)
+    recipe_configs: list[Config] = []
+
+    def transform(config: Config) -> Config:
+        recipe_configs.append(config)
+        return config
+
+    run = parse_run(
+        rest,
+        _COMPARE,
+        program=program,
+        own_parser=parser,
+        transform=transform,
+        prefix="compare-",
+        live_teacher=False,
+    )
+    if print_config_if_requested(run):
+        return
+    plan = dataclasses.replace(plan, recipe=run.recipe)
+    command = command_of(program, arguments)
+    (config,) = recipe_configs
+    result = _train_points(plan, run, options, command, recipe=config, base=config)
+    if result and options.study == "teacher":
+        _suggest_next(run.recipe, result)
 
 
 def _suggest_next(recipe: str, result: dict[str, Any]) -> None:
@@ -100,6 +112,40 @@ def _suggest_next(recipe: str, result: dict[str, Any]) -> None:
         "  python train_deit.py --help      all options\n"
         "  deit recipes      all recipes"
     )
+
+
+_NO_SWEEP = Sweep("sweep")
+
+
+def _sweep_parser(program: str, plan: Sweep = _NO_SWEEP) -> Parser:
+    parser = Parser(prog=program, add_help=False)
+    parser.add_argument(
+        "--recipe",
+        default=plan.recipe,
+        metavar="RECIPE",
+        help="Recipe to train. (default: that of SWEEP)",
+    )
+    parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
+    parser.add_argument(
+        "--top", type=int, default=TOP_POINTS, metavar="N", help="Number of best points to print."
+    )
+    return parser
+
+
+_SWEEP = ConfigCommand(
+    "sweep",
+    f"Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
+    f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.csv, results.json, "
+    "results.md, plots and the runs to --out. Run the same command again to resume; finished runs "
+    "are reused, even if the file has changed.",
+    usage="SWEEP [--recipe RECIPE]",
+    own_parser=_sweep_parser,
+    help_overrides={
+        "out": "Folder of the sweep. (default: checkpoints/SWEEP in the working directory)",
+        "dry_run": "List the runs; train and write nothing.",
+    },
+    excluded=ALWAYS_RESUMES,
+)
 
 
 def sweep(arguments: list[str], program: str) -> None:
@@ -119,18 +165,9 @@ def sweep(arguments: list[str], program: str) -> None:
 
     run = parse_run(
         [plan.recipe, *rest],
+        _SWEEP,
         program=program,
-        usage="SWEEP [--recipe RECIPE]",
-        about="Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
-        f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.csv, results.json, "
-        "results.md, plots and the runs to --out. Run the same command again to resume; finished "
-        "runs are reused, even if the file has changed.",
-        command_parser=parser,
-        help_overrides={
-            "out": "Folder of the sweep. (default: checkpoints/SWEEP in the working directory)",
-            "dry_run": "List the runs; train and write nothing.",
-        },
-        excluded=ALWAYS_RESUMES,
+        own_parser=parser,
         transform=transform,
         out=Path("checkpoints") / plan.name,
         live_teacher=False,
@@ -179,30 +216,14 @@ def _split_sweep(arguments: list[str], program: str) -> tuple[Sweep, list[str]]:
     """Return the sweep and the arguments after it; an empty sweep for --help alone."""
     if arguments and not arguments[0].startswith("-"):
         return find_sweep(arguments[0]), arguments[1:]
-    if {"-h", "--help"} & set(arguments):
-        return Sweep("sweep"), arguments
+    if is_help_requested(arguments):
+        return _NO_SWEEP, arguments
     raise ConfigError(
         f"name a sweep first: {program} FILE.yaml --out DIR, or one of {', '.join(SWEEPS)}"
     )
 
 
-def _sweep_parser(program: str, plan: Sweep) -> Parser:
-    parser = Parser(prog=program, add_help=False)
-    parser.add_argument(
-        "--recipe",
-        default=plan.recipe,
-        metavar="RECIPE",
-        help="Recipe to train. (default: that of SWEEP)",
-    )
-    parser.add_multi_run_options(seeds=",".join(map(str, plan.seeds)))
-    parser.add_argument(
-        "--top", type=int, default=TOP_POINTS, metavar="N", help="Number of best points to print."
-    )
-    return parser
-
-
-def report(arguments: list[str], program: str) -> None:
-    """Write an HTML report of runs and sweeps, with charts (PNG) and tables (CSV)."""
+def _report_parser(program: str) -> Parser:
     parser = Parser(
         prog=program,
         usage="%(prog)s RUN [RUN ...] [OPTIONS]",
@@ -216,7 +237,20 @@ def report(arguments: list[str], program: str) -> None:
     )
     parser.add_data_root()
     parser.add_force("--out")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def report(arguments: list[str], program: str) -> None:
+    """Write an HTML report of runs and sweeps, with charts (PNG) and tables (CSV)."""
+    options = _report_parser(program).parse_args(arguments)
     from deit.analysis.report import report
 
     report(options.runs, options.out, root=options.root, force=options.force)
+
+
+PARSERS: dict[str, Callable[[str], Parser]] = {
+    "compare": _COMPARE.parser,
+    "sweep": _SWEEP.parser,
+    "report": _report_parser,
+}
+"""The parsers of all options, by the words that select the command."""

@@ -1,5 +1,6 @@
 """Commands that evaluate a finished run, predict with it, or export it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from deit.cli.parser import Parser, command_of, parse_numbers
@@ -73,6 +74,7 @@ def evaluate(arguments: list[str], program: str) -> None:
 
 def _evaluate_parser(program: str) -> Parser:
     parser = Parser(
+        name="evaluate",
         prog=program,
         usage="%(prog)s RUN [RUN ...] [OPTIONS]",
         description="Evaluate a run on its test split: accuracy and calibration of every head, "
@@ -125,18 +127,18 @@ def _add_variant_options(parser: Parser) -> None:
     """Add options with lists of values, each of which is one row of the table."""
     parser.add_argument(
         "--resolution",
-        metavar="A,B",
+        metavar="N,...",
         help="Sides [px] of the student's input; the position embedding is resized. (default: the "
         "run's)",
     )
     parser.add_argument(
         "--crop",
-        metavar="A,B",
+        metavar="FRACTION,...",
         help="Evaluation crops, as views.eval_crop_pct. (default: the run's)",
     )
     parser.add_argument(
         "--merge-tokens",
-        metavar="A,B",
+        metavar="N,...",
         help="Numbers of tokens that each block of a ViT merges; without training. (default: no "
         "merging)",
     )
@@ -253,3 +255,11 @@ def _export_parser(program: str) -> Parser:
     )
     parser.add_force("--out")
     return parser
+
+
+PARSERS: dict[str, Callable[[str], Parser]] = {
+    "evaluate": _evaluate_parser,
+    "predict": _predict_parser,
+    "export": _export_parser,
+}
+"""The parsers of all options, by the words that select the command."""

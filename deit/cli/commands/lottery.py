@@ -1,10 +1,11 @@
 """Commands that find lottery tickets and measure the loss landscape of runs."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from deit.analysis import landscape_options
-from deit.cli.grammar import option_of
+from deit.cli.grammar import ConfigCommand, option_of
 from deit.cli.parser import (
     Parser,
     command_of,
@@ -16,58 +17,6 @@ from deit.cli.parser import (
 from deit.cli.run_args import ALWAYS_RESUMES, parse_run, print_config_if_requested, run_name
 from deit.core.errors import ConfigError
 from deit.experiments import lottery_options
-
-
-def lottery(arguments: list[str], program: str) -> None:
-    """Find lottery tickets: iterative magnitude pruning with rewinding, and controls."""
-    parser = _lottery_parser(program)
-    options, rest = parser.parse_known_args(arguments)
-    run = parse_run(
-        rest,
-        program=program,
-        about="Train a recipe dense, then prune its smallest weights in rounds. Each round rewinds "
-        "weights, schedule, order and views to an early step of the dense run and trains from "
-        "there. Writes results.csv, results.json, results.md, tickets.png and the runs to --out. "
-        "Run the same command again to resume, also with more rounds, controls or seeds.",
-        command_parser=parser,
-        help_overrides={
-            "out": "Folder of all runs. (default: checkpoints/RECIPE-tickets in the working "
-            "directory)",
-            "dry_run": "List the runs; train and write nothing.",
-        },
-        excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
-        live_teacher=False,
-        out=_default_out(rest),
-    )
-    if any(argument.partition("=")[0] == "--run.seed" for argument in rest):
-        raise ConfigError(f"--run.seed {run.config.run.seed}: use --seeds A,B instead")
-    if print_config_if_requested(run):
-        return
-    control_rounds = parse_numbers(options.control_rounds, "--control-rounds", whole=True)
-    search = lottery_options.LotteryOptions(
-        scope=options.scope,
-        rounds=options.rounds,
-        prune_rate=options.prune_rate,
-        rewind_epoch=options.rewind_epoch,
-        controls=parse_controls(options.controls, lottery_options.CONTROLS),
-        control_rounds=control_rounds or None,
-        tolerance=options.tolerance,
-    )
-    lottery_options.check_options(search, run.config)
-    seeds = parse_seeds(options.seeds)
-    from deit.experiments.lottery import lottery
-
-    lottery(
-        run.config,
-        run.out,
-        search,
-        recipe=run.recipe,
-        seeds=seeds,
-        parallel=options.parallel,
-        retries=options.retries,
-        dry_run=run.dry_run,
-        command=command_of(program, arguments),
-    )
 
 
 def _lottery_parser(program: str) -> Parser:
@@ -102,14 +51,14 @@ def _lottery_parser(program: str) -> Parser:
     parser.add_argument(
         "--controls",
         default=",".join(lottery_options.CONTROLS),
-        metavar="A,B,...",
+        metavar="NAME,...",
         help="Controls to train, or none. random: a random mask with the same density in each "
         "layer; reinitialized: the ticket's mask with new initial weights; one-shot: pruned once "
         "instead of in rounds.",
     )
     parser.add_argument(
         "--control-rounds",
-        metavar="A,B,...",
+        metavar="N,...",
         help="Rounds to train the controls for. (default: all)",
     )
     parser.add_argument(
@@ -122,6 +71,64 @@ def _lottery_parser(program: str) -> Parser:
     )
     parser.add_multi_run_options()
     return parser
+
+
+_LOTTERY = ConfigCommand(
+    "lottery",
+    "Train a recipe dense, then prune its smallest weights in rounds. Each round rewinds weights, "
+    "schedule, order and views to an early step of the dense run and trains from there. Writes "
+    "results.csv, results.json, results.md, tickets.png and the runs to --out. Run the same "
+    "command again to resume, also with more rounds, controls or seeds.",
+    own_parser=_lottery_parser,
+    help_overrides={
+        "out": "Folder of all runs. (default: checkpoints/RECIPE-tickets in the working directory)",
+        "dry_run": "List the runs; train and write nothing.",
+    },
+    excluded={**ALWAYS_RESUMES, "force": "existing results are kept; use another --out"},
+)
+
+
+def lottery(arguments: list[str], program: str) -> None:
+    """Find lottery tickets: iterative magnitude pruning with rewinding, and controls."""
+    parser = _lottery_parser(program)
+    options, rest = parser.parse_known_args(arguments)
+    run = parse_run(
+        rest,
+        _LOTTERY,
+        program=program,
+        own_parser=parser,
+        live_teacher=False,
+        out=_default_out(rest),
+    )
+    if any(argument.partition("=")[0] == "--run.seed" for argument in rest):
+        raise ConfigError(f"--run.seed {run.config.run.seed}: use --seeds A,B instead")
+    if print_config_if_requested(run):
+        return
+    control_rounds = parse_numbers(options.control_rounds, "--control-rounds", whole=True)
+    search = lottery_options.LotteryOptions(
+        scope=options.scope,
+        rounds=options.rounds,
+        prune_rate=options.prune_rate,
+        rewind_epoch=options.rewind_epoch,
+        controls=parse_controls(options.controls, lottery_options.CONTROLS),
+        control_rounds=control_rounds or None,
+        tolerance=options.tolerance,
+    )
+    lottery_options.check_options(search, run.config)
+    seeds = parse_seeds(options.seeds)
+    from deit.experiments.lottery import lottery
+
+    lottery(
+        run.config,
+        run.out,
+        search,
+        recipe=run.recipe,
+        seeds=seeds,
+        parallel=options.parallel,
+        retries=options.retries,
+        dry_run=run.dry_run,
+        command=command_of(program, arguments),
+    )
 
 
 def _default_out(arguments: list[str]) -> Path | None:
@@ -147,6 +154,7 @@ def loss_landscape(arguments: list[str], program: str) -> None:
 
 def _landscape_parser(program: str) -> Parser:
     parser = Parser(
+        name="loss-landscape",
         prog=program,
         usage="%(prog)s RUN [RUN ...] [OPTIONS]",
         description="Measure the loss around and between the weights of finished runs, or of the "
@@ -162,7 +170,7 @@ def _landscape_parser(program: str) -> Parser:
     parser.add_argument(
         "--measure",
         default=",".join(defaults.measure),
-        metavar="A,B,...",
+        metavar="NAME,...",
         help="Measurements to make.",
     )
     parser.add_checkpoint(default=defaults.checkpoint)
@@ -206,12 +214,12 @@ def _add_lottery_options(parser: Parser) -> None:
     group.add_argument(
         "--kinds",
         default=",".join(landscape_options.LandscapeOptions().kinds),
-        metavar="A,B,...",
+        metavar="NAME,...",
         help=f"Kinds of runs to measure in each round: {', '.join(landscape_options.KINDS)}.",
     )
     group.add_argument(
         "--rounds",
-        metavar="A,B,...",
+        metavar="N,...",
         help="Rounds to measure in addition to the dense run. (default: all)",
     )
     group.add_argument(
@@ -230,3 +238,10 @@ def _parse_rounds(text: str | None) -> tuple[int, ...] | None:
     if not rounds or not all(part.isdecimal() for part in rounds):
         raise ConfigError(f"--rounds {text}: should be integers of at least 0, separated by commas")
     return tuple(map(int, rounds))
+
+
+PARSERS: dict[str, Callable[[str], Parser]] = {
+    "lottery": _LOTTERY.parser,
+    "loss-landscape": _landscape_parser,
+}
+"""The parsers of all options, by the words that select the command."""

@@ -1,10 +1,18 @@
 """Commands that train one network or profile its training, and the list of recipes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from deit.cli.finetune_args import parse_finetune
+from deit.cli.finetune_args import FINETUNE, parse_finetune
+from deit.cli.grammar import ConfigCommand
 from deit.cli.parser import Parser, command_of
-from deit.cli.run_args import NOT_TRAINING, RunArguments, parse_run, print_config_if_requested
+from deit.cli.run_args import (
+    NOT_TRAINING,
+    TRAIN,
+    RunArguments,
+    parse_run,
+    print_config_if_requested,
+)
 from deit.config.command_choices import PROFILED_STEPS, check_at_least
 from deit.config.recipes import RECIPES
 from deit.core.console import info, is_main_process, table
@@ -12,8 +20,7 @@ from deit.core.console import info, is_main_process, table
 
 def train(arguments: list[str], program: str) -> None:
     """Train a student or a teacher by a recipe."""
-    about = "Train a student by a recipe, with or without a teacher; or train a teacher."
-    run = parse_run(arguments, program=program, about=about)
+    run = parse_run(arguments, program=program)
     _train(run, command_of(program, arguments))
 
 
@@ -31,8 +38,7 @@ def finetune(arguments: list[str], program: str) -> None:
     _train(parse_finetune(arguments, program), command_of(program, arguments))
 
 
-def profile(arguments: list[str], program: str) -> None:
-    """Profile training steps: time per component and per operator, with an optional trace."""
+def _profile_parser(program: str) -> Parser:
     parser = Parser(prog=program, add_help=False)
     parser.add_argument(
         "--steps",
@@ -49,15 +55,23 @@ def profile(arguments: list[str], program: str) -> None:
     )
     parser.add_json()
     parser.add_force("--trace", "--json")
+    return parser
+
+
+_PROFILE = ConfigCommand(
+    "profile",
+    "Train for some steps and print the time of each component (views, teacher, student, backward "
+    "pass, optimizer, EMA) and of each operator. No run folder is written.",
+    own_parser=_profile_parser,
+    excluded={**NOT_TRAINING, "out": "no run folder is written; use --trace and --json"},
+)
+
+
+def profile(arguments: list[str], program: str) -> None:
+    """Profile training steps: time per component and per operator, with an optional trace."""
+    parser = _profile_parser(program)
     options, rest = parser.parse_known_args(arguments)
-    run = parse_run(
-        rest,
-        program=program,
-        about="Train for some steps and print the time of each component (views, teacher, student, "
-        "backward pass, optimizer, EMA) and of each operator. No run folder is written.",
-        command_parser=parser,
-        excluded={**NOT_TRAINING, "out": "no run folder is written; use --trace and --json"},
-    )
+    run = parse_run(rest, _PROFILE, program=program, own_parser=parser)
     check_at_least("steps", options.steps, 1)
     from deit.core.filesystem import check_file, write_json
     from deit.training.profile import profile_run
@@ -72,9 +86,7 @@ def profile(arguments: list[str], program: str) -> None:
 
 def recipes(arguments: list[str], program: str) -> None:
     """List the named recipes."""
-    Parser(
-        prog=program, description="List the named recipes with student, input size and epochs."
-    ).parse_args(arguments)
+    _recipes_parser(program).parse_args(arguments)
     rows = []
     for name, recipe in RECIPES.items():
         config = recipe()
@@ -84,3 +96,17 @@ def recipes(arguments: list[str], program: str) -> None:
         rows.append((name, student, epochs, " ".join(first_paragraph.split())))
     columns = ("name", "student", "epochs", "description")
     table("recipes", columns, rows, text=True, folds="description")
+
+
+def _recipes_parser(program: str) -> Parser:
+    about = "List the named recipes with student, input size and epochs."
+    return Parser(prog=program, description=about)
+
+
+PARSERS: dict[str, Callable[[str], Parser]] = {
+    "train": TRAIN.parser,
+    "finetune": FINETUNE.parser,
+    "profile": _PROFILE.parser,
+    "recipes": _recipes_parser,
+}
+"""The parsers of all options, by the words that select the command."""

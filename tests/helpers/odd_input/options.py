@@ -9,10 +9,8 @@ import re
 import typing
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
-from deit.cli.commands import COMMANDS
-from deit.cli.grammar import FLAGS, SHARED
+from deit.cli.commands import parsers
 from deit.cli.parser import Parser
 from deit.config.presets import PRESETS
 from deit.config.recipes import RECIPES
@@ -31,50 +29,26 @@ class Option(NamedTuple):
     flag: bool = False
 
 
-class _ParserFound(Exception):
-    """Raised to leave a command when its parser is known."""
-
-
 @functools.cache
 def options_of(command: str) -> tuple[Option, ...]:
     """Return every option of a command, from its parser and the fields of a configuration."""
-    if command not in BASES or not command:
+    if command not in BASES or command not in _all_parsers():
         return ()
-    first, *rest = command.split()
-    parsers: list[Parser] = []
-
-    def record(self: Parser, *_: object, **__: object) -> typing.NoReturn:
-        parsers.append(self)
-        raise _ParserFound
-
-    with (
-        mock.patch.object(Parser, "parse_known_args", record),
-        mock.patch("deit.cli.commands.train.parse_run", side_effect=_ParserFound),
-        contextlib.suppress(_ParserFound),
-    ):
-        COMMANDS[first]([*rest, *(["teacher"] if first == "sweep" else [])], first)
-    options = [_option_of(action) for parser in parsers for action in parser._actions]
-    command_options = [option for option in options if option is not None]
-    if parsers and parsers[0].add_help:  # a command that takes no fields
-        return tuple(command_options)
-    shared = [
-        Option(
-            name,
-            frozenset({"str"}),
-            tuple(PRESETS[name].names) if name in PRESETS else (),
-            name in FLAGS,
-        )
-        for name in SHARED
-    ]
-    return (*command_options, *shared, *_fields())
+    options = _all_parsers()[command].options
+    fields = {field.name: field for field in _fields()}
+    return tuple(fields.get(name[2:]) or _option_of(name[2:], options[name]) for name in options)
 
 
-def _option_of(action: argparse.Action) -> Option | None:
-    if not action.option_strings:
-        return None
+@functools.cache
+def _all_parsers() -> dict[str, Parser]:
+    return parsers()
+
+
+def _option_of(name: str, action: argparse.Action) -> Option:
     kind = action.type.__name__ if isinstance(action.type, type) else "str"
-    choices = tuple(map(str, action.choices or ()))
-    return Option(action.option_strings[0][2:], frozenset({kind}), choices, action.nargs == 0)
+    presets = PRESETS[action.dest].names if action.dest in PRESETS else ()
+    choices = tuple(map(str, action.choices or presets))
+    return Option(name, frozenset({kind}), choices, action.nargs == 0)
 
 
 @functools.cache
