@@ -97,7 +97,7 @@ def bare(job: StepContext, batches: list[Batch]) -> Iterator[None]:
         with job.accelerator.accumulate(student):
             outputs = student(batches[0].images)
             losses = distillation_loss(outputs, batches[0].targets, None, job.loss, epoch=0.0)
-            job.accelerator.backward(losses["total"])
+            job.accelerator.backward(losses["loss"])
         metrics.add(losses, outputs, batches[0], None)
         metrics.commit(torch.tensor(True))
         set_lr(optimizer, lr_at(step, optim=job.optim, steps_per_epoch=10**6))

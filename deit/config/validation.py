@@ -27,6 +27,8 @@ from deit.core.filesystem import ENVIRONMENT, RESUMED
 from deit.core.json_io import parse_strict_json
 from deit.core.manifest import check_format_version
 
+Section = typing.TypeVar("Section")
+
 
 def field_names() -> list[str]:
     """Return the names of all fields as `section.field`."""
@@ -93,6 +95,40 @@ INT_LIMIT = 2**63
 def _adapter() -> TypeAdapter[Config]:
     """Return the type checker of `Config`; cached because building it takes 0.05 s."""
     return TypeAdapter(Config)
+
+
+def section_from_dict(section: type[Section], name: str, fields: dict[str, Any]) -> Section:
+    """Return a validated section of a configuration. name: of the section, for messages.
+
+    Raises ConfigError with all problems.
+
+    >>> from deit.config.sections.loss import LossConfig
+    >>> section_from_dict(LossConfig, "loss", {"kind": "soft", "temperature": "3"}).temperature
+    3.0
+    """
+    try:
+        return _section_adapter(section).validate_python(plain_values(fields))
+    except ValidationError as error:
+        problems = [_translate({**item, "loc": (name, *item["loc"])}) for item in error.errors()]
+        raise _config_error(problems) from None
+
+
+@functools.cache
+def _section_adapter(section: type[Section]) -> TypeAdapter[Section]:
+    return TypeAdapter(section)
+
+
+def plain_values(value: Any) -> Any:
+    """Return a value with paths as text and lists as tuples, also within dicts.
+
+    >>> plain_values({"source": [Path("runs/a")], "epochs": 3})
+    {'source': ('runs/a',), 'epochs': 3}
+    """
+    if isinstance(value, dict):
+        return {name: plain_values(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(map(plain_values, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def validate(config: Config, *, live_teacher: bool = True) -> Config:

@@ -119,7 +119,7 @@ def _losses(run: TrainingRun, student: Student, num_images: int) -> Iterator[Ten
         losses = distillation_loss(
             student(batch.images), batch.targets, teacher_output, run.config.loss, epoch=num_epochs
         )
-        yield losses["total"] * len(batch.targets)
+        yield losses["loss"] * len(batch.targets)
 
 
 def print_selection(model_info: ModelInfo, units: KeptUnits) -> None:

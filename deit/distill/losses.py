@@ -6,15 +6,27 @@ et al. 2022, arXiv 2203.08679), equation 7; logit standardization (Sun et al. 20
 2403.01427).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from deit.config.field_types import LossKind
 from deit.config.sections.loss import LossConfig
+from deit.config.validation import section_from_dict
+from deit.core.errors import ConfigError
 from deit.core.types import StudentOutput, TeacherOutput
+from deit.distill.loss_inputs import (
+    StudentLogits,
+    TeacherTarget,
+    as_student_output,
+    as_targets,
+    as_teacher_output,
+)
 
 Losses = dict[str, Tensor]
 
@@ -187,49 +199,65 @@ def needs_logits(loss: LossConfig) -> bool:
 def label_only_loss(outputs: StudentOutput, targets: Tensor, loss: LossConfig) -> Losses:
     """Return the loss without a teacher: cross-entropy with the labels, averaged over all heads.
 
-    targets: label distributions [B, C]. The scalars are `total`, `class` and, with distillation
-    tokens, `distillation`, the mean over the tokens. Training every head keeps all of them
-    classifiers, and gives every parameter a gradient.
+    targets: label distributions [B, C]. The scalars are `loss`, `class_head_loss` and, with
+    distillation tokens, `distillation_head_loss`, the mean over the tokens. Training every head
+    keeps all of them classifiers, and gives every parameter a gradient.
     """
-    losses = {"class": label_loss(outputs.class_logits, targets, loss.label_smoothing)}
+    class_head_loss = label_loss(outputs.class_logits, targets, loss.label_smoothing)
     if outputs.distillation_logits is None:
-        return {"total": losses["class"], **losses}
+        return {"loss": class_head_loss, "class_head_loss": class_head_loss}
     tokens = outputs.distillation_logits.unbind(dim=1)
     by_token = [label_loss(logits, targets, loss.label_smoothing) for logits in tokens]
-    losses["distillation"] = torch.stack(by_token).mean()
-    total = (losses["class"] + sum(by_token)) / (1 + len(by_token))
-    return {"total": total, **losses}
+    return {
+        "loss": (class_head_loss + sum(by_token)) / (1 + len(by_token)),
+        "class_head_loss": class_head_loss,
+        "distillation_head_loss": torch.stack(by_token).mean(),
+    }
 
 
 def distillation_loss(
-    outputs: StudentOutput,
+    outputs: StudentLogits,
     targets: Tensor,
-    teacher: TeacherOutput | None,
-    loss: LossConfig,
+    teacher: TeacherTarget | None,
+    loss: LossConfig = LossConfig(),
     *,
     epoch: float = math.inf,
 ) -> Losses:
-    """Return the configured loss as scalars by name: `total`, `class` and, if any, `teacher`.
+    """Return the configured loss as scalars: `loss`, and its terms `label_loss` and, if there is a
+    teacher, `distillation_loss`.
 
-    total = label_weight * cross-entropy of the class head with the label + distillation_weight *
+    loss = label_weight * cross-entropy of the class head with the label + distillation_weight *
     mean over heads of the teacher term. If each head has its own teacher, the teachers' weights are
-    used, and `teacher_1`, `teacher_2`, ... are the terms of each. Computed outside autocast.
+    used, and `distillation_loss_1`, `distillation_loss_2`, ... are the terms of each. Computed in
+    float32, also within autocast.
 
-    targets: label distributions [B, C]. teacher: None for `label_only_loss`; it gets no gradient.
+    outputs: logits of the student's heads (see `StudentLogits`). targets: classes, int64 [B], or
+    label distributions, float [B, C]. teacher: see `TeacherTarget`; it gets no gradient. None, or
+    loss.kind none: the loss of all heads with the labels (`label_only_loss`). loss: the options.
     epoch: number of epochs trained so far, for loss.distillation_warmup_epochs.
 
+    Raises ConfigError for other types and shapes, and if the loss needs logits of the teacher and
+    gets labels only.
+
     Example:
-        >>> zeros = torch.zeros(1, 2)
-        >>> outputs = StudentOutput(zeros, zeros[:, None])
-        >>> teacher = TeacherOutput(torch.tensor([[1]]), None)
-        >>> targets = torch.tensor([[1.0, 0.0]])
-        >>> losses = distillation_loss(outputs, targets, teacher, LossConfig())
+        >>> class_logits = distillation_logits = torch.zeros(1, 2)
+        >>> losses = distillation_loss(
+        ...     (class_logits, distillation_logits), targets=torch.tensor([0]),
+        ...     teacher=torch.tensor([[-1.0, 2.0]]), loss=LossConfig("hard"))
         >>> {name: round(value.item(), 4) for name, value in losses.items()}
-        {'total': 0.6931, 'class': 0.6931, 'teacher': 0.6931}
+        {'loss': 0.6931, 'label_loss': 0.6931, 'distillation_loss': 0.6931}
     """
+    outputs = as_student_output(outputs)
+    targets = as_targets(targets, outputs.class_logits)
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
-        if teacher is None:
+        if teacher is None or loss.kind == "none":
             return label_only_loss(outputs, targets, loss)
+        teacher = as_teacher_output(teacher, outputs.class_logits)
+        if teacher.logits is None and needs_logits(loss):
+            raise ConfigError(
+                f"loss.kind = {loss.kind!r}: needs the teacher's logits, but got labels only; use "
+                "kind hard, or targets with content full"
+            )
         terms = [
             DISTILLATION_LOSSES[loss.kind](logits, one_teacher, targets, loss)
             for logits, one_teacher in _pair_heads_with_teachers(outputs, teacher, loss)
@@ -237,14 +265,51 @@ def distillation_loss(
         is_multi = len(teacher.weights) > 1
         weights = teacher.weights if is_multi else (1 / len(terms),) * len(terms)
         losses = {
-            "class": label_loss(outputs.class_logits, targets, loss.label_smoothing),
-            "teacher": sum(weight * term for weight, term in zip(weights, terms)),
+            "label_loss": label_loss(outputs.class_logits, targets, loss.label_smoothing),
+            "distillation_loss": sum(weight * term for weight, term in zip(weights, terms)),
         }
         if is_multi:
-            losses |= {f"teacher_{index}": term for index, term in enumerate(terms, start=1)}
+            losses |= {f"distillation_loss_{index}": term for index, term in enumerate(terms, 1)}
         weight = loss.distillation_weight * teacher_weight_ramp(loss, epoch)
-        total = loss.effective_label_weight * losses["class"] + weight * losses["teacher"]
-        return {"total": total, **losses}
+        total = loss.effective_label_weight * losses["label_loss"]
+        return {"loss": total + weight * losses["distillation_loss"], **losses}
+
+
+class DistillationLoss(nn.Module):
+    """`distillation_loss` as a module, for a training loop of your own.
+
+    kind: hard, soft, cross_entropy, dkd or none. options: the other fields of `LossConfig`, such as
+    distillation_weight, temperature or head. Raises ConfigError with all problems.
+
+    Example:
+        >>> loss_fn = DistillationLoss("soft", temperature=3.0, distillation_weight=0.9)
+        >>> student, labels = torch.zeros(4, 10, requires_grad=True), torch.arange(4)
+        >>> losses = loss_fn((student, student), labels, teacher=torch.rand(4, 10))
+        >>> losses["loss"].backward()
+        >>> sorted(losses)
+        ['distillation_loss', 'label_loss', 'loss']
+    """
+
+    def __init__(self, kind: LossKind = "hard", **options: Any) -> None:
+        super().__init__()
+        self.config = section_from_dict(LossConfig, "loss", {"kind": kind, **options})
+
+    def forward(
+        self,
+        outputs: StudentLogits,
+        targets: Tensor,
+        teacher: TeacherTarget | None = None,
+        *,
+        epoch: float = math.inf,
+    ) -> Losses:
+        """Return the losses as `distillation_loss` does. Raises ConfigError as it does."""
+        return distillation_loss(outputs, targets, teacher, self.config, epoch=epoch)
+
+    def extra_repr(self) -> str:
+        """Return the options that differ from their defaults, for `print`."""
+        values, defaults = dataclasses.asdict(self.config), dataclasses.asdict(LossConfig())
+        shown = [name for name in values if name == "kind" or values[name] != defaults[name]]
+        return ", ".join(f"{name}={values[name]!r}" for name in shown)
 
 
 def teacher_weight_ramp(loss: LossConfig, epoch: float) -> float:

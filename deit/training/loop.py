@@ -92,7 +92,7 @@ def train_epoch(
             losses = distillation_loss(
                 outputs, batch.targets, teacher, context.loss, epoch=step / steps
             )
-            accelerator.backward(_spread_nonfinite(inject_nan("loss", losses["total"])))
+            accelerator.backward(_spread_nonfinite(inject_nan("loss", losses["loss"])))
         metrics.add(losses, outputs, batch, teacher)
         if accelerator.sync_gradients:
             applied = _optimizer_step(context, step, steps)
@@ -182,10 +182,7 @@ class MetricAccumulator:
         size = len(batch.targets)
         labels = batch.targets.argmax(dim=1)
         heads = logits_by_head(StudentOutput(*(None if o is None else o.detach() for o in outputs)))
-        values = {
-            f"loss_{name}" if name != "total" else "loss": loss.detach().double() * size
-            for name, loss in losses.items()
-        }
+        values = {name: loss.detach().double() * size for name, loss in losses.items()}
         for name, logits in heads.items():
             values[f"{name}_top1"] = (logits.argmax(dim=1) == labels).sum()
         if teacher is not None:

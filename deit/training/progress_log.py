@@ -167,15 +167,25 @@ def _warn_of_idle_cores(accelerator: Accelerator) -> None:
         )
 
 
+_LOSS_TERMS = {
+    "label_loss": "labels",
+    "distillation_loss": "teacher",
+    "class_head_loss": "class head",
+    "distillation_head_loss": "distillation head",
+}
+"""What the terms of the loss are called in log lines."""
+
+
 def log_epoch(row: dict[str, Any], epochs: int, loss: LossConfig) -> None:
     """Log one line for a finished epoch from its metrics, without loss terms of weight 0."""
     train = row["train"]
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {train['loss']:.3f}"]
     terms = [
-        f"{name.removeprefix('loss_')} {value:.3f}"
+        f"{_LOSS_TERMS.get(name, name.replace('_', ' '))} {value:.3f}"
         for name, value in train.items()
-        if name.startswith("loss_")
-        and not (name == "loss_class" and loss.effective_label_weight == 0)
+        if name != "loss"
+        and "loss" in name
+        and not (name == "label_loss" and loss.effective_label_weight == 0)
     ]
     if len(terms) > 1:
         parts[-1] += f" ({', '.join(terms)})"

@@ -217,4 +217,4 @@ def first_losses(config: Config) -> tuple[float, float]:
     smoothed = (
         batch.targets * (1 - context.loss.label_smoothing) + context.loss.label_smoothing / 10
     )
-    return losses["total"].item(), task((batch.images - mean) / std, smoothed)["loss"].item()
+    return losses["loss"].item(), task((batch.images - mean) / std, smoothed)["loss"].item()

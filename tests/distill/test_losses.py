@@ -9,9 +9,11 @@ import torch
 from deit.config.field_types import LossKind
 from deit.config.presets import LOSS_PRESETS
 from deit.config.sections.loss import LossConfig
+from deit.core.errors import ConfigError
 from deit.core.types import StudentOutput, TeacherOutput
 from deit.distill.losses import (
     DISTILLATION_LOSSES,
+    DistillationLoss,
     distillation_loss,
     dkd_losses,
     hard_distillation_loss,
@@ -21,6 +23,7 @@ from deit.distill.losses import (
     soft_distillation_loss,
     standardize_logits,
 )
+from tests.helpers.errors import raises
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -128,7 +131,7 @@ def test_cross_entropy_loss_with_label_weight_by_hand():
     )
     by_hand = (1 - w) * temperature**2 * soft.sum(1).mean()
     by_hand += w * torch.nn.functional.cross_entropy(outputs.class_logits, labels)
-    result = distillation_loss(outputs, targets, one_teacher(teacher), loss)["total"]
+    result = distillation_loss(outputs, targets, one_teacher(teacher), loss)["loss"]
     assert result.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
@@ -184,7 +187,7 @@ def test_standardize_logits_applies_to_both_before_the_temperature():
         kind="soft", temperature=2.0, standardize_logits=True, distillation_weight=1.0
     )
     outputs = two_heads()
-    result = distillation_loss(outputs, TARGETS, TEACHER, loss)["teacher"]
+    result = distillation_loss(outputs, TARGETS, TEACHER, loss)["distillation_loss"]
     logits = outputs.distillation_logits[:, 0]
     expected = soft_distillation_loss(
         standardize_logits(logits), standardize_logits(TEACHER.logits[:, 0]), 2.0
@@ -212,14 +215,14 @@ def test_deit_hard_is_half_labels_half_teacher():
     losses = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["deit-hard"])
     label = label_loss(outputs.class_logits, TARGETS, 0.1)
     teacher = hard_distillation_loss(outputs.distillation_logits[:, 0], TEACHER.labels[:, 0])
-    assert torch.allclose(losses["total"], (label + teacher) / 2)
+    assert torch.allclose(losses["loss"], (label + teacher) / 2)
 
 
 def test_hard_distillation_without_teacher_logits_is_equal():
     outputs, loss = two_heads(), LOSS_PRESETS["deit-hard"]
     with_logits = distillation_loss(outputs, TARGETS, TEACHER, loss)
     without_logits = distillation_loss(outputs, TARGETS, TEACHER._replace(logits=None), loss)
-    assert torch.equal(with_logits["total"], without_logits["total"])
+    assert torch.equal(with_logits["loss"], without_logits["loss"])
 
 
 def test_deit_soft_has_lambda_and_tau_of_the_paper():
@@ -227,22 +230,22 @@ def test_deit_soft_has_lambda_and_tau_of_the_paper():
     losses = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["deit-soft"])
     label = label_loss(outputs.class_logits, TARGETS, 0.1)
     teacher = soft_distillation_loss(outputs.distillation_logits[:, 0], TEACHER.logits[:, 0], 3.0)
-    assert torch.allclose(losses["total"], 0.9 * label + 0.1 * teacher)
+    assert torch.allclose(losses["loss"], 0.9 * label + 0.1 * teacher)
 
 
 def test_function_matching_is_the_mean_kl_of_the_heads():
     outputs, loss = two_heads(), LOSS_PRESETS["function-matching"]
-    total = distillation_loss(outputs, TARGETS, TEACHER, loss)["total"]
+    total = distillation_loss(outputs, TARGETS, TEACHER, loss)["loss"]
     heads = [outputs.class_logits, outputs.distillation_logits[:, 0]]
     kls = [soft_distillation_loss(head, TEACHER.logits[:, 0], 1.0) for head in heads]
     assert torch.allclose(total, (kls[0] + kls[1]) / 2)
-    total_of_other_labels = distillation_loss(outputs, TARGETS.flip(0), TEACHER, loss)["total"]
+    total_of_other_labels = distillation_loss(outputs, TARGETS.flip(0), TEACHER, loss)["loss"]
     assert torch.equal(total, total_of_other_labels)
 
 
 def test_usi_is_label_loss_plus_five_times_kl():
     outputs = StudentOutput(torch.randn(4, 3))
-    total = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["usi"])["total"]
+    total = distillation_loss(outputs, TARGETS, TEACHER, LOSS_PRESETS["usi"])["loss"]
     label = label_loss(outputs.class_logits, TARGETS, 0.0)
     kl = soft_distillation_loss(outputs.class_logits, TEACHER.logits[:, 0], 1.0)
     assert torch.allclose(total, label + 5 * kl)
@@ -255,8 +258,8 @@ def test_teacher_term_warms_up():
     )
     full = distillation_loss(outputs, TARGETS, TEACHER, loss)
     for epoch, share in ((0.0, 0.0), (1.0, 0.25), (4.0, 1.0), (9.0, 1.0)):
-        result = distillation_loss(outputs, TARGETS, TEACHER, loss, epoch=epoch)["total"]
-        assert torch.allclose(result, full["class"] + 0.5 * share * full["teacher"])
+        result = distillation_loss(outputs, TARGETS, TEACHER, loss, epoch=epoch)["loss"]
+        assert torch.allclose(result, full["label_loss"] + 0.5 * share * full["distillation_loss"])
 
 
 def test_each_distillation_token_learns_from_its_teacher():
@@ -267,9 +270,11 @@ def test_each_distillation_token_learns_from_its_teacher():
         hard_distillation_loss(outputs.distillation_logits[:, index], teachers.labels[:, index])
         for index in (0, 1)
     ]
-    assert torch.allclose(losses["teacher_1"], token_losses[0])
-    assert torch.allclose(losses["teacher_2"], token_losses[1])
-    assert torch.allclose(losses["teacher"], 0.75 * token_losses[0] + 0.25 * token_losses[1])
+    assert torch.allclose(losses["distillation_loss_1"], token_losses[0])
+    assert torch.allclose(losses["distillation_loss_2"], token_losses[1])
+    assert torch.allclose(
+        losses["distillation_loss"], 0.75 * token_losses[0] + 0.25 * token_losses[1]
+    )
 
 
 @pytest.mark.parametrize("name", LOSS_PRESETS)
@@ -282,7 +287,7 @@ def test_each_head_gets_gradients_of_its_own_term_only(name):
     logits = TEACHER.logits.clone().requires_grad_()
     teacher_output = None if loss.kind == "none" else TEACHER._replace(logits=logits)
     losses = distillation_loss(outputs, TARGETS, teacher_output, loss)
-    losses["total"].backward()
+    losses["loss"].backward()
     assert logits.grad is None
     assert outputs.class_logits.grad.abs().sum() > 0
     if not only_class_head:
@@ -291,14 +296,14 @@ def test_each_head_gets_gradients_of_its_own_term_only(name):
         # The label term alone reaches the class head, the teacher term the distillation head.
         outputs = two_heads()
         (label_gradient,) = torch.autograd.grad(
-            distillation_loss(outputs, TARGETS, TEACHER, loss)["class"],
+            distillation_loss(outputs, TARGETS, TEACHER, loss)["label_loss"],
             outputs.distillation_logits,
             allow_unused=True,
         )
         assert label_gradient is None
         outputs = two_heads()
         (teacher_gradient,) = torch.autograd.grad(
-            distillation_loss(outputs, TARGETS, TEACHER, loss)["teacher"],
+            distillation_loss(outputs, TARGETS, TEACHER, loss)["distillation_loss"],
             outputs.class_logits,
             allow_unused=True,
         )
@@ -312,10 +317,10 @@ def test_every_loss_kind_has_a_distillation_loss():
 @pytest.mark.parametrize("kind", DISTILLATION_LOSSES)
 def test_distillation_weight_0_is_labels_and_1_is_the_teacher(kind):
     outputs = two_heads()
-    for weight, name in ((0.0, "class"), (1.0, "teacher")):
+    for weight, name in ((0.0, "label_loss"), (1.0, "distillation_loss")):
         loss = LossConfig(kind=kind, distillation_weight=weight)
         losses = distillation_loss(outputs, TARGETS, TEACHER, loss)
-        assert torch.equal(losses["total"], losses[name])
+        assert torch.equal(losses["loss"], losses[name])
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -341,4 +346,82 @@ def test_loss_without_a_teacher_is_the_mean_label_loss_of_the_heads(tokens):
     losses = distillation_loss(outputs, TARGETS, None, LOSS_PRESETS["none"])
     head_logits = [outputs.class_logits, *outputs.distillation_logits.unbind(dim=1)]
     head_losses = [label_loss(logits, TARGETS, 0.1) for logits in head_logits]
-    assert torch.allclose(losses["total"], sum(head_losses) / (1 + tokens))
+    assert torch.allclose(losses["loss"], sum(head_losses) / (1 + tokens))
+
+
+CLASS, TOKEN = torch.randn(4, 3), torch.randn(4, 3)
+LABELS = torch.tensor([0, 1, 1, 2])
+STRICT = (
+    StudentOutput(CLASS, TOKEN[:, None]),
+    torch.nn.functional.one_hot(LABELS, 3).float(),
+    TEACHER,
+)
+
+
+@pytest.mark.parametrize("kind", [*DISTILLATION_LOSSES, "none"])
+@pytest.mark.parametrize(
+    ("outputs", "targets", "teacher"),
+    [
+        ((CLASS, TOKEN), LABELS, TEACHER.logits[:, 0]),
+        ([CLASS, TOKEN[:, None]], STRICT[1], TEACHER.logits),
+        ((CLASS, TOKEN), LABELS.int(), (TEACHER.labels[:, 0], TEACHER.logits[:, 0])),
+    ],
+    ids=["timm's tuple", "with a token axis", "a target store"],
+)
+def test_loss_takes_the_forms_of_other_libraries(kind, outputs, targets, teacher):
+    loss = DistillationLoss(kind)
+    expected = distillation_loss(*STRICT, LossConfig(kind))
+    losses = loss(outputs, targets, teacher)
+    assert losses.keys() == expected.keys()
+    assert all(torch.equal(losses[name], value) for name, value in expected.items())
+
+
+def test_hard_distillation_takes_labels_alone_and_one_head():
+    labels = torch.tensor([2, 0, 0, 1])
+    loss = DistillationLoss("hard", head="class", label_smoothing=0.0)
+    losses = loss(CLASS, LABELS, labels)
+    by_hand = [-CLASS.log_softmax(dim=1)[range(4), index].mean() for index in (LABELS, labels)]
+    assert torch.allclose(losses["loss"], sum(by_hand) / 2)
+    assert torch.equal(loss(CLASS, LABELS, (labels, None))["loss"], losses["loss"])
+
+
+def test_loss_module_has_no_parameters_and_shows_its_options():
+    loss = DistillationLoss("soft", temperature=3, distillation_weight=0.9)
+    assert not list(loss.parameters())
+    assert loss.config == LossConfig("soft", temperature=3.0, distillation_weight=0.9)
+    assert repr(loss) == "DistillationLoss(kind='soft', distillation_weight=0.9, temperature=3.0)"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "teacher", "field"),
+    [
+        (CLASS[0], LABELS, TOKEN, "outputs"),
+        ((CLASS, TOKEN, TOKEN), LABELS, TOKEN, "outputs"),
+        ((CLASS, TOKEN[:, :2]), LABELS, TOKEN, "outputs"),
+        ({"logits": CLASS}, LABELS, TOKEN, "outputs"),
+        (CLASS, LABELS[:3], TOKEN, "targets"),
+        (CLASS, [0, 1, 1, 2], TOKEN, "targets"),
+        (CLASS, LABELS.float(), TOKEN, "targets"),
+        (CLASS, LABELS, TOKEN[:, :2], "teacher"),
+        (CLASS, LABELS, LABELS[:2], "teacher"),
+        (CLASS, LABELS, "resnet18", "teacher"),
+        (CLASS, LABELS, (TOKEN, LABELS), "teacher"),
+    ],
+)
+def test_loss_of_wrong_types_and_shapes_raises(outputs, targets, teacher, field):
+    with raises(ConfigError) as caught:
+        DistillationLoss("soft", head="all")(outputs, targets, teacher)
+    assert caught.value.problems[0].field == field
+
+
+def test_soft_loss_of_labels_alone_raises():
+    with raises(ConfigError, "loss.kind", "labels only"):
+        DistillationLoss("soft", head="class")(CLASS, LABELS, LABELS)
+
+
+def test_loss_module_with_invalid_options_names_all():
+    with raises(ConfigError) as caught:
+        DistillationLoss("sotf", temperature=0, tau=3)
+    problems = {problem.field: problem for problem in caught.value.problems}
+    assert problems.keys() == {"loss.kind", "loss.temperature", "loss.tau"}
+    assert "did you mean soft" in problems["loss.kind"].hint

@@ -44,7 +44,7 @@ def test_finetune_at_twice_the_resolution_resizes_positions(pretrained, tmp_path
     assert weights(out)["pos_embed"].shape == (1, 66, 16)
     metrics = evaluate(out).metrics
     assert metrics["heads"]["distillation"]["top1"] > 0
-    assert run_log.read(out / run_log.METRICS)[0]["train"]["loss_teacher"] > 0
+    assert run_log.read(out / run_log.METRICS)[0]["train"]["distillation_loss"] > 0
 
 
 @pytest.mark.fault("A25")

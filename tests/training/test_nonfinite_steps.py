@@ -69,7 +69,7 @@ def test_nonfinite_samples_are_those_with_nonfinite_logits():
     batch = next(loader.epoch(0))
     logits = torch.zeros(16, CLASSES)
     logits[3, 1], logits[7] = float("nan"), float("inf")
-    metrics.add({"total": logits.sum()}, StudentOutput(logits), batch, None)
+    metrics.add({"loss": logits.sum()}, StudentOutput(logits), batch, None)
     not_applied = torch.tensor(False)
     assert torch.equal(
         StepResult(not_applied, metrics.commit(not_applied)).nonfinite_samples(),
@@ -88,7 +88,7 @@ def test_metric_sums_resume_with_any_number_of_processes():
     logits = torch.randn(16, CLASSES)
     for index, batch in enumerate(loader.epoch(0)):
         for metrics in (uninterrupted, resumed):
-            metrics.add({"total": logits.sum() / 3}, StudentOutput(logits), batch, None)
+            metrics.add({"loss": logits.sum() / 3}, StudentOutput(logits), batch, None)
             metrics.commit(torch.tensor(True))
         if index == 0:
             resumed = MetricAccumulator(

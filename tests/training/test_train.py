@@ -87,7 +87,9 @@ def test_run_folder_holds_only_json_and_safetensors(teacher, tmp_path, monkeypat
     }
     rows = run_log.read(out / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-    assert {"loss", "loss_class", "loss_teacher", "agreement", "lr"} <= rows[-1]["train"].keys()
+    assert {"loss", "label_loss", "distillation_loss", "agreement", "lr"} <= rows[-1][
+        "train"
+    ].keys()
     assert {"class_top1", "distillation_top1", "fused_top1", "average_fused_top1"} <= rows[-1][
         "validation"
     ].keys()

@@ -352,7 +352,7 @@ def test_loss_term_without_weight_is_not_logged(capsys):
         "seconds": 1.0,
         "images_per_s": 1.0,
         "loader": {"share": 0.0},
-        "train": {"loss": 1.75, "loss_class": 2.3, "loss_teacher": 1.75},
+        "train": {"loss": 1.75, "label_loss": 2.3, "distillation_loss": 1.75},
     }
     log_epoch(row, 1, LOSS_PRESETS["function-matching"])
     assert "2.3" not in capsys.readouterr().out

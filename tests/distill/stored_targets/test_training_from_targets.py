@@ -164,7 +164,7 @@ def test_ensemble_of_stores_trains_as_the_online_ensemble(combine, teachers, tmp
         for stored_row, online_row in zip(metric_rows(tmp_path / name), online_rows, strict=True):
             assert stored_row["loss"] == pytest.approx(online_row["loss"], abs=2e-3)
     if combine == "tokens":
-        assert {"loss_teacher_1", "loss_teacher_2"} <= online_rows[0].keys()
+        assert {"distillation_loss_1", "distillation_loss_2"} <= online_rows[0].keys()
 
 
 def test_store_of_combined_outputs_trains_as_the_online_ensemble(teachers, tmp_path, capsys):

@@ -1,0 +1,122 @@
+"""Inputs of the distillation loss in the forms that other libraries use."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.core.types import StudentOutput, TeacherOutput
+
+StudentLogits = StudentOutput | Sequence[Tensor] | Tensor
+"""A student's output; (class logits [B, C], distillation logits [B, C] or [B, T, C]), as timm's
+distilled networks return in training; or the logits [B, C] of the only head."""
+TeacherTarget = TeacherOutput | Sequence[Tensor | None] | Tensor
+"""A teacher's output; (labels, logits), as a TargetStore returns; logits [B, C], or [B, T, C] of T
+teachers of equal weight; or labels, int64 [B]."""
+
+
+def as_student_output(outputs: StudentLogits) -> StudentOutput:
+    """Return the logits of a student's heads. Raises ConfigError for other types and shapes.
+
+    >>> as_student_output((torch.zeros(4, 10), torch.zeros(4, 10))).distillation_logits.shape
+    torch.Size([4, 1, 10])
+    """
+    if isinstance(outputs, StudentOutput):
+        return outputs
+    heads = [outputs] if isinstance(outputs, Tensor) else outputs
+    is_sequence = isinstance(heads, tuple | list) and 1 <= len(heads) <= 2
+    if not is_sequence or not all(isinstance(head, Tensor) for head in heads):
+        raise _error(
+            "outputs",
+            outputs,
+            "should be logits, (class logits, distillation logits) or a StudentOutput",
+        )
+    class_logits, *tokens = heads
+    if class_logits.ndim != 2:
+        raise _error("outputs", class_logits, "class logits should be [batch, classes]")
+    if not tokens:
+        return StudentOutput(class_logits)
+    distillation_logits = tokens[0] if tokens[0].ndim == 3 else tokens[0][:, None]
+    if distillation_logits.shape[::2] != class_logits.shape:
+        raise _error(
+            "outputs",
+            tokens[0],
+            "distillation logits should be [batch, classes] or [batch, "
+            f"tokens, classes], with class logits {tuple(class_logits.shape)}",
+        )
+    return StudentOutput(class_logits, distillation_logits)
+
+
+def as_targets(labels: Tensor, class_logits: Tensor) -> Tensor:
+    """Return label distributions, float [B, C], of these or of classes, int64 [B].
+
+    class_logits: [B, C]. Raises ConfigError for other types and shapes.
+
+    >>> as_targets(torch.tensor([1]), torch.zeros(1, 2)).tolist()
+    [[0.0, 1.0]]
+    """
+    batch, num_classes = class_logits.shape
+    if isinstance(labels, Tensor):
+        if labels.is_floating_point() and labels.shape == class_logits.shape:
+            return labels
+        if not labels.is_floating_point() and labels.shape == (batch,):
+            return one_hot(labels.long(), num_classes).float()
+    raise _error(
+        "targets",
+        labels,
+        f"should be classes, int64 [{batch}], or label distributions, float "
+        f"[{batch}, {num_classes}], for class logits {tuple(class_logits.shape)}",
+    )
+
+
+def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOutput:
+    """Return a teacher's labels and logits. Raises ConfigError for other types and shapes.
+
+    class_logits: the student's, [B, C].
+
+    >>> output = as_teacher_output(torch.tensor([[0.0, 3.0]]), torch.zeros(1, 2))
+    >>> output.labels.tolist(), output.logits.shape
+    ([[1]], torch.Size([1, 1, 2]))
+    """
+    if isinstance(teacher, TeacherOutput):
+        return teacher
+    if isinstance(teacher, tuple | list) and len(teacher) == 2:
+        labels, logits = teacher
+    else:
+        labels, logits = (teacher, None) if _is_labels(teacher) else (None, teacher)
+    batch, num_classes = class_logits.shape
+    if logits is not None:
+        logits = logits[:, None] if isinstance(logits, Tensor) and logits.ndim == 2 else logits
+        is_valid = isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim == 3
+        if not is_valid or logits.shape[::2] != (batch, num_classes):
+            raise _error(
+                "teacher",
+                logits,
+                f"logits should be float [{batch}, {num_classes}], as the student's class logits",
+            )
+    if labels is None:
+        labels = logits.argmax(dim=2)
+    elif not _is_labels(labels) or labels.shape != (batch,):
+        raise _error("teacher", labels, f"labels should be int64 [{batch}]")
+    else:
+        labels = labels[:, None]
+    num_teachers = labels.shape[1]
+    return TeacherOutput(labels, logits, (1 / num_teachers,) * num_teachers)
+
+
+def _is_labels(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
+
+
+def _error(name: str, value: object, hint: str) -> ConfigError:
+    shape = (
+        f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
+    problem = ConfigProblem(name, NO_VALUE, f"{hint}; got {shape}")
+    raise ConfigError(str(problem), [problem])
+
+
+def _shape(value: Tensor) -> str:
+    return str(list(value.shape))
