@@ -1,16 +1,18 @@
 """Training batches: the same sequence of global batches for any number of processes."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from deit.config.schema import Config
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
-from deit.core.errors import ConfigError, DataError
+from deit.core.errors import ConfigError
 from deit.core.rng import Keys, permutation
 from deit.core.tensors import to_device_async
 from deit.core.types import Batch
@@ -19,7 +21,15 @@ from deit.datasets.decode_workers import Reader, ReadResult
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 from deit.datasets.resizing import resize
+from deit.datasets.splits import Splits
 from deit.datasets.stage_timer import StageTimer
+from deit.datasets.view_batches import (
+    SampledViews,
+    TeacherInput,
+    UnmixedViews,
+    num_images_per_batch,
+    num_steps_per_epoch,
+)
 from deit.datasets.view_samplers import (
     RandomView,
     ViewSampler,
@@ -27,68 +37,10 @@ from deit.datasets.view_samplers import (
     teacher_view_sampler,
     view_sizes,
 )
-from deit.datasets.views import ChannelStats, ViewParameters, to_unit_float
+from deit.datasets.views import ChannelStats, to_unit_float
 
 _VIEWS_SAMPLED = 4096  # at most, at once: sampling a few parameters takes as long as many
-_VIEW_BYTES = (
-    2 * 2**20
-)  # at most, at once: views of small micro-batches in memory are made together
-
-
-class UnmixedViews(NamedTuple):
-    """A batch of views before mixing, which a teacher's output is a function of.
-
-    pixels: uint8 [batch, 3, height, width].
-    mix: the mixing of the pairs; None without mixing.
-    sample_ids, epoch, target_rows: as in Batch.
-    """
-
-    pixels: Tensor
-    mix: Mix | None
-    sample_ids: Tensor
-    epoch: int
-    target_rows: Tensor
-
-
-class TeacherInput(NamedTuple):
-    """A batch of the teacher's input.
-
-    images: float32 [batch, 3, height, width] in [0, 1]: the views after mixing.
-    """
-
-    images: Tensor
-    views: UnmixedViews
-
-
-class _SampledViews(NamedTuple):
-    """The view parameters of consecutive rows of an epoch, one for each sampler.
-
-    samples: int64 [rows], the index of each image, on the device. target_rows: as in Batch.
-    """
-
-    samples: Tensor
-    target_rows: Tensor
-    parameters: tuple[ViewParameters | None, ...]
-    mix: Mix | None
-
-    def select(self, rows: slice) -> "_SampledViews":
-        """Return the parameters of some rows; the first must be even."""
-        pairs = slice(rows.start // 2, rows.stop // 2)
-        return _SampledViews(
-            self.samples[rows],
-            self.target_rows[rows],
-            tuple(None if values is None else values.select(rows) for values in self.parameters),
-            None if self.mix is None else self.mix.select(pairs),
-        )
-
-
-def num_steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Return the number of training steps of an epoch, at least 1.
-
-    >>> num_steps_per_epoch(1294, batch_size=32)  # 14 images are left over
-    40
-    """
-    return max(num_images // batch_size, 1)
+_VIEW_BYTES = 2**21  # at most, at once: views of small micro-batches in memory are made together
 
 
 class TrainLoader:
@@ -144,18 +96,7 @@ class TrainLoader:
         self.num_processes = num_processes
         self.set_micro_batches(optim)
         self.num_images = len(images.labels)
-        self.images_per_batch = -(-optim.batch_size // views.aug_repeats)
-        if self.images_per_batch > self.num_images:
-            raise DataError(
-                f"optim.batch_size = {optim.batch_size}: needs {self.images_per_batch} images, but "
-                f"there are {self.num_images} for training; use a smaller batch or more data"
-            )
-        if views.uses_mixing and self.images_per_batch < 2:
-            raise ConfigError(
-                f"views.aug_repeats = {views.aug_repeats}: a batch of {optim.batch_size} would "
-                "contain a single image and mix it with itself; use fewer repeats, a larger batch "
-                "or no mixing"
-            )
+        self.images_per_batch = num_images_per_batch(optim.batch_size, views, self.num_images)
         self.device = torch.device(device)
         self.stages = StageTimer(self.device)
         self.images = images
@@ -164,6 +105,7 @@ class TrainLoader:
         source = source_size(images, views, decoded_size)
         self.sizes = sizes = view_sizes(student_size, teacher_size, source)
         self.channel_stats = channel_stats
+        self.mean, self.std = channel_stats
         self.seed = seed
         self.process_index = process_index
         self.num_workers = num_workers
@@ -179,6 +121,75 @@ class TrainLoader:
         """Called with the views of one or more micro-batches, if the teacher gets the student's."""
         self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
         self._readers: dict[tuple[Decoder, ...], Reader] = {}
+        self.class_names = tuple(map(str, range(num_classes)))
+        self.splits: Splits | None = None
+        """The images of all splits; set, as the class names are, by the constructors below."""
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        teacher_size: int | None = None,
+        device: torch.device | str | None = None,
+        process_index: int | None = None,
+        num_processes: int | None = None,
+    ) -> "TrainLoader":
+        """Return the loader of a configuration's training views, with its `splits`.
+
+        teacher_size: side [px] of the teacher's input; None: any. device: default: the current GPU
+        if there is one. process_index, num_processes: default: those of torch.distributed.
+        Raises ConfigError, DataError and SystemFault as `train` does.
+        """
+        from deit.datasets.loader_factories import loader_from_config
+
+        process = (process_index, num_processes)
+        return loader_from_config(config, teacher_size=teacher_size, device=device, process=process)
+
+    @classmethod
+    def from_folder(
+        cls,
+        root: str | PathLike,
+        *,
+        image_size: int,
+        batch_size: int,
+        views: ViewsConfig | dict[str, Any] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> "TrainLoader":
+        """Return the loader of the training views of a folder of class folders.
+
+        root: as data.root of source folder. image_size: side of the views [px]. options: of
+        `from_config`. Raises as `from_config`.
+        """
+        from deit.datasets.loader_factories import loader_from_folder
+
+        return loader_from_folder(root, image_size, batch_size, views, seed, **options)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        class_names: Sequence[str] | None = None,
+        image_size: int | None = None,
+        views: ViewsConfig | dict[str, Any] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> "TrainLoader":
+        """Return the loader of the training views of images in memory.
+
+        images: uint8 [images, 3, side, side], RGB. labels: int64 [images]. class_names: default:
+        the labels as text. image_size: side of the views [px]; default: that of the images.
+        options: of `from_config`. Raises ConfigError and DataError.
+        """
+        from deit.datasets.loader_factories import loader_from_arrays
+
+        return loader_from_arrays(
+            images, labels, batch_size, class_names, image_size, views, seed, **options
+        )
 
     def set_micro_batches(self, optim: OptimConfig) -> None:
         """Divide the same batches into other micro-batches.
@@ -304,22 +315,20 @@ class TrainLoader:
         images: Tensor,
         repeats: Tensor,
         samplers: list[ViewSampler],
-    ) -> _SampledViews:
+    ) -> SampledViews:
         """Sample the views of rows of an epoch. images, repeats: of each row, from `_locate`."""
         samples = to_device_async(images, self.device)
         repeats = to_device_async(repeats, self.device)
-        return _SampledViews(
+        mix = None
+        if self.views.uses_mixing:
+            pairs = Keys(self.seed, epoch, to_device_async(rows[::2] // 2, self.device))
+            mix = sample_mix(pairs, views=self.views, size=self.sizes.student)
+        return SampledViews(
             samples,
             images if self.views.has_fixed_teacher_view else rows,
             tuple(sampler.sample(epoch, samples, repeats) for sampler in samplers),
-            self._sample_mix(epoch, rows),
+            mix,
         )
-
-    def _sample_mix(self, epoch: int, rows: Tensor) -> Mix | None:
-        if not self.views.uses_mixing:
-            return None
-        pairs = Keys(self.seed, epoch, to_device_async(rows[::2] // 2, self.device))
-        return sample_mix(pairs, views=self.views, size=self.sizes.student)
 
     def _decode(
         self, samplers: list[ViewSampler], requests: Iterable[ReadRequest]
@@ -352,7 +361,7 @@ class TrainLoader:
     def _make_batches(
         self,
         epoch: int,
-        sampled: _SampledViews,
+        sampled: SampledViews,
         decoded: tuple[Tensor, ...] | None,
         samplers: list[ViewSampler],
     ) -> Iterator[Batch]:

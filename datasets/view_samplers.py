@@ -3,9 +3,11 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from deit.config.sections.views import ViewsConfig
+from deit.core.errors import ConfigError
 from deit.core.rng import Keys, derived_seed
 from deit.datasets.crops import CenterSquare, Decoder, RandomCrop, WholeImage
 from deit.datasets.images import EncodedImages, InMemoryImages
@@ -147,3 +149,52 @@ def teacher_view_sampler(
     return RandomView(
         views, size=size, source=source, channel_stats=channel_stats, seed=teacher_seed
     )
+
+
+def make_views(
+    images: Tensor,
+    views: ViewsConfig = ViewsConfig(),
+    *,
+    seed: int,
+    epoch: int,
+    sample_ids: Tensor,
+    repeat: int = 0,
+    size: int | None = None,
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25),
+) -> Tensor:
+    """Return augmented views of images, uint8 [batch, 3, size, size]: a pure function.
+
+    A view depends on seed, epoch, sample id and repeat only, not on the batch or the device. It is
+    the view that `TrainLoader` makes of that image, before mixup and cutmix.
+
+    images: uint8 [batch, 3, side, side]. views: the augmentations. sample_ids: int64 [batch], the
+    index of each image in its data set. repeat: which of several views of an image in an epoch.
+    size: side of the views [px]; default: that of the images. mean, std: of the data per channel,
+    in [0, 1]: the fill color of geometric operations and the noise of erased boxes.
+    Raises ConfigError for images of another type.
+
+    >>> import torch
+    >>> images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    >>> views = ViewsConfig(crop="random_resized", auto_augment="randaugment", erasing_prob=0.25)
+    >>> batch = make_views(images, views, seed=0, epoch=3, sample_ids=torch.arange(8))
+    >>> alone = make_views(images[5:6], views, seed=0, epoch=3, sample_ids=torch.tensor([5]))
+    >>> batch.shape, torch.equal(batch[5], alone[0])
+    (torch.Size([8, 3, 32, 32]), True)
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigError(
+            "images: should be uint8 [batch, 3, side, side]; got "
+            f"{images.dtype} {list(images.shape)}"
+        )
+    if images.shape[2] != images.shape[3] or sample_ids.shape != (len(images),):
+        raise ConfigError(
+            f"images: should be square, with one sample id each; got {list(images.shape)} and "
+            f"{list(sample_ids.shape)} sample ids"
+        )
+    side = images.shape[-1]
+    stats, size = ChannelStats(tuple(mean), tuple(std)), side if size is None else size
+    sampler = RandomView(views, size=size, source=side, channel_stats=stats, seed=seed)
+    sample_ids = sample_ids.to(images.device)
+    repeats = torch.full_like(sample_ids, repeat)
+    return sampler.apply(images, sampler.sample(epoch, sample_ids, repeats))

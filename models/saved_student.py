@@ -1,12 +1,17 @@
 """Save and load a student: a folder with its weights and a ModelInfo that rebuilds it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from deit.config.schema import Config
+from deit.config.sections.student import StudentConfig
+from deit.config.validation import section_from_dict
 from deit.core import manifest
 from deit.core.json_io import load_json_as
 from deit.models.load_weights import saved_weights
@@ -16,7 +21,7 @@ from deit.models.student import Student
 from deit.models.weight_files import load_weights
 
 
-def build_student(model_info: ModelInfo) -> Student:
+def student_from_info(model_info: ModelInfo) -> Student:
     """Return a new student with random weights from torch's generator.
 
     Raises ConfigError as `create_network`.
@@ -24,11 +29,40 @@ def build_student(model_info: ModelInfo) -> Student:
     >>> from deit.config.sections.student import StudentConfig
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
     >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
-    >>> build_student(model_info).network.head.weight.shape
+    >>> student_from_info(model_info).network.head.weight.shape
     torch.Size([2, 96])
     """
     network = create_network(model_info.student, len(model_info.class_names))
     return Student(network, mean=model_info.mean, std=model_info.std)
+
+
+def build_student(
+    student: StudentConfig | Config | str,
+    num_classes: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    **options: Any,
+) -> Student:
+    """Return a new student with random weights from torch's generator, for a loop of your own.
+
+    It takes images in [0, 1] and returns the logits of all its heads. student: its section of a
+    configuration, a whole configuration, or a name that student.name accepts. options: fields of
+    the section, such as image_size or depth. mean, std: the normalization of its input.
+    Raises ConfigError with all problems.
+
+    >>> student = build_student("deit_micro", 10, mean=[0.5] * 3, std=[0.25] * 3, image_size=8)
+    >>> import torch
+    >>> output = student(torch.rand(4, 3, 8, 8))
+    >>> output.class_logits.shape, output.distillation_logits.shape
+    (torch.Size([4, 10]), torch.Size([4, 1, 10]))
+    """
+    if isinstance(student, Config):
+        student = student.student
+    fields = {"name": student} if isinstance(student, str) else asdict(student)
+    config = section_from_dict(StudentConfig, "student", {**fields, **options})
+    network = create_network(config, num_classes)
+    return Student(network, mean=tuple(mean), std=tuple(std))
 
 
 def save_student(folder: str | Path, weights: dict[str, Tensor], model_info: ModelInfo) -> None:
@@ -67,7 +101,7 @@ def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
     >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
     >>> with TemporaryDirectory() as folder:
-    ...     save_student(folder, build_student(model_info).network.state_dict(), model_info)
+    ...     save_student(folder, student_from_info(model_info).network.state_dict(), model_info)
     ...     student, loaded = load_student(folder)
     >>> loaded == model_info, student.network.num_classes
     (True, 2)
@@ -76,6 +110,6 @@ def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
     if (folder / manifest.MANIFEST).is_file():
         manifest.verify_dir(folder)
     model_info = load_json_as(folder / MODEL_INFO, ModelInfo)
-    student = build_student(model_info)
+    student = student_from_info(model_info)
     load_weights(student.network, saved_weights(folder, model_info), origin=str(folder / WEIGHTS))
     return student, model_info

@@ -34,7 +34,9 @@ from deit.models.teachers import ASSUMED, BY_NAME, LoadedNetwork, Teacher
 from deit.models.weight_files import load_weights, read_weights, strip_common_prefix
 
 
-def load_teacher(spec: TeacherSpec, class_names: tuple[str, ...], *, image_size: int) -> Teacher:
+def teacher_from_spec(
+    spec: TeacherSpec, class_names: tuple[str, ...], *, image_size: int
+) -> Teacher:
     """Load a teacher and match its logits to the classes of the data.
 
     image_size: side [px] of its input, if neither `spec` nor the source states one.
@@ -49,11 +51,21 @@ def load_teacher(spec: TeacherSpec, class_names: tuple[str, ...], *, image_size:
     >>> with TemporaryDirectory() as folder:
     ...     _ = (Path(folder) / "net.py").write_text(code)
     ...     spec = TeacherSpec(f"{folder}/net.py:net", None, None, None, None, 1.0, "auto")
-    ...     teacher = load_teacher(spec, ("cat", "dog"), image_size=8)
+    ...     teacher = teacher_from_spec(spec, ("cat", "dog"), image_size=8)
     >>> tuple(teacher(torch.rand(4, 3, 8, 8)).shape), teacher.training
     ((4, 2), False)
     """
     loaded = _load_network(spec, class_names)
+    return match_teacher(loaded, spec, class_names, image_size=image_size)
+
+
+def match_teacher(
+    loaded: LoadedNetwork, spec: TeacherSpec, class_names: tuple[str, ...], *, image_size: int
+) -> Teacher:
+    """Return a loaded network as a teacher of these classes, with the options of its `spec`.
+
+    image_size: as for `teacher_from_spec`. Raises DataError and ConfigError as it does.
+    """
     trained_size = loaded.image_size
     if spec.image_size is not None:
         loaded = loaded._replace(image_size=spec.image_size)
@@ -132,7 +144,7 @@ def _load_network(spec: TeacherSpec, class_names: tuple[str, ...]) -> LoadedNetw
     return _from_timm(f"local-dir:{path}" if path.is_dir() else source, source)
 
 
-class _FusedLogits(nn.Module):
+class FusedLogits(nn.Module):
     """A student as a network with a single output: the fused logits of its heads, if it has two."""
 
     def __init__(self, student: Student) -> None:
@@ -151,7 +163,7 @@ def _from_run(folder: Path, source: str) -> LoadedNetwork:
     student.mean.zero_()
     student.std.fill_(1)
     return LoadedNetwork(
-        _FusedLogits(student),
+        FusedLogits(student),
         f"{model_info.student.name} from {source}",
         model_info.student.image_size,
         mean,

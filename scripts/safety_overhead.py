@@ -25,7 +25,7 @@ from deit.datasets.splits import load_splits
 from deit.distill.build import build_accelerator, build_train_loader, model_info_from
 from deit.distill.losses import distillation_loss
 from deit.distill.run_teachers import RunTeachers
-from deit.models.saved_student import build_student
+from deit.models.saved_student import student_from_info
 from deit.training.loop import MetricAccumulator, StepContext, seed_torch, train_epoch
 from deit.training.lr_schedule import lr_at, set_lr
 from deit.training.optimizer import EMA, build_optimizer
@@ -49,7 +49,7 @@ def make_job(
     accelerator = build_accelerator(config.run)
     splits = load_splits(config.data)
     model_info = model_info_from(config.student, config.views, splits)
-    student = build_student(model_info)
+    student = student_from_info(model_info)
     average = EMA(student, horizon=100)
     optimizer = build_optimizer(student, config.optim)
     student, optimizer = accelerator.prepare(student, optimizer)

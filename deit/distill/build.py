@@ -12,14 +12,13 @@ from deit.config.sections.teacher import TeacherConfig
 from deit.config.sections.views import ViewsConfig
 from deit.config.teachers import TeacherSpec, teacher_specs
 from deit.core.accelerator import create_accelerator
-from deit.datasets.decode_workers import resolve_num_workers
 from deit.datasets.loader import TrainLoader
+from deit.datasets.loader_factories import channel_stats, loader_of
 from deit.datasets.splits import Splits
-from deit.datasets.views import ChannelStats
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
 from deit.models.memory_format import default_memory_format
 from deit.models.saved_student import ModelInfo
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 from deit.models.teachers import Teacher
 
 
@@ -36,12 +35,6 @@ def build_accelerator(run: RunConfig, *, grad_accum_steps: int = 1) -> Accelerat
         gradient_compression=run.gradient_compression,
         timeout_s=run.timeout_s,
     )
-
-
-def channel_stats(views: ViewsConfig, splits: Splits) -> ChannelStats:
-    """Return the normalization of `views`, or else the mean and standard deviation of the data, in
-    [0, 1] per channel."""
-    return ChannelStats(views.mean or splits.mean, views.std or splits.std)
 
 
 def model_info_from(student: StudentConfig, views: ViewsConfig, splits: Splits) -> ModelInfo:
@@ -61,9 +54,9 @@ def build_teacher(
 ) -> Teacher:
     """Return a teacher on its device, in its memory format.
 
-    image_size: side of the student's images [px]. Raises the errors of `load_teacher`.
+    image_size: side of the student's images [px]. Raises the errors of `teacher_from_spec`.
     """
-    teacher = load_teacher(spec, class_names, image_size=image_size).to(accelerator.device)
+    teacher = teacher_from_spec(spec, class_names, image_size=image_size).to(accelerator.device)
     if spec.memory_format == "auto":
         mixed = accelerator.mixed_precision != "no"
         device = accelerator.device.type
@@ -75,7 +68,7 @@ def build_teacher(
 def build_teachers(
     teacher: TeacherConfig, class_names: tuple[str, ...], image_size: int, accelerator: Accelerator
 ) -> list[Teacher]:
-    """Return all teachers of a configuration. Raises the errors of `load_teacher`.
+    """Return all teachers of a configuration. Raises the errors of `teacher_from_spec`.
 
     image_size: side of the student's images [px].
 
@@ -150,19 +143,12 @@ def build_train_loader(
         >>> tuple(batch.images.shape), tuple(batch.targets.shape)
         ((16, 3, 8, 8), (16, 10))
     """
-    return TrainLoader(
-        splits.train,
-        len(splits.class_names),
-        views=config.views,
-        optim=config.optim,
-        student_size=config.student.image_size,
+    process = (accelerator.process_index, accelerator.num_processes)
+    return loader_of(
+        config,
+        splits,
         teacher_size=teacher_size,
-        decoded_size=config.data.image_size,
-        channel_stats=channel_stats(config.views, splits),
-        seed=config.views_seed,
-        process_index=0 if all_processes else accelerator.process_index,
-        num_processes=1 if all_processes else accelerator.num_processes,
         device=accelerator.device,
-        num_workers=resolve_num_workers(config.data.num_workers),
+        process=(0, 1) if all_processes else process,
         with_teacher_images=with_teacher_images,
     )

@@ -15,9 +15,10 @@ from deit.config.teachers import TeacherSlot, teacher_slots
 from deit.core.accelerator import in_main_process
 from deit.core.console import count_noun, format_percent, info, warn
 from deit.core.errors import NotFoundError
-from deit.datasets.loader import TrainLoader, UnmixedViews
+from deit.datasets.loader import TrainLoader
 from deit.datasets.sources.listing import check_root
 from deit.datasets.splits import Splits
+from deit.datasets.view_batches import UnmixedViews
 from deit.distill.build import build_online_ensemble, build_teacher, teacher_input_size
 from deit.distill.losses import needs_logits
 from deit.distill.target_content import open_stores
@@ -112,7 +113,7 @@ class RunTeachers:
         return [store for store in self.stores if store is not None]
 
     def load(self, class_names: tuple[str, ...], image_size: int, accelerator: Accelerator) -> None:
-        """Load the networks; one with a store can be missing. Raises as `load_teacher`.
+        """Load the networks; one with a store can be missing. Raises as `teacher_from_spec`.
 
         image_size: side of the student's images [px].
         """

@@ -13,6 +13,9 @@ from deit.datasets.splits import Splits
 from deit.datasets.views import VIEW_VERSION
 from deit.models.teachers import Teacher
 
+OF_TEACHERS = ("teacher", "combine", "weights")
+"""The keys of a store's fingerprint that identify the teachers (see `teachers_fingerprint`)."""
+
 # Fields of the views section that never change what a teacher sees.
 _NEVER = ("mean", "std", "seed")
 # Fields that matter only if the teacher's view is fixed.

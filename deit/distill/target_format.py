@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deit.datasets.loader import UnmixedViews
+from deit.datasets.view_batches import UnmixedViews
 
 FORMAT_VERSION = 3
 _MAX_SHARDS = 2048

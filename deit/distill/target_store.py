@@ -15,11 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from deit.core.console import progress
-from deit.core.errors import CheckpointError, DataError
+from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.file_reading import read_bytes
 from deit.core.json_io import digest_of_value, parse_strict_json
 from deit.core.types import Batch
-from deit.datasets.loader import UnmixedViews
+from deit.datasets.loader import TrainLoader
+from deit.datasets.view_batches import UnmixedViews
+from deit.distill.target_fingerprint import OF_TEACHERS, differences, fingerprint_of
 from deit.distill.target_format import (
     FORMAT_VERSION,
     RecordFormat,
@@ -41,7 +43,7 @@ class TargetStore:
 
     Example:
         >>> import torch
-        >>> store = open_store("checkpoints/digits-targets")
+        >>> store = TargetStore.open("checkpoints/digits-targets")
         >>> store.record_format.content, store.record_format.epochs, store.records(0).dtype.itemsize
         ('full', 1, 21)
         >>> images, rows = torch.zeros(2, 3, 8, 8), torch.tensor([5, 3])
@@ -60,6 +62,34 @@ class TargetStore:
         self.checks = StoreChecks.from_bytes((path / CHECKS).read_bytes(), self.record_format)
         self._epoch, self._records = -1, np.empty(0, self.record_format.dtype)
         self._checked_epoch = -1
+
+    @classmethod
+    def open(cls, path: str | Path, loader: TrainLoader | None = None) -> "TargetStore":
+        """Return a complete store. loader: of the views that it is for, see `attach`.
+
+        Raises the errors of `open_store` and `attach`.
+        """
+        store = open_store(path)
+        if loader is not None:
+            store.attach(loader)
+        return store
+
+    def attach(self, loader: TrainLoader) -> None:
+        """Compare the store with a loader's images, classes and views, and from now on a view of
+        each epoch with its checksum, while the loader makes the views.
+
+        loader: from one of TrainLoader's constructors. Raises DataError with all differences, and
+        while training if a view is not the one that the teacher saw; ConfigError for a loader
+        without splits.
+        """
+        if loader.splits is None:
+            raise ConfigError("loader: has no splits; make it with TrainLoader.from_config")
+        stored = {
+            name: value for name, value in self.fingerprint.items() if name not in OF_TEACHERS
+        }
+        if lines := differences(stored, fingerprint_of(loader.splits, loader)):
+            raise mismatch_error(self.path, lines)
+        loader.on_views = self.check_once_per_epoch
 
     @property
     def input_sizes(self) -> list[int | None]:
@@ -86,7 +116,7 @@ class TargetStore:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the targets of a batch: labels, int64 [B]; log-probabilities, float32 [B, C], or
-        None. After the stored epochs they start again with the first."""
+        None if only labels are stored. After the stored epochs they start again with the first."""
         epoch = batch.epoch % self.record_format.epochs
         labels, scores = decode(self.record_format, self.records(epoch)[batch.target_rows.numpy()])
         device = batch.images.device
@@ -137,6 +167,19 @@ class TargetStore:
 
 
 _DIGEST = "sha256"
+
+
+def mismatch_error(path: Path, lines: list[str]) -> DataError:
+    """Return the error that a store was written for something else. lines: the differences."""
+    hint = ""
+    if any(line.startswith("seed:") for line in lines):
+        hint = "\n  (views.seed sets the seed of the views independently of run.seed)"
+    return DataError(
+        f"teacher.target_stores {path}: was written for other data, views or teachers; write a "
+        "store for this configuration, or train the one it was written for:"
+        + "".join(f"\n  {line}" for line in lines)
+        + hint
+    )
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:

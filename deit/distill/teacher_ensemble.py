@@ -1,19 +1,22 @@
 """The teachers of a run as one call, live or from a target store."""
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Protocol, get_args
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from deit.config.command_choices import check_choice
 from deit.config.field_types import EnsembleMode
 from deit.core.accelerator import compile_module
-from deit.core.errors import NumericsError
+from deit.core.errors import ConfigError, NumericsError
 from deit.core.tensors import device_constant
 from deit.core.types import Batch, TeacherOutput
-from deit.datasets.loader import TeacherInput, TrainLoader
+from deit.datasets.loader import TrainLoader
+from deit.datasets.view_batches import TeacherInput
 from deit.models.teachers import Teacher
 
 TeacherQuery = Callable[[TeacherInput], TeacherOutput]
@@ -33,26 +36,30 @@ class OnlineTeacher:
     [B, C].
     """
 
-    def __init__(self, teacher: Teacher, accelerator: Accelerator) -> None:
+    def __init__(self, teacher: Teacher, accelerator: Accelerator | None = None) -> None:
+        """accelerator: sets the precision; without one it is that of the caller's autocast."""
         self.teacher = teacher
-        self.accelerator = accelerator
+        self.autocast = nullcontext if accelerator is None else accelerator.autocast
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(), self.accelerator.autocast():
+        if batch.teacher_images is None:
+            raise ConfigError(
+                "teachers: the batch has no images for them; its loader was made without"
+            )
+        with torch.inference_mode(), self.autocast():
             logits = self.teacher(batch.teacher_images)
         logits = logits.clone()  # a normal tensor, which autograd can save
         return logits.argmax(dim=1), logits
 
 
 class TeacherEnsemble:
-    """All teachers of a run as one call; checks that every output is finite.
+    """One or several teachers as one call, live or stored; checks that every output is finite.
 
     Example:
         >>> def color(batch):  # a teacher: from a batch to labels [B] and logits [B, C]
         ...     logits = batch.teacher_images.mean(dim=(2, 3))
         ...     return logits.argmax(dim=1), logits
-        >>> ensemble = TeacherEnsemble([color, color], weights=(0.5, 0.5), mode="logits",
-        ...                            temperature=1.0, needs_logits=True, name=str)
+        >>> ensemble = TeacherEnsemble([color, color], mode="logits", weights=(3, 1))
         >>> images, rows = torch.rand(4, 3, 8, 8), torch.arange(4)
         >>> output = ensemble(Batch(images, images, torch.zeros(4, 3), rows, 0, rows))
         >>> output.labels.shape, output.logits.shape  # one output, which combines both teachers
@@ -61,21 +68,40 @@ class TeacherEnsemble:
 
     def __init__(
         self,
-        teachers: list[TeacherFn],
+        teachers: Sequence[Teacher | TeacherFn],
         *,
-        weights: tuple[float, ...],
-        mode: EnsembleMode,
-        temperature: float,
-        needs_logits: bool,
-        name: Callable[[int], str],
+        mode: EnsembleMode = "probabilities",
+        weights: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        needs_logits: bool = True,
+        name: Callable[[int], str] = "image {}".format,
     ) -> None:
-        """weights, mode, temperature: see `combine_teachers`. needs_logits: whether the loss needs
-        more than labels. name: returns the name of a training image in messages."""
-        self.teachers = teachers
+        """teachers: of `load_teacher`, target stores, or functions as `TeacherFn`. mode,
+        temperature: see `combine_teachers`. weights: one per teacher; only the proportions matter;
+        default: equal. needs_logits: whether the loss needs more than labels. name: returns the
+        name of a training image in messages.
+
+        Raises ConfigError for another number of weights or an unknown mode.
+        """
+        count = len(teachers)
+        weights = (1.0,) * count if weights is None else tuple(weights)
+        if not count or len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
+            raise ConfigError(
+                f"weights = {weights}: should be {count} numbers of at least 0, one per teacher, "
+                "with a positive sum"
+            )
+        check_choice("mode", mode, get_args(EnsembleMode))
+        self.teachers = [
+            OnlineTeacher(teacher) if isinstance(teacher, Teacher) else teacher
+            for teacher in teachers
+        ]
+        total = sum(weights)
+        if not math.isclose(total, 1):  # otherwise the last bits would change
+            weights = tuple(weight / total for weight in weights)
         self.weights = weights
         self.mode = mode
         self.temperature = temperature
-        self.needs_logits = needs_logits or (len(teachers) > 1 and mode != "tokens")
+        self.needs_logits = needs_logits or (count > 1 and mode != "tokens")
         self.name = name
         self._nonfinite_ids: Tensor | None = None
         self._num_batches = 0

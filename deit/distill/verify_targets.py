@@ -25,9 +25,14 @@ from deit.distill.build import (
     build_teachers,
     build_train_loader,
 )
-from deit.distill.target_fingerprint import differences, fingerprint_of, teachers_fingerprint
+from deit.distill.target_fingerprint import (
+    OF_TEACHERS,
+    differences,
+    fingerprint_of,
+    teachers_fingerprint,
+)
 from deit.distill.target_format import decode
-from deit.distill.target_store import TargetStore, open_store
+from deit.distill.target_store import TargetStore, mismatch_error, open_store
 from deit.distill.teacher_ensemble import TeacherQuery, teacher_query
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
@@ -98,6 +103,11 @@ def verify_targets(
 def _config_of(store: TargetStore, *, root: str | None, teacher: tuple[str, ...] | None) -> Config:
     """Return the configuration a store was written with, with new paths. Raises CheckpointError if
     it cannot be read, ConfigError if it would run a teacher's code without permission."""
+    if store.provenance.get("config", "") is None:
+        raise ConfigError(
+            f"{store.path}: was written from a loader in Python; TargetStore.open(path, loader) "
+            "verifies it"
+        )
     try:
         config = config_from_dict(store.provenance["config"], live_teacher=False)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
@@ -199,22 +209,13 @@ def _compare_fingerprints(
 ) -> None:
     """Raise DataError with all differences between a store's fingerprint and that of a run."""
     stored = dict(store.fingerprint)
-    of_teachers = {key: stored.pop(key, None) for key in ("teacher", "combine", "weights")}
+    of_teachers = {key: stored.pop(key, None) for key in OF_TEACHERS}
     lines = differences(stored, fingerprint_of(splits, loader))
     if teachers is not None:
         of_teachers = {key: value for key, value in of_teachers.items() if value is not None}
         lines += differences(of_teachers, teachers_fingerprint(config, teachers))
-    if not lines:
-        return
-    hint = ""
-    if any(line.startswith("seed:") for line in lines):
-        hint = "\n  (views.seed sets the seed of the views independently of run.seed)"
-    raise DataError(
-        f"teacher.target_stores {store.path}: was written for other data, views or teachers; write "
-        "a store for this configuration, or train the one it was written for:"
-        + "".join(f"\n  {line}" for line in lines)
-        + hint
-    )
+    if lines:
+        raise mismatch_error(store.path, lines)
 
 
 def _sample_checked_rows(store: TargetStore, count: int) -> list[tuple[int, int]]:

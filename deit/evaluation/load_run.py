@@ -19,7 +19,7 @@ from deit.datasets.sources.imagenet_test_sets import load_test_set
 from deit.datasets.splits import load_split
 from deit.models.adapt_weights import LoadedWeights, adapt_weights
 from deit.models.metadata import ModelInfo, find_saved_model
-from deit.models.saved_student import build_student, load_student
+from deit.models.saved_student import load_student, student_from_info
 from deit.models.student import Student
 from deit.models.weight_files import load_weights
 
@@ -118,7 +118,7 @@ def student_at_resolution(saved: str | Path, side: int | None) -> tuple[Student,
         return student, model_info
     _check_side(student, model_info, side)
     model_info = replace(model_info, student=replace(config, image_size=side))
-    resized, names = build_student(model_info), model_info.class_names
+    resized, names = student_from_info(model_info), model_info.class_names
     weights = LoadedWeights(
         student.network.state_dict(), config.name, config, names, model_info.mean, model_info.std
     )

@@ -25,7 +25,7 @@ from deit.models.attention_rollout import AttentionMaps, check_attention, rollou
 from deit.models.metadata import ModelInfo, find_saved_model
 from deit.models.saved_student import load_student
 from deit.models.student import Student
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 from deit.models.teachers import Teacher
 from deit.viz.attention_plot import draw_attention
 
@@ -189,7 +189,9 @@ def _load_teacher(run: Path, source: str | None, model_info: ModelInfo) -> Teach
                 "teacher if you trust it"
             )
     (spec,) = teacher_specs(config)
-    teacher = load_teacher(spec, model_info.class_names, image_size=model_info.student.image_size)
+    teacher = teacher_from_spec(
+        spec, model_info.class_names, image_size=model_info.student.image_size
+    )
     log_class_order(teacher, model_info.class_names)
     return teacher
 

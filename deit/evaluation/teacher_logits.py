@@ -20,7 +20,7 @@ from deit.distill.build import teacher_input_size
 from deit.distill.inference import predict_split
 from deit.distill.teacher_check import check_class_order, log_class_order
 from deit.distill.teacher_ensemble import combine_teachers
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 from deit.models.teachers import Teacher
 
 
@@ -94,7 +94,8 @@ def _load_teachers(
     side = config.student.image_size
     try:
         return [
-            load_teacher(member, class_names, image_size=side) for member in teacher_specs(spec)
+            teacher_from_spec(member, class_names, image_size=side)
+            for member in teacher_specs(spec)
         ]
     except (DataError, CheckpointError, ConfigError) as error:
         if not is_own:

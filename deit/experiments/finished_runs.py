@@ -15,7 +15,7 @@ from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.datasets.splits import load_splits
 from deit.distill.run_teachers import digest_of_teachers
 from deit.experiments.parallel_runs import RunSpec
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 
 _REMEDY = "restore them, or give another folder"
 
@@ -94,7 +94,7 @@ def _digest(members: Iterable[Any], class_names: tuple[str, ...], image_size: in
         return ""
     try:
         return digest_of_teachers(
-            [load_teacher(member, class_names, image_size=image_size) for member in members]
+            [teacher_from_spec(member, class_names, image_size=image_size) for member in members]
         )
     except (DataError, CheckpointError, ConfigError):
         return ""

@@ -13,8 +13,8 @@ from deit.core.console import info, table, warn
 from deit.core.errors import ConfigError, DeitError
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import check_same_request
-from deit.datasets.loader import num_steps_per_epoch
 from deit.datasets.splits import load_splits
+from deit.datasets.view_batches import num_steps_per_epoch
 from deit.distill.student_init import load_init_weights, with_init_normalization
 from deit.experiments import shared_targets
 from deit.experiments.base_runs import UNNAMED, BaseRuns, Experiment, slugify

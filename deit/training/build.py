@@ -21,7 +21,7 @@ from deit.distill.student_init import init_masks, init_student
 from deit.models.metadata import base_of
 from deit.models.onednn_linear import use_onednn
 from deit.models.parameters import freeze_except, layer_depths
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.models.student import Student, has_distillation_head
 from deit.models.surgery.pruning_masks import Masks, PruningMasks
 from deit.training.memory import recomputes
@@ -113,7 +113,7 @@ def _build_student(
     config, loaded = resolved.config, resolved.init_weights
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
-        student = build_student(model_info)
+        student = student_from_info(model_info)
     report = None
     if loaded is not None:
         report = init_student(student.network, loaded, config.init, model_info)

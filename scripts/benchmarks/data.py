@@ -17,7 +17,7 @@ from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.loader import TrainLoader
 from deit.datasets.sources.image_stores import FolderStore
 from deit.datasets.views import ChannelStats
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from scripts.benchmarks.interleaved import Case, photographs, run_cases
 from scripts.benchmarks.ours import timm_loader
 
@@ -116,7 +116,7 @@ def step_case(name: str, network: str, patch: int, side: int) -> Case:
     )
     classes = tuple(str(label) for label in range(10))
     config = StudentConfig(name=network, image_size=side, patch_size=patch)
-    student = build_student(ModelInfo(config, classes, *CHANNEL_STATS, 1.0))
+    student = student_from_info(ModelInfo(config, classes, *CHANNEL_STATS, 1.0))
     optimizer = torch.optim.AdamW(student.parameters())
 
     def step(inputs: Tensor, targets: Tensor) -> int:

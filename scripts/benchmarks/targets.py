@@ -21,8 +21,9 @@ from deit.distill.build import (
     build_train_loader,
 )
 from deit.distill.target_format import RecordFormat
+from deit.distill.target_writer import encode_batch
 from deit.distill.teacher_ensemble import teacher_query
-from deit.distill.write_targets import encode_batch, write_targets
+from deit.distill.write_targets import write_targets
 from deit.models.registry import create_network
 from scripts.benchmarks.interleaved import Case, photographs, run_cases
 from scripts.benchmarks.ours import our_steps

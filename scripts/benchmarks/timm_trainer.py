@@ -19,7 +19,7 @@ from deit.config.recipes.cifar import cifar10_micro
 from deit.config.schema import Config
 from deit.config.sections.views import ViewsConfig
 from deit.distill.losses import distillation_loss
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.models.student import Student
 from deit.training.build import build_run
 from deit.training.epochs import step_context
@@ -96,7 +96,7 @@ def our_student(config: Config) -> Student:
     """Return the student with the initial weights of both sides."""
     names = tuple(f"class {label}" for label in range(10))
     torch.manual_seed(0)
-    return build_student(ModelInfo(config.student, names, MEAN, STD, 1.0))
+    return student_from_info(ModelInfo(config.student, names, MEAN, STD, 1.0))
 
 
 def timm_batches(config: Config, *, workers: int) -> Iterator[tuple[Tensor, Tensor]]:

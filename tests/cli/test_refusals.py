@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from deit.config.sections.student import StudentConfig
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, fake_teacher, tree
 
 TRAIN = "train_deit.py"
@@ -129,7 +129,7 @@ def plain_pickle(folder: Path) -> Path:
 def other_network(folder: Path) -> Path:
     path = folder / "teacher.safetensors"
     info = ModelInfo(StudentConfig(name="small_convnet"), TEN[1:], (0.5,) * 3, (0.5,) * 3, 1.0)
-    weights = build_student(info).network.state_dict()
+    weights = student_from_info(info).network.state_dict()
     save_file({**weights, "unknown": torch.zeros(1)}, path)
     return path
 

@@ -33,7 +33,7 @@ from deit.deploy.export_formats import FORMATS
 from deit.deploy.int8_layers import by_onnxruntime
 from deit.distill import student_init
 from deit.models import load_weights, teacher_sources, weight_files
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.training import build, optimizer
 from tests.helpers.errors import raises
 
@@ -116,7 +116,7 @@ class Fails(nn.Module):
 
 def check_student(error, monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(build, "build_student", lambda facts: Fails(error))
+    monkeypatch.setattr(build, "student_from_info", lambda facts: Fails(error))
     build.build_run(handwriting.digits_teacher())
 
 
@@ -133,7 +133,7 @@ def read_safetensors(error, monkeypatch):
 
 def load_teacher(source):
     (member,) = teacher_specs(TeacherConfig(source=(source,)))
-    teacher_sources.load_teacher(member, ("a", "b"), image_size=8)
+    teacher_sources.teacher_from_spec(member, ("a", "b"), image_size=8)
 
 
 def teacher_forward(error, monkeypatch):
@@ -182,7 +182,7 @@ def export(error, monkeypatch):
         StudentConfig(name="small_convnet", image_size=8), ("a",), (0,) * 3, (1,) * 3, 1
     )
     monkeypatch.setattr(torch.export, "export", steps)
-    FORMATS["pt2"].write(Path("nowhere"), build_student(facts), facts)
+    FORMATS["pt2"].write(Path("nowhere"), student_from_info(facts), facts)
 
 
 def onnxruntime(error, monkeypatch):

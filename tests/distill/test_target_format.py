@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from deit.datasets.loader import UnmixedViews
 from deit.datasets.mixing import Mix
+from deit.datasets.view_batches import UnmixedViews
 from deit.distill.target_fingerprint import differences
 from deit.distill.target_format import RecordFormat, decode, encode, view_checksum
 

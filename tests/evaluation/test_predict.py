@@ -15,7 +15,7 @@ from deit.config.validation import load_config
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_splits
 from deit.models.saved_student import load_student
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 from deit.models.teachers import BY_NAME
 from deit.training.train import train
 
@@ -63,7 +63,7 @@ def test_predict_probabilities_equal_student_and_teacher(workspace, predict, tmp
     config = load_config(workspace / "run" / "config.json")
     student, model_info = load_student(workspace / "run" / "best")
     (spec,) = teacher_specs(config.teacher)
-    teacher = load_teacher(spec, model_info.class_names, image_size=8)
+    teacher = teacher_from_spec(spec, model_info.class_names, image_size=8)
     images = load_splits(config.data).test.pixels[:3].float() / 255
     with torch.no_grad():
         heads = {**logits_by_head(student.eval()(images)), "teacher": teacher(images)}
@@ -162,7 +162,7 @@ def test_predict_teacher_of_larger_images_gets_larger_views(
             return torch.zeros(len(views), 10)
 
     monkeypatch.setattr(
-        "deit.evaluation.predict.load_teacher", lambda *arguments, **options: LargerTeacher()
+        "deit.evaluation.predict.teacher_from_spec", lambda *arguments, **options: LargerTeacher()
     )
     options = ("--teacher", "run", "--json", "result.json")
     code, _ = predict(workspace / "run", "empty.png", workspace / "pictures", *options)

@@ -30,7 +30,7 @@ from deit.experiments.parallel_runs import FailedRun
 from deit.experiments.shared_targets import teacher_query_key
 from deit.experiments.sweep_execute import SweepFailures
 from deit.experiments.sweep_plan import SweepPlan
-from deit.models.saved_student import build_student, load_student, save_weights
+from deit.models.saved_student import load_student, save_weights, student_from_info
 from deit.models.surgery.pruning_masks import MASKS, is_masked, num_remaining, read_masks
 from tests.helpers.commands import runs_over
 from tests.helpers.errors import raises
@@ -192,7 +192,7 @@ def test_reinitialized_control_starts_from_other_weights(finished_lottery, tmp_p
     initial = {}
     for run in ("level-0", "reinitialized-2"):
         torch.manual_seed(load_config(folder / run / "config.json").run.seed)
-        initial[run] = dict(build_student(facts).network.named_parameters())
+        initial[run] = dict(student_from_info(facts).network.named_parameters())
     for name, mask in read_masks(folder / "masks" / "level-2.safetensors").items():
         same = initial["level-0"][name] == initial["reinitialized-2"][name]
         assert not same[mask].any()

@@ -15,7 +15,7 @@ from deit.deploy.export import split_normalization
 from deit.deploy.export_formats import onnx_inference_fn, write_onnx_with_metadata
 from deit.deploy.int8_layers import prepare
 from deit.distill.inference import evaluation_batches
-from deit.models.saved_student import ModelInfo, build_student, load_student
+from deit.models.saved_student import ModelInfo, load_student, student_from_info
 
 SMALL_DEIT = {"depth": 2, "embed_dim": 48, "num_heads": 4}
 QUANTIZABLE = [("distilled", "static"), ("distilled", "dynamic"), ("plain", "static")]
@@ -120,7 +120,7 @@ def prepared_network(folder, name, *, size=8, classes=3, **settings):
     student = StudentConfig(name=name, image_size=size, **settings)
     model_info = ModelInfo(student, tuple(map(str, range(classes))), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(0)
-    network = build_student(model_info)
+    network = student_from_info(model_info)
     bare, _ = split_normalization(network)
     write_once(folder, bare, model_info)
     layers = prepare(folder / "model.onnx", folder / "prepared.onnx")

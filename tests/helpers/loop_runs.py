@@ -13,7 +13,7 @@ from deit.datasets.loader import TrainLoader
 from deit.datasets.views import ChannelStats
 from deit.distill.losses import needs_logits
 from deit.distill.teacher_ensemble import OnlineTeacher, TeacherEnsemble
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.models.teachers import LoadedNetwork, Teacher
 from deit.training.loop import StepContext
 from deit.training.optimizer import EMA, build_optimizer
@@ -78,7 +78,7 @@ def make_step_context(
         num_distillation_tokens=tokens,
     )
     info = ModelInfo(student_config, tuple("abcd"), (0.5,) * 3, (0.25,) * 3, 1.0)
-    student = build_student(info)
+    student = student_from_info(info)
     teacher = Teacher(
         LoadedNetwork(RecordingTeacher(), "recording", None, (0.0,) * 3, (1.0,) * 3, None)
     )

@@ -15,7 +15,7 @@ from deit.core.types import logits_by_head
 from deit.models.metadata import ModelInfo, find_saved_model
 from deit.models.registry import NETWORKS, create_network
 from deit.models.registry import SIZES as SHAPES
-from deit.models.saved_student import build_student, load_student, save_student
+from deit.models.saved_student import load_student, save_student, student_from_info
 from deit.models.student import Student, has_distillation_head
 from deit.models.weight_files import load_weights, read_weights
 from tests.helpers.errors import raises
@@ -53,7 +53,7 @@ def test_mean_of_heads_equals_timm_output():
         depth=2,
         num_heads=3,
     ).eval()
-    student = build_student(model_info()).eval()
+    student = student_from_info(model_info()).eval()
     load_weights(student.network, reference.state_dict(), origin="timm")
     images = torch.rand(5, 3, 16, 16)
     mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
@@ -69,7 +69,7 @@ def test_mean_of_heads_equals_timm_output():
 
 
 def test_output_type_is_equal_in_training_and_evaluation():
-    student = build_student(model_info())
+    student = student_from_info(model_info())
     images = torch.rand(2, 3, 16, 16)
     trained, evaluated = student.train()(images), student.eval()(images)
     assert torch.allclose(trained.class_logits, evaluated.class_logits, atol=1e-6)
@@ -77,7 +77,7 @@ def test_output_type_is_equal_in_training_and_evaluation():
 
 
 def test_parameter_names_equal_timm():
-    names = build_student(model_info()).network.state_dict().keys()
+    names = student_from_info(model_info()).network.state_dict().keys()
     reference = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
     assert set(names) == set(reference.state_dict())
 
@@ -133,7 +133,7 @@ def test_num_heads_not_dividing_width_raises():
 
 
 def test_saved_student_loads_bit_equal(tmp_path):
-    student = build_student(model_info())
+    student = student_from_info(model_info())
     folder = tmp_path / "best"
     folder.mkdir()
     save_student(folder, student.network.state_dict(), model_info())
@@ -148,7 +148,7 @@ def test_saved_student_loads_bit_equal(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "not json", "other field", "no file"])
 def test_damaged_student_raises_with_name(tmp_path, damage):
-    save_student(tmp_path, build_student(model_info()).network.state_dict(), model_info())
+    save_student(tmp_path, student_from_info(model_info()).network.state_dict(), model_info())
     weights, described = tmp_path / "model.safetensors", tmp_path / "model.json"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -210,9 +210,9 @@ def test_unreadable_weight_file_raises_with_name(tmp_path):
 
 @pytest.mark.fault("B6")
 def test_load_weights_lists_differences_before_copying(tmp_path):
-    network = build_student(model_info()).network
+    network = student_from_info(model_info()).network
     before = network.state_dict()["head.bias"].clone()
-    weights = dict(build_student(model_info(classes=("a", "b"))).network.state_dict())
+    weights = dict(student_from_info(model_info(classes=("a", "b"))).network.state_dict())
     weights["extra"] = weights.pop("cls_token")
     save_file(weights, tmp_path / "w.safetensors")
     with raises(CheckpointError, "w:") as caught:
@@ -250,7 +250,7 @@ def test_distillation_tokens_have_own_position_and_head(tokens):
 
 def test_saved_distillation_tokens_load_equal(tmp_path):
     student = dataclasses.replace(MICRO, num_distillation_tokens=2, weight_init="scaled")
-    train_loader = build_student(model_info(student)).eval()
+    train_loader = student_from_info(model_info(student)).eval()
     save_student(tmp_path, train_loader.network.state_dict(), model_info(student))
     again, _ = load_student(tmp_path)
     images = torch.rand(2, 3, 16, 16)

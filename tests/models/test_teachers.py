@@ -16,9 +16,8 @@ from deit.config.teachers import teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError, DataError, NotFoundError
 from deit.core.types import logits_by_head
-from deit.models.saved_student import ModelInfo, build_student, save_student
-from deit.models.teacher_sources import load_teacher as load_teacher_at
-from deit.models.teacher_sources import resolve_source
+from deit.models.saved_student import ModelInfo, save_student, student_from_info
+from deit.models.teacher_sources import resolve_source, teacher_from_spec
 from deit.models.teachers import ASSUMED
 from tests.helpers.errors import raises
 from tests.helpers.recorder_teacher import MEAN, NAMES, ROOM_CLASSES, STD, recorder_teacher
@@ -26,7 +25,7 @@ from tests.helpers.recorder_teacher import MEAN, NAMES, ROOM_CLASSES, STD, recor
 
 def load_teacher(config, class_names, image_size=16):
     (member,) = teacher_specs(validate(Config().replace(teacher=asdict(config))).teacher)
-    return load_teacher_at(member, class_names, image_size=image_size)
+    return teacher_from_spec(member, class_names, image_size=image_size)
 
 
 @pytest.mark.fault("D3")
@@ -67,7 +66,7 @@ def run(tmp_path):
     model_info = ModelInfo(student, NAMES, MEAN, STD, 1.0)
     folder = tmp_path / "run" / "best"
     folder.mkdir(parents=True)
-    built = build_student(model_info)
+    built = student_from_info(model_info)
     save_student(folder, built.network.state_dict(), model_info)
     return tmp_path / "run", built.eval()
 

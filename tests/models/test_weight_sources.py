@@ -20,7 +20,7 @@ from deit.models.load_weights import infer_student_config, load_weights_from
 from deit.models.parameters import classifier_names, freeze_except
 from deit.models.pos_embed import resize_positions
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, build_student, save_student
+from deit.models.saved_student import ModelInfo, save_student, student_from_info
 from deit.training.optimizer import read_tensors
 from tests.helpers.errors import raises
 from tests.helpers.weight_files import NAMES, load_adapted, loaded_weights, network, section
@@ -62,7 +62,7 @@ def test_student_config_of_other_shapes_is_none():
 def saved(folder, seed=0, **fields):
     model_info = ModelInfo(section(**fields), NAMES, (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), 1.0)
     torch.manual_seed(seed)
-    student = build_student(model_info)
+    student = student_from_info(model_info)
     folder.mkdir(parents=True)
     save_student(folder, student.network.state_dict(), model_info)
     return student.eval()
@@ -297,7 +297,7 @@ def test_classifier_names_of_several_distillation_heads():
 
 def test_frozen_backbone_stays_in_evaluation_mode():
     model_info = ModelInfo(section(drop_path=0.5), NAMES, (0.5,) * 3, (0.2,) * 3, 1.0)
-    student = build_student(model_info)
+    student = student_from_info(model_info)
     assert student.train().network.training
     student.frozen_backbone = True
     assert not student.train().network.training

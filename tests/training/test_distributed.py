@@ -185,7 +185,7 @@ from deit.config.sections.run import RunConfig
 from deit.config.sections.student import StudentConfig
 from deit.core.accelerator import destroy_process_group
 from deit.distill.build import build_accelerator
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.training.optimizer import build_optimizer
 
 sent = []
@@ -199,7 +199,8 @@ def exchange():
     accelerator = build_accelerator(RunConfig(device="cpu", gradient_compression=sys.argv[1]))
     torch.manual_seed(0)
     config = StudentConfig(name="deit_tiny", image_size=32, patch_size=4)
-    student = build_student(ModelInfo(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0))
+    info = ModelInfo(config, tuple("abcdefghij"), (0.5,) * 3, (0.25,) * 3, 1.0)
+    student = student_from_info(info)
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
     student, optimizer = accelerator.prepare(student, build_optimizer(student, OptimConfig()))
     torch.manual_seed(accelerator.process_index)

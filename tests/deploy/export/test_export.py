@@ -24,7 +24,7 @@ from deit.deploy.export_formats import FORMATS
 from deit.models.adapt_weights import adapt_weights
 from deit.models.load_weights import load_weights_from
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, build_student, load_student
+from deit.models.saved_student import ModelInfo, load_student, student_from_info
 from deit.models.timm_format import timm_config
 from deit.models.transformers_format import from_transformers, to_transformers
 from deit.models.weight_files import load_weights
@@ -180,7 +180,9 @@ def test_timm_config_crop_pct_gives_rounded_resize(side, crop):
     model_info = ModelInfo(
         StudentConfig(image_size=side, patch_size=4), NAMES, (0.5,) * 3, (0.5,) * 3, crop
     )
-    share = timm_config(model_info, build_student(model_info).network)["pretrained_cfg"]["crop_pct"]
+    share = timm_config(model_info, student_from_info(model_info).network)["pretrained_cfg"][
+        "crop_pct"
+    ]
     assert math.floor(side / share) == round(side / crop)
     if crop == 1:
         assert share == 1
@@ -263,7 +265,7 @@ def test_load_weights_from_save_pretrained_restores_student(runs, exports, tmp_p
 def test_timm_config_timm_network_loads_in_timm(tmp_path):
     student = StudentConfig(name="timm:vit_tiny_patch16_224", image_size=32)
     model_info = ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 0.9)
-    built = build_student(model_info).eval()
+    built = student_from_info(model_info).eval()
     save_file(built.network.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(timm_config(model_info, built.network)))
     by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()

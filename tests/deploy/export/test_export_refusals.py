@@ -11,7 +11,7 @@ from deit.config.sections.student import StudentConfig
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.deploy.export import export, verify
 from deit.deploy.export_formats import FORMATS
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.models.timm_format import timm_config
 from deit.models.transformers_format import transformers_config
 from tests.helpers.errors import raises
@@ -102,7 +102,7 @@ def test_verify_other_class_within_tolerance_raises():
 )
 def test_format_unsupported_network_raises_with_reason(check, student):
     model_info = ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    network = build_student(model_info).network
+    network = student_from_info(model_info).network
     arguments = (model_info, network) if check is timm_config else (model_info,)
     field = f"student.name = {student.name!r}"
     if student.num_distillation_tokens > 1:

@@ -22,7 +22,7 @@ from deit.deploy.int8_layers import (
     layers_of,
     prepare,
 )
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from tests.helpers.errors import raises
 from tests.helpers.exports import SMALL_DEIT, OnnxGraph, int8_inference_fn, prepared_network
 
@@ -252,7 +252,7 @@ def test_prepare_heads_with_equal_weights_keep_names(tmp_path):
     shape = {**SMALL_DEIT, "depth": 1}
     student = StudentConfig(name="deit_micro", image_size=8, patch_size=2, **shape)
     model_info = ModelInfo(student, tuple("abc"), (0.5,) * 3, (0.5,) * 3, 1.0)
-    network = build_student(model_info)
+    network = student_from_info(model_info)
     network.network.head_dist.load_state_dict(network.network.head.state_dict())
     write_onnx_with_metadata(tmp_path, split_normalization(network)[0], model_info)
     layers = prepare(tmp_path / "model.onnx", tmp_path / "prepared.onnx")

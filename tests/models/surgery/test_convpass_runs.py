@@ -30,7 +30,7 @@ from deit.models.metadata import BASE, AdapterBase, read_base
 from deit.models.parameters import trainable_parameters
 from deit.models.saved_student import load_student, save_weights
 from deit.models.surgery.pruning_masks import MASKS, read_masks
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 from deit.models.weight_files import digest_of
 from deit.training.build import build_run
 from deit.training.train import train
@@ -125,7 +125,7 @@ def test_loaded_student_combines_base_and_adapters(runs):
         digits().replace(teacher={"source": (str(runs / "adapted"),)}).teacher
     )
     names = tuple(map(str, range(10)))
-    teacher = load_teacher(member, names, image_size=8)
+    teacher = teacher_from_spec(member, names, image_size=8)
     views = torch.rand(4, 3, 8, 8)
     heads = best.eval()(views)
     mean = (heads.class_logits.softmax(1) + heads.distillation_logits[:, 0].softmax(1)) / 2

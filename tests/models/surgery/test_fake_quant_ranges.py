@@ -26,7 +26,7 @@ from deit.deploy.int8_graph import signal_to_noise, write_int8
 from deit.deploy.int8_layers import choose, prepare
 from deit.models.onednn_linear import available, use_onednn
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, build_student
+from deit.models.saved_student import ModelInfo, student_from_info
 from deit.models.student import Student
 from deit.models.surgery import fake_quant
 from deit.models.surgery.fake_quant import (
@@ -267,7 +267,7 @@ def test_exported_file_matches_network(name, tmp_path):
     pytest.importorskip("onnxruntime")
     model_info = ModelInfo(STUDENTS[name], tuple("abcde"), (0.5,) * 3, (0.5,) * 3, 1.0)
     torch.manual_seed(3)
-    bare, _ = split_normalization(build_student(model_info))
+    bare, _ = split_normalization(student_from_info(model_info))
     with_ranges(bare.network, random_batch(8, 128))
     given = random_batch(8, 128, seed=6)
     with torch.no_grad():

@@ -35,7 +35,7 @@ from deit.models.surgery.fake_quant import (
     range_names,
 )
 from deit.models.surgery.pruning_masks import MASKS
-from deit.models.teacher_sources import load_teacher
+from deit.models.teacher_sources import teacher_from_spec
 from deit.training.build import build_run
 from deit.training.train import train
 from tests.helpers.errors import raises
@@ -179,7 +179,7 @@ def test_qat_student_as_teacher_matches_its_export(runs):
     student = load_student(runs / "int8" / "best")[0].eval()
     assert fake_quant_layers(student.network)
     (member,) = teacher_specs(digits().replace(teacher={"source": (str(runs / "int8"),)}).teacher)
-    teacher = load_teacher(member, tuple(map(str, range(10))), image_size=8)
+    teacher = teacher_from_spec(member, tuple(map(str, range(10))), image_size=8)
     assert fake_quant_layers(teacher.network)
     result = evaluate(runs / "int8").metrics["heads"]["fused"]["top1"]
     assert result > evaluate(runs / "base").metrics["heads"]["fused"]["top1"] - 0.1

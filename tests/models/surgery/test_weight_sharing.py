@@ -23,7 +23,7 @@ from deit.models.attention_rollout import check_attention, token_cosines
 from deit.models.cost import cost_of
 from deit.models.load_weights import load_weights_from
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, build_student, load_student, save_student
+from deit.models.saved_student import ModelInfo, load_student, save_student, student_from_info
 from deit.models.surgery.pruning_masks import prunable
 from deit.models.surgery.weight_sharing import MixedAttention
 from deit.models.weight_files import load_weights
@@ -212,7 +212,7 @@ def test_sharing_with_fsdp_raises():
 def test_export_of_shared_blocks_to_other_libraries_raises(name):
     model_info = facts_of(2)
     with raises(ConfigError, "student.shared_block_size = 2", "format onnx"):
-        FORMATS[name].check(build_student(model_info), model_info)
+        FORMATS[name].check(student_from_info(model_info), model_info)
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_shared_weights_are_saved_and_exported_once(tmp_path):
     images, bytes_of, parameters = torch.rand(2, 3, 16, 16), {}, {}
     for share in (1, 4):
         torch.manual_seed(0)
-        student, folder = build_student(facts_of(share)).eval(), tmp_path / str(share)
+        student, folder = student_from_info(facts_of(share)).eval(), tmp_path / str(share)
         folder.mkdir()
         save_student(folder, student.network.state_dict(), facts_of(share))
         copied, _ = load_student(folder)
@@ -241,7 +241,7 @@ def test_shared_weights_are_saved_and_exported_once(tmp_path):
 def test_init_from_unshared_student(tmp_path):
     model_info = facts_of(1)
     torch.manual_seed(1)
-    save_student(tmp_path, build_student(model_info).network.state_dict(), model_info)
+    save_student(tmp_path, student_from_info(model_info).network.state_dict(), model_info)
     network = network_of(2)
     fitted = adapt_weights(
         load_weights_from(str(tmp_path)), network, model_info.class_names, Config().init
@@ -320,7 +320,7 @@ def test_structured_pruning_of_shared_blocks_raises(tmp_path, command_server):
 
 def test_weights_of_other_sharing_raise_with_names(tmp_path):
     model_info = facts_of(2)
-    save_student(tmp_path, build_student(model_info).network.state_dict(), model_info)
+    save_student(tmp_path, student_from_info(model_info).network.state_dict(), model_info)
     fitted = adapt_weights(
         load_weights_from(str(tmp_path)), network_of(1), model_info.class_names, Config().init
     )

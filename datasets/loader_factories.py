@@ -1,0 +1,180 @@
+"""Loaders of training views for a loop of your own: from a configuration, a folder or arrays."""
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.config.schema import Config
+from deit.config.sections.data import DataConfig
+from deit.config.sections.optim import OptimConfig
+from deit.config.sections.run import RunConfig
+from deit.config.sections.student import StudentConfig
+from deit.config.sections.views import ViewsConfig
+from deit.config.validation import section_from_dict
+from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.datasets.decode_workers import resolve_num_workers
+from deit.datasets.images import InMemoryImages
+from deit.datasets.loader import TrainLoader
+from deit.datasets.splits import Splits, channel_statistics, digest_of_images, load_splits
+from deit.datasets.views import ChannelStats
+
+Process = tuple[int | None, int | None]
+"""Index and number of processes; None: those of torch.distributed."""
+
+
+def channel_stats(views: ViewsConfig, splits: Splits) -> ChannelStats:
+    """Return the normalization of `views`, or else the mean and standard deviation of the data, in
+    [0, 1] per channel."""
+    return ChannelStats(views.mean or splits.mean, views.std or splits.std)
+
+
+def loader_of(
+    config: Config,
+    splits: Splits,
+    *,
+    teacher_size: int | None,
+    device: torch.device | str | None = None,
+    process: Process = (None, None),
+    with_teacher_images: bool = True,
+) -> TrainLoader:
+    """Return the loader of the training views of loaded images.
+
+    Only the sections data, views, student (its input size), optim (batch size) and run (seed) of
+    the configuration matter. device, process: see `TrainLoader.from_config`.
+    Raises ConfigError and DataError as TrainLoader does.
+    """
+    process_index, num_processes = _process(process)
+    loader = TrainLoader(
+        splits.train,
+        len(splits.class_names),
+        views=config.views,
+        optim=config.optim,
+        student_size=config.student.image_size,
+        teacher_size=teacher_size,
+        decoded_size=config.data.image_size,
+        channel_stats=channel_stats(config.views, splits),
+        seed=config.views_seed,
+        process_index=process_index,
+        num_processes=num_processes,
+        device=_default_device() if device is None else device,
+        num_workers=resolve_num_workers(config.data.num_workers),
+        with_teacher_images=with_teacher_images,
+    )
+    loader.splits, loader.class_names = splits, splits.class_names
+    return loader
+
+
+def loader_from_config(
+    config: Config, *, teacher_size: int | None, device: Any, process: Process
+) -> TrainLoader:
+    """Load the images of a configuration; see `TrainLoader.from_config`."""
+    splits = load_splits(config.data)
+    return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
+
+
+def loader_from_folder(
+    root: str | PathLike,
+    image_size: int,
+    batch_size: int,
+    views: ViewsConfig | dict[str, Any] | None,
+    seed: int,
+    **options: Any,
+) -> TrainLoader:
+    """Load the images of class folders; see `TrainLoader.from_folder`."""
+    data = {"source": "folder", "root": fspath(root), "image_size": image_size}
+    config = _config(views, batch_size=batch_size, image_size=image_size, seed=seed)
+    config = config.replace(data=section_from_dict(DataConfig, "data", data))
+    return TrainLoader.from_config(config, **options)
+
+
+def loader_from_arrays(
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    class_names: Sequence[str] | None,
+    image_size: int | None,
+    views: ViewsConfig | dict[str, Any] | None,
+    seed: int,
+    *,
+    teacher_size: int | None = None,
+    device: torch.device | str | None = None,
+    process_index: int | None = None,
+    num_processes: int | None = None,
+) -> TrainLoader:
+    """Make the splits of images in memory; see `TrainLoader.from_arrays`."""
+    labels = torch.as_tensor(labels)
+    names = _check_arrays(images, labels, class_names)
+    train = InMemoryImages(images, labels.long())
+    mean, std = channel_statistics(images)
+    empty = train.select(slice(0))
+    fingerprint = digest_of_images(names, (train, empty, empty))
+    splits = Splits(names, train, empty, empty, mean, std, (), fingerprint)
+    size = images.shape[-1] if image_size is None else image_size
+    config = _config(views, batch_size=batch_size, image_size=size, seed=seed)
+    process = (process_index, num_processes)
+    return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
+
+
+def _config(
+    views: ViewsConfig | dict[str, Any] | None, *, batch_size: int, image_size: int, seed: int
+) -> Config:
+    """Return a configuration with these fields, of which only the loader's sections matter."""
+    if not isinstance(views, ViewsConfig):
+        views = section_from_dict(ViewsConfig, "views", views or {})
+    return Config(
+        views=views,
+        student=section_from_dict(StudentConfig, "student", {"image_size": image_size}),
+        optim=section_from_dict(OptimConfig, "optim", {"batch_size": batch_size}),
+        run=section_from_dict(RunConfig, "run", {"seed": seed}),
+    )
+
+
+def _check_arrays(
+    images: Tensor, labels: Tensor, class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the class names. Raises ConfigError for images and labels of another form."""
+    problems = []
+    is_tensor = isinstance(images, Tensor)
+    if not is_tensor or images.dtype != torch.uint8 or images.shape[1:2] != (3,):
+        given = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
+        hint = f"should be a tensor uint8 [images, 3, side, side]; got {given}"
+        problems.append(ConfigProblem("images", NO_VALUE, hint))
+    elif images.ndim != 4 or images.shape[2] != images.shape[3]:
+        hint = f"should be square, [images, 3, side, side]; got {list(images.shape)}"
+        problems.append(ConfigProblem("images", NO_VALUE, hint))
+    if labels.is_floating_point() or labels.shape != (len(images),) or not len(labels):
+        hint = f"should be integers [{len(images)}]; got {labels.dtype} {list(labels.shape)}"
+        problems.append(ConfigProblem("labels", NO_VALUE, hint))
+        raise _error(problems)
+    num_classes = int(labels.max()) + 1
+    names = tuple(map(str, class_names or range(num_classes)))
+    if int(labels.min()) < 0 or num_classes > len(names):
+        hint = f"should be in 0 ... {len(names) - 1}, the number of class names less 1"
+        problems.append(ConfigProblem("labels", NO_VALUE, hint))
+    if problems:
+        raise _error(problems)
+    return names
+
+
+def _error(problems: list[ConfigProblem]) -> ConfigError:
+    return ConfigError("\n  ".join(map(str, problems)), problems)
+
+
+def _process(process: Process) -> tuple[int, int]:
+    """Return index and number of processes, from torch.distributed where they are None."""
+    index, count = process
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if index is None:
+        index = torch.distributed.get_rank() if is_distributed else 0
+    if count is None:
+        count = torch.distributed.get_world_size() if is_distributed else 1
+    return index, count
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
