@@ -113,6 +113,15 @@ def decode_image(encoded: bytes, name: str) -> DecodedImage:
     return decoded
 
 
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as upright RGB, by the rules of `decode_image`.
+
+    >>> to_upright_rgb(Image.new("RGBA", (2, 1), (255, 0, 0, 0))).getpixel((0, 0))  # transparent
+    (0, 0, 0)
+    """
+    return _upright(_rgb(image), image)
+
+
 def _check(image: ImageFile.ImageFile, name: str) -> None:
     """Raise DataError for an ambiguous or too large image, before its pixels are decoded."""
     width, height = image.size

@@ -187,8 +187,7 @@ def _training(report: RunReport, folder: Path) -> str:
     losses = {
         name.replace("_", " "): [(row["epoch"], row["train"][name]) for row in report.rows]
         for name in report.rows[-1]["train"]
-        if name.startswith("loss")
-        and all(row["train"].get(name) is not None for row in report.rows)
+        if "loss" in name and all(row["train"].get(name) is not None for row in report.rows)
     }
     schedules = charts.over_epochs(schedules_of(report), "% of the maximum", always_legend=True)
     speed = [(row["epoch"], row["images_per_s"]) for row in report.rows if "loader" in row]

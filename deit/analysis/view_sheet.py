@@ -65,15 +65,9 @@ def draw_view_sheet(
     splits: Splits | None = None,
     transparent: bool = False,
 ) -> Path:
-    """Write a sheet of the first `num_views` views of an epoch, as a run would train on them.
+    """Write `view_sheet` into an image file, and return its path.
 
-    Returns the path of the sheet. out: its extension is the image format. epoch: from 0.
-
-    Each cell shows the stored image, the view of the student and the view of the teacher. Below are
-    the label weights after mixing and the prediction of the teacher. A teacher that cannot be
-    loaded is left out with a warning. splits: the data of the configuration, if already loaded.
-    transparent: leave the background transparent and use a text color that can be read on white and
-    on black. Raises ConfigError, DataError, CheckpointError or SystemFault.
+    out: its extension is the image format. The others, and what is raised: as for `view_sheet`.
 
     >>> from deit.config.recipes import find_recipe
     >>> from deit.core.console import quiet
@@ -83,6 +77,38 @@ def draw_view_sheet(
     ('views.png', True)
     """
     check_image_path(out, name="out")
+    sheet = view_sheet(
+        config, epoch=epoch, num_views=num_views, splits=splits, transparent=transparent
+    )
+    sheet.save(out)
+    info(f"wrote {out}")
+    return Path(out)
+
+
+def view_sheet(
+    config: Config,
+    *,
+    epoch: int = 0,
+    num_views: int = NUM_VIEWS,
+    splits: Splits | None = None,
+    transparent: bool = False,
+) -> Image.Image:
+    """Return an image of the first `num_views` views of an epoch, as a run would train on them.
+
+    epoch: from 0. Each cell shows the stored image, the view of the student and the view of the
+    teacher. Below are the label weights after mixing and the prediction of the teacher. A teacher
+    that cannot be loaded is left out with a warning. splits: the data of the configuration, if
+    already loaded.
+    transparent: leave the background transparent and use a text color that can be read on white and
+    on black. Raises ConfigError, DataError, CheckpointError or SystemFault.
+
+    >>> from deit.config.recipes import find_recipe
+    >>> from deit.core.console import quiet
+    >>> with quiet():
+    ...     sheet = view_sheet(find_recipe("digits"), epoch=3, num_views=4)
+    >>> sheet.width > sheet.height
+    True
+    """
     check_epoch(epoch)
     check_at_least("num_views", num_views, 1)
     config = validate(config, live_teacher=False)
@@ -108,9 +134,7 @@ def draw_view_sheet(
         side = teacher_size or batch.teacher_images.shape[-1]
         tile_names.append(f"teacher {side} px{crop}")
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(tile_names)}"
-    _compose(cells, title, transparent=transparent).save(out)
-    info(f"wrote {out}: {len(cells)} views")
-    return Path(out)
+    return _compose(cells, title, transparent=transparent)
 
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:

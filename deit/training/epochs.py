@@ -1,6 +1,8 @@
 """The epochs of a run: train, save, evaluate and log each."""
 
+import copy
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from deit.core.accelerator import peak_memory_mb, uses_cuda_graphs
@@ -21,9 +23,17 @@ from deit.training.save import finish_epoch, save_checkpoint
 from deit.training.state import TrainingRun
 from deit.training.trackers import track
 
+EpochCallback = Callable[[dict[str, Any]], object]
+"""Called after each epoch with a copy of its row of metrics.jsonl; the result is ignored."""
 
-def train_epochs(run: TrainingRun, interruption: GracefulStop) -> None:
+
+def train_epochs(
+    run: TrainingRun, interruption: GracefulStop, callbacks: Sequence[EpochCallback] = ()
+) -> None:
     """Train from the epoch and step of the run's state to the last epoch.
+
+    callbacks: called in the main process, when the epoch is saved. An error that one raises ends
+    the training; it can be resumed.
 
     The checkpoint of an epoch is written before its evaluation: a run that is killed while it
     evaluates repeats the evaluation, not the training. Raises StoppedBySignal after a checkpoint,
@@ -46,6 +56,9 @@ def train_epochs(run: TrainingRun, interruption: GracefulStop) -> None:
         finish_epoch(run, row)
         track(run.accelerator, row)
         log_epoch(row, config.optim.epochs, config.loss)
+        if run.accelerator.is_main_process:
+            for callback in callbacks:
+                callback(copy.deepcopy(row))
 
 
 def step_context(run: TrainingRun) -> StepContext:

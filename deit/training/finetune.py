@@ -1,6 +1,7 @@
 """Fine-tune a run or pretrained weights: the configuration, and the training."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from deit.config.finetune_schedules import (
     with_epochs,
     with_init,
 )
+from deit.config.recipes import with_changes
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.config.sections.student import StudentConfig
@@ -24,6 +26,7 @@ from deit.core.errors import CheckpointError, ConfigError
 from deit.datasets.splits import load_split
 from deit.models.load_weights import load_weights_from
 from deit.models.registry import is_published_name
+from deit.training.epochs import EpochCallback
 from deit.training.train import train
 
 
@@ -37,11 +40,14 @@ def finetune(
     epochs: int | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    callbacks: Sequence[EpochCallback] = (),
     command: str = "",
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train from given weights; return the content of result.json.
 
-    source, config, resolution, schedule, epochs: as for `finetune_config`. out, resume, dry_run,
+    source, config, resolution, schedule, epochs: as for `finetune_config`. changes: fields by
+    section that replace those of the resulting configuration. out, resume, dry_run, callbacks,
     command: as for deit.training.train.train. A run whose source was removed can be resumed without
     `config` and `schedule`, which cannot be compared then. Raises the errors of deit.core.errors.
 
@@ -65,7 +71,9 @@ def finetune(
         config = finetune_config(
             source, config, resolution=resolution, schedule=schedule, epochs=epochs
         )
-    return train(config, out, resume=resume, dry_run=dry_run, command=command)
+    if changes:
+        config = with_changes(config, changes)
+    return train(config, out, resume=resume, dry_run=dry_run, callbacks=callbacks, command=command)
 
 
 def _was_removed(source: str) -> bool:

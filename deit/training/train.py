@@ -1,5 +1,6 @@
 """Train a student from a configuration to a finished run folder."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from deit.core.filesystem import check_space, write_json
 from deit.core.signals import GracefulStop
 from deit.training.begin import begin_or_resume, check_start, lock_run, open_folder
 from deit.training.build import build, check_run_teachers
-from deit.training.epochs import dry_step, train_epochs
+from deit.training.epochs import EpochCallback, dry_step, train_epochs
 from deit.training.memory import check_memory, find_micro_batch
 from deit.training.progress_log import log_setup
 from deit.training.resolve import resolve
@@ -31,12 +32,14 @@ def train(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    callbacks: Sequence[EpochCallback] = (),
     command: str = "",
 ) -> dict[str, Any]:
     """Train the student of a configuration and write a run folder.
 
     resume: continue the run in the folder from its latest valid checkpoint. dry_run: make one
-    training and one evaluation step and write nothing. command: recorded in environment.json.
+    training and one evaluation step and write nothing. callbacks: called after each epoch, see
+    `train_epochs`. command: recorded in environment.json.
 
     Returns the content of result.json; of a dry run, the state after its step.
     Raises the errors of deit.core.errors; what can be checked is checked before the first step.
@@ -77,7 +80,7 @@ def train(
         stack.enter_context(translate_errors(run, lambda: interruption.received))
         begin_or_resume(run, environment, resume=resume)
         with tracked(run.accelerator, run.config, out):
-            train_epochs(run, interruption)
+            train_epochs(run, interruption, callbacks)
         result = _finish(run)
         interruption.raise_if_stopped(now=True)  # so that the caller starts nothing more
     return result

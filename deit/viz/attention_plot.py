@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from deit.core.errors import SystemFault, single_line
-from deit.viz.plots import save_figure
+from deit.core.errors import single_line
+from deit.viz.plots import new_figure, save_figure
 
 TEXT_ON_ANY_BACKGROUND = "#808894"
 """A text color that can be read on white and on black."""
@@ -20,21 +20,37 @@ def draw_attention(
     *,
     transparent: bool = False,
 ) -> None:
-    """Draw a PNG with a row per image: the image, then it under the attention map of each token.
+    """Save `attention_figure` as a PNG. transparent: leave its background transparent.
+
+    Raises SystemFault if matplotlib is missing.
+    """
+    figure = attention_figure(
+        images, maps, token_names, predictions, captions, transparent=transparent
+    )
+    save_figure(figure, path, dpi=120, transparent=transparent)
+
+
+def attention_figure(
+    images: list[Any],
+    maps: list[Any],
+    token_names: tuple[str, ...],
+    predictions: list[dict[str, str]],
+    captions: list[str],
+    *,
+    transparent: bool = False,
+) -> Any:
+    """Return a figure with a row per image: the image, then it under the attention map of each
+    token.
 
     images: [side, side, 3] in [0, 1]. maps: [tokens, patches, patches] per image; the color scale
     of each map spans its own minimum and maximum. token_names: a name per token. predictions: text
-    by head, per image. captions: a line per image. transparent: leave the background transparent
-    and use a text color that can be read on white and on black.
+    by head, per image. captions: a line per image. transparent: use a text color that can be read
+    on white and on black.
     Raises SystemFault if matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
     num_columns = 1 + len(token_names)
     text_color = {"color": TEXT_ON_ANY_BACKGROUND} if transparent else {}
-    figure = Figure(figsize=(2.6 * num_columns, 2.9 * len(images)), layout="constrained")
+    figure = new_figure(2.6 * num_columns, 2.9 * len(images))
     grid = figure.subplots(len(images), num_columns, squeeze=False)
     rows = zip(images, maps, predictions, captions)
     for row, (image, token_maps, by_head, caption) in enumerate(rows):
@@ -54,7 +70,7 @@ def draw_attention(
             axes.set_title(
                 f"{name} token: up to {peak:.1f} % a patch", fontsize=8, loc="left", **text_color
             )
-    save_figure(figure, path, dpi=120, transparent=transparent)
+    return figure
 
 
 def _show(axes: Any, image: Any, side: int, **settings: Any) -> None:

@@ -47,33 +47,53 @@ def save_figure(figure: Any, file: str | Path | IO[str], **settings: Any) -> Non
         atomic_write(path, content.getvalue())
 
 
-def draw_comparison(result: dict[str, Any], path: str | Path) -> None:
-    """Plot a finished study as a PNG.
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure, of a size [inch], that a notebook shows as an image.
 
-    The study `teacher` shows validation accuracy over the epochs and test accuracy by head; other
-    studies show one test accuracy per arm. result: as deit.experiments.sweep.sweep returns it.
     Raises SystemFault if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemFault("drawing needs matplotlib; pip install 'deit[plot]'") from None
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            content = io.BytesIO()
+            save_figure(self, content, format="png", dpi=100)
+            return content.getvalue()
+
+    return NotebookFigure(figsize=(width, height), layout="constrained")
+
+
+def draw_comparison(result: dict[str, Any], path: str | Path) -> None:
+    """Save `comparison_figure` as a PNG. Raises SystemFault if matplotlib is missing."""
+    save_figure(comparison_figure(result), path, dpi=150)
+
+
+def comparison_figure(result: dict[str, Any]) -> Any:
+    """Return a matplotlib figure of a finished study.
+
+    The study `teacher` shows validation accuracy over the epochs and test accuracy by head; other
+    studies show one test accuracy per arm. result: as deit.experiments.sweep.sweep returns it.
+    Raises SystemFault if matplotlib is missing.
+    """
     num_seeds = len(result["seeds"])
     study = result.get("study", "teacher")
     title = f"{result['recipe']}: {_TITLES[study]} ({count_noun(num_seeds, 'seed')})"
     if study == "teacher" and set(result["rows"]) <= set(_COLOR_OF):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = new_figure(10, 4)
         curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curves(curves, result)
         _draw_heads(heads, result)
     elif study == "epochs":
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = new_figure(6, 4)
         draw_epoch_scaling(figure.subplots(), result)
     else:
-        figure = Figure(figsize=(7, 1.2 + 0.32 * len(result["rows"])), layout="constrained")
+        figure = new_figure(7, 1.2 + 0.32 * len(result["rows"]))
         draw_arms(figure.subplots(), result)
     figure.suptitle(title)
-    save_figure(figure, path, dpi=150)
+    return figure
 
 
 _TITLES = {

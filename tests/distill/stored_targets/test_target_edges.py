@@ -357,4 +357,4 @@ def test_loss_term_without_weight_is_not_logged(capsys):
     log_epoch(row, 1, LOSS_PRESETS["function-matching"])
     assert "2.3" not in capsys.readouterr().out
     log_epoch(row, 1, LossConfig(kind="soft"))
-    assert re.search(r"class\D*2\.300\D*teacher\D*1\.750\b", capsys.readouterr().out)
+    assert re.search(r"labels\D*2\.300\D*teacher\D*1\.750\b", capsys.readouterr().out)

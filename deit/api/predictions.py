@@ -1,0 +1,115 @@
+"""Images in the forms that Python code has them in, and the predictions for them."""
+
+from collections.abc import Iterable
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deit.core.errors import ConfigError, DataError, first_line
+from deit.core.file_reading import read_bytes
+from deit.datasets.decoding import center_square, open_image, to_upright_rgb
+from deit.datasets.views import evaluation_views
+from deit.models.metadata import ModelInfo
+
+ImageInput = Tensor | Image.Image | str | PathLike | Iterable
+"""An image or several: a tensor [3, H, W] or [B, 3, H, W], uint8 or float in [0, 1]; a Pillow
+image; the path of an image file; or a sequence of these."""
+
+
+class Prediction(NamedTuple):
+    """The most likely classes of an image.
+
+    class_name, probability: of the most likely one. top: the most likely classes with their
+    probabilities, the first of all first. file: None for images that are no file.
+    """
+
+    class_name: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+    file: str | None = None
+
+
+def to_predictions(
+    logits: Tensor, class_names: tuple[str, ...], names: list[str | None], *, top_k: int
+) -> list[Prediction]:
+    """Return the predictions of logits [B, C]. names: of the files, one per image."""
+    shares, classes = logits.float().softmax(dim=1).topk(min(top_k, len(class_names)), dim=1)
+    predictions = []
+    for name, row, labels in zip(names, shares.tolist(), classes.tolist(), strict=True):
+        top = tuple((class_names[label], share) for label, share in zip(labels, row))
+        predictions.append(Prediction(*top[0], top, name))
+    return predictions
+
+
+def load_images(images: ImageInput, model_info: ModelInfo) -> tuple[Tensor, list[str | None]]:
+    """Return images as a network's input, float32 [B, 3, side, side] in [0, 1], and their files.
+
+    Images of another size are resized and cropped as in an evaluation.
+    Raises DataError for a file that cannot be read, and ConfigError for other types.
+    """
+    if isinstance(images, Tensor):
+        batch = images[None] if images.ndim == 3 else images
+        return _from_tensor(batch, model_info), [None] * len(batch)
+    if isinstance(images, str | PathLike | Image.Image):
+        images = [images]
+    if not isinstance(images, Iterable):
+        raise _unknown(images)
+    parts, names = [], []
+    for image in images:
+        if isinstance(image, Tensor):
+            part, name = _from_tensor(image[None], model_info), None
+        elif isinstance(image, Image.Image):
+            part, name = _from_pillow(to_upright_rgb(image), model_info), None
+        elif isinstance(image, str | PathLike):
+            name = fspath(image)
+            part = _from_pillow(_open(name), model_info)
+        else:
+            raise _unknown(image)
+        parts.append(part)
+        names.append(name)
+    if not parts:
+        side = model_info.student.image_size
+        return torch.zeros(0, 3, side, side), []
+    return torch.cat(parts), names
+
+
+def _from_tensor(images: Tensor, model_info: ModelInfo) -> Tensor:
+    side, given = model_info.student.image_size, f"{images.dtype} {list(images.shape)}"
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ConfigError(f"images: should be square, [batch, 3, side, side]; got {given}")
+    if images.dtype == torch.uint8:
+        return evaluation_views(images, size=side, crop_pct=model_info.evaluation_crop)
+    if not images.is_floating_point() or images.shape[-1] != side:
+        raise ConfigError(
+            f"images: should be uint8, or float in [0, 1] of the network's input size {side} px; "
+            f"got {given}"
+        )
+    if len(images) and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+        raise ConfigError(
+            f"images: float images should be in [0, 1], not normalized; got "
+            f"{float(images.min()):.3g} ... {float(images.max()):.3g}"
+        )
+    return images.float()
+
+
+def _from_pillow(image: Image.Image, model_info: ModelInfo) -> Tensor:
+    side, crop = model_info.student.image_size, model_info.evaluation_crop
+    pixels = center_square(image, round(side / crop))[None]
+    return evaluation_views(pixels, size=side, crop_pct=crop)
+
+
+def _open(name: str) -> Image.Image:
+    try:
+        return open_image(read_bytes(Path(name)), name)
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror or first_line(error)}") from None
+
+
+def _unknown(value: Any) -> ConfigError:
+    return ConfigError(
+        f"images: should be tensors, Pillow images or paths; got {type(value).__name__}"
+    )

@@ -1,0 +1,218 @@
+"""A run on disk as one object: its student, metrics, predictions, evaluation and exports."""
+
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.analysis.report import report
+from deit.api.figures import plot_attention, plot_curves
+from deit.api.predictions import ImageInput, Prediction, load_images, to_predictions
+from deit.api.run_html import run_html
+from deit.config.command_choices import TOP_K, check_at_least, check_choice
+from deit.config.schema import Config
+from deit.core import run_folder, run_log
+from deit.core.accelerator import resolve_device
+from deit.core.console import format_percent, quiet
+from deit.core.errors import CheckpointError
+from deit.core.types import logits_by_head
+from deit.deploy.export import export
+from deit.deploy.quantize import quantize
+from deit.deploy.quantize_options import QuantizeOptions
+from deit.evaluation.evaluate import EvaluationResult, evaluate
+from deit.evaluation.load_run import load_run_config, resolve_run
+from deit.models.metadata import ModelInfo
+from deit.models.saved_student import load_student
+from deit.models.student import Student
+
+
+class Run:
+    """A run folder, finished or not. A notebook shows it with its results and curves.
+
+    It can be passed wherever a run folder is expected, such as `deit.evaluate(run)` or
+    `deit.load_teacher(run, class_names)`. Weights are loaded at the first use of `student`.
+
+    Example:
+        >>> run = Run("checkpoints/digits")
+        >>> run.config.student.name, run.class_names[:3], len(run.metrics)
+        ('deit_micro', ('0', '1', '2'), 2)
+        >>> logits = run.logits(torch.rand(5, 3, 8, 8))
+        >>> {name: tuple(values.shape) for name, values in logits.items()}
+        {'class': (5, 10), 'distillation': (5, 10), 'fused': (5, 10), 'fused_softmax': (5, 10)}
+        >>> (prediction,) = run.predict(torch.rand(3, 8, 8), top_k=2)
+        >>> len(prediction.top), prediction.class_name == prediction.top[0][0]
+        (2, True)
+    """
+
+    def __init__(
+        self, path: str | PathLike, checkpoint: str = "best", *, device: str = "auto"
+    ) -> None:
+        """path: a run folder. checkpoint: best or last. device: of the student: auto, cpu or cuda.
+
+        Raises CheckpointError if the folder is no run.
+        """
+        check_choice("checkpoint", checkpoint, run_folder.NAMES)
+        self.path = Path(path)
+        self.checkpoint = checkpoint
+        self._device = device
+        run_folder.require_run(self.path)
+
+    def __fspath__(self) -> str:
+        return fspath(self.path)
+
+    def __repr__(self) -> str:
+        result = self.result
+        if result is None:
+            return f"Run({str(self.path)!r}, not finished: {len(self.metrics)} epochs so far)"
+        best = format_percent(result["best"]["top1"])
+        return f"Run({str(self.path)!r}, {result['epochs']} epochs, validation top-1 {best} %)"
+
+    def _repr_html_(self) -> str:
+        return run_html(self.path, self.config, self.result, self.metrics)
+
+    @property
+    def config(self) -> Config:
+        """Its configuration, with paths as they are now. Raises ConfigError."""
+        return load_run_config(self.path)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The content of result.json; None while the run is not finished."""
+        return run_folder.read_result(self.path)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A dict per finished epoch: the rows of metrics.jsonl (docs/reference/run-folder.md)."""
+        return run_log.read_metrics(self.path)
+
+    @cached_property
+    def _loaded(self) -> tuple[Student, ModelInfo]:
+        _, saved = resolve_run(self.path, self.checkpoint)
+        student, model_info = load_student(saved)
+        return student.eval().to(resolve_device(self._device)), model_info
+
+    @property
+    def student(self) -> Student:
+        """The student of the checkpoint, in evaluation mode. Raises CheckpointError."""
+        return self._loaded[0]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The class names, in the order of the logits. Raises CheckpointError."""
+        return self._loaded[1].class_names
+
+    @torch.no_grad()
+    def logits(self, images: ImageInput, *, batch_size: int = 64) -> dict[str, Tensor]:
+        """Return the logits of each head, float32 [B, C] on the CPU.
+
+        images: see `ImageInput`; those of another size are resized and cropped as in an evaluation.
+        The heads are class and, with a distillation token, distillation, fused (the mean of both)
+        and fused_softmax. Raises ConfigError and DataError for images that cannot be read.
+        """
+        check_at_least("batch_size", batch_size, 1)
+        student, model_info = self._loaded
+        inputs, _ = load_images(images, model_info)
+        parts = [
+            logits_by_head(student(part.to(student.mean.device)))
+            for part in inputs.split(batch_size)
+        ]
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+    def predict(
+        self, images: ImageInput, *, top_k: int = TOP_K, head: str = "fused"
+    ) -> list[Prediction]:
+        """Return the most likely classes of each image.
+
+        images: as for `logits`. top_k: number of classes. head: class, distillation or fused; a
+        student with one head has class only, which is its fused head. Raises as `logits`.
+        """
+        check_at_least("top_k", top_k, 1)
+        _, model_info = self._loaded
+        inputs, names = load_images(images, model_info)
+        if not names:
+            return []
+        heads = self.logits(inputs)
+        heads.setdefault("fused", heads["class"])
+        check_choice("head", head, heads)
+        return to_predictions(heads[head], model_info.class_names, names, top_k=top_k)
+
+    def evaluate(
+        self, split: str = "test", *, verbose: bool = True, **options: Any
+    ) -> EvaluationResult:
+        """Evaluate the student on a split: `deit.evaluate` with these options."""
+        with quiet(not verbose):
+            return evaluate(self.path, checkpoint=self.checkpoint, split=split, **options)
+
+    def export(
+        self,
+        format: str,
+        out: str | PathLike | None = None,
+        *,
+        verbose: bool = True,
+        **options: Any,
+    ) -> Path:
+        """Write the student for timm, transformers, onnx or pt2, compare the export with it, and
+        return the folder: `deit.export` with these options."""
+        with quiet(not verbose):
+            return export(self.path, out, format=format, checkpoint=self.checkpoint, **options)
+
+    def quantize(
+        self, out: str | PathLike | None = None, *, verbose: bool = True, **options: Any
+    ) -> Path:
+        """Write the student as int8 ONNX with its measured accuracy, and return the folder.
+
+        options: fields of QuantizeOptions, such as method or max_drop, and root or force as for
+        `deit.quantize`.
+        """
+        names = QuantizeOptions.__dataclass_fields__
+        fields = {name: options.pop(name) for name in [*options] if name in names}
+        settings = QuantizeOptions(**fields)
+        with quiet(not verbose):
+            return quantize(self.path, out, settings, checkpoint=self.checkpoint, **options)
+
+    def finetune(self, out: str | PathLike, **options: Any) -> "Run":
+        """Train from the weights of this run: `deit.finetune` with these options."""
+        from deit.api.training import finetune  # which imports this module
+
+        return finetune(self.path, out, **options)
+
+    def report(
+        self, out: str | PathLike | None = None, *, verbose: bool = True, force: bool = False
+    ) -> Path:
+        """Write an HTML report of the run, and return the page. out: default: report in the run."""
+        folder = self.path / "report" if out is None else Path(out)
+        with quiet(not verbose):
+            return report(self.path, folder, force=force)
+
+    def plot_curves(self) -> Any:
+        """Return a matplotlib figure of loss and validation accuracy over the epochs.
+
+        Raises SystemFault if matplotlib is missing, CheckpointError if no epoch is finished.
+        """
+        if not self.metrics:
+            raise CheckpointError(f"{self.path}: no epoch is finished yet")
+        return plot_curves(self.metrics, self.result)
+
+    def plot_attention(self, images: ImageInput, *, max_images: int = 8) -> Any:
+        """Return a matplotlib figure of the attention of each token on each image.
+
+        images: as for `logits`. Raises ConfigError for a network without attention, and as
+        `logits`.
+        """
+        check_at_least("max_images", max_images, 1)
+        student, model_info = self._loaded
+        inputs, names = load_images(images, model_info)
+        return plot_attention(student, model_info, inputs[:max_images], names)
+
+
+def load_run(path: str | PathLike, checkpoint: str = "best", *, device: str = "auto") -> Run:
+    """Return the run in a folder. The arguments and what is raised are those of `Run`.
+
+    Example:
+        >>> load_run("checkpoints/digits-teacher").config.loss.kind
+        'none'
+    """
+    return Run(path, checkpoint, device=device)

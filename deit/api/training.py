@@ -1,0 +1,103 @@
+"""Train and fine-tune from Python: the functions of the library, with a Run as their result."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from deit.api.run import Run
+from deit.config.recipes import recipe
+from deit.config.schema import Config
+from deit.core.console import quiet
+from deit.training import finetune as training_finetune
+from deit.training import train as training_train
+from deit.training.epochs import EpochCallback
+
+
+def train(
+    config: Config | str | PathLike,
+    out: str | PathLike,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[EpochCallback] = (),
+    verbose: bool = True,
+    command: str = "",
+) -> Run:
+    """Train a student or a teacher, and return the finished run.
+
+    config: a configuration, or the name of a recipe. out: the run folder; it must not hold a run,
+    unless `resume` is set. resume: continue the run in the folder from its latest checkpoint, or
+    begin it if there is none; a finished run is returned as it is. callbacks: functions called
+    after each epoch with a dict of its metrics, a row of metrics.jsonl; in the main process only.
+    An error in a callback ends the training, which can be resumed. verbose: show messages and
+    progress; warnings are always shown. command: recorded in the run.
+
+    Ctrl-C, or a notebook's stop button, saves a checkpoint and raises KeyboardInterrupt.
+    Raises the errors of `deit.errors`; what can be checked is checked before the first step.
+
+    Example:
+        >>> losses = []
+        >>> run = train("digits-teacher", "runs/teacher", verbose=False,
+        ...             callbacks=[lambda row: losses.append(row["train"]["loss"])])
+        >>> len(losses) == run.config.optim.epochs == len(run.metrics)
+        True
+    """
+    config = config if isinstance(config, Config) else recipe(config)
+    with quiet(not verbose):
+        training_train.train(config, out, resume=resume, callbacks=callbacks, command=command)
+    return Run(out)
+
+
+def dry_run(config: Config | str | PathLike, out: str | PathLike = "dry-run") -> dict[str, Any]:
+    """Make one training step and one evaluation step of a configuration, and write nothing.
+
+    Returns epoch, step and other counts after the step. out: the folder that `train` would write,
+    for messages. Raises as `train`, and NumericsError if the loss is not finite.
+    """
+    config = config if isinstance(config, Config) else recipe(config)
+    return training_train.train(config, out, dry_run=True)
+
+
+def finetune(
+    source: str | PathLike,
+    out: str | PathLike,
+    config: Config | None = None,
+    *,
+    resolution: int | None = None,
+    schedule: str | None = None,
+    epochs: int | None = None,
+    resume: bool = False,
+    callbacks: Sequence[EpochCallback] = (),
+    verbose: bool = True,
+    command: str = "",
+    **sections: dict[str, Any],
+) -> Run:
+    """Train from given weights, and return the finished run.
+
+    source: a run, a timm folder, a weight file or a timm name. config: data and training; default:
+    those of the run at `source`. resolution: side [px] of the input; images and the teachers' input
+    are scaled with it. schedule: such as short, deit or linear-probe; default: short without a
+    config. epochs: instead of the schedule's. sections: fields by section that replace those of the
+    resulting configuration, such as teacher={"source": "runs/teacher-16"}. The others, and what is
+    raised: as for `train`.
+
+    Example:
+        >>> run = finetune("checkpoints/digits", "runs/digits-16", resolution=16, epochs=1,
+        ...                verbose=False)
+        >>> run.config.student.image_size
+        16
+    """
+    with quiet(not verbose):
+        training_finetune.finetune(
+            Path(source) if isinstance(source, PathLike) else source,
+            out,
+            config,
+            resolution=resolution,
+            schedule=schedule,
+            epochs=epochs,
+            resume=resume,
+            callbacks=callbacks,
+            command=command,
+            changes=sections,
+        )
+    return Run(out)
