@@ -8,7 +8,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 # In a checkout, `models/` and `datasets/` are next to this package. Appending the root to the
 # search path makes them `deit.models` and `deit.datasets`, as in a wheel. They have no __init__.py,

@@ -76,6 +76,11 @@ class Teacher(nn.Module):
         self.eval()
         self.memory_format: MemoryFormat = "contiguous"
 
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Its normalization as timm's distillation tasks read it: it takes images in [0, 1]."""
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
     def set_memory_format(self, memory_format: MemoryFormat) -> None:
         """Use this memory format for convolutions; logits differ by float rounding only."""
         self.memory_format = memory_format

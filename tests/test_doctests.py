@@ -24,6 +24,7 @@ PACKAGES = {"deit": "deit", "models": "deit.models", "datasets": "deit.datasets"
 WITH_EXAMPLES = {
     *("deit.core", "deit.config", "deit.models", "deit.datasets", "deit.distill", "deit.training"),
     *("deit.evaluation", "deit.deploy", "deit.experiments", "deit.analysis", "deit.viz"),
+    "deit.api",
 }
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 

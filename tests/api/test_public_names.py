@@ -1,0 +1,64 @@
+"""`import deit`: fast, without torch, with documented names that type checkers see."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deit
+
+SOURCE = Path(deit.__file__).read_text(encoding="utf-8")
+
+
+def test_import_loads_no_library(tmp_path):
+    code = (
+        "import sys; before = set(sys.modules); import deit; dir(deit); deit.__version__; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(deit.__file__).parents[1],
+    )  # fmt: skip
+    assert not {*result.stdout.split()} & {"torch", "timm", "numpy", "pydantic", "rich", "PIL"}
+
+
+@pytest.mark.parametrize("name", deit.__all__)
+def test_public_name_exists_and_is_documented(name):
+    value = getattr(deit, name)
+    assert name in dir(deit)
+    if name != "__version__":
+        assert len(inspect.getdoc(value)) > 20
+        assert getattr(deit, name) is value
+
+
+def test_type_checkers_see_the_same_names():
+    (block,) = [
+        node
+        for node in ast.parse(SOURCE).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert all(alias.name == alias.asname for node in block.body for alias in node.names)
+    listed = {name: module for module, names in deit._MODULES.items() for name in names}
+    assert seen == {**listed, "errors": "deit.core"}
+    assert (Path(deit.__file__).parent / "py.typed").is_file()
+
+
+def test_unknown_name_raises_attribute_error():
+    assert not hasattr(deit, "trian")
+    with pytest.raises(AttributeError, match="trian"):
+        deit.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [name for name in deit.__all__ if not name.startswith("_")])
+def test_signatures_are_annotated(name):
+    value = getattr(deit, name)
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        assert signature.return_annotation is not inspect.Signature.empty
+        empty = inspect.Parameter.empty
+        missing = [p.name for p in signature.parameters.values() if p.annotation is empty]
+        assert not missing

@@ -1,0 +1,116 @@
+"""deit.train and deit.finetune: callbacks, silence, running a cell twice, Ctrl-C."""
+
+import os
+import signal
+
+import pytest
+
+import deit
+from deit.core import run_log
+from tests.helpers.errors import raises
+from tests.helpers.small_runs import two_epochs
+from tests.helpers.trained import trained
+
+CONFIG = two_epochs(run={"eval_every_epochs": 1})
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of CONFIG without an interruption."""
+    return trained(CONFIG, tmp_path_factory.mktemp("straight") / "run")
+
+
+def test_callbacks_get_the_rows_of_metrics(tmp_path, straight):
+    rows, epochs = [], []
+    run = deit.train(
+        CONFIG,
+        str(tmp_path / "run"),
+        callbacks=[rows.append, lambda row: epochs.append(row.pop("epoch"))],
+        verbose=False,
+    )
+    assert epochs == [1, 2]
+    assert rows == run.metrics == run_log.read(tmp_path / "run" / "metrics.jsonl")
+    assert run.result["epochs"] == 2
+    same = (tmp_path / "run" / "best/model.safetensors").read_bytes()
+    assert same == (straight / "best/model.safetensors").read_bytes()
+
+
+def test_silent_training_prints_nothing(tmp_path, capfd):
+    deit.train(CONFIG, tmp_path / "run", verbose=False)
+    assert capfd.readouterr().out == ""
+    deit.train(CONFIG, tmp_path / "loud")
+    assert "epoch 2/2" in capfd.readouterr().out
+
+
+def test_cell_that_runs_twice_destroys_nothing(straight, tmp_path):
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    with raises(deit.errors.ConfigError, straight):
+        deit.train(CONFIG, straight, verbose=False)
+    run = deit.train(CONFIG, straight, resume=True, verbose=False)
+    assert run.result["epochs"] == 2
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+    begun = deit.train(CONFIG, tmp_path / "new", resume=True, verbose=False)  # nothing to resume
+    assert begun.result["epochs"] == 2
+
+
+def test_keyboard_interrupt_saves_a_checkpoint_that_resumes_to_the_same_bits(straight, tmp_path):
+    def interrupt(row):
+        if row["epoch"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        deit.train(CONFIG, tmp_path / "run", callbacks=[interrupt], verbose=False)
+    assert signal.getsignal(signal.SIGINT) is before
+    stopped = deit.load_run(tmp_path / "run")
+    assert stopped.result is None
+    assert len(stopped.metrics) == 1
+    deit.train(CONFIG, tmp_path / "run", resume=True, verbose=False)
+    for name in ("state_hashes.jsonl", "best/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_error_in_a_callback_keeps_the_run(straight, tmp_path):
+    def fail(row):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        deit.train(CONFIG, tmp_path / "run", callbacks=[fail], verbose=False)
+    run = deit.train(CONFIG, tmp_path / "run", resume=True, verbose=False)
+    assert (run.path / "best/model.safetensors").read_bytes() == (
+        straight / "best/model.safetensors"
+    ).read_bytes()
+
+
+def test_invalid_configuration_raises_before_work(tmp_path):
+    with raises(deit.errors.ConfigError) as caught:
+        deit.train(CONFIG.replace(optim={"epochs": 0, "lr": -1}), tmp_path / "run")
+    fields = {problem.field for problem in caught.value.problems}
+    assert fields == {"optim.epochs", "optim.lr"}
+    with raises(deit.errors.ConfigError, "digist", "digits"):
+        deit.train("digist", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert deit.dry_run(CONFIG)["epoch"] == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_finetune_takes_a_run_and_fields(straight, tmp_path):
+    rows = []
+    run = deit.load_run(straight).finetune(
+        tmp_path / "tuned",
+        resolution=16,
+        epochs=1,
+        optim={"lr": 1e-4},
+        callbacks=[rows.append],
+        verbose=False,
+    )
+    assert (run.config.student.image_size, run.config.optim.lr) == (16, 1e-4)
+    assert run.config.init.weights == str(straight)
+    assert [row["epoch"] for row in rows] == [1]
+    with raises(deit.errors.ConfigError, "optim.lrr", "optim.lr"):
+        deit.finetune(straight, tmp_path / "other", optim={"lrr": 1})
+    assert not (tmp_path / "other").exists()
