@@ -9,10 +9,12 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from deit.config.cross_field_checks.student import check_student
 from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
 from deit.config.validation import section_from_dict
 from deit.core import manifest
+from deit.core.errors import ConfigError
 from deit.core.json_io import load_json_as
 from deit.models.load_weights import saved_weights
 from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo
@@ -61,6 +63,8 @@ def build_student(
         student = student.student
     fields = {"name": student} if isinstance(student, str) else asdict(student)
     config = section_from_dict(StudentConfig, "student", {**fields, **options})
+    if problems := check_student(Config(student=config)):
+        raise ConfigError("\n  ".join(map(str, problems)), problems)
     network = create_network(config, num_classes)
     return Student(network, mean=tuple(mean), std=tuple(std))
 

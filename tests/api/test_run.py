@@ -1,0 +1,177 @@
+"""deit.Run: student, logits, predictions, evaluation, exports and figures of a run folder."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deit
+from deit.datasets.splits import load_split
+from deit.evaluation.predict import predict
+from tests.helpers.errors import raises
+from tests.helpers.images import write_class_folders
+from tests.helpers.small_runs import two_epochs
+from tests.helpers.trained import trained
+
+CONFIG = two_epochs(run={"eval_every_epochs": 1}, student={"name": "deit_micro"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return deit.load_run(trained(CONFIG, tmp_path_factory.mktemp("api") / "digits"))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The test images of digits, uint8 [359, 3, 8, 8]."""
+    return load_split(CONFIG.data, "test")[1]
+
+
+def test_run_has_its_configuration_results_and_classes(run):
+    assert run.config.student.name == "deit_micro"
+    assert run.class_names == tuple("0123456789")
+    assert [row["epoch"] for row in run.metrics] == [1, 2]
+    assert run.result["best"]["top1"] == max(row["validation"]["fused_top1"] for row in run.metrics)
+    assert not run.student.training
+    assert "validation top-1" in repr(run)
+
+
+def test_logits_are_those_of_the_evaluation(run, digits):
+    result = run.evaluate("test", teacher="none", verbose=False)
+    heads = run.logits(digits.pixels)
+    for head in ("class", "distillation", "fused"):
+        top1 = (heads[head].argmax(dim=1) == digits.labels).double().mean().item()
+        assert top1 == pytest.approx(result.metrics["heads"][head]["top1"])
+    batched = run.logits(digits.pixels, batch_size=7)
+    assert torch.allclose(batched["fused"], heads["fused"], atol=1e-5)
+    assert torch.allclose(heads["fused"], (heads["class"] + heads["distillation"]) / 2, atol=1e-5)
+
+
+def test_every_form_of_an_image_gives_the_same_prediction(run, digits, tmp_path):
+    pixels = digits.pixels[0]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "digit.png")
+    (expected,) = run.predict(pixels)
+    forms = [
+        pixels[None],
+        pixels.float() / 255,
+        image,
+        image.convert("RGBA"),
+        tmp_path / "digit.png",
+        str(tmp_path / "digit.png"),
+    ]
+    for form in forms:
+        (prediction,) = run.predict(form)
+        assert prediction.class_name == expected.class_name
+        assert prediction.probability == pytest.approx(expected.probability, abs=1e-5)
+    mixed = run.predict(iter([*forms[1:]]), top_k=3, head="class")
+    assert [prediction.file for prediction in mixed[-2:]] == [str(tmp_path / "digit.png")] * 2
+    assert all(len(prediction.top) == 3 for prediction in mixed)
+
+
+def test_predictions_equal_those_of_the_command(run, tmp_path):
+    write_class_folders(tmp_path / "pictures", images_per_class=2, size=(31, 17))
+    files = sorted((tmp_path / "pictures").rglob("*.png")) or sorted(
+        path for path in (tmp_path / "pictures").rglob("*") if path.is_file()
+    )
+    by_command = {image["file"]: image for image in predict(run, files)["images"]}
+    for prediction in run.predict(files):
+        (first, *_) = by_command[prediction.file]["heads"]["fused"]
+        assert prediction.class_name == first["class"]
+        assert prediction.probability == pytest.approx(first["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(3, 8, 9, dtype=torch.uint8),
+        torch.zeros(2, 1, 8, 8),
+        torch.zeros(1, 3, 9, 9),
+        torch.full((1, 3, 8, 8), -1.0),
+        torch.zeros(1, 3, 8, 8, dtype=torch.int64),
+        np.zeros((8, 8, 3)),
+        3,
+    ],
+    ids=["not square", "gray", "other size", "normalized", "integers", "numpy", "number"],
+)
+def test_images_of_other_forms_raise(run, images):
+    with raises(deit.errors.ConfigError, "images"):
+        run.predict(images)
+
+
+def test_files_that_are_no_images_raise(run, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with raises(deit.errors.DataError, "text.png"):
+        run.predict([tmp_path / "text.png"])
+    with raises(deit.errors.DataError, "missing.png"):
+        run.predict(tmp_path / "missing.png")
+    assert run.predict([]) == []
+    with raises(deit.errors.ConfigError, "top_k"):
+        run.predict([], top_k=0)
+
+
+def test_run_is_a_path_for_other_functions(run, digits):
+    result = deit.evaluate(run, teacher="none")
+    assert result.metrics["num_samples"] == 359
+    teacher = deit.load_teacher(run, run.class_names)
+    images = digits.pixels[:4].float() / 255
+    assert torch.allclose(teacher(images), run.logits(images)["fused"], atol=1e-5)
+    assert deit.recipe(run).student == run.config.student
+
+
+def test_run_exports_and_writes_a_report(run, tmp_path, capfd):
+    folder = run.export("timm", tmp_path / "timm", verbose=False)
+    assert json.loads((folder / "config.json").read_text())["num_classes"] == 10
+    page = run.report(tmp_path / "report", verbose=False)
+    assert page.read_text().startswith("<!doctype html>")
+    assert capfd.readouterr().out == ""
+    with raises(deit.errors.ConfigError, "format"):
+        run.export("tim", tmp_path / "other")
+
+
+def test_notebook_shows_heads_and_curves(run, tmp_path):
+    shown = run._repr_html_()
+    best = run.result["best"]
+    for head in ("class", "distillation", "fused"):
+        assert f"<td>{head}</td><td>{100 * best[f'{head}_top1']:.1f}</td>" in shown
+    assert re.search(r'<img [^>]*src="data:image/png;base64,[\w+/]{1000,}', shown)
+    assert "<script" not in shown
+
+
+def test_figures_are_matplotlib_figures(run, digits):
+    figure = run.plot_curves()
+    _, accuracy = figure.axes
+    lines = {line.get_label(): line.get_ydata() for line in accuracy.get_lines()}
+    expected = [100 * row["validation"]["fused_top1"] for row in run.metrics]
+    assert list(lines["fused"]) == pytest.approx(expected)
+    attention = run.plot_attention(digits.pixels[:3])
+    assert len(attention.axes) == 3 * 3  # the image, and it under the map of each token
+    for drawn in (figure, attention):
+        assert drawn._repr_png_().startswith(b"\x89PNG")
+    (attention,) = run.plot_attention(digits.pixels[:3], max_images=1).axes[:1]
+    assert "image 0" in attention.get_title(loc="left")
+
+
+def test_unfinished_run_says_so(run, tmp_path):
+    folder = tmp_path / "unfinished"
+    folder.mkdir()
+    for name in ("config.json", "environment.json", "metrics.jsonl"):
+        (folder / name).write_bytes((run.path / name).read_bytes())
+    unfinished = deit.load_run(folder)
+    assert "not finished" in repr(unfinished)
+    assert "not finished" in unfinished._repr_html_()
+    with raises(deit.errors.CheckpointError, folder):
+        unfinished.student  # noqa: B018
+    (folder / "metrics.jsonl").write_text("")
+    with raises(deit.errors.CheckpointError, folder):
+        unfinished.plot_curves()
+
+
+def test_folders_that_are_no_runs_raise(tmp_path, run):
+    with raises(deit.errors.CheckpointError, tmp_path):
+        deit.load_run(tmp_path)
+    with raises(deit.errors.ConfigError, "checkpoint", "bets", "best"):
+        deit.load_run(run, "bets")
