@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.analysis.report import report
 from deit.api.figures import plot_attention, plot_curves
 from deit.api.predictions import ImageInput, Prediction, load_images, to_predictions
 from deit.api.run_html import run_html
@@ -19,14 +18,13 @@ from deit.core.accelerator import resolve_device
 from deit.core.console import format_percent, quiet
 from deit.core.errors import CheckpointError
 from deit.core.types import logits_by_head
-from deit.deploy.export import export
-from deit.deploy.quantize import quantize
-from deit.deploy.quantize_options import QuantizeOptions
 from deit.evaluation.evaluate import EvaluationResult, evaluate
 from deit.evaluation.load_run import load_run_config, resolve_run
 from deit.models.metadata import ModelInfo
 from deit.models.saved_student import load_student
 from deit.models.student import Student
+
+# What the methods that write files need is imported inside them: `deit.train` starts sooner.
 
 
 class Run:
@@ -50,15 +48,12 @@ class Run:
     def __init__(
         self, path: str | PathLike, checkpoint: str = "best", *, device: str = "auto"
     ) -> None:
-        """path: a run folder. checkpoint: best or last. device: of the student: auto, cpu or cuda.
-
-        Raises CheckpointError if the folder is no run.
-        """
+        """path: a run folder, which is read when it is needed; `load_run` checks that it is one.
+        checkpoint: best or last. device: of the student: auto, cpu or cuda."""
         check_choice("checkpoint", checkpoint, run_folder.NAMES)
         self.path = Path(path)
         self.checkpoint = checkpoint
         self._device = device
-        run_folder.require_run(self.path)
 
     def __fspath__(self) -> str:
         return fspath(self.path)
@@ -156,6 +151,8 @@ class Run:
     ) -> Path:
         """Write the student for timm, transformers, onnx or pt2, compare the export with it, and
         return the folder: `deit.export` with these options."""
+        from deit.deploy.export import export
+
         with quiet(not verbose):
             return export(self.path, out, format=format, checkpoint=self.checkpoint, **options)
 
@@ -167,6 +164,9 @@ class Run:
         options: fields of QuantizeOptions, such as method or max_drop, and root or force as for
         `deit.quantize`.
         """
+        from deit.deploy.quantize import quantize
+        from deit.deploy.quantize_options import QuantizeOptions
+
         names = QuantizeOptions.__dataclass_fields__
         fields = {name: options.pop(name) for name in [*options] if name in names}
         settings = QuantizeOptions(**fields)
@@ -183,6 +183,8 @@ class Run:
         self, out: str | PathLike | None = None, *, verbose: bool = True, force: bool = False
     ) -> Path:
         """Write an HTML report of the run, and return the page. out: default: report in the run."""
+        from deit.analysis.report import report
+
         folder = self.path / "report" if out is None else Path(out)
         with quiet(not verbose):
             return report(self.path, folder, force=force)
@@ -209,10 +211,15 @@ class Run:
 
 
 def load_run(path: str | PathLike, checkpoint: str = "best", *, device: str = "auto") -> Run:
-    """Return the run in a folder. The arguments and what is raised are those of `Run`.
+    """Return the run in a folder.
+
+    checkpoint: best or last. device: of the student: auto, cpu or cuda. Raises CheckpointError if
+    the folder is no run, ConfigError for another checkpoint.
 
     Example:
         >>> load_run("checkpoints/digits-teacher").config.loss.kind
         'none'
     """
-    return Run(path, checkpoint, device=device)
+    run = Run(path, checkpoint, device=device)
+    run_folder.require_run(run.path)
+    return run

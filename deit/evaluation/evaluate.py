@@ -13,6 +13,7 @@ from deit.config.command_choices import check_test_set
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.core.accelerator import environment_info, hardware_summary
+from deit.core.console import format_percent
 from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
@@ -55,6 +56,24 @@ class EvaluationResult(NamedTuple):
     labels: Tensor | None
     split_key: tuple[Any, ...]
     digest: str = ""
+
+    def __repr__(self) -> str:
+        values = self.metrics
+        heads = ", ".join(f"{name} {top1}" for name, top1 in self._top1().items())
+        images = f"{values['num_samples']} {values['split']} images"
+        return f"EvaluationResult({values['run']}, {images}, top-1 %: {heads})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{top1}</td></tr>" for name, top1 in self._top1().items()
+        )
+        head = "<tr><th>head</th><th>top-1 %</th></tr>"
+        return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+    def _top1(self) -> dict[str, str]:
+        """Return the accuracy of each head and of the teacher, in %."""
+        rows = {**self.metrics["heads"], "teacher": self.metrics["teacher"]}
+        return {name: format_percent(row["top1"]) for name, row in rows.items() if row}
 
 
 def evaluate(
