@@ -1,4 +1,4 @@
-"""Batches of views on their way to the networks: sampled, before mixing, as an input; and sizes."""
+"""Batches of views at each stage: sampled, before mixing, as an input of a network; and sizes."""
 
 from typing import NamedTuple
 

@@ -81,7 +81,7 @@ def draw_view_sheet(
         config, epoch=epoch, num_views=num_views, splits=splits, transparent=transparent
     )
     sheet.save(out)
-    info(f"wrote {out}")
+    info(f"wrote {out}: {sheet.info['num_views']} views")
     return Path(out)
 
 
@@ -100,14 +100,15 @@ def view_sheet(
     that cannot be loaded is left out with a warning. splits: the data of the configuration, if
     already loaded.
     transparent: leave the background transparent and use a text color that can be read on white and
-    on black. Raises ConfigError, DataError, CheckpointError or SystemFault.
+    on black. Its `info` has num_views, the number of views on it. Raises ConfigError, DataError,
+    CheckpointError or SystemFault.
 
     >>> from deit.config.recipes import find_recipe
     >>> from deit.core.console import quiet
     >>> with quiet():
     ...     sheet = view_sheet(find_recipe("digits"), epoch=3, num_views=4)
-    >>> sheet.width > sheet.height
-    True
+    >>> sheet.info["num_views"]
+    4
     """
     check_epoch(epoch)
     check_at_least("num_views", num_views, 1)
@@ -134,7 +135,9 @@ def view_sheet(
         side = teacher_size or batch.teacher_images.shape[-1]
         tile_names.append(f"teacher {side} px{crop}")
     title = f"epoch {epoch}, seed {config.run.seed}: {' | '.join(tile_names)}"
-    return _compose(cells, title, transparent=transparent)
+    sheet = _compose(cells, title, transparent=transparent)
+    sheet.info["num_views"] = len(cells)
+    return sheet
 
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:

@@ -308,8 +308,8 @@ class DistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the options that differ from their defaults, for `print`."""
         values, defaults = dataclasses.asdict(self.config), dataclasses.asdict(LossConfig())
-        shown = [name for name in values if name == "kind" or values[name] != defaults[name]]
-        return ", ".join(f"{name}={values[name]!r}" for name in shown)
+        changed = [name for name in values if name == "kind" or values[name] != defaults[name]]
+        return ", ".join(f"{name}={values[name]!r}" for name in changed)
 
 
 def teacher_weight_ramp(loss: LossConfig, epoch: float) -> float:

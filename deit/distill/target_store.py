@@ -170,7 +170,7 @@ _DIGEST = "sha256"
 
 
 def mismatch_error(path: Path, lines: list[str]) -> DataError:
-    """Return the error that a store was written for something else. lines: the differences."""
+    """Return the error that a store was written for other data. lines: the differences."""
     hint = ""
     if any(line.startswith("seed:") for line in lines):
         hint = "\n  (views.seed sets the seed of the views independently of run.seed)"

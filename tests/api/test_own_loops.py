@@ -164,7 +164,7 @@ def test_timm_training_task_with_our_loss_and_targets(teacher):
 
 
 def test_views_alone_are_those_of_the_loader():
-    """`make_views` in a DataLoader of one's own gives the loader's views, in any order."""
+    """`make_views` in another data loader gives the loader's views, in any order."""
     views = deit.ViewsConfig(
         crop="random_resized", auto_augment="randaugment", erasing_prob=0.5, flip=0.5
     )
@@ -172,20 +172,20 @@ def test_views_alone_are_those_of_the_loader():
     loader = make_loader(views=views, seed=3)
     for batch in loader.epoch(2):
         ids = batch.sample_ids
-        own = deit.make_views(
+        views_of_batch = deit.make_views(
             images[ids], views, seed=3, epoch=2, sample_ids=ids, mean=loader.mean, std=loader.std
         )
-        assert torch.equal(own.float() * (1 / 255), batch.images)
+        assert torch.equal(views_of_batch.float() * (1 / 255), batch.images)
         assert torch.equal(labels[ids], batch.targets.argmax(dim=1))
-    alone = deit.make_views(
+    single = deit.make_views(
         images[5:6], views, seed=3, epoch=2, sample_ids=torch.tensor([5]),
         mean=loader.mean, std=loader.std,
     )  # fmt: skip
-    together = deit.make_views(
+    batch = deit.make_views(
         images, views, seed=3, epoch=2, sample_ids=torch.arange(96),
         mean=loader.mean, std=loader.std,
     )  # fmt: skip
-    assert torch.equal(alone[0], together[5])
+    assert torch.equal(single[0], batch[5])
 
 
 def test_ensemble_alone_gives_the_mean_of_probabilities():

@@ -133,12 +133,12 @@ def test_run_exports_and_writes_a_report(run, tmp_path, capfd):
 
 
 def test_notebook_shows_heads_and_curves(run, tmp_path):
-    shown = run._repr_html_()
+    page = run._repr_html_()
     best = run.result["best"]
     for head in ("class", "distillation", "fused"):
-        assert f"<td>{head}</td><td>{100 * best[f'{head}_top1']:.1f}</td>" in shown
-    assert re.search(r'<img [^>]*src="data:image/png;base64,[\w+/]{1000,}', shown)
-    assert "<script" not in shown
+        assert f"<td>{head}</td><td>{100 * best[f'{head}_top1']:.1f}</td>" in page
+    assert re.search(r'<img [^>]*src="data:image/png;base64,[\w+/]{1000,}', page)
+    assert "<script" not in page
 
 
 def test_figures_are_matplotlib_figures(run, digits):

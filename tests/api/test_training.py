@@ -15,12 +15,12 @@ CONFIG = two_epochs(run={"eval_every_epochs": 1})
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """A run of CONFIG without an interruption."""
-    return trained(CONFIG, tmp_path_factory.mktemp("straight") / "run")
+    return trained(CONFIG, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
-def test_callbacks_get_the_rows_of_metrics(tmp_path, straight):
+def test_callbacks_get_the_rows_of_metrics(tmp_path, uninterrupted):
     rows, epochs = [], []
     run = deit.train(
         CONFIG,
@@ -32,7 +32,7 @@ def test_callbacks_get_the_rows_of_metrics(tmp_path, straight):
     assert rows == run.metrics == run_log.read(tmp_path / "run" / "metrics.jsonl")
     assert run.result["epochs"] == 2
     same = (tmp_path / "run" / "best/model.safetensors").read_bytes()
-    assert same == (straight / "best/model.safetensors").read_bytes()
+    assert same == (uninterrupted / "best/model.safetensors").read_bytes()
 
 
 def test_silent_training_prints_nothing(tmp_path, capfd):
@@ -42,18 +42,22 @@ def test_silent_training_prints_nothing(tmp_path, capfd):
     assert "epoch 2/2" in capfd.readouterr().out
 
 
-def test_cell_that_runs_twice_destroys_nothing(straight, tmp_path):
-    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
-    with raises(deit.errors.ConfigError, straight):
-        deit.train(CONFIG, straight, verbose=False)
-    run = deit.train(CONFIG, straight, resume=True, verbose=False)
+def test_cell_that_runs_twice_destroys_nothing(uninterrupted, tmp_path):
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    with raises(deit.errors.ConfigError, uninterrupted):
+        deit.train(CONFIG, uninterrupted, verbose=False)
+    run = deit.train(CONFIG, uninterrupted, resume=True, verbose=False)
     assert run.result["epochs"] == 2
-    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
-    begun = deit.train(CONFIG, tmp_path / "new", resume=True, verbose=False)  # nothing to resume
-    assert begun.result["epochs"] == 2
+    assert {
+        path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()
+    } == before
+    started = deit.train(CONFIG, tmp_path / "new", resume=True, verbose=False)  # nothing to resume
+    assert started.result["epochs"] == 2
 
 
-def test_keyboard_interrupt_saves_a_checkpoint_that_resumes_to_the_same_bits(straight, tmp_path):
+def test_keyboard_interrupt_saves_a_checkpoint_that_resumes_to_the_same_bits(
+    uninterrupted, tmp_path
+):
     def interrupt(row):
         if row["epoch"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
@@ -67,10 +71,10 @@ def test_keyboard_interrupt_saves_a_checkpoint_that_resumes_to_the_same_bits(str
     assert len(stopped.metrics) == 1
     deit.train(CONFIG, tmp_path / "run", resume=True, verbose=False)
     for name in ("state_hashes.jsonl", "best/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (straight / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_error_in_a_callback_keeps_the_run(straight, tmp_path):
+def test_error_in_a_callback_keeps_the_run(uninterrupted, tmp_path):
     def fail(row):
         raise RuntimeError("enough")
 
@@ -78,7 +82,7 @@ def test_error_in_a_callback_keeps_the_run(straight, tmp_path):
         deit.train(CONFIG, tmp_path / "run", callbacks=[fail], verbose=False)
     run = deit.train(CONFIG, tmp_path / "run", resume=True, verbose=False)
     assert (run.path / "best/model.safetensors").read_bytes() == (
-        straight / "best/model.safetensors"
+        uninterrupted / "best/model.safetensors"
     ).read_bytes()
 
 
@@ -98,9 +102,9 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_finetune_takes_a_run_and_fields(straight, tmp_path):
+def test_finetune_takes_a_run_and_fields(uninterrupted, tmp_path):
     rows = []
-    run = deit.load_run(straight).finetune(
+    run = deit.load_run(uninterrupted).finetune(
         tmp_path / "tuned",
         resolution=16,
         epochs=1,
@@ -109,8 +113,8 @@ def test_finetune_takes_a_run_and_fields(straight, tmp_path):
         verbose=False,
     )
     assert (run.config.student.image_size, run.config.optim.lr) == (16, 1e-4)
-    assert run.config.init.weights == str(straight)
+    assert run.config.init.weights == str(uninterrupted)
     assert [row["epoch"] for row in rows] == [1]
     with raises(deit.errors.ConfigError, "optim.lrr", "optim.lr"):
-        deit.finetune(straight, tmp_path / "other", optim={"lrr": 1})
+        deit.finetune(uninterrupted, tmp_path / "other", optim={"lrr": 1})
     assert not (tmp_path / "other").exists()
