@@ -14,6 +14,7 @@ from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import load_json_as
 from deit.evaluation.cache import disagreement_matrix
+from deit.experiments.arm_difference import difference_line
 from deit.experiments.base_runs import UNNAMED, Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.parallel_runs import RunSpec, check_num_parallel, combined_error
@@ -271,3 +272,5 @@ def _print(result: dict[str, Any]) -> None:
     info(best_summary(result))
     for line in best_lines(result):
         info(f"  {line}")
+    if difference := difference_line(result):
+        info(difference)

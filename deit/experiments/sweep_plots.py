@@ -64,8 +64,10 @@ def _save(
 def finished_rows(result: dict[str, Any]) -> dict[str, Any]:
     """Return the result as `draw_comparison` takes it, without points that have no finished run."""
     rows = {name: row for name, row in result["rows"].items() if row["seeds"]}
-    title = {"study": result["study"] or "sweep"}
-    return {**result, **title, "rows": rows, "recipe": f"{result['sweep']}, {result['recipe']}"}
+    recipe = result["recipe"]
+    if result["study"] != result["sweep"]:  # the title names the study
+        recipe = f"{result['sweep']}, {recipe}"
+    return {**result, "study": result["study"] or "sweep", "rows": rows, "recipe": recipe}
 
 
 def _figure(width: float, height: float, num_axes: int = 1) -> tuple[Any, list[Any]]:

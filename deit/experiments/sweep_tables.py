@@ -10,6 +10,7 @@ from typing import Any
 from deit.core.errors import CheckpointError
 from deit.core.filesystem import atomic_write, write_json
 from deit.core.json_io import load_json_as
+from deit.experiments.arm_difference import difference_line
 from deit.experiments.lottery_tables import lottery_table
 from deit.experiments.sweep_spec import short_names
 from deit.viz.tables import HEADS, final_top1, markdown_table, mean_std
@@ -235,12 +236,15 @@ def markdown(result: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in (result["search"] or {}).items())
     searched = f"{counts}; only the best points have more than the first seed.\n\n"
     searched = searched if counts else ""
+    difference = difference_line(result)
+    difference = f"{_escaped(difference)}\n\n" if difference else ""
     return (
         f"# {result['sweep']}\n\n"
         f"Recipe `{result['recipe']}`, seeds {seeds}; top-1 % on {result['num_samples']} "
         f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
         "over the first row.\n\n"
-        f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{class_by_class(result)}"
+        f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{difference}"
+        f"{class_by_class(result)}"
         f"{changes_table(result)}{disagreement_table(result)}{lottery_table(result)}"
         f"{searched}{ranking}"
         f"{stopped}{failed}"

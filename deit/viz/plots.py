@@ -11,7 +11,7 @@ from typing import IO, Any
 from deit.core.console import count_noun
 from deit.core.errors import SystemFault, printable
 from deit.core.filesystem import atomic_write
-from deit.viz.tables import HEADS, final_top1_percent
+from deit.viz.tables import HEADS, final_top1_percent, mean_std
 
 _LEGEND_WIDTH = 84  # of a line of a legend, in characters
 _COLOR_OF = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
@@ -83,7 +83,7 @@ def comparison_figure(result: dict[str, Any]) -> Any:
     title = f"{result['recipe']}: {_TITLES[study]} ({count_noun(num_seeds, 'seed')})"
     if study == "teacher" and set(result["rows"]) <= set(_COLOR_OF):
         figure = new_figure(10, 4)
-        curves, heads = figure.subplots(1, 2, width_ratios=(3, 2))
+        curves, heads = figure.subplots(1, 2, width_ratios=(5, 4))
         _draw_curves(curves, result)
         _draw_heads(heads, result)
     elif study == "epochs":
@@ -267,23 +267,26 @@ def _connect_points(
 
 
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
-    """Plot validation accuracy over the epochs, a line per seed, and the teacher as a level."""
+    """Plot validation accuracy over the epochs: a thin line per seed, their mean, and the teacher
+    as a level."""
     visible = []
     for name, row in result["rows"].items():
-        line_color = _COLOR_OF[name]
+        color = _COLOR_OF[name]
         if name == "teacher":
             # Students are distilled from the weights of its best epoch.
             best = [max(top1 for _, top1 in curve) for curve in row["curves"]]
             level = 100 * statistics.mean(best)
-            axes.axhline(level, color=line_color, linestyle="--", label=f"teacher, {level:.1f}")
+            axes.axhline(level, color=color, linestyle="--", label=f"teacher, {level:.1f}")
             visible.append(level)
             continue
-        for index, curve in enumerate(row["curves"]):
-            epochs, values = zip(*((epoch, 100 * top1) for epoch, top1 in curve))
-            marker = "o" if len(epochs) == 1 else None
-            label = None if index else name
-            axes.plot(epochs, values, color=line_color, alpha=0.8, label=label, marker=marker)
-            visible += values
+        curves = [{epoch: 100 * top1 for epoch, top1 in curve} for curve in row["curves"]]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        means = [statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
+        marker = "o" if len(epochs) == 1 else None
+        axes.plot(epochs, means, color=color, linewidth=2, label=name, marker=marker)
+        for curve in curves:
+            axes.plot(curve.keys(), curve.values(), color=color, alpha=0.4, linewidth=0.8)
+            visible += curve.values()
     axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(visible))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
@@ -292,35 +295,35 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _draw_heads(axes: Any, result: dict[str, Any]) -> None:
-    """Plot test accuracy by head: a dot per seed, the mean as a bar with its value."""
-    ticks, labels, visible = [], [], []
-    x = 0.0
+    """Plot test accuracy by head: a dot per seed, the mean as a bar, and mean and deviation on the
+    right."""
+    labels: list[tuple[float, str, str]] = []
+    y = 0.0
     for name, row in result["rows"].items():
         for head in HEADS:
             values = [100 * top1[head] for top1 in row["top1"] if top1[head] is not None]
             if not values:
                 continue
-            mean = statistics.mean(values)
-            axes.plot([x] * len(values), values, ".", color=_COLOR_OF[name], alpha=0.6)
-            axes.plot([x - 0.35, x + 0.35], [mean, mean], color=_COLOR_OF[name], linewidth=3)
+            mean, color = statistics.mean(values), _COLOR_OF[name]
+            axes.plot(values, [y] * len(values), ".", color=color, alpha=0.6)
+            axes.plot([mean, mean], [y - 0.35, y + 0.35], color=color, linewidth=3)
             axes.annotate(
-                f"{mean:.1f}",
-                (x, mean),
-                textcoords="offset points",
-                xytext=(0, 4),
-                ha="center",
-                fontsize=8,
-                color=_COLOR_OF[name],
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+                mean_std(values).replace("+-", "\u00b1"),
+                (1.02, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=9,
+                color=color,
             )
-            ticks.append(x)
-            labels.append(name if name == "teacher" else f"{name}, {head}")
-            visible += values
-            x += 1
-        x += 0.5
-    axes.set_xticks(ticks, labels, fontsize=7, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set(ylabel="test top-1 %", ylim=_limits(visible))
-    axes.grid(axis="y", alpha=0.25)
+            labels.append((y, name if name == "teacher" else f"{name}, {head}", color))
+            y += 1
+        y += 0.5
+    axes.set_yticks([y for y, _, _ in labels], [text for _, text, _ in labels], fontsize=9)
+    for tick, (_, _, color) in zip(axes.get_yticklabels(), labels):
+        tick.set_color(color)
+    axes.invert_yaxis()
+    axes.set(xlabel="test top-1 %")
+    axes.grid(axis="x", alpha=0.25)
 
 
 def _limits(values: list[float]) -> tuple[float, float]:

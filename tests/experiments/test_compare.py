@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from deit.experiments.arm_difference import difference_line
 from tests.helpers.commands import assert_refused, run_in, tree
 from tests.helpers.small_runs import two_epochs
 from tests.helpers.trained import trained
@@ -37,13 +38,18 @@ def test_compare_and_sweep_of_a_study_share_runs(command_server, tmp_path):
     assert list(result["rows"]) == ["undistilled"]
     (folder,) = result["rows"]["undistilled"]["folders"]
     assert f"deit evaluate {folder}" in done.out
-    sweep = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0", *arguments[2:])
-    done = command_server.run(*sweep)
+    sweep = ("sweep", "teacher", "--recipe", "digits", "--seeds", "0,1", *arguments[2:])
+    done = command_server.run(*sweep, "--parallel", "2")
     assert done.code == 0, done.err
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = result["rows"]
     assert list(rows) == ["distilled", "undistilled"]
-    assert rows["undistilled"]["folders"] == [folder]
-    assert "1 of 2 runs are finished already" in done.out
+    assert rows["undistilled"]["folders"][0] == folder
+    assert "1 of 4 runs are finished already" in done.out
+    line = difference_line(result)
+    assert "359 images, 2 seeds" in line
+    assert line in done.out.splitlines()
+    assert line in (tmp_path / "out" / "results.md").read_text().splitlines()
 
 
 def test_compare_dry_run_lists_runs_and_writes_nothing(command_server, tmp_path):
