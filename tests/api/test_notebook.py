@@ -1,5 +1,7 @@
 """The notebook of the documentation runs, and its stored outputs are of the same kinds."""
 
+import os
+
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
@@ -7,9 +9,10 @@ pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 pytest.importorskip("sklearn")
 
-from scripts.notebook import NOTEBOOK, run_notebook  # noqa: E402
+from scripts.notebook import NOTEBOOK, ROOT, run_notebook  # noqa: E402
 
 _MAX_BYTES = 400_000
+_TIMEOUT_S = 300
 
 
 def kinds(notebook):
@@ -29,3 +32,46 @@ def test_notebook_runs_and_gives_outputs_of_the_stored_kinds(tmp_path):
     assert executed.cells[1].outputs == stored.cells[1].outputs  # the list of recipes
     assert NOTEBOOK.stat().st_size < _MAX_BYTES
     assert (tmp_path / "exports" / "digits" / "config.json").is_file()
+
+
+TRAIN = """
+import deit
+config = deit.recipe(
+    "digits", loss="none", data={"train_fraction": 0.2}, optim={"epochs": 200, "batch_size": 32},
+    student={"depth": 1, "embed_dim": 16, "num_heads": 2}, run={"eval_every_epochs": 100},
+)
+deit.train(config, "run", resume=True, callbacks=[lambda row: print("epoch", row["epoch"])])
+"""
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """A client of a kernel that runs in tmp_path."""
+    from jupyter_client.manager import start_new_kernel
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with open(os.devnull, "w") as ignored:
+        options = {"cwd": str(tmp_path), "stderr": ignored}
+        manager, client = start_new_kernel(startup_timeout=_TIMEOUT_S, **options)
+    client.manager = manager
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_stop_button_of_a_notebook_saves_a_checkpoint_and_raises(kernel, tmp_path):
+    kernel.execute(TRAIN)
+    printed = ""
+    while "epoch 3\n" not in printed:
+        message = kernel.get_iopub_msg(timeout=_TIMEOUT_S)
+        printed += message["content"].get("text", "")
+    kernel.manager.interrupt_kernel()
+    reply = kernel.get_shell_msg(timeout=_TIMEOUT_S)["content"]
+    assert reply["status"] == "error"
+    assert reply["ename"] in ("KeyboardInterrupt", "StoppedBySignal")
+    assert "resume" in reply["evalue"]
+    assert list((tmp_path / "run").glob("checkpoint-*/model.safetensors"))
+    kernel.execute('print("epochs", len(deit.load_run("run").metrics) >= 3)')
+    while "epochs True" not in printed:  # the kernel is alive
+        message = kernel.get_iopub_msg(timeout=_TIMEOUT_S)
+        printed += message["content"].get("text", "")
