@@ -7,7 +7,7 @@ from typing import Any
 
 from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand
-from deit.cli.parser import Parser
+from deit.cli.parser import Names, Parser
 from deit.cli.run_args import RunArguments, given_epochs, parse_data, parse_run, run_name
 from deit.config.command_choices import check_at_least
 from deit.config.finetune_schedules import (
@@ -47,7 +47,7 @@ def _finetune_parser(program: str = "") -> Parser:
     )
     parser.add_argument(
         "--schedule",
-        metavar="NAME",
+        metavar=Names(_SCHEDULES),
         help=f"Training schedule: {', '.join(_SCHEDULES)}. (default: {DEFAULT_SCHEDULE} without "
         "RECIPE, else the recipe's)",
     )

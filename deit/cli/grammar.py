@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from deit.cli.parser import Parser
+from deit.cli.parser import Names, Parser
+from deit.config.presets import PRESETS
 from deit.config.recipes import find_recipe
 from deit.config.schema import Config
+from deit.config.sections.student import STUDENTS
 
 SHARED = {
     "out": "Run folder. (default: checkpoints/RECIPE in the working directory)",
@@ -34,15 +36,16 @@ FLAGS = ("resume", "dry_run", "print_config")
 """Those of SHARED that take no value."""
 _METAVARS = {
     "out": "DIR",
+    **{name: Names(preset.names) for name, preset in PRESETS.items()},
     "data.root": "DIR",
     "data.exclude_list": "FILE|none",
     "data.classes": "NAME,...|@FILE",
     "data.unseen_classes": "NAME,...|@FILE",
-    "student.name": "NAME",
+    "student.name": Names(STUDENTS),
     "init.weights": "SOURCE|none",
     "init.pruning_masks": "FILE|keep|none",
     "teacher.source": "SOURCE,...",
-    "teacher.architecture": "NAME,...",
+    "teacher.architecture": Names(STUDENTS, many=True),
     "teacher.target_stores": "STORE,...",
 }
 """What `--help` shows as the value of shared options and of fields whose type is text."""
@@ -110,12 +113,14 @@ class ConfigCommand:
             usage=f"{program} {self.usage} [OPTIONS]",
             description=f"{self.about}\n\n{_about_recipe(recipe, self.usage)}",
             parents=[own_parser or self.own_parser(program)],
+            first_argument=self.usage.split()[0].strip("[]"),
         )
         existing = {action.dest for action in parser._actions}
         for name, text in SHARED.items():
             if name not in existing and name not in self.excluded:
-                settings: dict[str, Any] = {"nargs": "*", "metavar": _METAVARS.get(name, "NAME")}
-                settings = {"action": "store_true"} if name in FLAGS else settings
+                settings: dict[str, Any] = {"action": "store_true"}
+                if name not in FLAGS:
+                    settings = {"nargs": "*", "metavar": _METAVARS[name]}
                 text = self.help_overrides.get(name, text)
                 parser.add_argument(option_of(name), help=_escaped(text), **settings)
         base = base or find_recipe(recipe)

@@ -91,6 +91,18 @@ def command_of(program: str, arguments: list[str]) -> str:
     return f"{program} {shlex.join(arguments)}".rstrip()
 
 
+class Names(str):
+    """The metavar `NAME`, or `NAME,...` with many, of an option whose value shells complete with
+    `names`; the option may take other values too."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, names: Iterable[str], *, many: bool = False) -> "Names":
+        text = super().__new__(cls, "NAME,..." if many else "NAME")
+        text.names = tuple(names)
+        return text
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """argparse's formatter with the default value of each option, the paragraphs of the
     description, and one metavar per option of any number of values."""
@@ -135,7 +147,8 @@ class Parser(argparse.ArgumentParser):
     """argparse for the commands: errors are ConfigError, and options cannot be abbreviated.
 
     name: the command in COMMON, whose most used options `--help` shows; without it, or if it is not
-    there, `--help` shows all options.
+    there, `--help` shows all options. first_argument: the metavar of an argument that is not
+    parsed here, but removed before.
     """
 
     def __init__(
@@ -144,6 +157,7 @@ class Parser(argparse.ArgumentParser):
         name: str = "",
         add_help: bool = True,
         parents: Sequence[argparse.ArgumentParser] = (),
+        first_argument: str = "",
         **settings: Any,
     ) -> None:
         help_parser = argparse.ArgumentParser(add_help=False)
@@ -153,7 +167,7 @@ class Parser(argparse.ArgumentParser):
             help_parser.add_argument(
                 *names, action=_Help, nargs=0, dest=argparse.SUPPRESS, help=text
             )
-        self.common = COMMON.get(name)
+        self.common, self.first_argument = COMMON.get(name), first_argument
         super().__init__(
             add_help=False,
             parents=[help_parser, *parents],

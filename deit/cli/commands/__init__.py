@@ -85,6 +85,12 @@ COMMAND_GROUPS = {
             "targets": ("data", "Store a teacher's outputs for every view, or verify them."),
         },
     ),
+    "Set up": Group(
+        "completion bash > ~/.deit-completion.bash",
+        {
+            "completion": ("setup", "Print a script for completion in bash, zsh or fish."),
+        },
+    ),
 }
 """The commands by purpose."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand
-from deit.cli.parser import Parser, command_of, parse_controls, parse_numbers
+from deit.cli.parser import Names, Parser, command_of, parse_controls, parse_numbers
 from deit.cli.run_args import (
     ALWAYS_RESUMES,
     given_epochs,
@@ -16,6 +16,7 @@ from deit.cli.run_args import (
 from deit.config.command_choices import CALIBRATION_METHODS, QUANTIZATION_METHODS, check_choice
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES
 from deit.config.schema import Config
+from deit.config.sparsity import SCOPES
 from deit.core import run_folder
 from deit.core.errors import ConfigError
 from deit.deploy import prune_options, quantize_options
@@ -134,14 +135,14 @@ def _prune_parser(program: str) -> Parser:
     parser.add_argument(
         "--scope",
         default=PruneOptions.scope,
-        metavar="NAME",
+        metavar=Names(SCOPES),
         help="global: rank heads and hidden units of all blocks together; layerwise: remove the "
         "same fraction of each block.",
     )
     parser.add_argument(
         "--criterion",
         default=PruneOptions.criterion,
-        metavar="NAME",
+        metavar=Names(prune_options.CRITERIA),
         help="Importance of a head or hidden unit. taylor: its effect on the loss of training "
         "views; magnitude: the size of its weights.",
     )
@@ -156,13 +157,13 @@ def _prune_parser(program: str) -> Parser:
     parser.add_argument(
         "--schedule",
         default=prune_options.SCHEDULE,
-        metavar="NAME",
+        metavar=Names(_full_schedules()),
         help=f"Schedule of the recovery training: {', '.join(_full_schedules())}.",
     )
     parser.add_argument(
         "--controls",
         default="none",
-        metavar="NAME,...",
+        metavar=Names((*prune_options.CONTROLS, "none"), many=True),
         help="Also train students of the same shape from random weights. short: as long as the "
         "recovery; long: as long as the run and the recovery together.",
     )

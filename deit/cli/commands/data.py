@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand
-from deit.cli.parser import Parser, check_content, parse_part
+from deit.cli.parser import Names, Parser, check_content, parse_part
 from deit.cli.run_args import (
     ALWAYS_RESUMES,
     NOT_TRAINING,
@@ -159,7 +159,7 @@ def _write_targets_parser(program: str) -> Parser:
     )
     parser.add_argument(
         "--content",
-        metavar="KIND",
+        metavar=Names(("hard", "full", "top-10")),
         help="Outputs to store for each view. hard: the predicted label; full: also the "
         "log-probabilities of all classes; top-K: of the K most probable. (default: what the loss "
         "needs)",

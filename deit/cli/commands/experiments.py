@@ -9,12 +9,13 @@ from typing import Any
 
 from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand
-from deit.cli.parser import Parser, check_content, command_of, parse_names, parse_seeds
+from deit.cli.parser import Names, Parser, check_content, command_of, parse_names, parse_seeds
 from deit.cli.run_args import ALWAYS_RESUMES, RunArguments, parse_run, print_config_if_requested
 from deit.config.command_choices import TOP_POINTS
 from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import ConfigError
+from deit.experiments.studies import STUDIES
 from deit.experiments.sweep_grid import (
     SWEEPS,
     boundary_points,
@@ -35,7 +36,7 @@ def _compare_parser(program: str) -> Parser:
     parser.add_argument(
         "--study",
         default="teacher",
-        metavar="NAME",
+        metavar=Names(STUDIES),
         help="The students to compare: teacher (with and without the teacher), view-modes (every "
         "view mode), epochs (shorter and longer training), ensemble (several teachers combined and "
         "each alone), resolution (fine-tuning at a higher resolution, with each teacher and "

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from deit.cli.parser import Parser, command_of, parse_numbers
+from deit.cli.parser import Names, Parser, command_of, parse_numbers
 from deit.config.command_choices import (
     EXPORT_IMAGES,
     EXPORT_PACKAGES,
@@ -89,7 +89,7 @@ def _evaluate_parser(program: str) -> Parser:
     parser.add_data_root()
     parser.add_argument(
         "--test-set",
-        metavar="NAME",
+        metavar=Names(TEST_SETS),
         help="Evaluate another test set of ImageNet, stored in --data.root, instead of the split: "
         f"{', '.join(TEST_SETS)}.",
     )
@@ -235,7 +235,7 @@ def _export_parser(program: str) -> Parser:
     parser.add_argument(
         "--format",
         required=True,
-        metavar="NAME",
+        metavar=Names(EXPORT_PACKAGES),
         help=f"Format of the export (required): {', '.join(EXPORT_PACKAGES)}.",
     )
     parser.add_checkpoint()

@@ -7,6 +7,7 @@ from pathlib import Path
 from deit.analysis import landscape_options
 from deit.cli.grammar import ConfigCommand, option_of
 from deit.cli.parser import (
+    Names,
     Parser,
     command_of,
     parse_controls,
@@ -15,6 +16,7 @@ from deit.cli.parser import (
     parse_seeds,
 )
 from deit.cli.run_args import ALWAYS_RESUMES, parse_run, print_config_if_requested, run_name
+from deit.config.sparsity import SCOPES
 from deit.core.errors import ConfigError
 from deit.experiments import lottery_options
 
@@ -37,7 +39,7 @@ def _lottery_parser(program: str) -> Parser:
     parser.add_argument(
         "--scope",
         default=lottery_options.LotteryOptions.scope,
-        metavar="NAME",
+        metavar=Names(SCOPES),
         help="Weights that are ranked together. global: those of all layers; layerwise: those of "
         "each layer; N:M: keep N of every M neighboring weights.",
     )
@@ -51,7 +53,7 @@ def _lottery_parser(program: str) -> Parser:
     parser.add_argument(
         "--controls",
         default=",".join(lottery_options.CONTROLS),
-        metavar="NAME,...",
+        metavar=Names((*lottery_options.CONTROLS, "none"), many=True),
         help="Controls to train, or none. random: a random mask with the same density in each "
         "layer; reinitialized: the ticket's mask with new initial weights; one-shot: pruned once "
         "instead of in rounds.",
@@ -170,7 +172,7 @@ def _landscape_parser(program: str) -> Parser:
     parser.add_argument(
         "--measure",
         default=",".join(defaults.measure),
-        metavar="NAME,...",
+        metavar=Names(landscape_options.PARTS, many=True),
         help="Measurements to make.",
     )
     parser.add_checkpoint(default=defaults.checkpoint)
@@ -214,7 +216,7 @@ def _add_lottery_options(parser: Parser) -> None:
     group.add_argument(
         "--kinds",
         default=",".join(landscape_options.LandscapeOptions().kinds),
-        metavar="NAME,...",
+        metavar=Names(landscape_options.KINDS, many=True),
         help=f"Kinds of runs to measure in each round: {', '.join(landscape_options.KINDS)}.",
     )
     group.add_argument(

@@ -63,6 +63,11 @@ def _fields() -> tuple[Option, ...]:
     return tuple(options)
 
 
+def field_choices() -> dict[str, tuple[str, ...]]:
+    """Return the choices of each field that has some, by `section.field`."""
+    return {option.name: option.choices for option in _fields() if option.choices}
+
+
 def _kinds(annotation: Any) -> set[str]:
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
