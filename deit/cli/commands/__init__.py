@@ -86,7 +86,7 @@ COMMAND_GROUPS = {
         },
     ),
     "Set up": Group(
-        "completion bash > ~/.deit-completion.bash",
+        "completion bash",
         {
             "completion": ("setup", "Print a script for completion in bash, zsh or fish."),
         },
