@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The run ends if a worker crashes: xdist hangs if it replaces a crashed worker.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: help quickstart test test-busy test-lowest test-newest lint format clean
+.PHONY: help quickstart test test-busy test-lowest test-newest docs lint format clean
 
 help:
 	@echo "make quickstart   train teacher, distilled and undistilled student on digits; one table"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-busy    the suite three times in random order, on one core with two busy processes"
 	@echo "make test-lowest  the suite with the lowest versions setup.cfg allows, on Python 3.11"
 	@echo "make test-newest  the suite with the newest versions, on Python 3.13"
+	@echo "make docs         generate the reference pages, draw the diagrams, build the site in site/"
 	@echo "make format       format the code"
 	@echo "make clean        remove the environments (runs in checkpoints/ are kept)"
 	@echo
@@ -79,6 +80,11 @@ test-lowest: RESOLUTION := lowest-direct
 test-lowest: VERSION := 3.11
 test-newest: RESOLUTION := highest
 test-newest: VERSION := 3.13
+
+docs: $(VENV)/test.stamp
+	$(BIN)/python scripts/diagrams.py
+	$(BIN)/python scripts/docs.py build
+	@echo "to read it: python -m http.server --directory site"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ def study(
     if not (run / "export-onnx").is_dir():
         deit("export", str(run), "--format=onnx")
     results = {"quantize": quantize_with(run)}
-    # The controls are students of the pruned shape (docs/compression.md).
+    # The controls are students of the pruned shape (docs/results/compression.md).
     deit("prune", str(run), "--ratio=0.5", "--controls=short,long", f"--out={pruned}")
     results["prune"] = json.loads((pruned / "results.json").read_text(encoding="utf-8"))
     quantize_with(pruned / RECOVERED)

@@ -1,8 +1,4 @@
-"""Check the layers of .importlinter on a copy of the code with the layout of a wheel.
-
-In the checkout, models/ and datasets/ are next to deit/ and have no __init__.py, because they would
-shadow Hugging Face's `datasets`. import-linter does not find them there.
-"""
+"""Check the layers of .importlinter on a copy of the code with the layout of a wheel."""
 
 import shutil
 import subprocess
@@ -10,20 +6,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.wheel_layout import copy_package
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     """Return the exit code of lint-imports: 1 if an import violates the layers."""
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "deit"
-        skipped = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "deit", package, ignore=skipped)
-        for name in ("models", "datasets"):
-            shutil.copytree(ROOT / name, package / name, ignore=skipped)
-        for inner in (package, *package.rglob("*")):
-            if inner.is_dir():
-                (inner / "__init__.py").touch()
+        copy_package(Path(folder))
         shutil.copy(ROOT / ".importlinter", folder)
         linter = Path(sys.executable).with_name("lint-imports")
         return subprocess.run([linter, "--no-cache"], cwd=folder).returncode

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("*.md", "docs/*.md", "*.py", *(f"{name}/**/*.py" for name in (
+PLACES = ("*.md", "docs/**/*.md", "*.py", *(f"{name}/**/*.py" for name in (
     "deit", "models", "datasets", "scripts", "tests", "checkpoints")))  # fmt: skip
 UNCHECKED = ("docs/log.md", "scripts/lint_words.py")
 

@@ -1,4 +1,4 @@
-"""Write the tables and plots of README and docs from the JSON files in docs/results/."""
+"""Write the tables and plots of README.md and docs/ from the JSON files in docs/results/."""
 
 import argparse
 import json
@@ -47,6 +47,8 @@ SWEEPS = {
     "tiny-imagenet-table-3": "Tiny-ImageNet, 20 classes, 8 epochs: ways of distilling (Table 3)",
     "digits-held-out": "Digits: classes 6, 7, 8 and 9 unseen (temperature, weight, learning rate)",
 }
+FIRST_TABLE = "digits"
+"""The result that README.md shows."""
 PLOTTED_SWEEPS = ("digits-epochs",)
 TICKETS = {"digits-tickets": "Digits: lottery tickets and their controls"}
 COMPRESSION = {
@@ -86,13 +88,17 @@ def section(name: str, result: dict) -> str:
     threads = environment["threads"]
     rows = [_cells(row, values) for row, values in result["rows"].items()]
     return (
-        f"**{TITLES[name]}** ([{name}.json](docs/results/{name}.json))\n\n"
-        f"{markdown_table(COLUMNS, rows)}\n\n"
+        f"### {TITLES[name]}\n\n{markdown_table(COLUMNS, rows)}\n\n"
         f"Test top-1 in %, {result['num_samples']} images, {seeds_text}; "
         f"{environment['device_name']}, {environment['precision']}, "
         f"{count_noun(threads, 'thread')}, torch {environment['packages']['torch']}, "
-        f"commit {environment['commit']}.\n{_command_text(name, result['command'])}\n"
+        f"commit {environment['commit']}. {_link(name)}\n{_command_text(name, result['command'])}\n"
     )
+
+
+def _link(*names: str) -> str:
+    """Return links to files of docs/results/, as on a page of docs/."""
+    return ", ".join(f"[{name}.json](results/{name}.json)" for name in names)
 
 
 def _command_text(name: str, command: str, *extra: str) -> str:
@@ -138,7 +144,7 @@ def benchmark_section(name: str, result: dict) -> str:
         f"{result['seconds']:g} s, batches of {result['batch_size']}, views normalized on both "
         f"sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
-        f"[{name}.json](docs/results/{name}.json):\n"
+        f"{_link(name)}\n"
         f"`{_regenerating_command(name, result['command'])}`\n"
     )
 
@@ -197,12 +203,12 @@ def sweep_section(name: str, result: dict) -> str:
     )
     seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"**{(SWEEPS | TICKETS)[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"### {(SWEEPS | TICKETS)[name]}\n\n"
         f"{markdown_table(columns(result), table)}\n\n{_classes(result)}{few}"
         f"{lottery_table(result)}"
         f"Test top-1 in %, {result['num_samples']} images, seeds {seeds}, gains over the first "
         f"point; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}.\n{_command_text(name, result['command'])}\n"
+        f"{environment['commit']}. {_link(name)}\n{_command_text(name, result['command'])}\n"
     )
 
 
@@ -212,12 +218,12 @@ def compression_section(name: str, result: dict) -> str:
     environment = variants["environment"]
     threads = environment["threads"]
     return (
-        f"**{COMPRESSION[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"### {COMPRESSION[name]}\n\n"
         f"{compression_table(result)}\n\n{compression_summary(result)}\n\n"
         f"Test top-1 in %, {variants['num_samples']} images, seeds {', '.join(result['seeds'])}; "
         f"times: medians of turns, {count_noun(threads, 'thread')}, "
         f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}.\n"
+        f"{environment['commit']}. {_link(name)}\n"
         f"{_command_text(name, result['command'], '--json', f'docs/results/{name}.json')}\n"
     )
 
@@ -226,11 +232,11 @@ def landscape_section(name: str, result: dict) -> str:
     """Return a loss landscape as Markdown: points, lines, and how it was measured."""
     environment = result["environment"]
     return (
-        f"**{LANDSCAPES[name]}** ([{name}.json](results/{name}.json))\n\n"
+        f"### {LANDSCAPES[name]}\n\n"
         f"{landscape_tables(result)}\n\n"
         f"Cross-entropy of the fused logits, {result['images']} {result['options']['split']} "
         f"images; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}.\n{_command_text(name, result['command'])}\n"
+        f"{environment['commit']}. {_link(name)}\n{_command_text(name, result['command'])}\n"
     )
 
 
@@ -238,16 +244,15 @@ def seeds_section(name: str) -> str:
     """Return the landscapes of several seeds as Markdown."""
     title, files = SEEDS[name]
     results = load(files)
-    links = ", ".join(f"[{file}.json](results/{file}.json)" for file in files)
     first, *others = [result["options"] for result in results.values()]
     options = [
         f"`--run-seed {request['run_seed']} --measure {','.join(request['measure'])}`"
         for request in others
     ]
     return (
-        f"**{title}** ({links})\n\n{seeds_tables(list(results.values()))}\n\nMean +- standard "
+        f"### {title}\n\n{seeds_tables(list(results.values()))}\n\nMean +- standard "
         f"deviation over the seeds; {first['images']} {first['split']} images. The command is that "
-        f"of the table above, with {' and '.join(options)} for the other seeds.\n"
+        f"of the table above, with {' and '.join(options)} for the other seeds. {_link(*files)}\n"
     )
 
 
@@ -308,48 +313,64 @@ def load(names: Iterable[str]) -> dict[str, dict]:
     }
 
 
+def pages() -> dict[Path, dict[str, str]]:
+    """Return the generated sections of each page, by the name of their marks."""
+    results = {name: section(name, result) for name, result in load(TITLES).items()}
+    sweeps = {name: sweep_section(name, result) for name, result in load(SWEEPS).items()}
+    accuracy = {"results": "\n".join(results.values()), "sweeps": "\n".join(sweeps.values())}
+    accuracy |= {name: benchmark_section(name, result) for name, result in load(BENCHMARKS).items()}
+    smaller = {name: sweep_section(name, result) for name, result in load(TICKETS).items()}
+    smaller |= {name: compression_section(name, r) for name, r in load(COMPRESSION).items()}
+    smaller |= {name: landscape_section(name, r) for name, r in load(LANDSCAPES).items()}
+    smaller |= {name: seeds_section(name) for name in SEEDS}
+    docs = ROOT / "docs"
+    return {
+        ROOT / "README.md": {"results": _linked(results[FIRST_TABLE], "docs/results/")},
+        docs / "results.md": accuracy,
+        docs / "results" / "compression.md": {
+            name: _linked(text, "") for name, text in smaller.items()
+        },
+    }
+
+
+def _linked(text: str, folder: str) -> str:
+    """Return a section with its links for a page from which docs/results/ is `folder`."""
+    return text.replace("](results/", f"]({folder}")
+
+
+def draw_images() -> None:
+    """Draw the plot of each result."""
+    folder = ROOT / "docs" / "images"
+    for name, result in load(TITLES).items():
+        draw_comparison(result, folder / f"{name}.png")
+    for name, result in load(PLOTTED_SWEEPS).items():
+        draw_comparison(finished_rows(result), folder / f"{name}.png")
+    for name, result in load(TICKETS).items():
+        chart(ticket_curve(result), folder / f"{name}.png")
+    for name, result in load(COMPRESSION).items():
+        draw_compression(result, folder / f"{name}.png")
+    for name, result in load(LANDSCAPES).items():
+        draw_landscape(result, folder / f"{name}.png")
+    for name, (_, files) in SEEDS.items():
+        draw_seeds(list(load(files).values()), folder / f"{name}.png")
+    for name, result in load(BENCHMARKS).items():
+        draw_benchmark(result, folder / f"{name}.png")
+
+
 def main() -> None:
     """Write the pages and one plot for each result; `--check` only compares the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 if a page is not up to date")
     check = parser.parse_args().check
-    results, benchmarks, sweeps = load(TITLES), load(BENCHMARKS), load(SWEEPS)
-    tables = {"results": "\n".join(section(name, result) for name, result in results.items())}
-    tables |= {name: benchmark_section(name, result) for name, result in benchmarks.items()}
-    sweep_texts = {
-        "sweeps": "\n".join(sweep_section(name, result) for name, result in sweeps.items())
-    }
-    pages = {ROOT / "README.md": tables, ROOT / "docs" / "sweeps.md": sweep_texts}
-    tickets = load(TICKETS)
-    texts = {name: sweep_section(name, result) for name, result in tickets.items()}
-    smaller = load(COMPRESSION)
-    texts |= {name: compression_section(name, result) for name, result in smaller.items()}
-    landscapes = load(LANDSCAPES)
-    texts |= {name: landscape_section(name, result) for name, result in landscapes.items()}
-    texts |= {name: seeds_section(name) for name in SEEDS}
-    pages[ROOT / "docs" / "compression.md"] = texts
     new = {
         path: renew_sections(path.read_text(encoding="utf-8"), texts)
-        for path, texts in pages.items()
+        for path, texts in pages().items()
     }
     if check:
         sys.exit(any(text != path.read_text(encoding="utf-8") for path, text in new.items()))
     for path, text in new.items():
         path.write_text(text, encoding="utf-8")
-    for name, result in results.items():
-        draw_comparison(result, ROOT / "docs" / "images" / f"{name}.png")
-    for name in PLOTTED_SWEEPS:
-        draw_comparison(finished_rows(sweeps[name]), ROOT / "docs" / "images" / f"{name}.png")
-    for name, result in tickets.items():
-        chart(ticket_curve(result), ROOT / "docs" / "images" / f"{name}.png")
-    for name, result in smaller.items():
-        draw_compression(result, ROOT / "docs" / "images" / f"{name}.png")
-    for name, result in landscapes.items():
-        draw_landscape(result, ROOT / "docs" / "images" / f"{name}.png")
-    for name, (_, files) in SEEDS.items():
-        draw_seeds(list(load(files).values()), ROOT / "docs" / "images" / f"{name}.png")
-    for name, result in benchmarks.items():
-        draw_benchmark(result, ROOT / "docs" / "images" / f"{name}.png")
+    draw_images()
 
 
 if __name__ == "__main__":

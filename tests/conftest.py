@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # for fixtures of wider scope, which are set up before
 
 
 def pytest_report_header() -> str:
-    """Return the versions and the processor, as docs/versions.md records them."""
+    """Return the versions and the processor, as docs/reference/versions.md records them."""
     versions = {
         package.metadata["Name"].lower(): package.version for package in metadata.distributions()
     }

@@ -169,7 +169,7 @@ def _add_section(parser: argparse.ArgumentParser, section: str, base: Any) -> No
     for field in dataclasses.fields(base):
         name, value = f"{section}.{field.name}", getattr(base, field.name)
         metavar = _METAVARS.get(name) or _metavar(field.type)
-        text = _field_helps(type(base))[field.name]
+        text = field_helps(type(base))[field.name]
         text = _escaped(_with_default(text, value, takes_none=metavar.endswith("|none")))
         if field.type is bool:
             off = f"--{section}.no_{field.name}"
@@ -226,7 +226,7 @@ def _is_tuple(annotation: Any) -> bool:
 
 
 @functools.cache
-def _field_helps(section: type) -> dict[str, str]:
+def field_helps(section: type) -> dict[str, str]:
     """Return the docstring below each field of a section, as one line of text."""
     (body,) = ast.parse(inspect.cleandoc(inspect.getsource(section))).body
     assert isinstance(body, ast.ClassDef)

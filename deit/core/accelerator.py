@@ -76,8 +76,8 @@ def _check_launcher() -> None:
         if os.environ.get(variable, "false").lower() == "true":
             raise SystemFault(
                 f"the launcher sets {name} ({variable}), which is not supported; to shard the "
-                "student, use --run.sharding fsdp (FSDP2, like ZeRO stage 3; docs/scaling.md) with "
-                "distributed_type MULTI_GPU, or with torchrun"
+                "student, use --run.sharding fsdp (FSDP2, like ZeRO stage 3; "
+                "docs/guides/scaling.md) with distributed_type MULTI_GPU, or with torchrun"
             )
     variable = "ACCELERATE_DYNAMO_BACKEND"
     backend = os.environ.get(variable, "no")

@@ -56,6 +56,9 @@ class ConfigProblem(NamedTuple):
 class ConfigError(DeitError):
     """A setting, recipe or option is invalid.
 
+    Also: the folder of a run, comparison, sweep or store holds something different, or a run and
+    --resume is missing.
+
     problems: all problems found. By default there is one, parsed from the message, which then has
     the form `FIELD VALUE: hint` or `FIELD = VALUE: hint`.
 
@@ -80,7 +83,10 @@ def _problem_in(message: str) -> ConfigProblem:
 
 
 class DataError(DeitError):
-    """The images or the teacher do not fit the run."""
+    """The images, the teacher or the stored targets do not fit the run.
+
+    They are unreadable, have other classes or other views, or the teacher is near chance.
+    """
 
     exit_code = 3
 
@@ -94,7 +100,11 @@ class NotAllowedError(DataError):
 
 
 class CheckpointError(DeitError):
-    """A checkpoint is unreadable, incomplete or made for another model."""
+    """A checkpoint is unreadable, incomplete or made for another model.
+
+    Also: the input of a measurement or compression is no run, a store of targets is damaged, or an
+    exported or int8 file does not agree with its run.
+    """
 
     exit_code = 4
 
@@ -106,7 +116,12 @@ class NotReadableError(CheckpointError):
 
 
 class SystemFault(DeitError):
-    """The device, precision, disk or permissions do not allow the operation."""
+    """The device, memory, disk or permissions do not allow the operation.
+
+    Also: the precision is not supported, a package or compiler is missing, a file server does not
+    respond, too many files are open, another run holds the folder, or the output exists (--force
+    replaces it) or its folder does not.
+    """
 
     exit_code = 5
 
@@ -116,7 +131,7 @@ class WorkerLost(SystemFault):
 
 
 class NumericsError(DeitError):
-    """A loss or gradient is no longer finite."""
+    """A loss or gradient is not finite too many times in a row, or a teacher's output is not."""
 
     exit_code = 6
 
@@ -129,6 +144,8 @@ class PeerError(DeitError):
 
 class StoppedBySignal(KeyboardInterrupt):
     """A signal requested a stop: SIGINT (Ctrl-C, a notebook's stop button), SIGTERM or SIGHUP.
+
+    A training that had begun has saved a checkpoint before.
 
     A KeyboardInterrupt, so that programs and notebooks handle it as one. No Exception: it can be
     raised at any line, and an `except Exception` there must not handle it.

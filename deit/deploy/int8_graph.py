@@ -4,8 +4,8 @@ Both methods use int8 weights with a scale per output channel, and uint8 activat
 per tensor. `static` fixes the scales of activations by a calibration and writes QuantizeLinear and
 DequantizeLinear around each node; `dynamic` computes them in every batch. Normalization, softmax
 and GELU stay float, and so do the outputs of linear layers: quantizing these too costs 2 to 4 dB
-and time (docs/compression.md). The convolutions of a ConvNet have integer outputs: ONNX Runtime
-needs that to compute them in integers.
+and time (docs/explanation/int8.md). The convolutions of a ConvNet have integer outputs: ONNX
+Runtime needs that to compute them in integers.
 """
 
 import math

@@ -271,11 +271,11 @@ def find_sweep(name: str | Path) -> Sweep:
     if name in RECIPES and not Path(name).is_file():
         raise ConfigError(
             f"{name}: is a recipe, not a sweep; use deit sweep table-3 --recipe {name} (or another "
-            f"of {', '.join(SWEEPS)}), or write a sweep file (docs/sweeps.md)"
+            f"of {', '.join(SWEEPS)}), or write a sweep file (docs/guides/sweeps.md)"
         )
     if not Path(name).is_file():
         raise ConfigError(
             f"{name}: {missing_file_reason(Path(name))}{did_you_mean(name, SWEEPS)}; give a sweep "
-            f"file in YAML or JSON (docs/sweeps.md), or one of {', '.join(SWEEPS)}"
+            f"file in YAML or JSON (docs/guides/sweeps.md), or one of {', '.join(SWEEPS)}"
         )
     return read_sweep(Path(name))

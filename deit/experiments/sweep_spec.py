@@ -85,7 +85,8 @@ def read_sweep(path: str | Path) -> Sweep:
         raise ConfigError(f"{path}: not a readable sweep in {kind} ({reason})") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: should be a mapping with a recipe and a grid or runs; see docs/sweeps.md"
+            f"{path}: should be a mapping with a recipe and a grid or runs; see "
+            "docs/guides/sweeps.md"
         )
     return _to_sweep(path.stem, values, where=str(path))
 

@@ -120,7 +120,7 @@ def test_study_can_be_limited_to_some_arms(tmp_path):
 
 BAD = {
     "not yaml": ("grid: [", ("YAML", "line 1")),
-    "no mapping": ("- 1", ("docs/sweeps.md",)),
+    "no mapping": ("- 1", ("docs/guides/sweeps.md",)),
     "nothing": ("recipe: digits", ("grid", "runs", "study", "search")),
     "unknown key": ("gird: {optim.lr: [1]}", ("gird", "grid")),
     "unknown field": ("grid: {optim.ler: [1]}", ("grid", "optim.ler", "optim.lr")),
@@ -291,7 +291,7 @@ def test_points_are_valid_and_serializable_configurations(tmp_path):
 
 
 def test_read_sweep_files_of_the_documentation(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "sweeps.md").read_text()
     text, searching = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert read(tmp_path, searching).search.trials == 30
     sweep = read(tmp_path, text)

@@ -126,7 +126,7 @@ def test_moved_run_resumes_bit_identical(command_server, uninterrupted_run, tmp_
 
 
 def test_faults_are_documented():
-    text = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "run-folder.md").read_text()
     for name, description in fault_injection.POINTS.items():
         assert f"| `{name}` | {description} |" in text
     _, _, actions = text.partition("\nActions: ")

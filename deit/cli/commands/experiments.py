@@ -136,7 +136,7 @@ def _sweep_parser(program: str, plan: Sweep = _NO_SWEEP) -> Parser:
 _SWEEP = ConfigCommand(
     "sweep",
     f"Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
-    f"(docs/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.csv, results.json, "
+    f"(docs/guides/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.csv, results.json, "
     "results.md, plots and the runs to --out. Run the same command again to resume; finished runs "
     "are reused, even if the file has changed.",
     usage="SWEEP [--recipe RECIPE]",
