@@ -21,6 +21,7 @@ import deit
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "griffe": "griffelib",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

@@ -15,9 +15,10 @@ from deit.config.schema import Config
 from scripts.documentation.markdown import code, escaped, text_table
 
 _INTRODUCTION = """\
-`deit COMMAND --help` prints the options that are used most, `--help-all` all of them. `python train_deit.py`, `evaluate_deit.py` and
-`finetune_deit.py` are `deit train`, `deit evaluate` and `deit finetune`. Every command also takes
-`--debug`, which prints the traceback of an error. [Exit codes](exit-codes.md) are the same for all.
+`deit COMMAND --help` prints the options that are used most, `--help-all` all of them. `python
+train_deit.py`, `evaluate_deit.py` and `finetune_deit.py` are `deit train`, `deit evaluate` and
+`deit finetune`. Every command also takes `--debug`, which prints the traceback of an error.
+[Exit codes](exit-codes.md) are the same for all commands.
 """
 _SETTINGS = "Also takes every [setting](settings.md) of a configuration, as `--section.field`.\n"
 

@@ -23,12 +23,8 @@ class PlainDocstrings(griffe.Extension):
 def as_google_style(text: str) -> str:
     r"""Return a docstring with its doctests in a section `Examples:`, and powers escaped.
 
-    >>> print(as_google_style("Return x**2.\n\nExample:\n    >>> 1\n    1"))
-    Return x\*\*2.
-    <BLANKLINE>
-    Examples:
-        >>> 1
-        1
+    >>> as_google_style("Return x**2.\n\nExample:\n    >>> 1\n    1").splitlines()
+    ['Return x\\*\\*2.', '', 'Examples:', '    >>> 1', '    1']
     """
     paragraphs = []
     for paragraph in text.split("\n\n"):

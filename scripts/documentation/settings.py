@@ -7,7 +7,6 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-import annotated_types
 from pydantic.fields import FieldInfo
 
 from deit.cli.grammar import field_helps
@@ -19,8 +18,8 @@ _INTRODUCTION = """\
 A configuration has eight sections. Every field is an option of the commands that take a recipe, for
 example `--optim.lr 5e-4`, a key of a [sweep file](../guides/sweeps.md), and an argument of
 `Config.replace(optim={"lr": 5e-4})`. The defaults below are those of an empty configuration; a
-recipe sets its own ([recipes](recipes.md)). `deit train RECIPE --help-all` lists the fields with the
-defaults of that recipe. Lists are separated by commas; `none` removes an optional value.
+recipe sets its own ([recipes](recipes.md)). `deit train RECIPE --help-all` lists the fields with
+the defaults of that recipe. Lists are separated by commas; `none` removes an optional value.
 """
 _UNIT = re.compile(r" \[(px|s|epochs|degrees)\]")
 
@@ -75,7 +74,8 @@ def values_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
 
     bounds: constraints of an enclosing annotation.
 
-    >>> values_of(Annotated[int, annotated_types.Ge(1)])
+    >>> from deit.config.field_types import Count
+    >>> values_of(Count)
     'integer, at least 1'
     """
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -104,17 +104,12 @@ def _constraints(metadata: tuple[Any, ...]) -> list[Any]:
 
 def _described(bounds: tuple[Any, ...]) -> list[str]:
     """Return limits in words, in the order lower, upper."""
-    phrases = {
-        annotated_types.Ge: ("at least", "ge"),
-        annotated_types.Gt: ("greater than", "gt"),
-        annotated_types.Le: ("at most", "le"),
-        annotated_types.Lt: ("less than", "lt"),
-    }
+    phrases = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
     return [
-        f"{phrase} {_limit(getattr(bound, attribute))}"
-        for kind, (phrase, attribute) in phrases.items()
+        f"{phrase} {_limit(getattr(bound, name))}"
+        for name, phrase in phrases.items()
         for bound in bounds
-        if isinstance(bound, kind)
+        if hasattr(bound, name)
     ]
 
 

@@ -1,6 +1,8 @@
 """Pages of docs/reference/ that are generated from the code are up to date and complete."""
 
 import dataclasses
+import doctest
+import importlib
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,6 +82,13 @@ def test_exit_codes_page_has_every_error_class():
 )
 def test_values_of_describes_types_and_limits(annotation, text):
     assert values_of(annotation) == text
+
+
+@pytest.mark.parametrize("name", ["docstrings", "equations", "markdown", "settings"])
+def test_examples_in_docstrings_give_what_they_show(name):
+    pytest.importorskip({"docstrings": "griffe", "equations": "latex2mathml"}.get(name, "deit"))
+    results = doctest.testmod(importlib.import_module(f"scripts.documentation.{name}"))
+    assert (results.attempted > 0, results.failed) == (True, 0)
 
 
 def test_escaped_text_is_shown_as_it_is():

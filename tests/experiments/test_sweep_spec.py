@@ -292,7 +292,7 @@ def test_points_are_valid_and_serializable_configurations(tmp_path):
 
 def test_read_sweep_files_of_the_documentation(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "sweeps.md").read_text()
-    text, searching = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    _, text, searching = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert read(tmp_path, searching).search.trials == 30
     sweep = read(tmp_path, text)
     assert len(points_of(sweep, RECIPES[sweep.recipe]())) == 3 * 2 * 2
