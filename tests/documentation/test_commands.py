@@ -59,13 +59,13 @@ def test_documents_have_commands():
 
 def named_block(language: str, file: str) -> str:
     """Return the one code block of the documents that begins with the comment `# FILE`."""
-    found = [
+    matching = [
         block
         for text in documents().values()
         for block in blocks(text, language)
         if re.match(rf"# {re.escape(file)}\b", block)
     ]
-    (block,) = dict.fromkeys(found)
+    (block,) = dict.fromkeys(matching)
     return block
 
 
