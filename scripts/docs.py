@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.documentation.api import api_page
 from scripts.documentation.commands import commands_page
 from scripts.documentation.exit_codes import exit_codes_page
 from scripts.documentation.recipes import recipes_page
@@ -30,6 +31,7 @@ PAGES = {
     "commands.md": commands_page,
     "recipes.md": recipes_page,
     "exit-codes.md": exit_codes_page,
+    "api.md": api_page,
 }
 """Generated pages of docs/reference/."""
 NOTE = "<!-- written by scripts/docs.py; do not edit -->\n\n"

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+import deit
 from deit.cli.commands import COMMANDS
 from deit.cli.common_options import HELP_OPTIONS
 from deit.config.field_types import Count, OptionalCount, Range
@@ -94,3 +95,9 @@ def test_examples_in_docstrings_give_what_they_show(name):
 def test_escaped_text_is_shown_as_it_is():
     assert escaped("a*b <c> [px] d_e _f `g*`") == r"a\*b \<c> \[px\] d_e \_f `g*`"
     assert text_table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
+
+
+def test_api_page_has_every_public_name():
+    page = (REFERENCE / "api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE)
+    assert sorted(names) == sorted({*deit.__all__} - {"__version__", "errors"})

@@ -1,0 +1,37 @@
+"""The page of the Python interface: every public name, from the table in deit/__init__.py."""
+
+import deit
+
+_INTRODUCTION = """\
+`import deit` offers these names. It takes a fraction of a second; torch and the other libraries are
+imported when a name is used for the first time. Errors are raised as subclasses of
+`deit.errors.DeitError` ([Exit codes](exit-codes.md) lists them).
+"""
+_SECTIONS = {
+    "Configurations": ("deit.config",),
+    "Runs": ("deit.api", "deit.evaluation", "deit.analysis", "deit.deploy"),
+    "Parts for your own loop": ("deit.distill", "deit.datasets", "deit.models", "deit.core"),
+}
+"""The packages of each section."""
+
+
+def api_page() -> str:
+    """Return the page as Markdown, with directives of mkdocstrings."""
+    parts, remaining = [f"# Python interface\n\n{_INTRODUCTION}"], dict(deit._MODULES)
+    for title, packages in _SECTIONS.items():
+        parts.append(f"## {title}\n")
+        for module, names in list(remaining.items()):
+            if module.startswith(packages):
+                parts += [_directive(module, name) for name in names]
+                del remaining[module]
+    assert not remaining, f"no section for {', '.join(remaining)}"
+    return "\n".join(parts)
+
+
+def _directive(module: str, name: str) -> str:
+    """Return the directive of a name; the fields of a section are on the page of settings."""
+    if not module.startswith("deit.config.sections."):
+        return f"::: {module}.{name}\n"
+    section = module.rpartition(".")[2]
+    fields = f"Its fields are the [settings of `{section}`](settings.md#{section}).\n"
+    return f"::: {module}.{name}\n    options:\n      members: false\n\n{fields}"
