@@ -21,7 +21,6 @@ from deit.core.errors import (
     StoppedBySignal,
     SystemFault,
     compiler_failure,
-    did_you_mean,
     first_line,
     is_out_of_memory,
     name_problem,
@@ -317,7 +316,7 @@ def main() -> int:
 
 def _without_command(arguments: list[str]) -> int:
     """Print the version, the help, or an error; return the exit code."""
-    from deit.cli.commands import COMMANDS
+    from deit.cli.commands import suggest_command
     from deit.cli.overview import overview
 
     if arguments == ["--version"]:
@@ -327,9 +326,8 @@ def _without_command(arguments: list[str]) -> int:
         # A missing command is an error.
         print(overview(), file=sys.stdout if arguments else sys.stderr, flush=True)
         return 0 if arguments else 2
-    _print_error(
-        f"no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; see deit --help", False
-    )
+    suggestion = suggest_command(arguments[0])
+    _print_error(f"no command {arguments[0]!r}{suggestion}; see deit --help", False)
     return 2
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from deit.cli.common_options import COMMON, HELP_OPTIONS
 from deit.config.command_choices import RETRIES
+from deit.config.field_aliases import suggestion
 from deit.core import run_folder
 from deit.core.errors import ConfigError, did_you_mean
 
@@ -273,6 +274,30 @@ class Parser(argparse.ArgumentParser):
             help="Number of retries of a run after a transient failure (killed, out of memory, "
             "disk full).",
         )
+
+    def suggestion(self, option: str) -> str:
+        """Return `; did you mean --X?` for an unknown option, or an empty text."""
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        return suggestion(option.partition("=")[0][2:], known, prefix="--")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all arguments. Raises ConfigError, with the closest option for an unknown one."""
+        self._check_options(args)
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all arguments, with options between the positional ones. Raises ConfigError."""
+        self._check_options(args)
+        return super().parse_intermixed_args(args, namespace)
+
+    def _check_options(self, arguments: Iterable[str]) -> None:
+        """Raise ConfigError for an unknown option, before argparse reports what is missing."""
+        for argument in arguments:
+            if argument == "--":
+                break
+            name = self._with_known_spelling(argument).partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                self.error(f"unknown option {argument}{self.suggestion(argument)}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, with hyphens and underscores in options exchangeable."""

@@ -15,9 +15,9 @@ from deit.config.recipes import RECIPES, find_recipe
 from deit.config.schema import Config, to_dict
 from deit.config.sections.data import DataConfig
 from deit.config.sections.loss import LossConfig
-from deit.config.validation import config_from_dict, unknown_field
+from deit.config.validation import config_from_dict
 from deit.core.console import info
-from deit.core.errors import ConfigError, ConfigProblem
+from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem, single_line
 
 USE_TRAIN = "use it with deit train"
 NOT_TRAINING = dict.fromkeys(("resume", "dry_run", "print_config"), USE_TRAIN)
@@ -68,10 +68,9 @@ def parse_run(
     base = find_recipe(recipe)
     if transform is not None:
         base = transform(base)
-    own_parser = own_parser or command.own_parser(program)
     parser = command.parser(program, recipe=recipe, base=base, own_parser=own_parser)
     options, unknown = parse_options(rest, parser, base)
-    problems = _unknown_arguments(unknown, own_parser)
+    problems = _unknown_arguments(unknown, parser)
     values = _with_options(base, options, problems)
     folder = plain(options.out)
     if folder == "":
@@ -189,14 +188,13 @@ def _given_fields(parsed: Config) -> list[str]:
     ]
 
 
-def _unknown_arguments(arguments: list[str], own_parser: Parser) -> list[ConfigProblem]:
+def _unknown_arguments(arguments: list[str], parser: Parser) -> list[ConfigProblem]:
     """Return a problem for each unknown option and each argument that belongs to none."""
-    known = [option[2:] for option in own_parser.options]
     problems, after_option = [], False
     for argument in arguments:
         if argument.startswith("--"):
-            name = argument[2:].split("=")[0].replace("-", "_")
-            problems.append(unknown_field(name, known))
+            hint = f"unknown option{parser.suggestion(argument)}"
+            problems.append(ConfigProblem(single_line(argument.split("=")[0]), NO_VALUE, hint))
         elif not after_option:
             problems.append(ConfigProblem("arguments", argument, "unexpected argument"))
         after_option = argument.startswith("--") and "=" not in argument

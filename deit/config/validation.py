@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from deit.config.cross_field_checks import CHECKS, LIVE_TEACHER_CHECKS
+from deit.config.field_aliases import suggestion
 from deit.config.schema import Config, to_dict
 from deit.core.console import count_noun
 from deit.core.errors import (
@@ -254,5 +255,5 @@ def _section_type(name: str) -> type:
 def unknown_field(name: str, others: Collection[str] = ()) -> ConfigProblem:
     """Return the problem of an unknown field, with the closest name of a field or of `others`."""
     return ConfigProblem(
-        single_line(name), NO_VALUE, f"unknown field{did_you_mean(name, [*field_names(), *others])}"
+        single_line(name), NO_VALUE, f"unknown field{suggestion(name, [*field_names(), *others])}"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from deit.config.field_aliases import suggestion
 from deit.config.presets import PRESETS
 from deit.config.schema import Config
 from deit.config.validation import INT_LIMIT, field_names
@@ -186,7 +187,7 @@ def _flat(value: Any) -> Fields:
     names = [*PRESETS, *field_names()]
     for name in flat:
         if name not in names:
-            raise ValueError(f"{name}: unknown field{did_you_mean(str(name), names)}")
+            raise ValueError(f"{name}: unknown field{suggestion(str(name), names)}")
         if name == "run.seed":
             raise ValueError("run.seed: give the seeds of all runs as `seeds: [0, 1]`")
     return flat
@@ -222,7 +223,7 @@ def _search_space(value: Any) -> SearchSpace:
     fields: dict[str, SearchRange | tuple[Any, ...]] = {}
     for name, values in value["fields"].items():
         if name not in names:
-            raise ValueError(f"{name}: unknown field{did_you_mean(str(name), names)}")
+            raise ValueError(f"{name}: unknown field{suggestion(str(name), names)}")
         is_list = isinstance(values, list)
         fields[name] = tuple(_choices(name, values)) if is_list else _range(name, values)
     return SearchSpace(fields, trials, _bool(value.get("prune", True)))

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from deit.cli.commands import _OTHER_NAMES, COMMANDS, suggest_command
 from deit.core import run_folder
 from tests.helpers.commands import COMMANDS_WITH_CONFIG, tree
 
@@ -16,8 +17,12 @@ BAD_ARGUMENTS = {
     "no recipe": ([TRAIN], "RECIPE", "digits-teacher"),
     "option before recipe": ([TRAIN, "--optim.epochs", "3"], "RECIPE", "digits-teacher"),
     "unknown recipe": ([TRAIN, "digtis"], "'digtis'", "digits?"),
-    "unknown field": ([TRAIN, "digits", "--optim.epoch", "3"], "optim.epoch: ", "optim.epochs?"),
-    "unknown option": ([TRAIN, "digits", "--rezume"], "rezume: "),
+    "unknown field": (
+        [TRAIN, "digits", "--optim.epoch", "3"],
+        "--optim.epoch: ",
+        " --optim.epochs?",
+    ),
+    "unknown option": ([TRAIN, "digits", "--rezume"], "--rezume: ", "--resume?"),
     "unexpected argument": ([TRAIN, "digits", "stray"], "arguments = 'stray'"),
     "several problems": (
         [TRAIN, "digits", "--optim.epochs=0", "--optim.batch_sise=3", "--views.flip=2"],
@@ -80,7 +85,11 @@ BAD_ARGUMENTS = {
         "1000000000",
     ),
     "evaluate split": ([EVALUATE, "run", "--split=train"], "'train'", "validation"),
-    "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x", "--help"),
+    "evaluate option": ([EVALUATE, "run", "--jsno=x"], "--jsno=x; did you mean --json?", "--help"),
+    "unknown option of a command without its required one": (
+        ["deit", "export", "run", "--fromat", "onnx"],
+        "--fromat; did you mean --format?",
+    ),
     "unknown command": (["deit", "trian"], "'trian'", "train?"),
     "recipes option": (["deit", "recipes", "--long"], "--long", "--help"),
     "seeds": (["deit", "compare", "digits", "--seeds=a"], "--seeds a"),
@@ -240,7 +249,7 @@ def test_excluded_option_is_refused_with_advice(command, option, run, tmp_path):
     [
         (("lottery", "digits", "--control_rounds=9"), "--control-rounds 9: "),
         (("lottery", "digits", "--parallel", "0", "--dry-run"), "--parallel 0: "),
-        (("targets", "write", "digits", "--con-tent", "x"), "con_tent: "),
+        (("targets", "write", "digits", "--con_tent", "x"), "--con_tent: "),
         (("quantize", "run", "--quantize_attention", "--max_drop=-1"), "--max-drop -1: "),
         (("show-views", "digits", "--dry-run"), "--dry-run"),
     ],
@@ -255,7 +264,7 @@ def test_options_accept_hyphens_and_underscores(run, arguments, fragment):
 def test_mistyped_option_of_a_command_is_suggested(run):
     done = run("deit", "lottery", "digits", "--rouds", "3")
     assert done.returncode == 2
-    assert re.search(r" rouds: .*\brounds\?", done.stderr)
+    assert re.search(r" --rouds: .* --rounds\?", done.stderr)
 
 
 @pytest.mark.parametrize("recipe", ["digits", "imagenet-subset"])
@@ -284,3 +293,15 @@ def test_function_in_python_file_is_a_recipe(run, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     values = json.loads(done.stdout)
     assert (values["optim"]["epochs"], values["run"]["seed"]) == (7, 3)
+
+
+@pytest.mark.parametrize("name", _OTHER_NAMES)
+def test_other_name_of_a_command_leads_to_it(name):
+    assert name not in COMMANDS
+    assert _OTHER_NAMES[name] in COMMANDS
+    assert suggest_command(name) == f"; did you mean {_OTHER_NAMES[name]}?"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_with_a_missing_letter_leads_to_it(command):
+    assert suggest_command(command[:2] + command[3:]) == f"; did you mean {command}?"

@@ -5,6 +5,7 @@ than Python itself. torch and everything that needs it are imported inside the c
 their --help and errors in the arguments are printed at once.
 """
 
+import difflib
 import typing
 from collections.abc import Callable
 from importlib import import_module
@@ -99,6 +100,39 @@ COMMANDS: dict[str, Command] = {
     for group in COMMAND_GROUPS.values()
     for name, (module, summary) in group.commands.items()
 }
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("fit", "distill", "run", "pretrain"), "train"),
+    **dict.fromkeys(("fine-tune", "transfer", "tune"), "finetune"),
+    **dict.fromkeys(("benchmark", "profiler", "time"), "profile"),
+    **dict.fromkeys(("list", "models", "configs"), "recipes"),
+    **dict.fromkeys(("test", "val", "validate", "eval"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "classify", "attention"), "predict"),
+    **dict.fromkeys(("plot", "html", "show"), "report"),
+    **dict.fromkeys(("landscape", "hessian"), "loss-landscape"),
+    **dict.fromkeys(("search", "grid", "hpo"), "sweep"),
+    **dict.fromkeys(("tickets", "imp"), "lottery"),
+    **dict.fromkeys(("convert", "save", "onnx"), "export"),
+    **dict.fromkeys(("int8", "ptq"), "quantize"),
+    **dict.fromkeys(("compress", "slim"), "prune"),
+    **dict.fromkeys(("data", "scan", "verify-data"), "check-data"),
+    **dict.fromkeys(("views", "augmentations"), "show-views"),
+    **dict.fromkeys(("store", "write-targets", "write", "verify"), "targets"),
+    **dict.fromkeys(("autocomplete", "completions"), "completion"),
+}
+"""Commands by the names that other programs and users have for them."""
+
+
+def suggest_command(name: str) -> str:
+    """Return `; did you mean X?` for the command that a wrong name means, or an empty text.
+
+    >>> suggest_command("eval")
+    '; did you mean evaluate?'
+    """
+    known = {command: command for command in COMMANDS} | _OTHER_NAMES
+    name = name.lower().replace("_", "-")
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 def parsers() -> dict[str, "Parser"]:
