@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -25,6 +26,10 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
+METADATA_FILES = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE", "CITATION.cff")
+DATA_FILES = {"deit/py.typed", "deit/viz/page.css", "deit/viz/page.js"}
+MAX_WHEEL_BYTES = 2**20  # 0.64 MB in November 2026; an image or a result file would exceed it
+BUILD_SDIST = "from setuptools.build_meta import build_sdist; build_sdist({!r})"
 MODULES = ("deit", "deit.models.student", "deit.datasets.views")
 FIND = f"""
 from importlib.util import find_spec
@@ -111,9 +116,10 @@ def copy_checkout(target: Path) -> Path:
         shutil.copytree(
             ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, target)
+    for path in [*ROOT.glob("*.md"), *map(ROOT.joinpath, METADATA_FILES)]:
+        shutil.copy(path, target)
+    (target / "tests").mkdir()
+    shutil.copy(__file__, target / "tests")
     return target
 
 
@@ -122,14 +128,33 @@ def python_files(folder: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools")
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("sdist")
     checkout = copy_checkout(folder / "checkout")
+    run(sys.executable, "-c", BUILD_SDIST.format(str(folder)), cwd=checkout)
+    (file,) = folder.glob("*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the source distribution, as `python -m build` does."""
+    folder = tmp_path_factory.mktemp("wheel")
     build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
-    run(*build, "-w", folder, checkout, cwd=folder)
+    run(*build, "-w", folder, sdist, cwd=folder)
     (file,) = folder.glob("*.whl")
     return file
+
+
+def test_sdist_contains_library_license_and_citation_but_no_tests(sdist):
+    top = f"deit-{deit.__version__}"
+    assert sdist.name == f"{top}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {name.removeprefix(f"{top}/") for name in archive.getnames()}
+    modules = {name for name in names if name.endswith(".py")}
+    assert modules == python_files("deit") | python_files("models") | python_files("datasets")
+    assert names >= {*DATA_FILES, *METADATA_FILES, "README.md", "CHANGELOG.md"} - {"MANIFEST.in"}
 
 
 def test_wheel_contains_exactly_the_library(wheel):
@@ -139,9 +164,9 @@ def test_wheel_contains_exactly_the_library(wheel):
     assert modules == python_files("deit") | mapped
     dist_info = f"deit-{deit.__version__}.dist-info"
     assert f"{dist_info}/licenses/LICENSE" in names
-    page_files = {"deit/viz/page.css", "deit/viz/page.js"}
-    assert names >= page_files
-    assert all(name in modules | page_files or name.startswith(f"{dist_info}/") for name in names)
+    assert names >= DATA_FILES
+    assert all(name in modules | DATA_FILES or name.startswith(f"{dist_info}/") for name in names)
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
 
 
 def test_wheel_metadata_matches_setup_cfg(wheel):

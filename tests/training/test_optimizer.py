@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import pytest
 import timm.optim
@@ -11,9 +12,11 @@ from torch import nn
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.student import StudentConfig
 from deit.core.errors import ConfigError
+from deit.deploy.model_card import _OPTIMIZERS
 from deit.models.parameters import layer_depths
 from deit.models.registry import create_network
 from deit.training.lr_schedule import lr_at, set_lr
+from deit.training.memory import _fixed_bytes
 from deit.training.optimizer import (
     EMA,
     build_optimizer,
@@ -182,6 +185,18 @@ def test_layer_decay_multiplies_the_scheduled_learning_rate():
         assert rates[id(parameter)] == pytest.approx(0.8 * scales[name])
     with raises(ConfigError, "optim.layer_decay", "SmallConvNet"):
         layer_depths(create_network(StudentConfig(name="small_convnet"), 10))
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimConfig)["name"]))
+def test_optimizer_has_its_name_and_the_estimated_state(name):
+    layer = nn.Linear(300, 200, bias=False)
+    optimizer = build_optimizer(layer, OptimConfig(name=name))
+    assert type(optimizer).__name__ == _OPTIMIZERS[name]
+    layer(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+    tensors = [layer.weight.grad, *optimizer.state[layer.weight].values()]
+    allocated = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert _fixed_bytes(layer, name) == pytest.approx(allocated, rel=1e-3)  # and a step counter
 
 
 def test_sgd_with_momentum_by_hand():
