@@ -50,11 +50,14 @@ def requirements(text: str) -> set[str]:
     return {re.match(r"[\w.-]+", line)[0].lower() for line in lines if line}
 
 
-def imported_distributions() -> set[str]:
-    """Return the distributions that the library and the scripts import."""
+LIBRARY = ("deit", "models", "datasets")
+
+
+def imported_distributions(folders: tuple[str, ...] = LIBRARY) -> set[str]:
+    """Return the distributions that folders and the files next to them import."""
     modules = set()
     files = [*ROOT.glob("*.py")]
-    for folder in ("deit", "models", "datasets", "scripts"):
+    for folder in folders:
         files += (ROOT / folder).rglob("*.py")
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -83,11 +86,13 @@ def test_files_named_in_the_metadata_exist():
 
 
 def test_every_import_is_declared():
-    declared = requirements(settings()["options"]["install_requires"])
-    for extra, text in settings()["options.extras_require"].items():
-        if extra != "dev":
-            declared |= requirements(text)
+    """In the library without the extra `dev`, in the scripts with it."""
+    extras = dict(settings()["options.extras_require"])
+    development = requirements(extras.pop("dev"))
+    texts = (settings()["options"]["install_requires"], *extras.values())
+    declared = set().union(*map(requirements, texts))
     assert imported_distributions() - declared == set()
+    assert imported_distributions(("scripts",)) - declared - development == set()
 
 
 def test_every_requirement_is_imported():
