@@ -36,7 +36,7 @@ def test_presets_are_applied_as_on_the_command_line(option, name):
     arguments = ["digits", flag, name]
     outcomes = []
     for make in (
-        lambda: parse_run(arguments, program="deit train", about="", live_teacher=False).config,
+        lambda: parse_run(arguments, program="deit train", live_teacher=False).config,
         lambda: recipe("digits", **{option: name}),
     ):
         try:
