@@ -38,12 +38,6 @@ def test_every_page_is_in_the_navigation():
     assert sorted(navigation()) == sorted(pages)
 
 
-def test_readme_has_a_figure_and_two_commands_on_the_first_screen():
-    screen = (ROOT / "README.md").read_text(encoding="utf-8").split("## ")[0]
-    assert screen.count("make ") == 3  # two commands, one of them twice
-    assert "docs/images/digits.png" in screen
-
-
 def test_documents_named_in_the_code_exist():
     for folder in ("deit", "models", "datasets", "scripts", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
