@@ -92,7 +92,7 @@ def section(name: str, result: dict) -> str:
         f"Test top-1 in %, {result['num_samples']} images, {seeds_text}; "
         f"{environment['device_name']}, {environment['precision']}, "
         f"{count_noun(threads, 'thread')}, torch {environment['packages']['torch']}, "
-        f"commit {environment['commit']}. {_link(name)}\n{_command_text(name, result['command'])}\n"
+        f"commit {environment['commit']}. {_link(name)}\n\n{_command_text(name, result['command'])}\n"
     )
 
 
@@ -144,7 +144,7 @@ def benchmark_section(name: str, result: dict) -> str:
         f"{result['seconds']:g} s, batches of {result['batch_size']}, views normalized on both "
         f"sides; {environment['device_name']}, "
         f"torch {environment['packages']['torch']}, commit {environment['commit']}. "
-        f"{_link(name)}\n"
+        f"{_link(name)}\n\n"
         f"`{_regenerating_command(name, result['command'])}`\n"
     )
 
@@ -208,7 +208,7 @@ def sweep_section(name: str, result: dict) -> str:
         f"{lottery_table(result)}"
         f"Test top-1 in %, {result['num_samples']} images, seeds {seeds}, gains over the first "
         f"point; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}. {_link(name)}\n{_command_text(name, result['command'])}\n"
+        f"{environment['commit']}. {_link(name)}\n\n{_command_text(name, result['command'])}\n"
     )
 
 
@@ -223,7 +223,7 @@ def compression_section(name: str, result: dict) -> str:
         f"Test top-1 in %, {variants['num_samples']} images, seeds {', '.join(result['seeds'])}; "
         f"times: medians of turns, {count_noun(threads, 'thread')}, "
         f"{environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}. {_link(name)}\n"
+        f"{environment['commit']}. {_link(name)}\n\n"
         f"{_command_text(name, result['command'], '--json', f'docs/results/{name}.json')}\n"
     )
 
@@ -236,7 +236,7 @@ def landscape_section(name: str, result: dict) -> str:
         f"{landscape_tables(result)}\n\n"
         f"Cross-entropy of the fused logits, {result['images']} {result['options']['split']} "
         f"images; {environment['device_name']}, torch {environment['packages']['torch']}, commit "
-        f"{environment['commit']}. {_link(name)}\n{_command_text(name, result['command'])}\n"
+        f"{environment['commit']}. {_link(name)}\n\n{_command_text(name, result['command'])}\n"
     )
 
 

@@ -88,7 +88,7 @@ def _help_of(name: str, subcommand: list[str]) -> argparse.ArgumentParser | str:
 def _parser_section(parser: argparse.ArgumentParser) -> str:
     """Return usage, description and options of a parser as Markdown."""
     formatter = parser._get_formatter()
-    usage = " ".join(parser.format_usage().split()).removeprefix("usage: ")
+    usage = " ".join(parser.format_usage().split()).removeprefix("usage: ").replace(" [-h]", "")
     description = _description(parser.description or "")
     parts = [f"```\n{usage}\n```\n", description]
     sections = {f"{section.name} options" for section in dataclasses.fields(Config)}
