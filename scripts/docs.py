@@ -45,9 +45,7 @@ def generate(*, check: bool) -> bool:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             current = False
             if check:
-                print(
-                    f"{path.relative_to(ROOT)} is not up to date; run: python scripts/docs.py generate"
-                )
+                print(f"{path.relative_to(ROOT)} is old; run: python scripts/docs.py generate")
             else:
                 path.write_text(text, encoding="utf-8")
     return current

@@ -92,7 +92,8 @@ def section(name: str, result: dict) -> str:
         f"Test top-1 in %, {result['num_samples']} images, {seeds_text}; "
         f"{environment['device_name']}, {environment['precision']}, "
         f"{count_noun(threads, 'thread')}, torch {environment['packages']['torch']}, "
-        f"commit {environment['commit']}. {_link(name)}\n\n{_command_text(name, result['command'])}\n"
+        f"commit {environment['commit']}. {_link(name)}\n\n"
+        f"{_command_text(name, result['command'])}\n"
     )
 
 
