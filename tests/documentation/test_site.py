@@ -1,6 +1,8 @@
 """The documentation site: it builds without a warning, needs no network, and its links resolve."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -24,6 +26,24 @@ LOADED = {
     "video": "src",
 }
 """Elements that a browser loads something for, with the attribute that holds the address."""
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+NARROW_PX = 480
+# Loads each page in a narrow frame, and lists those that are wider than the frame.
+MEASURE_PAGES = """<iframe style="width:{width}px;height:900px;border:0"></iframe><script>
+(async () => {{
+  const frame = document.querySelector("iframe"), wide = [];
+  for (const page of {pages}) {{
+    await new Promise((loaded) => {{ frame.onload = loaded; frame.src = page; }});
+    if (frame.contentDocument.documentElement.scrollWidth > {width}) wide.push(page);
+  }}
+  const result = document.createElement("pre");
+  result.id = "wide";
+  result.textContent = JSON.stringify(wide);
+  document.body.append(result);
+}})();
+</script>"""
 
 
 class Page(NamedTuple):
@@ -115,6 +135,24 @@ def test_reading_a_page_of_the_site_needs_no_network(site, pages):
     for style in styles:
         text = style.read_text(encoding="utf-8")
         assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)]*", text), style
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_pages_fit_a_narrow_screen(site, pages, tmp_path):
+    folder = tmp_path / "site"
+    shutil.copytree(site, folder)
+    (folder / "wide.html").write_text('<div style="width: 2000px">wide</div>')
+    names = json.dumps([*sorted(set(pages) - {"404.html"}), "wide.html"])
+    measure = folder / "measure.html"
+    measure.write_text(MEASURE_PAGES.format(width=NARROW_PX, pages=names))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files")
+    command = [
+        *(CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--virtual-time-budget=60000", "--dump-dom", measure.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    wide = re.search(r'<pre id="wide">(.*?)</pre>', done.stdout)
+    assert json.loads(wide[1]) == ["wide.html"]  # content that is wider scrolls in its own box
 
 
 def test_code_of_models_and_datasets_is_in_the_reference(site):
