@@ -43,7 +43,7 @@ def list_folder(
     check_root(root)
     skipped = SkippedFiles()
     folders = {
-        split: (folder.path, _class_folders(folder, skipped, on_problem))
+        split: (folder.path, _class_folders(folder, root, skipped, on_problem))
         for split, folder in split_folders(root, skipped, on_problem).items()
     }
     names = tuple(folders["train"][1])
@@ -77,16 +77,20 @@ def list_folder(
 
 
 def _class_folders(
-    folder: Folder, skipped: SkippedFiles, on_problem: OnProblem
+    folder: Folder, root: Path, skipped: SkippedFiles, on_problem: OnProblem
 ) -> dict[str, Folder]:
-    """Return the folders of the classes by name. Raises DataError if there are none."""
+    """Return the folders of the classes by name, in a split or in the root without splits.
+
+    Raises DataError if there are none.
+    """
     classes, files = scan_folder(folder, skipped, on_problem)
     if not classes:
-        advice = ""
+        is_root = folder.path == root
+        advice = f", or {root}/train/CLASS/IMAGE with splits" if is_root else ""
         if any(suffix_of(name) == ".tar" for name in files):
-            advice = "; for tar shards use --data.source shards"
+            advice += "; for tar shards use --data.source shards"
         elif any(map(is_image, files)):
-            advice = (
+            advice += (
                 "; use unlabeled images with `deit predict`; if "
                 f"{folder.path.name!r} is a class, move all classes into a folder `train`"
             )

@@ -107,8 +107,8 @@ def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
     """Raise NotFoundError if the root folder is missing. layout: expected within a split."""
     if not root.is_dir():
         raise NotFoundError(
-            f"data.root {root}: no such folder; expected {root}/train/{layout} (set the location "
-            "of the images with --data.root)"
+            f"data.root {root}: no such folder; expected {root}/{layout}, or "
+            f"{root}/train/{layout} with splits (set the location of the images with --data.root)"
         )
 
 

@@ -118,7 +118,8 @@ def view_sheet(
     splits = splits or load_splits(config.data)
     teachers = _teachers(config, splits, accelerator)
     teacher_size = teacher_input_size([teacher.image_size for teacher in teachers])
-    loader = build_train_loader(config, splits, accelerator, teacher_size=teacher_size)
+    drawn = _with_smaller_batch(config, splits, accelerator.num_processes)
+    loader = build_train_loader(drawn, splits, accelerator, teacher_size=teacher_size)
     batch = _first_views(loader.epoch(epoch), num_views)
     teacher_probs = None
     if teachers:
@@ -138,6 +139,26 @@ def view_sheet(
     sheet = _compose(cells, title, transparent=transparent)
     sheet.info["num_views"] = len(cells)
     return sheet
+
+
+def _with_smaller_batch(config: Config, splits: Splits, num_processes: int) -> Config:
+    """Return the configuration with a batch of all images if there are too few for its own batch.
+
+    With one view of each image per epoch, the views are those of any batch size: pairs to be mixed
+    are neighbors in the order of the epoch.
+    """
+    optim, views, num_images = config.optim, config.views, len(splits.train.labels)
+    if -(-optim.batch_size // views.aug_repeats) <= num_images:
+        return config
+    divisor = num_processes * (2 if views.uses_mixing else 1)
+    batch_size = num_images * views.aug_repeats // divisor * divisor
+    if batch_size == 0:
+        return config  # the loader reports it
+    warn(
+        f"optim.batch_size = {optim.batch_size}: more than the {num_images} training images allow; "
+        f"the views are drawn in batches of {batch_size}, and training needs a smaller batch too"
+    )
+    return config.replace(optim={"batch_size": batch_size, "grad_accum_steps": 1})
 
 
 def _teachers(config: Config, splits: Splits, accelerator: Accelerator) -> list[Teacher]:

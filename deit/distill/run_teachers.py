@@ -33,14 +33,19 @@ from deit.models.weight_files import digest_of
 _LAYOUTS = {"folder": "CLASS/IMAGE", "shards": "*.tar"}
 
 
+def check_images(data: DataConfig) -> None:
+    """Check that the folder of the images exists. Raises NotFoundError."""
+    if (layout := _LAYOUTS.get(data.source)) is not None:
+        check_root(Path(data.root), layout)
+
+
 def check_inputs(sources: Iterable[str | None], data: DataConfig) -> None:
     """Check that teachers and images exist. Raises NotFoundError with all that are missing.
 
     sources: teacher.source of each teacher to check.
     """
     checks = [partial(resolve_source, source) for source in sources if source is not None]
-    if (layout := _LAYOUTS.get(data.source)) is not None:
-        checks.append(partial(check_root, Path(data.root), layout))
+    checks.append(partial(check_images, data))
     problems = []
     for check in checks:
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deit.config.schema import EvalSettings
 from deit.config.sections.teacher import CLASS_ORDERS, TeacherConfig
-from deit.core.console import format_count, format_percent, info, table, warn
+from deit.core.console import count_noun, format_count, format_percent, info, table, warn
 from deit.core.errors import DataError
 from deit.core.metrics import (
     agreement,
@@ -26,6 +26,7 @@ from deit.models.parameters import count_parameters
 from deit.models.teacher_sources import ordered_classes
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher
 
+_FEW_IMAGES = 100  # below, guessing deviates by several points: sqrt(0.1 * 0.9 / 100) is 3
 _NUM_TRAINING_IMAGES = 512  # to judge a class order if the validation images are too few
 _MAX_LUCK = 1e-3  # probability that an order seems better by chance, below which the run stops
 _MIN_GAIN = 0.1  # in accuracy over the classes that an order moves
@@ -94,8 +95,8 @@ def _log_teacher(teacher: Teacher, logits: Tensor, splits: Splits, chance: float
         size += ", channels_last in memory"
     info(
         f"teacher   {teacher.description}: {format_count(count_parameters(teacher))} parameters, "
-        f"input {size}, validation top-1 {format_percent(accuracy)} % "
-        f"(chance {format_percent(chance)} %)"
+        f"input {size}, validation top-1 {format_percent(accuracy)} % of "
+        f"{count_noun(len(logits), 'image')} (chance {format_percent(chance)} %)"
     )
     log_class_order(teacher, splits.class_names)
 
@@ -110,16 +111,24 @@ def check_accuracy(
 ) -> None:
     """Raise DataError if a teacher is near chance; warn if the images are too few to judge.
 
-    logits: float [N, C]. labels: int64 [N]. chance: the accuracy of guessing, in [0, 1]. allowed:
-    teacher.allow_near_chance, which turns the error into a warning.
+    logits: float [N, C]. labels: int64 [N]. chance: the share of the largest class, in [0, 1].
+    allowed: teacher.allow_near_chance, which turns the error into a warning.
     """
     accuracy = topk_accuracy(logits, labels)
+    measured = (
+        f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on "
+        f"{count_noun(len(labels), 'validation image')}"
+    )
+    guessing = f"({format_percent(chance)} %, the share of the largest class)"
     if is_near_chance(accuracy, chance):
-        message = (
-            f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on the validation "
-            f"split is near chance ({format_percent(chance)} %): wrong weights, normalization or "
-            "class order?"
-        )
+        relation = "is below chance" if accuracy < chance else "is near chance"
+        message = f"{measured} {relation} {guessing}: wrong weights, normalization or class order?"
+        if len(labels) < _FEW_IMAGES:
+            deviation = format_percent((chance * (1 - chance) / len(labels)) ** 0.5)
+            message += (
+                f" So few images measure little (standard deviation of guessing: {deviation} "
+                "points)."
+            )
         if _is_resized(teacher):
             message += (
                 f" Or the size: it was trained at {teacher.trained_size} px; fine-tune it at "
@@ -130,11 +139,7 @@ def check_accuracy(
             raise DataError(f"{message} --teacher.allow_near_chance trains with it all the same")
         warn(message)
     elif could_be_chance(accuracy, chance, len(labels)):
-        warn(
-            f"teacher {teacher.description}: {format_percent(accuracy)} % top-1 on {len(labels)} "
-            f"validation images could be chance ({format_percent(chance)} %); more images would "
-            "decide"
-        )
+        warn(f"{measured} could be chance {guessing}; more images would decide")
 
 
 def _undecided(teacher: Teacher, predictions: Tensor, splits: Splits) -> Tensor:

@@ -43,10 +43,9 @@ def compare_evaluations(
     """Evaluate each run at each resolution, crop and number of merged tokens; print one table, and
     the disagreement of each pair if all were evaluated on the same images.
 
-    resolutions [px], crops: empty: each run's own. merge_tokens: numbers of tokens merged in each
-    block; empty: no merging. checkpoint, split, root, teacher, device, batch_size, test_set: as for
-    deit.evaluation.evaluate.evaluate. plot: a PNG file to write, throughput against accuracy.
-    json_file: a file to write the result to. command: the command line, for that file.
+    resolutions [px], crops, merge_tokens: empty: each run's own, and no merging. checkpoint, split,
+    root, teacher, device, batch_size, test_set, command: as for deit.evaluation.evaluate.evaluate.
+    plot: a PNG file to write, throughput against accuracy. json_file: a file for the result.
     Returns `rows`, the metrics by name; `agreement`, the share of equal predictions by name and by
     name, if the images are the same; and `command`. Raises the errors of deit.core.errors.
 
@@ -63,7 +62,7 @@ def compare_evaluations(
     settings = (values or (None,) for values in (resolutions, crops, merge_tokens))
     for run, side, crop, merge in product(runs, *settings):
         name = _row_name(run, runs, side, crop, merge)
-        info(f"{name}")
+        info(name)
         results[name] = evaluate(
             run,
             checkpoint=checkpoint,
@@ -77,6 +76,7 @@ def compare_evaluations(
             merge_tokens=merge,
             test_set=test_set,
             cost=True,
+            command=command,
         )
     rows = {name: result.metrics for name, result in results.items()}
     _print_rows(rows)

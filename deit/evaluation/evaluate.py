@@ -90,6 +90,7 @@ def evaluate(
     merge_tokens: int | None = None,
     test_set: str | None = None,
     cost: bool = False,
+    command: str = "",
 ) -> EvaluationResult:
     """Evaluate a run's student on a split.
 
@@ -97,8 +98,9 @@ def evaluate(
     of the images, if they were moved. teacher: source or sources of the teachers to compare with;
     default: the run's own; "none": no teacher. device: auto, cpu or cuda; batch_size: images per
     step; default: the run's. resolution: side [px] of the input; the position embedding is resized.
-    crop: as views.eval_crop_pct. merge_tokens: tokens merged in each block. test_set: another test
-    set of ImageNet (TEST_SETS), read from `root`, without a teacher. cost: also measure it.
+    crop: as views.eval_crop_pct. merge_tokens: tokens merged in each block. test_set: a test set of
+    ImageNet (TEST_SETS), read from `root`, without a teacher. cost: also measure it. command:
+    recorded in the metrics.
 
     `heads` of the metrics holds class, distillation, fused (mean of logits) and fused_softmax (mean
     of softmax) with top1, top5 and calibration_error in [0, 1]; with one head, `fused` equals it,
@@ -120,16 +122,14 @@ def evaluate(
     )
     accelerator = build_accelerator(config.run)
     eval_set = evaluation_images(config, model_info, run, split, test_set, root)
-    if len(eval_set.images.labels) < accelerator.num_processes:
-        raise DataError(f"the {split} split has fewer images than processes")
     student = _to_device(student, config, accelerator)
-    side, num_images = config.student.image_size, largest_batch(config, eval_set.images)
-    check_inference_memory(student, student.forward, side, accelerator, num_images)
+    _check_images(student, config, eval_set, accelerator)
     teacher = "none" if test_set else teacher
     outputs = _run_networks(accelerator, config, student, teacher, model_info.class_names, eval_set)
-    metrics: dict[str, Any] = {"run": str(Path(run)), "checkpoint": saved.name}
+    environment = environment_info(accelerator, command)
+    metrics = {"run": str(Path(run)), "checkpoint": saved.name, "environment": environment}
     metrics |= _describe_images(config, model_info, eval_set)
-    metrics |= _measure(accelerator, config, student, eval_set, outputs)
+    metrics |= _measure(config, student, eval_set, outputs)
     if merge_tokens is not None:
         metrics |= {"merge": merge_tokens, "tokens": num_tokens_per_block(student.network)}
     if cost:
@@ -152,19 +152,14 @@ def _describe_images(
 
 
 def _measure(
-    accelerator: Accelerator,
-    config: Config,
-    student: Student,
-    eval_set: EvaluationSet,
-    outputs: "_Outputs",
+    config: Config, student: Student, eval_set: EvaluationSet, outputs: "_Outputs"
 ) -> dict[str, Any]:
-    """Return the metrics by head, token cosines, throughput and environment."""
+    """Return the metrics by head, token cosines and throughput."""
     return {
         "heads": _metrics_by_head(outputs.heads, eval_set.labels),
         "teacher": None,
         "token_cosine": _token_cosine(student, _first_batch(config, eval_set), config),
         "throughput_img_s": len(eval_set.images.labels) / outputs.seconds,
-        "environment": environment_info(accelerator),
     }
 
 
@@ -277,6 +272,19 @@ def _to_device(student: Student, config: Config, accelerator: Accelerator) -> St
     if config.run.linear_backend == "onednn":
         use_onednn(student)
     return student.to(accelerator.device)
+
+
+def _check_images(
+    student: Student, config: Config, eval_set: EvaluationSet, accelerator: Accelerator
+) -> None:
+    """Check that each process has an image and that the largest batch fits into memory.
+
+    Raises DataError, or as `check_inference_memory`.
+    """
+    if len(eval_set.images.labels) < accelerator.num_processes:
+        raise DataError(f"the {eval_set.name} split has fewer images than processes")
+    side, num_images = config.student.image_size, largest_batch(config, eval_set.images)
+    check_inference_memory(student, student.forward, side, accelerator, num_images)
 
 
 def _cost(student: Student, config: Config) -> dict[str, Any]:

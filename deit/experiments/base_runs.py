@@ -19,6 +19,9 @@ def slugify(name: str) -> str:
 UNNAMED = "custom"
 """The recipe of a configuration that is not from a recipe, in messages and results."""
 
+NEEDED_FIRST = "needed first"
+"""The kind of a base run in the list of a dry run: a teacher, or the start of a fine-tuning."""
+
 
 class Experiment(NamedTuple):
     """What the runs of an experiment have in common.

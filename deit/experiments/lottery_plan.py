@@ -6,7 +6,7 @@ from typing import NamedTuple
 from deit.config.schema import Config
 from deit.core import run_folder
 from deit.core.console import format_duration, info, table
-from deit.experiments.base_runs import slugify
+from deit.experiments.base_runs import NEEDED_FIRST, slugify
 from deit.experiments.lottery_options import DENSE, ONE_SHOT, REINITIALIZED, TICKET, LotteryOptions
 from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.sweep_execute import unfinished
@@ -167,7 +167,7 @@ def _num_steps_done(run: RunSpec) -> int:
 
 def print_runs(plan: LotteryPlan, base_runs: list[RunSpec], runs: list[LotteryRun]) -> None:
     """Print the runs that the plan has."""
-    rows = [("base run", "", run.name, str(run.out)) for run in base_runs]
+    rows = [(NEEDED_FIRST, "", run.name, str(run.out)) for run in base_runs]
     rows += [(run.kind, sparsity_text(run, plan), str(run.seed), str(run.spec.out)) for run in runs]
     title = "dry run: nothing is trained or written"
     table(title, ("", "sparsity %", "seed", "folder"), rows, text=True)

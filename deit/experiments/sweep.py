@@ -13,9 +13,10 @@ from deit.core.console import format_percent, info, table
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_writable, lock_dir, write_json
 from deit.core.json_io import load_json_as
+from deit.distill.target_store import read_manifest
 from deit.evaluation.cache import disagreement_matrix
 from deit.experiments.arm_difference import difference_line
-from deit.experiments.base_runs import UNNAMED, Experiment
+from deit.experiments.base_runs import NEEDED_FIRST, UNNAMED, Experiment
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.parallel_runs import RunSpec, check_num_parallel, combined_error
 from deit.experiments.search import DATABASE, check_optuna
@@ -201,12 +202,14 @@ def _check_folder(out: Path, spec: Sweep, recipe: str) -> None:
 
 def _list(spec: Sweep, plan: SweepPlan) -> None:
     """Print the runs and stores of a sweep with their states."""
-    rows = [(run.name, "base run", _state(run), str(run.out)) for run in plan.base_runs]
-    rows += [(store.path.name, "shared targets", "", str(store.path)) for store in plan.stores]
+    rows = [(run.name, NEEDED_FIRST, _state(run), str(run.out)) for run in plan.base_runs]
+    rows += [
+        (store.path.name, "stored targets", _store_state(store.path), str(store.path))
+        for store in plan.stores
+    ]
     rows += [(run.name, "run", _state(run), str(run.out)) for run in plan.runs]
-    table(
-        "dry run: nothing is trained or written", ("", "kind", "state", "folder"), rows, text=True
-    )
+    title = "dry run: nothing is trained or written"
+    table(title, ("name", "kind", "state", "folder"), rows, text=True)
     if spec.search:
         info(f"{spec.search.trials} trials, proposed one after another; stored in {DATABASE}")
         return
@@ -217,7 +220,15 @@ def _list(spec: Sweep, plan: SweepPlan) -> None:
 def _state(run: RunSpec) -> str:
     if run_folder.read_result(run.out) is not None:
         return "finished"
-    return "started" if run_folder.list_checkpoints(run.out) else "new"
+    return "to resume" if run_folder.list_checkpoints(run.out) else "to train"
+
+
+def _store_state(path: Path) -> str:
+    """Return the state of a store of targets. Raises CheckpointError if it is damaged."""
+    try:
+        return "finished" if read_manifest(path)["complete"] else "to resume"
+    except FileNotFoundError:
+        return "to write"
 
 
 def _result(

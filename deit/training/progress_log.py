@@ -17,6 +17,7 @@ from deit.models.parameters import count_parameters
 from deit.models.surgery.fake_quant import fake_quant_layers
 from deit.models.surgery.pruning_masks import mask_summary
 from deit.training.state import TrainingRun
+from deit.training.summary import head_name
 
 
 def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
@@ -112,7 +113,7 @@ def _log_student(run: TrainingRun) -> None:
 def _views_text(run: TrainingRun) -> str:
     """Return sizes, storage and augmentation of the views as text."""
     views, sizes, images = run.config.views, run.loader.sizes, run.splits.train
-    size = f"{sizes.view} px"
+    size = f"made at {sizes.view} px"
     if sizes.view != sizes.student:
         size += f", student {sizes.student} px"
     if run.ensemble is not None and sizes.teacher != sizes.student:
@@ -122,13 +123,13 @@ def _views_text(run: TrainingRun) -> str:
     parts = [size]
     if isinstance(images, InMemoryImages):
         gib = images.pixels.numel() / 2**30
-        parts.append(f"from {images.pixels.shape[-1]} px in memory ({gib:.2f} GiB)")
+        parts.append(f"images held in memory at {images.pixels.shape[-1]} px ({gib:.2f} GiB)")
         if run.config.data.num_workers:
             parts.append("data.num_workers has no effect")
     else:
         num_workers = resolve_num_workers(run.config.data.num_workers)
         workers = count_noun(num_workers, "worker") if num_workers else "the training process"
-        parts.append(f"decoded by {workers}")
+        parts.append(f"images decoded by {workers}")
     steps = {
         f"crop {views.crop}": views.crop != "none",
         f"flip {views.flip:g}": views.flip > 0,
@@ -191,13 +192,13 @@ def log_epoch(row: dict[str, Any], epochs: int, loss: LossConfig) -> None:
         parts[-1] += f" ({', '.join(terms)})"
     if "validation" in row:
         accuracies = [
-            f"{name.removesuffix('_top1')} {format_percent(value)}"
+            f"{head_name(name.removesuffix('_top1'))} {format_percent(value)}"
             for name, value in row["validation"].items()
         ]
         parts.append(f"validation {', '.join(accuracies)}")
     remaining = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
     if "loader" in row:  # absent if the run was stopped between training and evaluation
         loading = format_percent(row["loader"]["share"])
-        parts.append(f"{row['images_per_s']:.0f} images/s (loader {loading} %)")
+        parts.append(f"{row['images_per_s']:.0f} images/s ({loading} % of time in loader)")
     parts.append(f"ETA {format_duration(remaining)}")
     info(" | ".join(parts))

@@ -10,7 +10,7 @@ from deit.config.command_choices import EXPORT_PACKAGES
 from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
 from deit.core import run_log
-from deit.core.console import format_duration, format_percent, info
+from deit.core.console import count_noun, format_duration, format_percent, info
 from deit.core.errors import ConfigError
 from deit.models.timm_format import timm_name
 from deit.training.save import selection_metric
@@ -67,6 +67,16 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     }
 
 
+def head_name(name: str) -> str:
+    """Return what a head is called in log lines: `class` alone could be a label or a class.
+
+    >>> [head_name(name) for name in ("class", "distillation_2", "average_class", "fused")]
+    ['class head', 'distillation head 2', 'average class head', 'fused']
+    """
+    words = name.split("_")
+    return " ".join(f"{word} head" if word in ("class", "distillation") else word for word in words)
+
+
 def _use_of(student: StudentConfig) -> str:
     """Return the key of _USES that supports the student."""
     if student.qat != "none":
@@ -89,17 +99,15 @@ def print_summary(summary: dict[str, Any]) -> None:
     speed = ""
     if summary["images_per_s"] is not None:
         share = format_percent(summary["loader_share"])
-        speed = f", {summary['images_per_s']:,.0f} images/s (loader {share} %)"
+        speed = f", {summary['images_per_s']:,.0f} images/s ({share} % of time in loader)"
     if summary["memory_mb"] is not None:
-        speed += f", {summary['memory_mb']:,.0f} MB"
+        speed += f", peak memory {summary['memory_mb']:,.0f} MB"
     skipped = f", {summary['skipped']} steps skipped" if summary["skipped"] else ""
     info(
-        f"\nfinished in {format_duration(summary['seconds'])}: {summary['epochs']} "
-        f"epochs{speed}{skipped}"
+        f"\nfinished in {format_duration(summary['seconds'])}: "
+        f"{count_noun(summary['epochs'], 'epoch')}{speed}{skipped}"
     )
-    heads = [
-        f"{name.replace('_', ' ')} {format_percent(top1)}" for name, top1 in summary["best"].items()
-    ]
+    heads = [f"{head_name(name)} {format_percent(top1)}" for name, top1 in summary["best"].items()]
     for label, key in (("agreement with teacher", "agreement"), ("teacher", "teacher")):
         if summary[key] is not None:
             heads.append(f"{label} {format_percent(summary[key])}")

@@ -118,6 +118,29 @@ def test_sheet_tiles_are_the_stored_image_and_the_view_of_the_batch(
             assert np.abs(stored_tile - close).mean() < 7
 
 
+@pytest.mark.parametrize(("repeats", "batch_size", "drawn"), [(1, 64, 14), (3, 48, 44)])
+def test_sheet_of_fewer_images_than_the_batch_has_the_views_of_a_smaller_batch(
+    repeats, batch_size, drawn, root, capsys
+):
+    """15 images: 14 are drawn in pairs; 44 views are 15 images, each up to three times."""
+    config = configuration(root, aug_repeats=repeats)
+    large = config.replace(optim={"batch_size": batch_size, "grad_accum_steps": 2})
+    smaller = config.replace(optim={"batch_size": drawn})
+    sheet, expected = (
+        view_sheet.view_sheet(given, epoch=1, num_views=99) for given in (large, smaller)
+    )
+    assert sheet.info["num_views"] == drawn
+    assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+    output = capsys.readouterr().err
+    assert all(
+        text in output for text in (f"optim.batch_size = {batch_size}", f" {drawn},", " 15 ")
+    )
+    if repeats == 1:  # the first twelve views are also those of batches of 4
+        small_batches = np.asarray(view_sheet.view_sheet(config, epoch=1, num_views=12))
+        of_large = np.asarray(view_sheet.view_sheet(large, epoch=1, num_views=12))
+        assert np.array_equal(of_large, small_batches)
+
+
 @pytest.mark.parametrize("num_views", [1, 4, 6, 99])
 def test_sheet_has_the_requested_views_up_to_one_epoch(num_views, root, tmp_path, capsys):
     draw_view_sheet(configuration(root), tmp_path / "sheet.png", num_views=num_views)

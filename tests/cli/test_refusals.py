@@ -9,9 +9,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from deit.config.recipes import recipe
+from deit.config.sections.data import DataConfig
 from deit.config.sections.student import StudentConfig
+from deit.core.errors import ConfigError, DataError
+from deit.datasets.sources.folders import list_folder
 from deit.models.saved_student import ModelInfo, student_from_info
+from deit.training.train import train
 from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, fake_teacher, tree
+from tests.helpers.errors import raises
 
 TRAIN = "train_deit.py"
 
@@ -30,7 +36,32 @@ FOLDER = ("folder-teacher", "--data.root=images", "--out=run", "--optim.batch_si
 
 @pytest.mark.fault("C12")
 def test_missing_image_folder_is_named(refused):
-    refused(3, ("data.root images", "train/CLASS/IMAGE"), TRAIN, *FOLDER)
+    layouts = ("images/CLASS/IMAGE", "images/train/CLASS/IMAGE")
+    refused(3, ("data.root images", *layouts), TRAIN, *FOLDER)
+
+
+def test_existing_out_and_missing_images_are_reported_together(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    config = recipe("folder-teacher", data={"root": tmp_path / "images"})
+    with raises(ConfigError, "out = ", "data.root", "images/train/CLASS/IMAGE") as refused:
+        train(config, tmp_path / "run")
+    fields = [problem.field for problem in refused.value.problems]
+    assert fields == ["out", "data.root"]
+    (tmp_path / "images").mkdir()
+    with raises(ConfigError) as refused:
+        train(config, tmp_path / "run")
+    assert [problem.field for problem in refused.value.problems] == ["out"]
+
+
+def test_folder_without_classes_is_refused_with_both_layouts(tmp_path):
+    (tmp_path / "train").mkdir()
+    with raises(DataError, f"{tmp_path}/train/CLASS/IMAGE") as refused:
+        list_folder(DataConfig(source="folder", root=str(tmp_path)), ())
+    assert "with splits" not in str(refused.value)  # the folder has them already
+    (tmp_path / "train").rmdir()
+    with raises(DataError, f"{tmp_path}/CLASS/IMAGE", f"{tmp_path}/train/CLASS/IMAGE"):
+        list_folder(DataConfig(source="folder", root=str(tmp_path)), ())
 
 
 def test_missing_cifar_is_refused_with_download_option(refused):

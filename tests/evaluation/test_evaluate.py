@@ -91,6 +91,7 @@ def test_evaluate_several_runs_and_resolutions_share_one_table(runs, tmp_path, c
     rows = report["rows"]
     assert list(rows) == ["student, 8 px", "student, 16 px", "labels, 8 px", "labels, 16 px"]
     assert report["command"] == f"deit evaluate {shlex.join(arguments)}"
+    assert {row["environment"]["command"] for row in rows.values()} == {report["command"]}
     expected = evaluate(runs / "labels", resolution=16).metrics["heads"]
     assert rows["labels, 16 px"]["heads"] == expected
     shares = report["agreement"]
@@ -187,6 +188,7 @@ def test_evaluate_test_set_from_command_line(tmp_path, capsys):
     metrics = json.loads((tmp_path / "f.json").read_text())
     assert (metrics["split"], metrics["num_samples"]) == ("imagenet-a", 6)
     assert metrics["command"].startswith("deit evaluate ")
+    assert metrics["environment"]["command"] == metrics["command"]
     assert metrics["command"].endswith(f"--json {tmp_path / 'f.json'}")
     assert re.search(r"\b6\b.*\b400\b.*\b3\b.*\b200\b", capsys.readouterr().out)
     assert metrics["teacher"] is None

@@ -56,6 +56,9 @@ def test_compare_dry_run_lists_runs_and_writes_nothing(command_server, tmp_path)
     done = command_server.run("compare", "digits", "--dry-run", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert all(name in done.out for name in ("teacher", "distilled", "undistilled"))
+    rows = [line for line in done.out.splitlines() if str(tmp_path) in line or " to " in line]
+    assert any("needed first" in row and "to train" in row for row in rows)
+    assert not any("base run" in row for row in rows)
     assert not (tmp_path / "out").exists()
 
 

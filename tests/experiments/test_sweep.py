@@ -126,6 +126,9 @@ def test_sweep_finished_runs_are_kept_under_new_names(finished_sweep, command_se
     write(workdir / "heat.json", grid=changed, seeds=[1])
     listed = command_server.run("sweep", "heat.json", "--out", "out", "--dry-run", cwd=workdir)
     assert re.search(r"^2[^\d\n]+1\b", listed.out, re.MULTILINE)  # is finished
+    assert re.search(r"\bteacher\b.*needed first.*finished", listed.out)
+    assert re.search(r"stored targets.*(finished|to write)", listed.out)
+    assert re.search(r"\brun\b.*\bto train\b", listed.out)
     assert states(workdir / "out") == before
     done = command_server.run("sweep", "heat.json", "--out", "out", cwd=workdir)
     (workdir / "heat.json").write_text(file)

@@ -92,20 +92,27 @@ def test_teacher_in_other_class_order_raises_unless_configured(order, capsys):
         check_class_order(teacher, outputs, labels, ROOM_CLASSES)
 
 
-def judged(right):
+def judged(right, copies=1):
     """Check a teacher with `right` of six images correct; with three classes, chance is a third."""
     labels = torch.arange(6) % 3
     outputs = torch.where(torch.arange(6) < right, labels, (labels + 1) % 3)
+    labels, outputs = labels.repeat(copies), outputs.repeat(copies)
     logits = nn.functional.one_hot(outputs, 3).float()
     check_accuracy(recorder_teacher(), logits, labels, 1 / 3)
 
 
 def test_teacher_near_chance_raises_or_warns_with_few_images(capsys):
-    with raises(DataError, "recorder", "33.3 %", "--teacher.allow_near_chance"):
-        judged(2)
+    names = ("recorder", "33.3 %", "largest class", "6 validation images", "19.2 points")
+    with raises(DataError, *names, "is near chance", "--teacher.allow_near_chance"):
+        judged(2)  # sqrt(1/3 * 2/3 / 6) = 0.192
+    with raises(DataError, *names, "16.7 %", "is below chance"):
+        judged(1)
     judged(4)
     output = capsys.readouterr().err
-    assert all(item in output for item in ("recorder", "66.7 %", "33.3 %"))
-    assert re.search(r"\b6 ", output)
+    assert all(item in output for item in ("recorder", "66.7 %", "33.3 %", "largest class"))
+    assert re.search(r"\b6 validation images", output)
     judged(6)
+    with raises(DataError) as refused:
+        judged(1, copies=20)
+    assert "points" not in str(refused.value)  # 120 images are enough
     assert not capsys.readouterr().err

@@ -40,10 +40,10 @@ def test_summary_of_a_run_is_printed_and_saved(tmp_path, capsys):
     assert summary["teacher"] is result["teacher_top1"] is None
     assert json.loads((tmp_path / "my run" / SUMMARY).read_text()) == summary
     best = f"{100 * summary['best']['class']:.1f}"
-    assert re.search(rf"\bclass {best}\b.*\bepoch {summary['best_epoch']}\b", summary_text)
+    assert re.search(rf"\bclass head {best}\b.*\bepoch {summary['best_epoch']}\b", summary_text)
     assert re.search(r"\b4 epochs\b", summary_text)
     assert summary["memory_mb"] == max(row["memory_mb"] for row in rows) > 100  # torch alone
-    assert f", {summary['memory_mb']:,.0f} MB" in summary_text
+    assert f", peak memory {summary['memory_mb']:,.0f} MB" in summary_text
     assert f"deit evaluate '{tmp_path / 'my run'}'" in summary_text
     assert len(summary_text.splitlines()) <= 10
 
@@ -67,10 +67,11 @@ def test_summary_prints_every_known_value(capsys):
     }
     print_summary(summary)
     output = capsys.readouterr().out
-    for text in ("1 h 56 min", "300 epochs", "12,346 images/s", "loader 2.1 %", "1,234 MB"):
+    for text in ("1 h 56 min", "300 epochs", "12,346 images/s", "(2.1 % of time in loader)"):
         assert text in output
+    assert "peak memory 1,234 MB" in output
     assert re.search(r"\b2 steps\b", output)
-    for head in ("class 90.0", "distillation 91.0", "fused 92.0", "average fused 93.0"):
+    for head in ("class head 90.0", "distillation head 91.0", "fused 92.0", "average fused 93.0"):
         assert head in output
     assert re.search(r"\bteacher\D*\b95\.0\b.*\bteacher\D*\b96\.0\b.*\bepoch 290\b", output)
     assert re.search(r"▁█ 10\.0\b\D*\b93\.0\b", output)

@@ -65,6 +65,7 @@ def evaluate(arguments: list[str], program: str) -> None:
         crop=crops[0] if crops else None,
         merge_tokens=merges[0] if merges else None,
         cost=True,
+        command=command,
         **settings,
     ).metrics
     print_evaluation(result)
