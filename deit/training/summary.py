@@ -73,8 +73,8 @@ def head_name(name: str) -> str:
     >>> [head_name(name) for name in ("class", "distillation_2", "average_class", "fused")]
     ['class head', 'distillation head 2', 'average class head', 'fused']
     """
-    words = name.split("_")
-    return " ".join(f"{word} head" if word in ("class", "distillation") else word for word in words)
+    parts = name.split("_")
+    return " ".join(f"{part} head" if part in ("class", "distillation") else part for part in parts)
 
 
 def _use_of(student: StudentConfig) -> str:

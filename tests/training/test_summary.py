@@ -6,8 +6,10 @@ import re
 import pytest
 
 from deit.config.recipes.handwriting import digits, digits_teacher
+from deit.config.sections.loss import LossConfig
 from deit.core import run_folder, run_log
 from deit.deploy.export_formats import FORMATS
+from deit.training.progress_log import log_epoch
 from deit.training.summary import SUMMARY, print_summary, sparkline, summary_of
 from deit.training.train import train
 
@@ -46,6 +48,21 @@ def test_summary_of_a_run_is_printed_and_saved(tmp_path, capsys):
     assert f", peak memory {summary['memory_mb']:,.0f} MB" in summary_text
     assert f"deit evaluate '{tmp_path / 'my run'}'" in summary_text
     assert len(summary_text.splitlines()) <= 10
+
+
+def test_epoch_line_names_heads_and_share_of_the_loader(capsys):
+    row = {
+        "epoch": 2,
+        "seconds": 4.0,
+        "images_per_s": 873.0,
+        "loader": {"share": 0.019},
+        "train": {"loss": 1.75, "label_loss": 2.3, "distillation_loss": 1.2},
+        "validation": {"class_top1": 0.972, "distillation_top1": 0.981, "fused_top1": 0.983},
+    }
+    log_epoch(row, 10, LossConfig(kind="soft"))
+    parts = capsys.readouterr().out.strip().split(" | ")
+    assert parts[2] == "validation class head 97.2, distillation head 98.1, fused 98.3"
+    assert parts[3] == "873 images/s (1.9 % of time in loader)"
 
 
 def test_summary_prints_every_known_value(capsys):
