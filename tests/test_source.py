@@ -17,7 +17,10 @@ FILES = {
     for path in ROOT.glob(pattern)
 }
 
-_BRACES = re.compile(r"\{[A-Za-z_]\w*(?:\.\w+|\([^{}]*\)|\[[^{}]*\])*(?:![rsa])?(?::[^{}]*)?\}")
+# Not after a dollar sign: that is a variable of a shell.
+_BRACES = re.compile(
+    r"(?<!\$)\{[A-Za-z_]\w*(?:\.\w+|\([^{}]*\)|\[[^{}]*\])*(?:![rsa])?(?::[^{}]*)?\}"
+)
 _TAKES_TEMPLATE = {"TextColumn", "set_major_formatter", "set_minor_formatter", "colorbar"}
 """Functions of rich and matplotlib that fill braces in themselves."""
 
@@ -103,7 +106,7 @@ def test_unfilled_planted_braces_are_reported(source):
 
 def test_unfilled_templates_are_not_reported():
     source = '"""Of {name}."""\n_A = "{x}"\n_B = _A + "{y}"\n'
-    source += 'info(_B.format(x=1, y=2), f"{x}", "{z}".format(z=1), "a{2,3}", "{}")\n'
+    source += 'info(_B.format(x=1, y=2), f"{x}", "{z}".format(z=1), "a{2,3}", "{}", "${w[i]}")\n'
     assert unfilled(source) == []
 
 

@@ -239,4 +239,4 @@ def test_invalid_options_next_to_the_rule_are_reported(options, names, folder):
     with raises(ConfigError, *names) as error:
         parse_finetune(arguments, "deit finetune")
     (problem,) = error.value.problems
-    assert problem.field == options[0].removeprefix("--")
+    assert problem.field.removeprefix("--") == options[0].removeprefix("--")
