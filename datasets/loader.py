@@ -128,7 +128,7 @@ class TrainLoader:
     @classmethod
     def from_config(
         cls,
-        config: Config,
+        config: Config | str | PathLike,
         *,
         teacher_size: int | None = None,
         device: torch.device | str | None = None,
@@ -137,9 +137,9 @@ class TrainLoader:
     ) -> "TrainLoader":
         """Return the loader of a configuration's training views, with its `splits`.
 
-        teacher_size: side [px] of the teacher's input; None: any. device: default: the current GPU
-        if there is one. process_index, num_processes: default: those of torch.distributed.
-        Raises ConfigError, DataError and SystemFault as `train` does.
+        config: or the name of a recipe. teacher_size: side [px] of the teacher's input; None: any.
+        device: default: the current GPU if there is one. process_index, num_processes: default:
+        those of torch.distributed. Raises ConfigError, DataError and SystemFault as `train`.
         """
         from deit.datasets.loader_factories import loader_from_config
 
@@ -169,8 +169,8 @@ class TrainLoader:
     @classmethod
     def from_arrays(
         cls,
-        images: Tensor,
-        labels: Tensor,
+        images: Any,
+        labels: Any,
         *,
         batch_size: int,
         class_names: Sequence[str] | None = None,
@@ -181,9 +181,9 @@ class TrainLoader:
     ) -> "TrainLoader":
         """Return the loader of the training views of images in memory.
 
-        images: uint8 [images, 3, side, side], RGB. labels: int64 [images]. class_names: default:
-        the labels as text. image_size: side of the views [px]; default: that of the images.
-        options: of `from_config`. Raises ConfigError and DataError.
+        images: tensor or array, uint8 [images, 3, side, side], RGB. labels: integers [images].
+        class_names: default: the labels as text. image_size: side of the views [px]; default: that
+        of the images. options: of `from_config`. Raises ConfigError and DataError.
         """
         from deit.datasets.loader_factories import loader_from_arrays
 
@@ -207,6 +207,10 @@ class TrainLoader:
             )
         self.optim, self.micro_batch_size = optim, size
 
+    def __len__(self) -> int:
+        """Return the number of this process's micro-batches in an epoch."""
+        return self.steps_per_epoch * self.optim.grad_accum_steps
+
     @property
     def rows_per_epoch(self) -> int:
         """Rows of an epoch for which teacher outputs can be stored.
@@ -221,10 +225,7 @@ class TrainLoader:
         return self.num_images - self.num_images % 2 if self.views.uses_mixing else self.num_images
 
     def order(self, epoch: int) -> Tensor:
-        """Return the order of the images in an epoch, int64 [images], on the CPU.
-
-        A function of seed and epoch only.
-        """
+        """Return the order of the images in an epoch, by the seed: int64 [images], on the CPU."""
         return permutation(self.seed, epoch, self.num_images)
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:

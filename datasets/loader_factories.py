@@ -1,12 +1,15 @@
 """Loaders of training views for a loop of your own: from a configuration, a folder or arrays."""
 
 from collections.abc import Sequence
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deit.config.command_choices import check_at_least, check_path
+from deit.config.recipes import recipe
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.config.sections.optim import OptimConfig
@@ -15,6 +18,7 @@ from deit.config.sections.student import StudentConfig
 from deit.config.sections.views import ViewsConfig
 from deit.config.validation import section_from_dict
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.core.tensors import as_tensor
 from deit.datasets.decode_workers import resolve_num_workers
 from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader
@@ -47,6 +51,8 @@ def loader_of(
     Raises ConfigError and DataError as TrainLoader does.
     """
     process_index, num_processes = _process(process)
+    if teacher_size is not None:
+        check_at_least("teacher_size", teacher_size, 1)
     loader = TrainLoader(
         splits.train,
         len(splits.class_names),
@@ -68,9 +74,10 @@ def loader_of(
 
 
 def loader_from_config(
-    config: Config, *, teacher_size: int | None, device: Any, process: Process
+    config: Config | str | PathLike, *, teacher_size: int | None, device: Any, process: Process
 ) -> TrainLoader:
     """Load the images of a configuration; see `TrainLoader.from_config`."""
+    config = config if isinstance(config, Config) else recipe(config)
     splits = load_splits(config.data)
     return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
 
@@ -84,15 +91,15 @@ def loader_from_folder(
     **options: Any,
 ) -> TrainLoader:
     """Load the images of class folders; see `TrainLoader.from_folder`."""
-    data = {"source": "folder", "root": fspath(root), "image_size": image_size}
+    data = {"source": "folder", "root": check_path("root", root), "image_size": image_size}
     config = _config(views, batch_size=batch_size, image_size=image_size, seed=seed)
     config = config.replace(data=section_from_dict(DataConfig, "data", data))
     return TrainLoader.from_config(config, **options)
 
 
 def loader_from_arrays(
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
     batch_size: int,
     class_names: Sequence[str] | None,
     image_size: int | None,
@@ -105,7 +112,7 @@ def loader_from_arrays(
     num_processes: int | None = None,
 ) -> TrainLoader:
     """Make the splits of images in memory; see `TrainLoader.from_arrays`."""
-    labels = torch.as_tensor(labels)
+    images, labels = as_tensor("images", images), as_tensor("labels", labels)
     names = _check_arrays(images, labels, class_names)
     train = InMemoryImages(images, labels.long())
     mean, std = channel_statistics(images)
@@ -137,20 +144,23 @@ def _check_arrays(
 ) -> tuple[str, ...]:
     """Return the class names. Raises ConfigError for images and labels of another form."""
     problems = []
-    is_tensor = isinstance(images, Tensor)
-    if not is_tensor or images.dtype != torch.uint8 or images.shape[1:2] != (3,):
-        given = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
-        hint = f"should be a tensor uint8 [images, 3, side, side]; got {given}"
+    given = f"{images.dtype} {list(images.shape)}"
+    if images.dtype != torch.uint8 or images.shape[1:2] != (3,):
+        hint = f"should be uint8 [images, 3, side, side]; got {given}"
         problems.append(ConfigProblem("images", NO_VALUE, hint))
     elif images.ndim != 4 or images.shape[2] != images.shape[3]:
-        hint = f"should be square, [images, 3, side, side]; got {list(images.shape)}"
+        hint = f"should be square, [images, 3, side, side]; got {given}"
         problems.append(ConfigProblem("images", NO_VALUE, hint))
-    if labels.is_floating_point() or labels.shape != (len(images),) or not len(labels):
-        hint = f"should be integers [{len(images)}]; got {labels.dtype} {list(labels.shape)}"
+    if labels.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+        hint = (
+            f"should be integers {list(images.shape[:1])}; got {labels.dtype} {list(labels.shape)}"
+        )
         problems.append(ConfigProblem("labels", NO_VALUE, hint))
         raise _error(problems)
     num_classes = int(labels.max()) + 1
-    names = tuple(map(str, class_names or range(num_classes)))
+    names = tuple(map(str, range(num_classes) if class_names is None else class_names))
+    if len(set(names)) < len(names):
+        problems.append(ConfigProblem("class_names", names, "should be different names"))
     if int(labels.min()) < 0 or num_classes > len(names):
         hint = f"should be in 0 ... {len(names) - 1}, the number of class names less 1"
         problems.append(ConfigProblem("labels", NO_VALUE, hint))
@@ -171,6 +181,8 @@ def _process(process: Process) -> tuple[int, int]:
         index = torch.distributed.get_rank() if is_distributed else 0
     if count is None:
         count = torch.distributed.get_world_size() if is_distributed else 1
+    if not 0 <= index < count:
+        raise ConfigError(f"process_index = {index}: should be in 0 ... {count - 1}")
     return index, count
 
 

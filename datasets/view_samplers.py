@@ -1,14 +1,19 @@
 """View samplers: the views that a network gets of an image, random or fixed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deit.config.command_choices import check_at_least, check_channels, check_epoch
 from deit.config.sections.views import ViewsConfig
+from deit.config.validation import section_from_dict
 from deit.core.errors import ConfigError
 from deit.core.rng import Keys, derived_seed
+from deit.core.tensors import as_tensor
 from deit.datasets.crops import CenterSquare, Decoder, RandomCrop, WholeImage
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.resizing import resize
@@ -152,12 +157,12 @@ def teacher_view_sampler(
 
 
 def make_views(
-    images: Tensor,
-    views: ViewsConfig = ViewsConfig(),
+    images: Tensor | np.ndarray,
+    views: ViewsConfig | dict[str, Any] = ViewsConfig(),
     *,
     seed: int,
     epoch: int,
-    sample_ids: Tensor,
+    sample_ids: Tensor | np.ndarray | Sequence[int],
     repeat: int = 0,
     size: int | None = None,
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
@@ -166,13 +171,15 @@ def make_views(
     """Return augmented views of images, uint8 [batch, 3, size, size]: a pure function.
 
     A view depends on seed, epoch, sample id and repeat only, not on the batch or the device. It is
-    the view that `TrainLoader` makes of that image, before mixup and cutmix.
+    the view that `TrainLoader` makes of that image in memory, before mixup and cutmix, if `mean`
+    and `std` are the loader's.
 
-    images: uint8 [batch, 3, side, side]. views: the augmentations. sample_ids: int64 [batch], the
-    index of each image in its data set. repeat: which of several views of an image in an epoch.
-    size: side of the views [px]; default: that of the images. mean, std: of the data per channel,
-    in [0, 1]: the fill color of geometric operations and the noise of erased boxes.
-    Raises ConfigError for images of another type.
+    images: uint8 [batch, 3, side, side]. views: the augmentations, or a dict of fields. sample_ids:
+    integers [batch], the index of each image in its data set. repeat: which of several views of an
+    image in an epoch. size: side of the views [px]; default: that of the images. mean, std: of the
+    data per channel, in [0, 1]: the fill color of geometric operations and the noise of erased
+    boxes.
+    Raises ConfigError for other types, shapes and fields.
 
     >>> import torch
     >>> images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
@@ -182,6 +189,13 @@ def make_views(
     >>> batch.shape, torch.equal(batch[5], alone[0])
     (torch.Size([8, 3, 32, 32]), True)
     """
+    images, sample_ids = as_tensor("images", images), as_tensor("sample_ids", sample_ids)
+    if not isinstance(views, ViewsConfig):
+        views = section_from_dict(ViewsConfig, "views", views)
+    check_epoch(epoch)
+    mean, std = check_channels("mean", mean), check_channels("std", std)
+    if size is not None:
+        check_at_least("size", size, 1)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ConfigError(
             "images: should be uint8 [batch, 3, side, side]; got "
@@ -192,9 +206,11 @@ def make_views(
             f"images: should be square, with one sample id each; got {list(images.shape)} and "
             f"{list(sample_ids.shape)} sample ids"
         )
+    if sample_ids.is_floating_point():
+        raise ConfigError(f"sample_ids: should be integers; got {sample_ids.dtype}")
     side = images.shape[-1]
-    stats, size = ChannelStats(tuple(mean), tuple(std)), side if size is None else size
+    stats, size = ChannelStats(mean, std), side if size is None else size
     sampler = RandomView(views, size=size, source=side, channel_stats=stats, seed=seed)
-    sample_ids = sample_ids.to(images.device)
+    sample_ids = sample_ids.to(images.device, torch.int64)
     repeats = torch.full_like(sample_ids, repeat)
     return sampler.apply(images, sampler.sample(epoch, sample_ids, repeats))

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from deit.config.command_choices import check_at_least, check_channels
 from deit.config.cross_field_checks.student import check_student
 from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
@@ -50,7 +52,8 @@ def build_student(
 
     It takes images in [0, 1] and returns the logits of all its heads. student: its section of a
     configuration, a whole configuration, or a name that student.name accepts. options: fields of
-    the section, such as image_size or depth. mean, std: the normalization of its input.
+    the section, such as image_size or depth. mean, std: the normalization of its input, three
+    numbers each, for images in [0, 1].
     Raises ConfigError with all problems.
 
     >>> student = build_student("deit_micro", 10, mean=[0.5] * 3, std=[0.25] * 3, image_size=8)
@@ -59,14 +62,21 @@ def build_student(
     >>> output.class_logits.shape, output.distillation_logits.shape
     (torch.Size([4, 10]), torch.Size([4, 1, 10]))
     """
+    mean, std = check_channels("mean", mean), check_channels("std", std)
+    if not isinstance(num_classes, Integral):
+        raise ConfigError(f"num_classes = {num_classes!r}: should be an integer")
+    check_at_least("num_classes", num_classes, 1)
     if isinstance(student, Config):
         student = student.student
+    if not isinstance(student, str | StudentConfig):
+        raise ConfigError(
+            f"student: should be a name or a configuration; got {type(student).__name__}"
+        )
     fields = {"name": student} if isinstance(student, str) else asdict(student)
     config = section_from_dict(StudentConfig, "student", {**fields, **options})
     if problems := check_student(Config(student=config)):
         raise ConfigError("\n  ".join(map(str, problems)), problems)
-    network = create_network(config, num_classes)
-    return Student(network, mean=tuple(mean), std=tuple(std))
+    return Student(create_network(config, int(num_classes)), mean=mean, std=std)
 
 
 def save_student(folder: str | Path, weights: dict[str, Tensor], model_info: ModelInfo) -> None:

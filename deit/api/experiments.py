@@ -1,12 +1,12 @@
 """Compare and sweep from Python: many runs, and their results as one object."""
 
 from collections.abc import Sequence
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from deit.api.run import Run
-from deit.config.command_choices import RETRIES, TOP_POINTS
+from deit.config.command_choices import RETRIES, TOP_POINTS, check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
 from deit.core.console import quiet
@@ -28,7 +28,7 @@ class SweepResult:
 
     def __init__(self, path: str | PathLike) -> None:
         """Read the results in a folder. Raises CheckpointError if there are none."""
-        self.path = Path(path)
+        self.path = Path(check_path("path", path))
         self.data: dict[str, Any] = read_results(self.path)
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ def compare(
     parallel. retries: of a run after a transient failure.
     Raises ConfigError for an unknown study or arm, and the errors of `train`.
     """
-    name = "" if isinstance(config, Config) else fspath(config)
+    name = "" if isinstance(config, Config) else check_path("config", config)
     config = config if isinstance(config, Config) else recipe(config)
     spec = study_sweep(study, recipe=name or "a configuration", arms=arms, seeds=seeds)
     return sweep(
@@ -140,7 +140,8 @@ def sweep(
         >>> list(result.rows), len(result.runs("lr 0.001"))
         (['lr 0.001', 'lr 0.003'], 1)
     """
-    spec = spec if isinstance(spec, Sweep | dict) else fspath(spec)
+    spec = spec if isinstance(spec, Sweep | dict) else check_path("spec", spec)
+    out = check_path("out", out)
     with quiet(not verbose):
         sweep_module.sweep(
             spec,

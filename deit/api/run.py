@@ -11,7 +11,7 @@ from torch import Tensor
 from deit.api.figures import plot_attention, plot_curves
 from deit.api.predictions import ImageInput, Prediction, load_images, to_predictions
 from deit.api.run_html import run_html
-from deit.config.command_choices import TOP_K, check_at_least, check_choice
+from deit.config.command_choices import TOP_K, check_at_least, check_choice, check_path
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
 from deit.core.accelerator import resolve_device
@@ -51,7 +51,7 @@ class Run:
         """path: a run folder, which is read when it is needed; `load_run` checks that it is one.
         checkpoint: best or last. device: of the student: auto, cpu or cuda."""
         check_choice("checkpoint", checkpoint, run_folder.NAMES)
-        self.path = Path(path)
+        self.path = Path(check_path("run", path))
         self.checkpoint = checkpoint
         self._device = device
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from deit.api.run import Run
+from deit.config.command_choices import check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
 from deit.core.console import quiet
@@ -43,6 +43,7 @@ def train(
         True
     """
     config = config if isinstance(config, Config) else recipe(config)
+    out = check_path("out", out)
     with quiet(not verbose):
         training_train.train(config, out, resume=resume, callbacks=callbacks, command=command)
     return Run(out)
@@ -55,13 +56,13 @@ def dry_run(config: Config | str | PathLike, out: str | PathLike = "dry-run") ->
     for messages. Raises as `train`, and NumericsError if the loss is not finite.
     """
     config = config if isinstance(config, Config) else recipe(config)
-    return training_train.train(config, out, dry_run=True)
+    return training_train.train(config, check_path("out", out), dry_run=True)
 
 
 def finetune(
     source: str | PathLike,
     out: str | PathLike,
-    config: Config | None = None,
+    config: Config | str | PathLike | None = None,
     *,
     resolution: int | None = None,
     schedule: str | None = None,
@@ -74,10 +75,11 @@ def finetune(
 ) -> Run:
     """Train from given weights, and return the finished run.
 
-    source: a run, a timm folder, a weight file or a timm name. config: data and training; default:
-    those of the run at `source`. resolution: side [px] of the input; images and the teachers' input
-    are scaled with it. schedule: such as short, deit or linear-probe; default: short without a
-    config. epochs: instead of the schedule's. sections: fields by section that replace those of the
+    source: a run, a timm folder, a weight file or a timm name. config: data and training, or the
+    name of a recipe; default: those of the run at `source`. resolution: side [px] of the input;
+    images and the teachers' input are scaled with it. schedule: such as short, deit or
+    linear-probe; default: short without a config. epochs: at least 1, instead of the schedule's.
+    sections: fields by section that replace those of the
     resulting configuration, such as teacher={"source": "runs/teacher-16"}. The others, and what is
     raised: as for `train`.
 
@@ -87,9 +89,11 @@ def finetune(
         >>> run.config.student.image_size
         16
     """
+    source, out = check_path("source", source), check_path("out", out)
+    config = config if config is None or isinstance(config, Config) else recipe(config)
     with quiet(not verbose):
         training_finetune.finetune(
-            Path(source) if isinstance(source, PathLike) else source,
+            source,
             out,
             config,
             resolution=resolution,

@@ -25,14 +25,6 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def check_content(text: str | None) -> str | None:
-    """Return the text if it is None, hard, full or top-K. Raises ConfigError."""
-    count = (text or "").removeprefix("top-")
-    if text in (None, "hard", "full") or (count != text and count.isdecimal() and int(count) > 0):
-        return text
-    raise ConfigError(f"--content {text}: should be hard, full or top-K, as in top-10")
-
-
 def parse_numbers(text: str | None, option: str, *, whole: bool, least: int = 1) -> tuple[Any, ...]:
     """Return `8,16` as numbers; an empty tuple for None.
 

@@ -1,6 +1,8 @@
 """Choices and defaults of options, so that --help and checks do not import torch."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from os import PathLike, fspath
 
 from deit.core.errors import ConfigError, did_you_mean
 
@@ -17,6 +19,8 @@ CALIBRATION_METHODS = ("minmax", "entropy", "percentile")
 """How a range is computed from the activations of training images."""
 TEST_SETS = ("imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch")
 """Additional test sets for ImageNet models: ReaL, V2, A, R and Sketch."""
+SPLITS = ("train", "validation", "test")
+"""The parts of the images."""
 EXPORT_IMAGES = 512
 """Test images that an export is compared with the run on."""
 TOP_K = 5
@@ -36,13 +40,42 @@ TOP_POINTS = 5
 def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ConfigError if a parameter has a value that is not known."""
     if value not in (known := tuple(known)):
+        advice = did_you_mean(value, known) if isinstance(value, str) else ""
+        raise ConfigError(f"{name} = {value}: should be one of {', '.join(known)}{advice}")
+
+
+def check_path(name: str, value: str | PathLike) -> str:
+    """Return a path as text. Raises ConfigError for a value of another type."""
+    if not isinstance(value, str | PathLike):
+        raise ConfigError(f"{name}: should be a path, str or Path; got {type(value).__name__}")
+    return fspath(value)
+
+
+def check_channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:
+    """Return the mean or standard deviation of each channel as numbers, for images in [0, 1].
+
+    name: mean, or std, which should be positive. Raises ConfigError for others.
+    """
+    try:
+        numbers = tuple(map(float, values))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3:
+        raise ConfigError(f"{name} = {values}: should be three numbers")
+    if name == "std" and not min(numbers) > 0:
+        raise ConfigError(f"std = {values}: should be positive")
+    if name == "mean" and not 0 <= min(numbers) <= max(numbers) <= 1:
         raise ConfigError(
-            f"{name} = {value}: should be one of {', '.join(known)}{did_you_mean(value, known)}"
+            f"mean = {values}: should be in [0, 1], as the images are; divide those for 0 ... 255 "
+            "by 255, and std too"
         )
+    return numbers
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise ConfigError if a parameter is below its smallest value."""
+    """Raise ConfigError if a parameter is no number, or below its smallest value."""
+    if not isinstance(value, Real):
+        raise ConfigError(f"{name} = {value!r}: should be a number of at least {least:g}")
     if not value >= least:
         raise ConfigError(f"{name} = {value:g}: should be at least {least:g}")
 
@@ -56,10 +89,22 @@ def check_epoch(epoch: int) -> None:
         raise ConfigError(f"epoch = {epoch}: should be in 0 ... {_MAX_EPOCHS - 1}")
 
 
+def check_content_name(content: str | None, name: str = "content") -> None:
+    """Raise ConfigError unless the content of a target store is hard, full or top-K, or None."""
+    text = str(content)
+    count = text.removeprefix("top-")
+    is_top = count != text == content and count.isdecimal() and count.isascii() and int(count) > 0
+    if content not in (None, "hard", "full") and not is_top:
+        separator = " " if name.startswith("--") else " = "
+        raise ConfigError(
+            f"{name}{separator}{content}: should be hard, full or top-K, as in top-10"
+        )
+
+
 def check_amount(epochs: int | None, part: tuple[int, int]) -> None:
     """Raise ConfigError for an invalid number of epochs to store, or a part (index, number of
     parts) that does not exist."""
-    if epochs is not None and not 0 < epochs < _MAX_EPOCHS:
+    if epochs is not None and not (isinstance(epochs, Integral) and 0 < epochs < _MAX_EPOCHS):
         raise ConfigError(f"epochs = {epochs}: should be in 1 ... {_MAX_EPOCHS - 1}")
     if not 0 <= part[0] < part[1]:
         raise ConfigError(f"part = {part}: should be (index, number of parts), the index from 0")
@@ -68,8 +113,9 @@ def check_amount(epochs: int | None, part: tuple[int, int]) -> None:
 def check_test_set(
     test_set: str | None, *, split: str, root: str | None, teacher: str | Sequence[str] | None
 ) -> None:
-    """Raise ConfigError if a test set does not exist, or does not go with the other parameters of
-    an evaluation."""
+    """Raise ConfigError if a split or test set does not exist, or does not go with the other
+    parameters of an evaluation."""
+    check_choice("split", split, SPLITS)
     if test_set is None:
         return
     check_choice("test_set", test_set, TEST_SETS)

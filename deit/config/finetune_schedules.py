@@ -279,8 +279,12 @@ DEFAULT_SCHEDULE = "short"
 """The schedule of a fine-tuning with the configuration of the run that it starts from."""
 
 
-def check_finetuning(*, schedule: str | None, resolution: int | None) -> None:
-    """Raise ConfigError for an unknown schedule, or an invalid resolution [px]."""
+def check_finetuning(
+    *, schedule: str | None, resolution: int | None, epochs: int | None = None
+) -> None:
+    """Raise ConfigError for an unknown schedule, and invalid numbers. resolution: in px."""
+    if epochs is not None:
+        check_at_least("epochs", epochs, 1)
     if schedule is not None:
         check_choice("schedule", schedule, (*FINETUNE_SCHEDULES, *DATA_SIZED_SCHEDULES))
     if resolution is None:

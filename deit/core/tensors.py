@@ -1,9 +1,12 @@
 """Small tensors: constants on a device, and copies that do not synchronize with a GPU."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from deit.core.errors import ConfigError, first_line
 
 
 def to_device_async(values: Tensor, device: torch.device) -> Tensor:
@@ -36,3 +39,20 @@ def device_constant(
     """
     with torch.inference_mode(False):  # later callers may need it for a gradient
         return torch.tensor(values, device=device, dtype=dtype)
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """Return a tensor, an array or nested sequences of numbers as a tensor.
+
+    name: of the parameter, for messages. Raises ConfigError for other types.
+
+    >>> as_tensor("labels", [2, 0]).tolist()
+    [2, 0]
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{name}: should be a tensor or an array of numbers; got {type(value).__name__} "
+            f"({first_line(error)})"
+        ) from None

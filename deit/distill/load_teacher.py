@@ -1,12 +1,13 @@
 """Load a teacher for a loop of your own, from a source or from a module."""
 
-from collections.abc import Sequence
-from os import PathLike, fspath
+from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from deit.config.command_choices import check_channels, check_path
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import section_from_dict
@@ -36,8 +37,8 @@ def load_teacher(
     and set to evaluation mode. class_names: of the data, in order.
     architecture: network of a checkpoint file, as timm:resnet50. classes: the teacher's classes in
     the order of its outputs, as teacher.classes. image_size: side of its input [px]; other images
-    are resized. mean, std: its normalization, for images in [0, 1]. Default of these: what the
-    source states.
+    are resized. mean, std: its normalization, for images in [0, 1]; both or neither. Default of
+    these: what the source states; for a module also the image size of its patch embedding.
 
     Raises NotFoundError if the source is missing, DataError if it has no trained weights or its
     classes differ, ConfigError for invalid options, and CheckpointError for an unreadable file.
@@ -51,18 +52,23 @@ def load_teacher(
         >>> teacher(torch.ones(1, 3, 8, 8)).tolist()  # (1 - 0.5) / 0.5
         [[1.0, 1.0, 1.0]]
     """
+    if (mean is None) != (std is None):
+        raise ConfigError("mean, std: give both or neither")
+    if mean is not None:
+        mean, std = check_channels("mean", mean), check_channels("std", std)
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
+        raise ConfigError(
+            f"class_names = {class_names!r}: should be the names of the data's classes, in order, "
+            "such as loader.class_names"
+        )
     options = {"architecture": architecture, "classes": classes, "mean": mean, "std": std}
     fields = {name: value for name, value in options.items() if value is not None}
     if image_size is not None:
         fields["image_size"] = (image_size,)
-    name = "" if isinstance(source, nn.Module) else fspath(source)
+    name = "" if isinstance(source, nn.Module) else check_path("source", source)
     config = section_from_dict(TeacherConfig, "teacher", {"source": (name,), **fields})
-    for values, field in ((config.mean, "mean"), (config.std, "std")):
-        if len(values) not in (0, 3):
-            problem = ConfigProblem(f"teacher.{field}", values, "should be three numbers")
-            raise ConfigError(str(problem), [problem])
     (spec,) = teacher_specs(config)
-    names, size = tuple(class_names), image_size or _PROBE_SIZE
+    names, size = tuple(map(str, class_names)), image_size or _PROBE_SIZE
     if isinstance(source, nn.Module):
         loaded = _from_module(source, has_normalization=None not in (mean, std))
         teacher = match_teacher(loaded, spec, names, image_size=size)
@@ -79,7 +85,7 @@ def _from_module(network: nn.Module, *, has_normalization: bool) -> LoadedNetwor
     description = type(network).__name__
     if isinstance(network, Student):  # normalizes its input itself
         fused, plain = FusedLogits(network), ((0.0,) * 3, (1.0,) * 3)
-        return LoadedNetwork(fused, description, None, *plain, None)
+        return LoadedNetwork(fused, description, _input_size(network.network), *plain, None)
     stated: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
     mean, std = stated.get("mean"), stated.get("std")
     if not has_normalization and (mean is None or std is None):
@@ -92,8 +98,14 @@ def _from_module(network: nn.Module, *, has_normalization: bool) -> LoadedNetwor
     return LoadedNetwork(
         network,
         description,
-        stated.get("input_size", (None,))[-1],
+        _input_size(network) or stated.get("input_size", (None,))[-1],
         tuple(mean or (0.0,) * 3),
         tuple(std or (1.0,) * 3),
         None if names is None else tuple(names),
     )
+
+
+def _input_size(network: nn.Module) -> int | None:
+    """Return the side [px] of the images that timm's patch embedding takes; None without one."""
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    return size[-1] if isinstance(size, tuple) else size

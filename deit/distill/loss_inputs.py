@@ -1,11 +1,13 @@
 """Inputs of the distillation loss in the forms that other libraries use."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from deit.config.sections.loss import LossConfig
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
 from deit.core.types import StudentOutput, TeacherOutput
 
@@ -23,9 +25,9 @@ def as_student_output(outputs: StudentLogits) -> StudentOutput:
     >>> as_student_output((torch.zeros(4, 10), torch.zeros(4, 10))).distillation_logits.shape
     torch.Size([4, 1, 10])
     """
-    if isinstance(outputs, StudentOutput):
-        return outputs
     heads = [outputs] if isinstance(outputs, Tensor) else outputs
+    if isinstance(outputs, StudentOutput):
+        heads = [head for head in outputs if head is not None]
     is_sequence = isinstance(heads, tuple | list) and 1 <= len(heads) <= 2
     if not is_sequence or not all(isinstance(head, Tensor) for head in heads):
         raise _error(
@@ -52,7 +54,7 @@ def as_student_output(outputs: StudentLogits) -> StudentOutput:
 def as_targets(labels: Tensor, class_logits: Tensor) -> Tensor:
     """Return label distributions, float [B, C], of these or of classes, int64 [B].
 
-    class_logits: [B, C]. Raises ConfigError for other types and shapes.
+    class_logits: [B, C]. Raises ConfigError for other types, shapes and classes.
 
     >>> as_targets(torch.tensor([1]), torch.zeros(1, 2)).tolist()
     [[0.0, 1.0]]
@@ -61,7 +63,8 @@ def as_targets(labels: Tensor, class_logits: Tensor) -> Tensor:
     if isinstance(labels, Tensor):
         if labels.is_floating_point() and labels.shape == class_logits.shape:
             return labels
-        if not labels.is_floating_point() and labels.shape == (batch,):
+        if _is_labels(labels) and labels.shape == (batch,):
+            _check_classes("targets", labels, num_classes)
             return one_hot(labels.long(), num_classes).float()
     raise _error(
         "targets",
@@ -72,7 +75,7 @@ def as_targets(labels: Tensor, class_logits: Tensor) -> Tensor:
 
 
 def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOutput:
-    """Return a teacher's labels and logits. Raises ConfigError for other types and shapes.
+    """Return a teacher's labels and logits. Raises ConfigError for other types, shapes and classes.
 
     class_logits: the student's, [B, C].
 
@@ -80,12 +83,7 @@ def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOu
     >>> output.labels.tolist(), output.logits.shape
     ([[1]], torch.Size([1, 1, 2]))
     """
-    if isinstance(teacher, TeacherOutput):
-        return teacher
-    if isinstance(teacher, tuple | list) and len(teacher) == 2:
-        labels, logits = teacher
-    else:
-        labels, logits = (teacher, None) if _is_labels(teacher) else (None, teacher)
+    labels, logits, weights = _parts(teacher)
     batch, num_classes = class_logits.shape
     if logits is not None:
         logits = logits[:, None] if isinstance(logits, Tensor) and logits.ndim == 2 else logits
@@ -96,18 +94,54 @@ def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOu
                 logits,
                 f"logits should be float [{batch}, {num_classes}], as the student's class logits",
             )
-    if labels is None:
+    if labels is None and logits is not None:
         labels = logits.argmax(dim=2)
-    elif not _is_labels(labels) or labels.shape != (batch,):
+    elif not _is_labels(labels) or len(labels) != batch:
         raise _error("teacher", labels, f"labels should be int64 [{batch}]")
     else:
-        labels = labels[:, None]
+        _check_classes("teacher", labels, num_classes)
+        labels = labels[:, None] if labels.ndim == 1 else labels
+    if logits is not None and labels.shape != logits.shape[:2]:
+        raise _error("teacher", labels, f"labels should be int64 {list(logits.shape[:2])}")
     num_teachers = labels.shape[1]
-    return TeacherOutput(labels, logits, (1 / num_teachers,) * num_teachers)
+    if weights is None:
+        weights = (1 / num_teachers,) * num_teachers
+    elif len(weights) != num_teachers:
+        raise _error("teacher", weights, f"should have {num_teachers} weights, one per teacher")
+    return TeacherOutput(labels.long(), logits, weights)
+
+
+def check_loss(loss: LossConfig) -> None:
+    """Raise ConfigError unless the options of the loss are a LossConfig."""
+    if not isinstance(loss, LossConfig):
+        raise ConfigError(
+            f"loss: should be a LossConfig, such as LossConfig('soft'); got {type(loss).__name__}"
+        )
+
+
+def _parts(teacher: TeacherTarget) -> tuple[Any, Any, tuple[float, ...] | None]:
+    """Return labels, logits and weights; each may be None, and of a wrong type."""
+    if isinstance(teacher, TeacherOutput):
+        return teacher
+    if isinstance(teacher, tuple | list) and len(teacher) == 2:
+        return teacher[0], teacher[1], None
+    is_labels = _is_labels(teacher) and teacher.ndim == 1
+    return (teacher, None, None) if is_labels else (None, teacher, None)
 
 
 def _is_labels(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim in (1, 2)
+
+
+def _check_classes(name: str, labels: Tensor, num_classes: int) -> None:
+    """Raise ConfigError for a class out of range, which PyTorch would ignore (-100) or report as a
+    failed assertion. On the CPU only: the comparison would synchronize a GPU."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return
+    for value in (int(labels.min()), int(labels.max())):
+        if not 0 <= value < num_classes:
+            problem = ConfigProblem(name, value, f"classes should be in 0 ... {num_classes - 1}")
+            raise ConfigError(str(problem), [problem])
 
 
 def _error(name: str, value: object, hint: str) -> ConfigError:
@@ -116,7 +150,3 @@ def _error(name: str, value: object, hint: str) -> ConfigError:
     )
     problem = ConfigProblem(name, NO_VALUE, f"{hint}; got {shape}")
     raise ConfigError(str(problem), [problem])
-
-
-def _shape(value: Tensor) -> str:
-    return str(list(value.shape))

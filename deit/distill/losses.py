@@ -26,6 +26,7 @@ from deit.distill.loss_inputs import (
     as_student_output,
     as_targets,
     as_teacher_output,
+    check_loss,
 )
 
 Losses = dict[str, Tensor]
@@ -236,8 +237,9 @@ def distillation_loss(
     loss.kind none: the loss of all heads with the labels (`label_only_loss`). loss: the options.
     epoch: number of epochs trained so far, for loss.distillation_warmup_epochs.
 
-    Raises ConfigError for other types and shapes, and if the loss needs logits of the teacher and
-    gets labels only.
+    Raises ConfigError for other types, shapes and (on the CPU) classes; if the loss needs logits of
+    the teacher and gets labels only; and if no head learns from a teacher, or each of several
+    teachers has no head of its own.
 
     Example:
         >>> class_logits = distillation_logits = torch.zeros(1, 2)
@@ -247,6 +249,7 @@ def distillation_loss(
         >>> {name: round(value.item(), 4) for name, value in losses.items()}
         {'loss': 0.6931, 'label_loss': 0.6931, 'distillation_loss': 0.6931}
     """
+    check_loss(loss)
     outputs = as_student_output(outputs)
     targets = as_targets(targets, outputs.class_logits)
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
@@ -333,7 +336,8 @@ def _pair_heads_with_teachers(
 ) -> list[tuple[Tensor, TeacherOutput]]:
     """Return the logits of each head that learns from a teacher, with the output it learns from.
 
-    With several teachers, each distillation token has its own.
+    With several teachers, each distillation token has its own. Raises ConfigError without a head,
+    and for another number of heads.
     """
     num_teachers = teacher.labels.shape[1]
     by_teacher = [
@@ -346,5 +350,15 @@ def _pair_heads_with_teachers(
     heads = [] if loss.head == "distillation" else [outputs.class_logits]
     if loss.head != "class" and tokens is not None:
         heads += tokens.unbind(dim=1)
+    if not heads:
+        raise ConfigError(
+            f"loss.head = {loss.head!r}: the student has the class head only; use head='class'"
+        )
+    if num_teachers not in (1, len(heads)):
+        raise ConfigError(
+            f"teacher: has the outputs of {num_teachers} teachers, for {len(heads)} heads "
+            f"(loss.head {loss.head!r}); combine them with TeacherEnsemble, or use a student with "
+            f"num_distillation_tokens={num_teachers}"
+        )
     teachers = by_teacher if num_teachers > 1 else by_teacher * len(heads)
     return list(zip(heads, teachers, strict=True))

@@ -8,12 +8,17 @@ fingerprint of data, views and teachers, and checksums of the pixels of every Nt
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
+from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from deit.config.command_choices import check_path
+from deit.config.sections.views import ViewsConfig
 from deit.core.console import progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.file_reading import read_bytes
@@ -64,8 +69,9 @@ class TargetStore:
         self._checked_epoch = -1
 
     @classmethod
-    def open(cls, path: str | Path, loader: TrainLoader | None = None) -> "TargetStore":
-        """Return a complete store. loader: of the views that it is for, see `attach`.
+    def open(cls, path: str | PathLike, loader: TrainLoader | None = None) -> "TargetStore":
+        """Return a complete store. loader: of the views that it is for, see `attach`; without it,
+        nothing shows that the batches are those that the store was written for.
 
         Raises the errors of `open_store` and `attach`.
         """
@@ -82,14 +88,20 @@ class TargetStore:
         while training if a view is not the one that the teacher saw; ConfigError for a loader
         without splits.
         """
-        if loader.splits is None:
+        if not isinstance(loader, TrainLoader) or loader.splits is None:
             raise ConfigError("loader: has no splits; make it with TrainLoader.from_config")
         stored = {
             name: value for name, value in self.fingerprint.items() if name not in OF_TEACHERS
         }
         if lines := differences(stored, fingerprint_of(loader.splits, loader)):
             raise mismatch_error(self.path, lines)
-        loader.on_views = self.check_once_per_epoch
+        check = self.check_once_per_epoch
+        # The loader may have other stores, for other teachers.
+        loader.on_views = partial(_both, loader.on_views, check) if loader.on_views else check
+
+    def __repr__(self) -> str:
+        content, _, epochs, rows, _ = self.record_format
+        return f"TargetStore({str(self.path)!r}, {content}, {epochs} epochs of {rows} views)"
 
     @property
     def input_sizes(self) -> list[int | None]:
@@ -116,19 +128,35 @@ class TargetStore:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the targets of a batch: labels, int64 [B]; log-probabilities, float32 [B, C], or
-        None if only labels are stored. After the stored epochs they start again with the first."""
+        None if only labels are stored.
+
+        Raises DataError for views of an epoch that is not stored: they are other views.
+        """
+        if not self._holds(batch.epoch):
+            epochs = self.record_format.epochs
+            raise DataError(
+                f"teacher.target_stores {self.path}: holds the views of epochs 0 to {epochs - 1}, "
+                f"but the batch is of epoch {batch.epoch}; repeat the stored views with "
+                f"loader.epoch(epoch % {epochs}), or write a store of more epochs"
+            )
+        rows = batch.target_rows.cpu().numpy()
         epoch = batch.epoch % self.record_format.epochs
-        labels, scores = decode(self.record_format, self.records(epoch)[batch.target_rows.numpy()])
+        labels, scores = decode(self.record_format, self.records(epoch)[rows])
         device = batch.images.device
         scores = None if scores is None else scores.to(device, non_blocking=True)
         return labels.to(device, non_blocking=True), scores
+
+    def _holds(self, epoch: int) -> bool:
+        """Return whether the views of an epoch are stored; fixed views are those of every epoch."""
+        views = ViewsConfig(teacher_view=self.fingerprint["views"]["teacher_view"])
+        return views.has_fixed_teacher_view or epoch < self.record_format.epochs
 
     def check_once_per_epoch(self, views: UnmixedViews) -> None:
         """Compare the first view of each epoch that has a checksum. Raises DataError.
 
         Only the first, because each comparison synchronizes a GPU.
         """
-        if views.epoch == self._checked_epoch:
+        if views.epoch == self._checked_epoch or not self._holds(views.epoch):
             return
         for index in self.record_format.checked_indices(views.target_rows)[:1]:
             self._checked_epoch = views.epoch
@@ -164,6 +192,15 @@ class TargetStore:
                         f"{self.path / TARGETS}: shard {shard} (from epoch {epoch}, row {row}) is "
                         "damaged: its checksum differs; write the store again"
                     )
+
+
+def _both(
+    first: Callable[[UnmixedViews], None],
+    second: Callable[[UnmixedViews], None],
+    views: UnmixedViews,
+) -> None:
+    first(views)
+    second(views)
 
 
 _DIGEST = "sha256"
@@ -236,13 +273,13 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"records {record_format.content!r}")
 
 
-def open_store(path: str | Path) -> TargetStore:
+def open_store(path: str | PathLike) -> TargetStore:
     """Return a complete store. path: its folder, as written by `write_targets`.
 
     Raises DataError if there is none or it is incomplete, and CheckpointError if its files are
     truncated or of another format.
     """
-    path = Path(path)
+    path = Path(check_path("path", path))
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit.config.command_choices import check_choice
 from deit.config.field_types import EnsembleMode
@@ -77,20 +77,24 @@ class TeacherEnsemble:
         name: Callable[[int], str] = "image {}".format,
     ) -> None:
         """teachers: of `load_teacher`, target stores, or functions as `TeacherFn`. mode,
-        temperature: see `combine_teachers`. weights: one per teacher; only the proportions matter;
-        default: equal. needs_logits: whether the loss needs more than labels. name: returns the
-        name of a training image in messages.
+        temperature: see `combine_teachers`; give that of the loss. weights: one per teacher; only
+        the proportions matter; default: equal. needs_logits: whether the loss needs more than
+        labels. name: returns the name of a training image in messages.
 
-        Raises ConfigError for another number of weights or an unknown mode.
+        Raises ConfigError for other teachers, another number of weights, an unknown mode or a
+        temperature of 0 or less.
         """
-        count = len(teachers)
-        weights = (1.0,) * count if weights is None else tuple(weights)
-        if not count or len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
+        count = _check_teachers(teachers)
+        weights = (1.0,) * count if weights is None else weights
+        if not _are_weights(weights, count):
             raise ConfigError(
                 f"weights = {weights}: should be {count} numbers of at least 0, one per teacher, "
                 "with a positive sum"
             )
+        weights = tuple(weights)
         check_choice("mode", mode, get_args(EnsembleMode))
+        if not temperature > 0:
+            raise ConfigError(f"temperature = {temperature}: should be above 0, that of the loss")
         self.teachers = [
             OnlineTeacher(teacher) if isinstance(teacher, Teacher) else teacher
             for teacher in teachers
@@ -109,14 +113,22 @@ class TeacherEnsemble:
     def __call__(self, batch: Batch) -> TeacherOutput:
         """Return the teachers' output for a batch, combined by `mode`.
 
-        Raises NumericsError if an output is not finite; on a GPU some batches later.
+        Without logits if teachers give labels only, such as stores with content hard. Raises
+        ConfigError if these should be combined, and NumericsError if an output is not finite; on a
+        GPU some batches later.
         """
         outputs = [teacher(batch) for teacher in self.teachers]
         self._track_nonfinite(
             batch.sample_ids, [logits for _, logits in outputs if logits is not None]
         )
         labels = torch.stack([labels for labels, _ in outputs], dim=1)
-        if not self.needs_logits:
+        labels_only = any(logits is None for _, logits in outputs)
+        if labels_only and len(outputs) > 1 and self.mode != "tokens":
+            raise ConfigError(
+                f"mode = {self.mode}: a mean of teachers needs their logits, but one gives labels "
+                "only; write its store with content full, or use mode='tokens'"
+            )
+        if labels_only or not self.needs_logits:
             return TeacherOutput(labels, None, self.weights)
         logits = torch.stack([logits for _, logits in outputs], dim=1)
         combined = combine_teachers(logits, self.weights, self.mode, temperature=self.temperature)
@@ -156,6 +168,29 @@ class TeacherEnsemble:
                 f"the teacher's logits are not finite for {names}{more}; check these images, or "
                 "run in fp32 (--run.precision fp32)"
             )
+
+
+def _check_teachers(teachers: Sequence[Teacher | TeacherFn]) -> int:
+    """Return the number of teachers. Raises ConfigError for another type, or a bare network."""
+    if not isinstance(teachers, Sequence) or isinstance(teachers, str):
+        raise ConfigError(f"teachers: should be a list; got {type(teachers).__name__}")
+    for teacher in teachers:
+        is_other = not callable(teacher) or isinstance(teacher, nn.Module | type)
+        if is_other and not isinstance(teacher, Teacher):
+            raise ConfigError(
+                "teachers: should be of load_teacher, target stores, or functions of a batch; got "
+                f"{type(teacher).__name__}"
+            )
+    return len(teachers)
+
+
+def _are_weights(weights: Any, count: int) -> bool:
+    try:
+        values = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        return False
+    valid = len(values) == count and all(0 <= value < math.inf for value in values)
+    return valid and sum(values) > 0
 
 
 def combine_teachers(

@@ -1,12 +1,14 @@
 """Write the teachers' outputs for every training view into a target store."""
 
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
-from deit.config.command_choices import check_amount
+from deit.config.command_choices import check_amount, check_content_name, check_path
+from deit.config.recipes import recipe
 from deit.config.schema import Config, to_dict
 from deit.config.sections.loss import LossConfig
 from deit.config.sections.run import RunConfig
@@ -54,8 +56,8 @@ class _Inputs(NamedTuple):
 
 
 def write_targets(
-    source: Config | TrainLoader,
-    out: str | Path,
+    source: Config | TrainLoader | str | PathLike,
+    out: str | PathLike,
     teacher: Teacher | None = None,
     *,
     epochs: int | None = None,
@@ -66,8 +68,9 @@ def write_targets(
     """Write the teachers' outputs for all training views into a store.
 
     Shards that exist are kept: after an interruption, the same call continues.
-    source: a configuration with its teachers; or a loader of `TrainLoader.from_config`,
-    `from_folder` or `from_arrays`. teacher: of a loader, from `load_teacher`.
+    source: a configuration with its teachers, or the name of a recipe; or a loader of
+    `TrainLoader.from_config`, `from_folder` or `from_arrays`. teacher: of a loader, from
+    `load_teacher`.
     epochs: how many to write; default: all of the configuration. content: hard, full or top-K;
     default: what the loss of the configuration needs; full for a loader. part: (index, number of
     parts) of the shards to write here, the index from 0.
@@ -86,13 +89,15 @@ def write_targets(
         2
     """
     check_amount(epochs, part)
-    out = Path(out).resolve()
+    check_content_name(content)
+    out = Path(check_path("out", out)).resolve()
     if isinstance(source, TrainLoader):
         inputs = _from_loader(source, teacher, out, epochs=epochs, content=content)
     elif teacher is not None:
         raise ConfigError("teacher: goes with a loader; a configuration names its teachers itself")
     else:
-        inputs = _from_config(source, out, teacher_index)
+        config = source if isinstance(source, Config) else recipe(source)
+        inputs = _from_config(config, out, teacher_index)
     config, splits, loader, teachers, accelerator, _ = inputs
     record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
     batch_size = max(config.run.eval_batch_size // 2 * 2, 2)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,15 @@ from deit.core.errors import ConfigError, did_you_mean
 from deit.core.file_reading import missing_file_reason
 from deit.experiments.base_runs import UNNAMED
 from deit.experiments.studies import STUDIES
-from deit.experiments.sweep_spec import Fields, SearchRange, Sweep, read_sweep, texts_of, title_of
+from deit.experiments.sweep_spec import (
+    Fields,
+    SearchRange,
+    Sweep,
+    parse_seeds,
+    read_sweep,
+    texts_of,
+    title_of,
+)
 
 
 class Point(NamedTuple):
@@ -257,10 +265,17 @@ def study_sweep(
     """Return the sweep of a study. recipe: the name of the recipe that it is of, for the results.
     arms: the arms to train; default: all.
 
-    Raises ConfigError for an unknown study.
+    Raises ConfigError for an unknown study, and for seeds that are not different integers of at
+    least 0.
     """
     check_choice("study", study, STUDIES)
-    return Sweep(study, recipe=recipe, study=study, arms=tuple(arms), seeds=tuple(seeds))
+    if isinstance(arms, str):
+        raise ConfigError(f"arms = {arms!r}: should be a list of names")
+    try:
+        numbers = parse_seeds([*seeds] if isinstance(seeds, Iterable) else seeds)
+    except ValueError as error:
+        raise ConfigError(f"seeds = {seeds}: {error}") from None
+    return Sweep(study, recipe=recipe, study=study, arms=tuple(arms), seeds=numbers)
 
 
 def find_sweep(name: str | Path) -> Sweep:

@@ -302,7 +302,7 @@ def _study(value: Any) -> str:
     return value
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
+def parse_seeds(value: Any) -> tuple[int, ...]:
     if type(value) is int:  # ambiguous: a seed, or a number of seeds
         raise ValueError(f"should be a list: [{value}] for the seed {value}, [0, 1, 2] for three")
     is_list = isinstance(value, list) and value
@@ -339,7 +339,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "study": _study,
     "arms": _names,
     "search": _search_space,
-    "seeds": _seeds,
+    "seeds": parse_seeds,
     "share_targets": _bool,
     "content": _text,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from deit.core.accelerator import peak_memory_mb, uses_cuda_graphs
 from deit.core.console import info, progress
-from deit.core.errors import NumericsError, StoppedBySignal
+from deit.core.errors import ConfigError, NumericsError, StoppedBySignal
 from deit.core.fault_injection import fault_point
 from deit.core.metrics import agreement, topk_accuracy
 from deit.core.parent_process import STOPPING
@@ -25,6 +25,15 @@ from deit.training.trackers import track
 
 EpochCallback = Callable[[dict[str, Any]], object]
 """Called after each epoch with a copy of its row of metrics.jsonl; the result is ignored."""
+
+
+def check_callbacks(callbacks: Sequence[EpochCallback]) -> None:
+    """Raise ConfigError unless these are functions in a sequence."""
+    is_sequence = isinstance(callbacks, Sequence) and not isinstance(callbacks, str)
+    if not is_sequence or not all(map(callable, callbacks)):
+        raise ConfigError(
+            f"callbacks = {callbacks!r}: should be a list of functions of a dict, such as [print]"
+        )
 
 
 def train_epochs(

@@ -167,7 +167,7 @@ def with_weights(
     from_run: whether the configuration is that of the run at `source`. data: to count the training
     images of, for DATA_SIZED_SCHEDULES. The others are as for `finetune_config`.
     """
-    check_finetuning(schedule=schedule, resolution=resolution)
+    check_finetuning(schedule=schedule, resolution=resolution, epochs=epochs)
     if from_run:  # init.head was for the weights which that run started from
         config = config.replace(init={"head": "keep"})
     loaded = load_weights_from(source)

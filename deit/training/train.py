@@ -14,7 +14,7 @@ from deit.core.filesystem import check_space, write_json
 from deit.core.signals import GracefulStop
 from deit.training.begin import begin_or_resume, check_start, lock_run, open_folder
 from deit.training.build import build, check_run_teachers
-from deit.training.epochs import EpochCallback, dry_step, train_epochs
+from deit.training.epochs import EpochCallback, check_callbacks, dry_step, train_epochs
 from deit.training.memory import check_memory, find_micro_batch
 from deit.training.progress_log import log_setup
 from deit.training.resolve import resolve
@@ -57,6 +57,7 @@ def train(
         ['model.json', 'model.safetensors']
     """
     config, out = validate(config), Path(out)
+    check_callbacks(callbacks)
     start = check_start(config, out, resume=resume, dry_run=dry_run)
     with ExitStack() as stack:
         # A run to resume is locked first, because building takes a while.

@@ -175,3 +175,5 @@ def test_folders_that_are_no_runs_raise(tmp_path, run):
         deit.load_run(tmp_path)
     with raises(deit.errors.ConfigError, "checkpoint", "bets", "best"):
         deit.load_run(run, "bets")
+    with raises(deit.errors.ConfigError, "split", "tset", "test"):
+        run.evaluate("tset")

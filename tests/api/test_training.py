@@ -117,4 +117,6 @@ def test_finetune_takes_a_run_and_fields(uninterrupted, tmp_path):
     assert [row["epoch"] for row in rows] == [1]
     with raises(deit.errors.ConfigError, "optim.lrr", "optim.lr"):
         deit.finetune(uninterrupted, tmp_path / "other", optim={"lrr": 1})
+    with raises(deit.errors.ConfigError, "epochs", 0):
+        deit.finetune(uninterrupted, tmp_path / "other", epochs=0)
     assert not (tmp_path / "other").exists()

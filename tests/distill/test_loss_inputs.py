@@ -27,8 +27,9 @@ STRICT = (
         ((CLASS, TOKEN), LABELS, TEACHER.logits[:, 0]),
         ([CLASS, TOKEN[:, None]], STRICT[1], TEACHER.logits),
         ((CLASS, TOKEN), LABELS.int(), (TEACHER.labels[:, 0], TEACHER.logits[:, 0])),
+        (StudentOutput(CLASS, TOKEN), LABELS, (TEACHER.labels[:, 0].int(), TEACHER.logits[:, 0])),
     ],
-    ids=["timm's tuple", "with a token axis", "a target store"],
+    ids=["timm's tuple", "with a token axis", "a target store", "without a token axis"],
 )
 def test_loss_takes_the_forms_of_other_libraries(kind, outputs, targets, teacher):
     loss = DistillationLoss(kind)
@@ -68,12 +69,39 @@ def test_loss_module_has_no_parameters_and_shows_its_options():
         (CLASS, LABELS, LABELS[:2], "teacher"),
         (CLASS, LABELS, "resnet18", "teacher"),
         (CLASS, LABELS, (TOKEN, LABELS), "teacher"),
+        (CLASS, LABELS, (None, None), "teacher"),
+        (CLASS, LABELS, object(), "teacher"),
+        ((CLASS, TOKEN), torch.tensor([0, 1, 2, 3]), TOKEN, "targets"),
+        ((CLASS, TOKEN), torch.tensor([0, 1, 2, -100]), TOKEN, "targets"),
+        (CLASS, LABELS, (torch.tensor([0, 1, 2, 3]), TOKEN), "teacher"),
+        (CLASS, LABELS, (torch.tensor([0, 1, 2, -100]), TOKEN), "teacher"),
+        (CLASS, LABELS, TeacherOutput(LABELS[:1, None], TOKEN[:1, None]), "teacher"),
+        (CLASS, LABELS, TeacherOutput(LABELS[:, None], TOKEN[:, None, :2]), "teacher"),
+        (CLASS, LABELS, TeacherOutput(LABELS[:, None], TOKEN[:, None], (0.5, 0.5)), "teacher"),
+        (StudentOutput(CLASS, TOKEN[:2]), LABELS, TOKEN, "outputs"),
     ],
 )
 def test_loss_of_wrong_types_and_shapes_raises(outputs, targets, teacher, field):
     with raises(ConfigError) as caught:
         DistillationLoss("soft", head="all")(outputs, targets, teacher)
     assert caught.value.problems[0].field == field
+
+
+def test_student_with_one_head_needs_the_class_head():
+    with raises(ConfigError, "loss.head", "head='class'"):
+        DistillationLoss("hard")(CLASS, LABELS, TOKEN)
+
+
+def test_several_teachers_need_a_head_each():
+    teachers = torch.stack([TOKEN, TOKEN], dim=1)
+    with raises(ConfigError, "teacher", "2 teachers", "1 heads", "num_distillation_tokens=2"):
+        DistillationLoss("soft")((CLASS, TOKEN), LABELS, teachers)
+    assert DistillationLoss("soft")((CLASS, teachers), LABELS, teachers)["loss"].isfinite()
+
+
+def test_options_that_are_no_configuration_raise():
+    with raises(ConfigError, "loss", "LossConfig('soft')", "got str"):
+        distillation_loss(CLASS, LABELS, TOKEN, "soft")
 
 
 def test_soft_loss_of_labels_alone_raises():

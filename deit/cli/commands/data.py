@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand
-from deit.cli.parser import Names, Parser, check_content, parse_part
+from deit.cli.parser import Names, Parser, parse_part
 from deit.cli.run_args import (
     ALWAYS_RESUMES,
     NOT_TRAINING,
@@ -20,6 +20,7 @@ from deit.config.command_choices import (
     NUM_VIEWS,
     check_amount,
     check_at_least,
+    check_content_name,
     check_epoch,
 )
 from deit.config.sections.data import DataConfig
@@ -194,7 +195,8 @@ def _write_targets(arguments: list[str], program: str) -> None:
     run = parse_run(rest, _WRITE_TARGETS, program=program, own_parser=parser, live_teacher=False)
     if print_config_if_requested(run):
         return
-    content, part = check_content(options.content), parse_part(options.part)
+    check_content_name(options.content, "--content")
+    part = parse_part(options.part)
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
     check_amount(options.epochs, part)
@@ -204,7 +206,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
         run.config,
         options.out,
         epochs=options.epochs,
-        content=content,
+        content=options.content,
         part=part,
         teacher_index=options.teacher_index,
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand
-from deit.cli.parser import Names, Parser, check_content, command_of, parse_names, parse_seeds
+from deit.cli.parser import Names, Parser, command_of, parse_names, parse_seeds
 from deit.cli.run_args import ALWAYS_RESUMES, RunArguments, parse_run, print_config_if_requested
-from deit.config.command_choices import TOP_POINTS
+from deit.config.command_choices import TOP_POINTS, check_content_name
 from deit.config.schema import Config
 from deit.core.console import info
 from deit.core.errors import ConfigError
@@ -155,7 +155,7 @@ def sweep(arguments: list[str], program: str) -> None:
     parser = _sweep_parser(program, plan)
     options, rest = parser.parse_known_args(rest)
     plan = dataclasses.replace(plan, recipe=options.recipe, seeds=parse_seeds(options.seeds))
-    check_content(plan.content)
+    check_content_name(plan.content, "--content")
     recipe_configs: list[Config] = []
     base_configs: list[Config] = []
 

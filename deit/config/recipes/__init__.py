@@ -1,5 +1,6 @@
 """Recipes: named functions that return a complete configuration."""
 
+import dataclasses
 import fnmatch
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from deit.config.recipes import handwriting  # noqa: F401  # isort: skip
 from deit.config.recipes import cifar  # noqa: F401  # isort: skip
 from deit.config.recipes import imagenet  # noqa: F401  # isort: skip
+from deit.config.command_choices import check_path
 from deit.config.presets import apply_presets, fit_epochs
 from deit.config.recipes.registry import RECIPES
 from deit.config.schema import Config, to_dict
@@ -64,7 +66,7 @@ def list_recipes(pattern: str = "*") -> list[str]:
 
 
 def recipe(
-    name: str | os.PathLike,
+    name: str | os.PathLike | Config,
     *,
     loss: str | dict[str, Any] | None = None,
     augmentation: str | None = None,
@@ -73,12 +75,13 @@ def recipe(
 ) -> Config:
     """Return the configuration of a recipe, with some of its fields changed.
 
-    name: as for `find_recipe`; or a run folder, for the configuration of that run.
+    name: as for `find_recipe`; a run folder, for the configuration of that run; or a configuration.
     loss: the name of a loss preset (`deit-hard`, `usi`, ...), or fields of the section loss.
     augmentation, view_mode: names of presets, as `deit train` takes them.
-    sections: fields by section: data, views, student, init, teacher, optim, run. Text is converted
-    to the type of the field; paths are `str` or `Path`. With another number of epochs, warm-ups
-    that are not given are limited to half of it.
+    sections: fields by section: data, views, student, init, teacher, optim, run; or a section such
+    as ViewsConfig, which replaces all fields. Text is converted to the type of the field; paths are
+    `str` or `Path`. With another number of epochs, warm-ups that are not given are limited to half
+    of it.
 
     Raises ConfigError with all problems, NotReadableError for a file that may not be read.
 
@@ -86,12 +89,14 @@ def recipe(
     >>> config.loss.kind, config.optim.epochs, config.optim.warmup_epochs, config.student.depth
     ('hard', 4, 2.0, 2)
     """
-    path = Path(name)
-    is_run = os.fspath(name) not in RECIPES and (path / "config.json").is_file()
-    config = find_recipe(str(path / "config.json") if is_run else os.fspath(name))
     presets = {"augmentation": augmentation, "view_mode": view_mode}
     presets["loss"] = loss if isinstance(loss, str) else None
     fields = sections if loss is None or isinstance(loss, str) else {**sections, "loss": loss}
+    if isinstance(name, Config):
+        return with_changes(name, fields, presets)
+    path = Path(check_path("recipe", name))
+    is_run = os.fspath(name) not in RECIPES and (path / "config.json").is_file()
+    config = find_recipe(str(path / "config.json") if is_run else os.fspath(name))
     changed = with_changes(config, fields, presets)
     is_file = is_run or os.fspath(name).endswith(".json")
     if is_file and config.teacher.code_sources == changed.teacher.code_sources != ():
@@ -116,6 +121,8 @@ def with_changes(
     ]
     given = [name for name, preset in presets.items() if preset is not None]
     for section, fields in plain_values(sections).items():
+        if dataclasses.is_dataclass(fields) and not isinstance(fields, type):
+            fields = dataclasses.asdict(fields)
         if section not in values:
             problems.append(unknown_field(section, values))
         elif not isinstance(fields, dict):
