@@ -25,6 +25,7 @@ _MODULES = {
     "deit.api.training": ("dry_run", "finetune", "train"),
     "deit.api.run": ("Run", "load_run"),
     "deit.api.predictions": ("Prediction",),
+    "deit.api.doctor": ("doctor",),
     "deit.api.experiments": ("SweepResult", "compare", "sweep"),
     "deit.evaluation.evaluate": ("EvaluationResult", "evaluate"),
     "deit.analysis.report": ("report",),
@@ -69,6 +70,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the table above
     from deit.analysis.report import report as report
     from deit.analysis.view_sheet import view_sheet as view_sheet
+    from deit.api.doctor import doctor as doctor
     from deit.api.experiments import SweepResult as SweepResult
     from deit.api.experiments import compare as compare
     from deit.api.experiments import sweep as sweep

@@ -87,8 +87,9 @@ COMMAND_GROUPS = {
         },
     ),
     "Set up": Group(
-        "completion bash",
+        "doctor",
         {
+            "doctor": ("setup", "Check this machine and the installation; run a self-test."),
             "completion": ("setup", "Print a script for completion in bash, zsh or fish."),
         },
     ),
@@ -118,6 +119,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("data", "scan", "verify-data"), "check-data"),
     **dict.fromkeys(("views", "augmentations"), "show-views"),
     **dict.fromkeys(("store", "write-targets", "write", "verify"), "targets"),
+    **dict.fromkeys(("check", "checks", "env", "info", "diagnose", "version"), "doctor"),
     **dict.fromkeys(("autocomplete", "completions"), "completion"),
 }
 """Commands by the names that other programs and users have for them."""
