@@ -101,7 +101,7 @@ def test_targets_of_unknown_content_are_not_written(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("teachers", "options", "words"),
+    ("teachers", "options", "names"),
     [
         (MeanColor(), {}, ["teachers", "list", "MeanColor"]),
         ([MeanColor()], {}, ["teachers", "load_teacher", "MeanColor"]),
@@ -114,13 +114,13 @@ def test_targets_of_unknown_content_are_not_written(tmp_path, content):
         ([len], {"mode": "mean"}, ["mode", "logits"]),
     ],
 )
-def test_ensembles_of_other_things_raise(teachers, options, words):
-    with raises(ConfigError, *words):
+def test_ensembles_of_other_things_raise(teachers, options, names):
+    with raises(ConfigError, *names):
         deit.TeacherEnsemble(teachers, **options)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "names"),
     [
         ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, ["mean", "255"]),
         ({"mean": (0, 0, 0), "std": (1, 0, 1)}, ["std", "positive"]),
@@ -129,13 +129,13 @@ def test_ensembles_of_other_things_raise(teachers, options, words):
         ({"mean": ["a"] * 3, "std": (1, 1, 1)}, ["mean", "three"]),
     ],
 )
-def test_normalization_of_another_scale_raises(options, words):
+def test_normalization_of_another_scale_raises(options, names):
     for make in (
         lambda: deit.load_teacher(MeanColor(), NAMES, **options),
         lambda: deit.build_student("deit_micro", 3, **options, image_size=8),
         lambda: deit.make_views(IMAGES[:1], seed=0, epoch=0, sample_ids=[0], **options),
     ):
-        with raises(ConfigError, *words):
+        with raises(ConfigError, *names):
             make()
 
 
