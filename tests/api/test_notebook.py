@@ -60,13 +60,16 @@ def kernel(tmp_path, monkeypatch):
 
 
 def test_stop_button_of_a_notebook_saves_a_checkpoint_and_raises(kernel, tmp_path):
-    kernel.execute(TRAIN)
+    request = kernel.execute(TRAIN)
     printed = ""
     while "epoch 3\n" not in printed:
         message = kernel.get_iopub_msg(timeout=_TIMEOUT_S)
         printed += message["content"].get("text", "")
     kernel.manager.interrupt_kernel()
-    reply = kernel.get_shell_msg(timeout=_TIMEOUT_S)["content"]
+    reply = None
+    while reply is None or reply["parent_header"]["msg_id"] != request:  # of earlier requests
+        reply = kernel.get_shell_msg(timeout=_TIMEOUT_S)
+    reply = reply["content"]
     assert reply["status"] == "error"
     assert reply["ename"] in ("KeyboardInterrupt", "StoppedBySignal")
     assert "resume" in reply["evalue"]
