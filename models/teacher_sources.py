@@ -11,6 +11,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from deit.config.input_paths import missing_source
 from deit.config.sections.student import STUDENTS, StudentConfig
 from deit.config.sections.teacher import CLASS_ORDERS
 from deit.config.teachers import TeacherSpec
@@ -118,13 +119,7 @@ def resolve_source(source: str) -> str:
     if (advice := address_hint(source)) is not None:
         raise NotFoundError(f"teacher.source {source}: {advice}")
     if "/" in source or path.suffix:
-        recipe = path.name if path.name.endswith("-teacher") else "RECIPE"
-        folder = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise NotFoundError(
-            f"teacher.source {source}: no such file or folder{folder}; train a teacher first "
-            f"(python train_deit.py {recipe} --out {source}, with the same --data options), or set "
-            "its location (--teacher.source DIR)"
-        )
+        raise NotFoundError(missing_source(source))
     raise NotFoundError(
         f"teacher.source {source}: no such file, folder or timm model"
         + did_you_mean(source, timm.list_models())

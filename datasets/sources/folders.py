@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from deit.config.input_paths import check_root
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError
 from deit.datasets.sources.image_stores import FolderStore
@@ -14,7 +15,6 @@ from deit.datasets.sources.listing import (
     SplitListing,
     build_listing,
     check_classes,
-    check_root,
     find_images,
     is_image,
     raise_problem,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from deit.core.errors import (
     DataError,
-    NotFoundError,
     did_you_mean,
     filename_bytes,
     format_counts,
@@ -101,15 +100,6 @@ class SplitListing(NamedTuple):
 def raise_problem(problem: str) -> None:
     """Raise DataError: the OnProblem that stops at the first problem."""
     raise DataError(problem)
-
-
-def check_root(root: Path, layout: str = "CLASS/IMAGE") -> None:
-    """Raise NotFoundError if the root folder is missing. layout: expected within a split."""
-    if not root.is_dir():
-        raise NotFoundError(
-            f"data.root {root}: no such folder; expected {root}/{layout}, or "
-            f"{root}/train/{layout} with splits (set the location of the images with --data.root)"
-        )
 
 
 def is_hidden(name: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from deit.config.input_paths import check_root
 from deit.config.sections.data import DataConfig
 from deit.core.console import progress
 from deit.core.errors import DataError, first_line, raise_if_transient
@@ -20,7 +21,6 @@ from deit.datasets.sources.listing import (
     SkippedFiles,
     SplitListing,
     build_listing,
-    check_root,
     find_classes,
     has_classes_or_shards,
     is_hidden,

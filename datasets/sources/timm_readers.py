@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deit.config.input_paths import check_root
 from deit.config.sections.data import DataConfig
 from deit.core.errors import ConfigError, DataError, SystemFault, first_line, raise_if_transient
 from deit.datasets.sources.image_stores import FolderStore, ReaderStore, ShardStore
@@ -16,7 +17,6 @@ from deit.datasets.sources.listing import (
     SkippedFiles,
     SplitListing,
     build_listing,
-    check_root,
     find_classes,
     find_images,
     is_hidden,

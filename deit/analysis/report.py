@@ -163,8 +163,7 @@ def _slugs(names: dict[Path, str]) -> dict[Path, str]:
 
 def _check_run(run: Path) -> None:
     """Raise CheckpointError if the folder is not a finished run."""
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
+    run_folder.require_folder(run)
     if not (run / run_folder.CONFIG).is_file():
         raise CheckpointError(f"{run}: is neither a run (no {run_folder.CONFIG}) nor a sweep")
     if run_folder.read_result(run) is None:

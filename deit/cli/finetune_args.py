@@ -98,6 +98,7 @@ def parse_finetune(arguments: list[str], program: str) -> RunArguments:
             return config
         if source is None:
             raise ConfigError(_NO_SOURCE.format(program))
+        _check_source(source)
         from deit.training.finetune import with_weights
 
         return with_weights(
@@ -180,11 +181,7 @@ def _source_config(source: str | None, program: str, rest: list[str]) -> Path:
         raise ConfigError(f"{program}: RECIPE comes before the options; move {late[0]} there")
     if source is None:
         raise ConfigError(_NO_SOURCE.format(program))
-    folder = Path(source).expanduser()
-    if not (folder.exists() or source.startswith(HUB_PREFIXES)) and (
-        "/" in source or folder.suffix
-    ):
-        raise CheckpointError(f"--from {source}: no such file or folder")
+    _check_source(source)
     folder = run_folder.run_dir_of(source)
     if not (folder / CONFIG).is_file() or not (folder / "best").is_dir():
         raise ConfigError(
@@ -192,3 +189,13 @@ def _source_config(source: str | None, program: str, rest: list[str]) -> Path:
             f"{program} --from {source} RECIPE"
         )
     return folder / "config.json"
+
+
+def _check_source(source: str) -> None:
+    """Raise CheckpointError if the initial weights are a path that does not exist.
+
+    A name without a slash can be that of a timm model, also with a dot.
+    """
+    path = Path(source).expanduser()
+    if "/" in source and not source.startswith(HUB_PREFIXES) and not path.exists():
+        raise CheckpointError(f"--from {source}: no such file or folder")

@@ -145,12 +145,18 @@ def run_dir_of(path: str | Path) -> Path:
     return folder.parent if is_checkpoint_dir(folder) else folder
 
 
-def require_run(run: str | Path) -> None:
-    """Raise CheckpointError if a path is not a run folder."""
+def require_folder(run: str | Path) -> None:
+    """Raise CheckpointError if the folder of a run is missing."""
     run = Path(run)
     if not run.is_dir():
         siblings = [path.parent.name for path in run.absolute().parent.glob(f"*/{CONFIG}")]
         raise CheckpointError(f"{run}: no such run folder{did_you_mean(run.name, siblings)}")
+
+
+def require_run(run: str | Path) -> None:
+    """Raise CheckpointError if a path is not a run folder."""
+    run = Path(run)
+    require_folder(run)
     if not (run / CONFIG).is_file():
         runs_inside = sorted(str(path.parent) for path in run.glob(f"*/{CONFIG}"))
         hint = f"; it contains {runs_inside[0]}" if runs_inside else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
+from deit.config.input_paths import check_all, check_image_root
 from deit.config.schema import EvalSettings
 from deit.config.sections.data import DataConfig
 from deit.config.sections.loss import LossConfig
@@ -16,7 +17,6 @@ from deit.core.accelerator import in_main_process
 from deit.core.console import count_noun, format_percent, info, warn
 from deit.core.errors import NotFoundError
 from deit.datasets.loader import TrainLoader
-from deit.datasets.sources.listing import check_root
 from deit.datasets.splits import Splits
 from deit.datasets.view_batches import UnmixedViews
 from deit.distill.build import build_online_ensemble, build_teacher, teacher_input_size
@@ -30,14 +30,6 @@ from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 from deit.models.weight_files import digest_of
 
-_LAYOUTS = {"folder": "CLASS/IMAGE", "shards": "*.tar"}
-
-
-def check_images(data: DataConfig) -> None:
-    """Check that the folder of the images exists. Raises NotFoundError."""
-    if (layout := _LAYOUTS.get(data.source)) is not None:
-        check_root(Path(data.root), layout)
-
 
 def check_inputs(sources: Iterable[str | None], data: DataConfig) -> None:
     """Check that teachers and images exist. Raises NotFoundError with all that are missing.
@@ -45,15 +37,8 @@ def check_inputs(sources: Iterable[str | None], data: DataConfig) -> None:
     sources: teacher.source of each teacher to check.
     """
     checks = [partial(resolve_source, source) for source in sources if source is not None]
-    checks.append(partial(check_images, data))
-    problems = []
-    for check in checks:
-        try:
-            check()
-        except NotFoundError as error:
-            problems.append(str(error))
-    if problems:
-        raise NotFoundError("\n  ".join(problems))
+    checks.append(partial(check_image_root, data))
+    check_all(checks)
 
 
 class RunTeachers:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from deit.config.command_choices import check_path
+from deit.config.input_paths import missing_store
 from deit.config.sections.views import ViewsConfig
 from deit.core.console import progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
@@ -283,10 +284,7 @@ def open_store(path: str | PathLike) -> TargetStore:
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
-        raise DataError(
-            f"teacher.target_stores {path}: is not a target store (no {MANIFEST}); write one with "
-            "`deit targets write RECIPE --out STORE`"
-        ) from None
+        raise DataError(missing_store(path)) from None
     record_format = RecordFormat(**manifest["record_format"])
     if not manifest["complete"]:
         num_written = len(list((path / SHARDS).glob("[0-9]*.bin")))

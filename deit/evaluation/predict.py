@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deit.config.command_choices import TOP_K, check_at_least
+from deit.config.input_paths import raise_unreadable
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import given_sources, teacher_specs
 from deit.config.validation import load_config
@@ -80,7 +81,7 @@ def predict(
     unreadable: dict[str, str] = {}
     files = _find_files(paths, unreadable)
     if not files:
-        _raise_unreadable(unreadable, 0)
+        raise_unreadable(unreadable, 0)
     student, model_info = load_student(saved)
     if attention is not None:
         check_attention(student.network)
@@ -96,7 +97,7 @@ def predict(
         token_names = token_names or names
         predictions += predicted
     if not predictions:
-        _raise_unreadable(unreadable, 0)
+        raise_unreadable(unreadable, 0)
     rows = [_to_row(prediction, model_info, top_k) for prediction in predictions]
     result = {"run": str(run), "checkpoint": saved.name, "images": rows, "unreadable": unreadable}
     for row in rows:
@@ -112,22 +113,12 @@ def predict(
 def raise_if_unreadable(result: dict[str, Any]) -> None:
     """Raise DataError with every file that could not be read. result: of `predict`."""
     if result["unreadable"]:
-        _raise_unreadable(result["unreadable"], len(result["images"]))
-
-
-def _raise_unreadable(unreadable: dict[str, str], num_predicted: int) -> NoReturn:
-    """Raise DataError with every file that could not be read, and why."""
-    lines = [f"{name}: {reason}" for name, reason in unreadable.items()]
-    if len(lines) == 1 and not num_predicted:
-        raise DataError(lines[0])
-    title = f"{len(lines)} of {len(lines) + num_predicted} images could not be read"
-    raise DataError("\n  ".join([f"{title}:", *lines]))
+        raise_unreadable(result["unreadable"], len(result["images"]))
 
 
 def _find_checkpoint(run: Path, name: str) -> Path:
     """Return the folder of the saved student. Raises CheckpointError."""
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: no such run folder")
+    run_folder.require_folder(run)
     saved = run_folder.find_checkpoint(run, name) or run
     if find_saved_model(saved) != saved:
         raise CheckpointError(f"{run}: has no finished checkpoint {name!r}")

@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deit.config.input_paths import check_image_root
 from deit.config.schema import Config, to_dict
 from deit.core import run_folder
 from deit.core.console import is_main_process
 from deit.core.errors import ConfigError, NotFoundError
 from deit.core.filesystem import check_writable, clean_leftovers, lock_dir, write_json
-from deit.distill.run_teachers import check_images
 from deit.training.resume import resume_run, warn_if_not_reproducible
 from deit.training.state import TrainingRun
 from deit.training.trackers import check_trackers
@@ -46,7 +46,7 @@ def _check_out(config: Config, out: Path, *, resume: bool) -> None:
         run_folder.check_run_dir(out, resume=resume)
     except ConfigError as error:
         try:
-            check_images(config.data)
+            check_image_root(config.data)
         except NotFoundError as missing:
             problems = (*error.problems, *ConfigError(str(missing)).problems)
             raise ConfigError(f"{error}\n  {missing}", problems) from None

@@ -2,13 +2,20 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deit.api import doctor as doctor_module
 from deit.api import self_test
-from deit.api.self_test import precision_check, run_check, step_check, training_step
+from deit.api.self_test import (
+    device_checks,
+    precision_check,
+    run_check,
+    step_check,
+    training_step,
+)
 from deit.core.errors import SystemFault
 from deit.core.machine.checks import fault, ok
 from tests.helpers.commands import tree
@@ -91,6 +98,42 @@ def test_other_accuracy_of_the_saved_weights_is_a_fault(monkeypatch):
 def test_several_processes_are_not_tested(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_check("cpu").status == "note"
+
+
+def with_gpu(monkeypatch, free=80 * 2**30, error=None):
+    """Let torch report one GPU; its tensors stay on the CPU."""
+    zeros = torch.zeros
+
+    def fake_zeros(*shape, device):
+        if error is not None:
+            raise RuntimeError(error)
+        return zeros(*shape)
+
+    properties = SimpleNamespace(name="Fake GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, 96 * 2**30))
+    monkeypatch.setattr(torch, "zeros", fake_zeros)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "fragment"),
+    [
+        ({}, "ok", "Fake GPU, compute capability 9.0, 85.9 GB free of 103 GB"),
+        ({"free": 2**29}, "note", "537 MB free of 103 GB"),
+        ({"error": "CUDA error: no kernel image\nmore"}, "fault", "CUDA error: no kernel image"),
+    ],
+)
+def test_gpu(monkeypatch, options, status, fragment):
+    with_gpu(monkeypatch, **options)
+    checks = {check.name: check for check in device_checks()}
+    check = checks["device cuda:0"]
+    assert check.status == status
+    assert fragment in check.detail
+    assert "more" not in check.detail
+    assert bool(check.hint) == (status != "ok")
+    assert {"torch build", "threads", "memory"} <= checks.keys()
 
 
 def test_error_in_a_check_is_a_fault_and_the_others_follow(monkeypatch):

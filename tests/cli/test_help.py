@@ -184,10 +184,42 @@ def test_help_of_option_is_the_same_in_every_command(run):
         assert len(helps[name]) == 1, helps[name]
 
 
-def test_recipes_and_version_are_printed(run, tmp_path):
-    recipes = run("deit", "recipes")
-    assert (recipes.returncode, recipes.stderr) == (0, "")
-    assert [name for name in RECIPES if f" {name} " not in recipes.stdout] == []
+def test_recipes_are_listed_with_a_line_each(run, tmp_path):
+    done = run("deit", "recipes")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:-2]] == list(RECIPES)
+    assert max(map(len, lines)) <= 100
+    assert all(len(line.split()) > 4 for line in lines[:-2])
+    mnist = run("deit", "recipes", "mnist*").stdout.splitlines()
+    assert mnist[:-2] == [line for line in lines if line.startswith("mnist")]
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["digits-ensemble", "imagenet-384", "folder"])
+def test_recipe_is_shown_with_its_settings(run, name):
+    config, text = RECIPES[name](), run("deit", "recipes", name).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    assert " ".join(RECIPES[name].__doc__.split()) in " ".join(text.split())
+    rows = dict(re.findall(r"^  (\w+) +(.*)$", text, re.MULTILINE))
+    assert list(rows) == ["data", "student", "teacher", "loss", "training"]
+    assert rows["student"] == f"{config.student.name}, {config.student.image_size} px"
+    assert all(source in rows["teacher"] for source in config.teacher.source)
+    assert f"{config.optim.epochs} epochs" in rows["training"]
+    commands = re.findall(r"^deit .*$", text, re.MULTILINE)
+    assert commands[-1].startswith(f"deit train {name} --print-config")
+    teachers = [f"deit train {source.split('/')[1]}" for source in config.teacher.source]
+    if name == "digits-ensemble":
+        assert commands[:-2] == teachers
+    assert ("finetune" in commands[-2]) == (name == "imagenet-384")
+
+
+@pytest.mark.parametrize(("name", "fragment"), [("digts", "digits?"), ("nothing*", "nothing*")])
+def test_unknown_recipe_is_refused_by_recipes(name, fragment, refused):
+    refused(2, (fragment,), "deit", "recipes", name)
+
+
+def test_version_is_printed(run, tmp_path):
     version = run("deit", "--version")
     assert (version.returncode, version.stdout) == (0, f"deit {deit.__version__}\n")
     assert tree(tmp_path) == {}

@@ -49,7 +49,7 @@ COMMAND_GROUPS = {
             "train": ("train", "Train a student or a teacher by a recipe."),
             "finetune": ("train", "Train on from a run or from pretrained weights."),
             "profile": ("train", "Measure the time of each part of a training step."),
-            "recipes": ("train", "List the recipes."),
+            "recipes": ("train", "List the recipes, or show one of them."),
         },
     ),
     "Use and inspect a run": Group(

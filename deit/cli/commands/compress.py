@@ -15,6 +15,7 @@ from deit.cli.run_args import (
 )
 from deit.config.command_choices import CALIBRATION_METHODS, QUANTIZATION_METHODS, check_choice
 from deit.config.finetune_schedules import FINETUNE_SCHEDULES
+from deit.config.input_paths import check_new_root
 from deit.config.schema import Config
 from deit.config.sparsity import SCOPES
 from deit.core import run_folder
@@ -30,6 +31,8 @@ def quantize(arguments: list[str], program: str) -> None:
     names = [field.name for field in dataclasses.fields(QuantizeOptions)]
     quantization = QuantizeOptions(**{name: getattr(options, name) for name in names})
     quantize_options.check_options(quantization)
+    run_folder.require_run(run_folder.run_dir_of(options.run))
+    check_new_root(options.root)
     from deit.deploy.quantize import quantize
 
     quantize(
@@ -265,6 +268,9 @@ def variants(arguments: list[str], program: str) -> None:
     """Compare a run with its exported, quantized and pruned variants."""
     options = _variants_parser(program).parse_intermixed_args(arguments)
     merges = parse_numbers(options.merge_tokens, "--merge-tokens", whole=True, least=1)
+    for run in options.runs:
+        run_folder.require_run(run_folder.run_dir_of(run))
+    check_new_root(options.root)
     from deit.deploy.variants import variants
 
     variants(

@@ -23,6 +23,7 @@ from deit.config.command_choices import (
     check_content_name,
     check_epoch,
 )
+from deit.config.input_paths import check_images, check_inputs, check_new_root, check_store
 from deit.config.sections.data import DataConfig
 from deit.core.console import info
 from deit.core.errors import ConfigError, did_you_mean
@@ -33,20 +34,20 @@ def check_data(arguments: list[str], program: str) -> None:
     options = _check_data_parser(program).parse_args(arguments)
     if (options.source == "reader") != (options.reader is not None):
         raise ConfigError("--source reader and --reader NAME need each other")
+    data = DataConfig(
+        source=options.source,
+        root=options.root,
+        reader=options.reader,
+        download=options.download,
+        exclude_list=options.exclude_list,
+    )
+    check_images(data)
     from deit.analysis.dataset_scan import print_scan, raise_if_unreadable, scan, write_exclude_list
     from deit.core.filesystem import check_file, write_json
 
     check_file(options.json, name="json_file", replace=options.force)
     check_file(options.write_exclude_list, name="write_exclude_list", replace=options.force)
-    report = scan(
-        DataConfig(
-            source=options.source,
-            root=options.root,
-            reader=options.reader,
-            download=options.download,
-            exclude_list=options.exclude_list,
-        )
-    )
+    report = scan(data)
     print_scan(report)
     if options.write_exclude_list is not None:
         write_exclude_list(report, options.write_exclude_list)
@@ -123,6 +124,7 @@ def show_views(arguments: list[str], program: str) -> None:
     run = parse_run(rest, _SHOW_VIEWS, program=program, own_parser=parser, live_teacher=False)
     check_epoch(options.epoch)
     check_at_least("num_views", options.num_views, 1)
+    check_images(run.config.data)
     from deit.analysis.view_sheet import check_image_path, draw_view_sheet
     from deit.core.filesystem import check_file
 
@@ -200,6 +202,7 @@ def _write_targets(arguments: list[str], program: str) -> None:
     if options.out is None:
         raise ConfigError(f"{program} {run.recipe}: needs --out STORE, the folder to write")
     check_amount(options.epochs, part)
+    check_inputs(run.config)
     from deit.distill.write_targets import write_targets
 
     written = write_targets(
@@ -243,6 +246,8 @@ def _verify_targets_parser(program: str) -> Parser:
 def _verify_targets(arguments: list[str], program: str) -> None:
     options = _verify_targets_parser(program).parse_args(arguments)
     check_at_least("num_queries", options.num_queries, 1)
+    check_store(options.store)
+    check_new_root(options.root)
     from deit.distill.verify_targets import verify_targets
 
     verify_targets(

@@ -12,7 +12,9 @@ from deit.cli.grammar import ConfigCommand
 from deit.cli.parser import Names, Parser, command_of, parse_names, parse_seeds
 from deit.cli.run_args import ALWAYS_RESUMES, RunArguments, parse_run, print_config_if_requested
 from deit.config.command_choices import TOP_POINTS, check_content_name
+from deit.config.input_paths import check_images, check_new_root
 from deit.config.schema import Config
+from deit.core import run_folder
 from deit.core.console import info
 from deit.core.errors import ConfigError
 from deit.experiments.studies import STUDIES
@@ -92,6 +94,8 @@ def compare(arguments: list[str], program: str) -> None:
     )
     if print_config_if_requested(run):
         return
+    if not run.out.exists():  # finished runs do not need their images any longer
+        check_images(run.config.data)
     plan = dataclasses.replace(plan, recipe=run.recipe)
     command = command_of(program, arguments)
     (config,) = recipe_configs
@@ -244,6 +248,9 @@ def _report_parser(program: str) -> Parser:
 def report(arguments: list[str], program: str) -> None:
     """Write an HTML report of runs and sweeps, with charts (PNG) and tables (CSV)."""
     options = _report_parser(program).parse_args(arguments)
+    for run in options.runs:
+        run_folder.require_folder(run)
+    check_new_root(options.root)
     from deit.analysis.report import report
 
     report(options.runs, options.out, root=options.root, force=options.force)

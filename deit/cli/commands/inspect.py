@@ -13,6 +13,8 @@ from deit.config.command_choices import (
     check_choice,
     check_test_set,
 )
+from deit.config.input_paths import check_image_files, check_new_root
+from deit.core import run_folder
 
 
 def evaluate(arguments: list[str], program: str) -> None:
@@ -26,6 +28,9 @@ def evaluate(arguments: list[str], program: str) -> None:
     check_test_set(
         options.test_set, split=options.split, root=options.root, teacher=options.teacher
     )
+    for run in options.runs:
+        run_folder.require_run(run_folder.run_dir_of(run))
+    check_new_root(options.root)
     from deit.analysis.view_sheet import check_image_path
     from deit.core.filesystem import check_file
     from deit.evaluation.evaluate import evaluate
@@ -149,6 +154,8 @@ def predict(arguments: list[str], program: str) -> None:
     """Classify images with a finished run; with --attention, also draw attention maps."""
     options = _predict_parser(program).parse_args(arguments)
     check_at_least("top_k", options.top_k, 1)
+    run_folder.require_folder(options.run)
+    check_image_files(options.images)
     from deit.analysis.view_sheet import check_image_path
     from deit.core.filesystem import check_file
     from deit.evaluation.predict import predict, raise_if_unreadable
@@ -210,6 +217,8 @@ def export(arguments: list[str], program: str) -> None:
     options = _export_parser(program).parse_args(arguments)
     check_choice("format", options.format, EXPORT_PACKAGES)
     check_at_least("images", options.images, 1)
+    run_folder.require_run(run_folder.run_dir_of(options.run))
+    check_new_root(options.root)
     from deit.deploy.export import export
 
     export(

@@ -16,7 +16,9 @@ from deit.cli.parser import (
     parse_seeds,
 )
 from deit.cli.run_args import ALWAYS_RESUMES, parse_run, print_config_if_requested, run_name
+from deit.config.input_paths import check_images, check_new_root
 from deit.config.sparsity import SCOPES
+from deit.core import run_folder
 from deit.core.errors import ConfigError
 from deit.experiments import lottery_options
 
@@ -118,6 +120,8 @@ def lottery(arguments: list[str], program: str) -> None:
     )
     lottery_options.check_options(search, run.config)
     seeds = parse_seeds(options.seeds)
+    if not run.out.exists():  # finished runs do not need their images any longer
+        check_images(run.config.data)
     from deit.experiments.lottery import lottery
 
     lottery(
@@ -149,6 +153,9 @@ def loss_landscape(arguments: list[str], program: str) -> None:
     options["rounds"] = _parse_rounds(options["rounds"])
     request = landscape_options.LandscapeOptions(**options)
     landscape_options.check_options(request)
+    for run in runs:
+        run_folder.require_folder(run)
+    check_new_root(root)
     from deit.analysis.landscape import landscape
 
     landscape(runs, out, request, root=root, command=command_of(program, arguments))

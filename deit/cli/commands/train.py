@@ -1,7 +1,9 @@
 """Commands that train one network or profile its training, and the list of recipes."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill, shorten
 
 from deit.cli.finetune_args import FINETUNE, parse_finetune
 from deit.cli.grammar import ConfigCommand
@@ -14,8 +16,10 @@ from deit.cli.run_args import (
     print_config_if_requested,
 )
 from deit.config.command_choices import PROFILED_STEPS, check_at_least
-from deit.config.recipes import RECIPES
-from deit.core.console import info, is_main_process, table
+from deit.config.input_paths import check_inputs
+from deit.config.recipes import RECIPES, find_recipe, list_recipes, recipe_of_path
+from deit.core.console import count_noun, info, is_main_process
+from deit.core.errors import ConfigError
 
 
 def train(arguments: list[str], program: str) -> None:
@@ -28,6 +32,8 @@ def _train(run: RunArguments, command: str) -> None:
     """Train a run, or print its configuration. command: for environment.json."""
     if print_config_if_requested(run):
         return
+    if run.dry_run or not run.out.exists():  # a finished run does not need its inputs any longer
+        check_inputs(run.config)
     from deit.training.train import train
 
     train(run.config, run.out, resume=run.resume, dry_run=run.dry_run, command=command)
@@ -73,6 +79,7 @@ def profile(arguments: list[str], program: str) -> None:
     options, rest = parser.parse_known_args(arguments)
     run = parse_run(rest, _PROFILE, program=program, own_parser=parser)
     check_at_least("steps", options.steps, 1)
+    check_inputs(run.config)
     from deit.core.filesystem import check_file, write_json
     from deit.training.profile import profile_run
 
@@ -84,23 +91,72 @@ def profile(arguments: list[str], program: str) -> None:
         info(f"wrote {options.json}")
 
 
-def recipes(arguments: list[str], program: str) -> None:
-    """List the named recipes."""
-    _recipes_parser(program).parse_args(arguments)
-    rows = []
-    for name, recipe in RECIPES.items():
-        config = recipe()
-        student = f"{config.student.name} {config.student.image_size} px"
-        epochs = str(config.optim.epochs)
-        first_paragraph = (recipe.__doc__ or "").split("\n\n")[0]
-        rows.append((name, student, epochs, " ".join(first_paragraph.split())))
-    columns = ("name", "student", "epochs", "description")
-    table("recipes", columns, rows, text=True, folds="description")
-
-
 def _recipes_parser(program: str) -> Parser:
-    about = "List the named recipes with student, input size and epochs."
-    return Parser(prog=program, description=about)
+    parser = Parser(
+        prog=program,
+        usage="%(prog)s [NAME]",
+        description="List the recipes, or show one of them: its description, data, student, "
+        "teacher, loss and schedule.",
+    )
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="RECIPE",
+        help="A recipe to show, or a pattern of names to list, such as 'mnist*'.",
+    )
+    return parser
+
+
+def recipes(arguments: list[str], program: str) -> None:
+    """List the named recipes, or show one."""
+    name = _recipes_parser(program).parse_args(arguments).name
+    if name is not None and not set("*?[") & set(name):
+        _show_recipe(name)
+        return
+    names = list_recipes(name or "*")
+    if not names:
+        raise ConfigError(f"no recipe matches {name}; deit recipes lists all")
+    width = max(map(len, RECIPES))
+    for recipe in names:
+        summary = _description(recipe).split("\n\n")[0].partition(": ")[0].removesuffix(".")
+        summary = shorten(summary, _COLUMNS - width - 2, placeholder=" ...", break_on_hyphens=False)
+        info(f"{recipe:<{width}}  {summary}")
+    info(f"\n{program} RECIPE shows one recipe; deit train RECIPE runs it.")
+
+
+_COLUMNS = 100  # of a terminal
+
+
+def _description(recipe: str) -> str:
+    """Return the docstring of a recipe; an empty text for a recipe of a file."""
+    return inspect.getdoc(RECIPES[recipe]) or "" if recipe in RECIPES else ""
+
+
+def _show_recipe(name: str) -> None:
+    """Print what a recipe is and what it sets."""
+    config = find_recipe(name)
+    info(f"{name}\n")
+    for paragraph in filter(None, _description(name).split("\n\n")):
+        info(f"{fill(' '.join(paragraph.split()), _COLUMNS)}\n")
+    data, student, loss, optim = config.data, config.student, config.loss, config.optim
+    folder = "" if data.source == "digits" else f" in {data.root}"
+    rows = {
+        "data": f"{data.source}{folder}, {data.image_size} px",
+        "student": f"{student.name}, {student.image_size} px",
+        "teacher": ", ".join(config.teacher.source) or "none",
+        "loss": loss.kind if loss.kind == "none" else f"{loss.kind}, head {loss.head}",
+        "training": f"{count_noun(optim.epochs, 'epoch')}, batch size {optim.batch_size}, "
+        f"{optim.name}, learning rate {optim.lr:g}",
+    }
+    for title, text in rows.items():
+        info(f"  {title:<9} {text}")
+    teachers = [recipe for path in config.teacher.source if (recipe := recipe_of_path(path))]
+    info()
+    for recipe in teachers:
+        info(f"deit train {recipe}")
+    needs_weights = "--from WEIGHTS" in _description(name)
+    info(f"deit finetune {name} --from WEIGHTS" if needs_weights else f"deit train {name}")
+    info(f"deit train {name} --print-config   # all settings")
 
 
 PARSERS: dict[str, Callable[[str], Parser]] = {
