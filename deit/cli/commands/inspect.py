@@ -155,7 +155,8 @@ def predict(arguments: list[str], program: str) -> None:
     options = _predict_parser(program).parse_args(arguments)
     check_at_least("top_k", options.top_k, 1)
     run_folder.require_folder(options.run)
-    check_image_files(options.images)
+    if (options.run / run_folder.BEST).is_dir():
+        check_image_files(options.images)
     from deit.analysis.view_sheet import check_image_path
     from deit.core.filesystem import check_file
     from deit.evaluation.predict import predict, raise_if_unreadable
