@@ -199,6 +199,7 @@ checks = 3 * layout.num_shards + layout.epochs * len(layout.checked_rows)
 np.zeros(checks, "<u4").tofile(folder / "checks.bin")
 manifest = dict.fromkeys(("fingerprint", "provenance", "inference", "teacher_top1"), {})
 manifest["record_format"] = layout._asdict()
+manifest["fingerprint"] = {"views": {"teacher_view": "same"}}
 store = TargetStore(folder, manifest)
 images = torch.zeros(10_000, 0)
 
