@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from deit.experiments.arm_difference import difference_line
 from deit.experiments.base_runs import slugify
 from deit.experiments.lottery_tables import (
     MASKS_NOTE,
@@ -48,6 +49,8 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     """
     finished = {name: row for name, row in points(result).items() if row["seeds"]}
     body = [_headline(result, finished), _results_table(result, folder / f"{slug}-results.csv")]
+    if difference := difference_line(result):
+        body.append(html.paragraph(f"{difference}."))
     figures = _sparsity_figures(result, folder, slug) or _field_figures(result, folder, slug)
     if "lottery" not in result:  # all runs of a lottery search have the same cost
         figures += _cost_figures(result, finished, folder, slug)

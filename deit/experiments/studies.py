@@ -29,13 +29,49 @@ def without_teacher(config: Config) -> Config:
 def with_and_without_teacher(config: Config) -> Arms:
     """Return the recipe with and without its teacher. Raises ConfigError if it has none.
 
+    Both arms use the same labels and take the same number of steps. If the loss takes no labels and
+    the teacher has learned from a part of the training images, the student without it trains on
+    this part, for more epochs.
+
     >>> arms = with_and_without_teacher(RECIPES["digits"]())
     >>> {name: config.loss.kind for name, config in arms.items()}
     {'distilled': 'soft', 'undistilled': 'none'}
+    >>> arms = with_and_without_teacher(RECIPES["digits-few-labels"]())
+    >>> {name: config.data.train_fraction for name, config in arms.items()}
+    {'distilled': 1.0, 'undistilled': 0.05}
     """
     if config.loss.kind == "none":
         raise ConfigError("study teacher: the loss has no teacher (loss.kind = 'none')")
-    return {"distilled": config, "undistilled": without_teacher(config)}
+    return {"distilled": config, "undistilled": _on_labeled_images(config)}
+
+
+def _on_labeled_images(config: Config) -> Config:
+    """Return a configuration without its teacher, on the images whose labels it uses with it."""
+    optim, fraction = config.optim, config.data.train_fraction
+    if not config.loss.uses_labels:
+        labeled = [_labeled_fraction(source, config) for source in config.teacher.source]
+        fraction = min(fraction, max(labeled, default=1.0))
+    ratio = config.data.train_fraction / fraction
+    return without_teacher(config).replace(
+        data={"train_fraction": fraction},
+        optim={
+            "epochs": round(ratio * optim.epochs),
+            "warmup_epochs": ratio * optim.warmup_epochs,
+            "ema_epochs": ratio * optim.ema_epochs,
+        },
+        run={"eval_every_epochs": round(ratio * config.run.eval_every_epochs)},
+    )
+
+
+def _labeled_fraction(source: str, config: Config) -> float:
+    """Return the fraction of the training images that a teacher of a configuration learns from; 1
+    if it is neither a built-in recipe nor a run."""
+    teacher = _config_of_run(source)
+    if teacher is None:
+        return 1.0
+    if recipe_of_path(source) and config.data.train_fraction < 1:
+        return config.data.train_fraction  # a built-in teacher takes the data of the command line
+    return teacher.data.train_fraction
 
 
 def view_modes(config: Config) -> Arms:
@@ -145,15 +181,22 @@ def resolution(config: Config) -> Arms:
 
 def _before_finetuning(source: str) -> str | None:
     """Return the weights that a teacher's run was fine-tuned from; None if it was not."""
+    teacher = _config_of_run(source)
+    weights = None if teacher is None else teacher.init.weights
+    # Initial weights are never loaded by code; a teacher's source would be.
+    return None if weights is None or ".py:" in weights else weights
+
+
+def _config_of_run(source: str) -> Config | None:
+    """Return the configuration of a built-in recipe's run, which may not exist yet, or of a saved
+    run; None for other sources."""
     recipe, saved = recipe_of_path(source), Path(source).expanduser() / "config.json"
     if recipe is None and not saved.is_file():
         return None
     try:
-        weights = (load_config(saved) if recipe is None else RECIPES[recipe]()).init.weights
+        return load_config(saved) if recipe is None else RECIPES[recipe]()
     except ConfigError:
         return None  # not our config.json: timm's folders have one as well
-    # Initial weights are never loaded by code; a teacher's source would be.
-    return None if weights is None or ".py:" in weights else weights
 
 
 def _class_token_twin(config: Config, study: str) -> dict[str, object]:

@@ -268,7 +268,8 @@ def _connect_points(
 
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
     """Plot validation accuracy over the epochs: a thin line per seed, their mean, and the teacher
-    as a level."""
+    as a level. Students on different numbers of images share an axis in % of their training."""
+    num_epochs = {row["epochs"] for name, row in result["rows"].items() if name != "teacher"}
     visible = []
     for name, row in result["rows"].items():
         color = _COLOR_OF[name]
@@ -279,15 +280,17 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
             axes.axhline(level, color=color, linestyle="--", label=f"teacher, {level:.1f}")
             visible.append(level)
             continue
-        curves = [{epoch: 100 * top1 for epoch, top1 in curve} for curve in row["curves"]]
-        epochs = sorted(set.intersection(*map(set, curves)))
-        means = [statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
-        marker = "o" if len(epochs) == 1 else None
-        axes.plot(epochs, means, color=color, linewidth=2, label=name, marker=marker)
+        scale = 1 if len(num_epochs) == 1 else 100 / row["epochs"]
+        curves = [{scale * epoch: 100 * top1 for epoch, top1 in curve} for curve in row["curves"]]
+        shared = sorted(set.intersection(*map(set, curves)))
+        means = [statistics.mean(curve[x] for curve in curves) for x in shared]
+        marker = "o" if len(shared) == 1 else None
+        axes.plot(shared, means, color=color, linewidth=2, label=name, marker=marker)
         for curve in curves:
             axes.plot(curve.keys(), curve.values(), color=color, alpha=0.4, linewidth=0.8)
             visible += curve.values()
-    axes.set(xlabel="epoch", ylabel="validation top-1 %", ylim=_limits(visible))
+    xlabel = "epoch" if len(num_epochs) == 1 else "training steps, % of all"
+    axes.set(xlabel=xlabel, ylabel="validation top-1 %", ylim=_limits(visible))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     show_underscored_labels(axes)

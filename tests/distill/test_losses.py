@@ -320,6 +320,17 @@ def test_distillation_weight_0_is_labels_and_1_is_the_teacher(kind):
         assert torch.equal(losses["loss"], losses[name])
 
 
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+@pytest.mark.parametrize("kind", [*DISTILLATION_LOSSES, "none"])
+def test_uses_labels_tells_whether_other_labels_change_the_loss(kind, weight):
+    loss, outputs = LossConfig(kind=kind, distillation_weight=weight), two_heads()
+    losses = [
+        distillation_loss(outputs, targets, TEACHER, loss)["loss"]
+        for targets in (TARGETS, TARGETS.roll(1, dims=1))
+    ]
+    assert loss.uses_labels != torch.equal(*losses)
+
+
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("kind", [*DISTILLATION_LOSSES, "none"])
 def test_losses_of_extreme_bf16_logits_are_finite_float32(kind, standardize):

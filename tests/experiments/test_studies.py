@@ -1,5 +1,7 @@
 """Studies of all recipes with a teacher, and the base runs that they depend on."""
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -8,14 +10,23 @@ import torch
 from torch import nn
 
 from deit.cli.run_args import parse_run
+from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes import RECIPES, recipe_of_path
 from deit.config.recipes.cifar import cifar10_finetune
-from deit.config.recipes.handwriting import digits, digits_ensemble, digits_finetune
+from deit.config.recipes.handwriting import (
+    digits,
+    digits_ensemble,
+    digits_few_labels,
+    digits_few_labels_teacher,
+    digits_finetune,
+    digits_teacher,
+)
 from deit.config.schema import to_dict
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError
+from deit.datasets.splits import load_splits
 from deit.experiments.base_runs import BaseRuns, Experiment
 from deit.experiments.studies import STUDIES
 from deit.training.lr_schedule import set_lr
@@ -44,12 +55,70 @@ def test_study_arms_are_valid_and_have_equal_budget(name, study):
         return
     arms = STUDIES[study](config)
     assert len(arms) > 1
+    if (study, name) == ("teacher", "digits-few-labels"):
+        assert validate(arms.pop("undistilled"))  # has fewer images: see the tests below
     for arm in arms.values():
         assert validate(arm, live_teacher=False)
         assert arm.data == config.data
         assert arm.run == config.run
         if study not in ("epochs", "table-8"):
             assert arm.optim == config.optim
+
+
+def test_teacher_study_with_few_labels_uses_the_same_labels_and_steps_in_both_arms():
+    pytest.importorskip("sklearn")
+    config = digits_few_labels()
+    arms = STUDIES["teacher"](config)
+    assert arms["distilled"] == config
+    labeled = load_splits(digits_few_labels_teacher().data).train
+    trained_on = {name: load_splits(arm.data).train for name, arm in arms.items()}
+    assert torch.equal(trained_on["undistilled"].pixels, labeled.pixels)
+    assert torch.equal(trained_on["undistilled"].labels, labeled.labels)
+    assert len(labeled.labels) < len(trained_on["distilled"].labels) / 15
+    for leaf in ("epochs", "warmup_epochs"):
+        steps = [
+            getattr(arm.optim, leaf) * (len(trained_on[name].labels) // arm.optim.batch_size)
+            for name, arm in arms.items()
+        ]
+        assert steps[0] == steps[1] > 0
+    evaluations = [arm.optim.epochs / arm.run.eval_every_epochs for arm in arms.values()]
+    assert evaluations[0] == evaluations[1]
+
+
+def labeled_run(folder, fraction):
+    """Write the configuration of a teacher that was trained on a fraction of the images."""
+    folder.mkdir()
+    config = to_dict(digits_teacher().replace(data={"train_fraction": fraction}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_teacher_study_labels_are_those_that_its_teachers_learned_from(tmp_path):
+    few, more = (labeled_run(tmp_path / str(part), part) for part in (0.1, 0.25))
+
+    def fraction(sources=None, **sections):
+        config = digits_few_labels().replace(**sections)
+        if sources is not None:
+            config = config.replace(teacher={"source": sources})
+        return STUDIES["teacher"](config)["undistilled"].data.train_fraction
+
+    assert fraction() == 0.05
+    assert fraction((few,)) == 0.1
+    assert fraction((few, more)) == 0.25  # the smaller part is in the larger one
+    assert fraction((few, "resnet18")) == 1
+    assert fraction(("resnet18",)) == 1
+    assert fraction((more,), data={"train_fraction": 0.2}) == 0.2
+    # Of a built-in recipe this option changes the teacher's images as well.
+    assert fraction(data={"train_fraction": 0.2}) == 0.2
+
+
+@pytest.mark.parametrize("loss", sorted(LOSS_PRESETS.keys() - {"none"}))
+def test_teacher_study_with_a_loss_of_labels_keeps_all_images(loss):
+    config = dataclasses.replace(digits_few_labels(), loss=LOSS_PRESETS[loss])
+    undistilled = STUDIES["teacher"](config)["undistilled"]
+    has_fewer = undistilled.data.train_fraction < 1
+    assert has_fewer == (loss == "function-matching")
+    assert has_fewer == (undistilled.optim.epochs > config.optim.epochs)
 
 
 def test_study_arm_names_have_no_comma():

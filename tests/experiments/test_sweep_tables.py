@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from deit.analysis.sweep_sections import sections_of_sweep
 from deit.evaluation.cache import CachedEvaluation, disagreement_matrix
+from deit.experiments.arm_difference import difference_line
 from deit.experiments.sweep_collect import environment_of
 from deit.experiments.sweep_plots import draw_sweep, heat_map, scatter_trials
 from deit.experiments.sweep_tables import (
@@ -152,6 +153,17 @@ def test_sections_mark_unseen_classes(results, tmp_path):
     assert ">90*</td>" in page
     assert "*: " in page  # the legend of the mark
     assert best_summary(results).capitalize() in page
+
+
+def test_page_and_tables_of_two_arms_have_a_sentence_about_them(results, tmp_path):
+    del results["rows"]["c"], results["rows"]["d"]
+    results["study"] = "table-3"
+    sentence = difference_line(results)
+    assert "b is ahead by 20.0 points" in sentence
+    assert f"\n\n{sentence}\n\n" in markdown(results)
+    assert f"<p>{sentence}.</p>" in sections_of_sweep(results, tmp_path, "mine")
+    results["study"] = None
+    assert "points (" not in markdown(results) + "".join(sections_of_sweep(results, tmp_path, "x"))
 
 
 def test_points_with_and_without_held_out_classes_share_a_table(results, tmp_path):

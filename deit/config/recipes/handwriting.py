@@ -1,6 +1,6 @@
 """Recipes for scikit-learn's digits and for MNIST."""
 
-from deit.config.presets import LOSS_PRESETS
+from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS
 from deit.config.recipes.modifiers import (
     by_function_matching,
     class_token_only,
@@ -62,6 +62,29 @@ def digits() -> Config:
             epochs=60, batch_size=32, lr=1e-3, lr_base_batch_size=None, warmup_epochs=5
         ),
         run=RunConfig(eval_every_epochs=5),
+    )
+
+
+@recipe
+def digits_few_labels_teacher() -> Config:
+    """`digits-teacher` on 5 % of the training images: the teacher of `digits-few-labels`."""
+    return digits_teacher().replace(
+        data={"train_fraction": 0.05},
+        optim={"epochs": 400, "batch_size": 32, "warmup_epochs": 2},
+        run={"eval_every_epochs": 20},
+    )
+
+
+@recipe
+def digits_few_labels() -> Config:
+    """`digits` with labels of 5 % of the images, which only the teacher uses: the student learns
+    from the teacher's outputs for all images (the quickstart)."""
+    return digits().replace(
+        views=AUGMENTATIONS["none"],
+        teacher={"source": ("checkpoints/digits-few-labels-teacher",)},
+        loss={"head": "all", "distillation_weight": 1.0},
+        optim={"epochs": 15, "warmup_epochs": 1},
+        run={"eval_every_epochs": 1},
     )
 
 

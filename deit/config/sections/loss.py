@@ -48,3 +48,8 @@ class LossConfig:
     def effective_label_weight(self) -> float:
         """The weight of the label term: label_weight, or 1 - distillation_weight."""
         return 1 - self.distillation_weight if self.label_weight is None else self.label_weight
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether any term needs the true labels."""
+        return self.kind in ("none", "dkd") or self.effective_label_weight > 0
