@@ -42,7 +42,7 @@ def test_quickstart_says_what_it_does_before_it_installs(tmp_path):
         len(load_splits(find_recipe(name).data).train.labels)
         for name in ("digits-few-labels", "digits-few-labels-teacher")
     ]
-    assert [int(number) for number in re.findall(r"\b\d{2,}\b", before)][:2] == counts
+    assert [int(count) for count in re.findall(r"\b\d{2,}\b", before)][:2] == counts
 
 
 @pytest.mark.parametrize("torch", ["cpu", ""])
