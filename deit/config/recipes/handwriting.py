@@ -70,7 +70,7 @@ def digits_few_labels_teacher() -> Config:
     """`digits-teacher` on 5 % of the training images: the teacher of `digits-few-labels`."""
     return digits_teacher().replace(
         data={"train_fraction": 0.05},
-        optim={"epochs": 400, "batch_size": 32, "warmup_epochs": 2},
+        optim={"epochs": 200, "batch_size": 32, "warmup_epochs": 2},
         run={"eval_every_epochs": 20},
     )
 
