@@ -83,7 +83,7 @@ def digits_few_labels() -> Config:
         views=AUGMENTATIONS["none"],
         teacher={"source": ("checkpoints/digits-few-labels-teacher",)},
         loss={"head": "all", "distillation_weight": 1.0},
-        optim={"epochs": 15, "warmup_epochs": 1},
+        optim={"epochs": 12, "warmup_epochs": 1},
         run={"eval_every_epochs": 1},
     )
 
