@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 from rich.cells import cell_len
 
-from deit.cli import run_command
-from deit.config.recipes import RECIPES
 from deit.core import console
 from deit.core.errors import StoppedBySignal, SystemFault
 from tests.helpers.errors import raises
@@ -172,16 +170,6 @@ def test_full_disk_behind_standard_output_raises(monkeypatch):
     monkeypatch.setattr("sys.stdout", Full())
     with raises(SystemFault, "standard output", "No space left on device"):
         console.info("hello")
-
-
-def test_descriptions_of_recipes_are_not_truncated(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "1000")
-    assert run_command("recipes", [], "deit recipes") == 0
-    rows = [
-        line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")
-    ]
-    assert {row[1].strip() for row in rows} == set(RECIPES)
-    assert all(row[4].strip().endswith(".") for row in rows)
 
 
 def fail_in_quiet():
