@@ -269,7 +269,7 @@ def _connect_points(
 def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
     """Plot validation accuracy over the epochs: a thin line per seed, their mean, and the teacher
     as a level. Students on different numbers of images share an axis in % of their training."""
-    num_epochs = {row["epochs"] for name, row in result["rows"].items() if name != "teacher"}
+    num_epochs = {row.get("epochs") for name, row in result["rows"].items() if name != "teacher"}
     visible = []
     for name, row in result["rows"].items():
         color = _COLOR_OF[name]

@@ -43,7 +43,7 @@ def test_readme_is_short_and_easy_to_read():
 
 def test_readme_shows_a_picture_commands_and_python_first():
     first_section = README.index("\n## ")
-    assert README.index("docs/images/digits.png") < first_section
+    assert README.index("docs/images/digits-few-labels.png") < first_section
     screens = README.splitlines()[:50]
     assert "make quickstart" in "\n".join(screens[:30])
     assert "import deit" in "\n".join(screens)
