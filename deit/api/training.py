@@ -37,10 +37,11 @@ def train(
 
     Example:
         >>> losses = []
-        >>> run = train("digits-teacher", "runs/teacher", verbose=False,
+        >>> config = recipe("digits-teacher", optim={"epochs": 3})
+        >>> run = train(config, "runs/teacher", verbose=False,
         ...             callbacks=[lambda row: losses.append(row["train"]["loss"])])
-        >>> len(losses) == run.config.optim.epochs == len(run.metrics)
-        True
+        >>> len(losses), len(run.metrics)
+        (3, 3)
     """
     config = config if isinstance(config, Config) else recipe(config)
     out = check_path("out", out)

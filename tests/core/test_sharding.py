@@ -170,6 +170,7 @@ def test_nonfinite_step_is_skipped_by_all_processes(command_server, runs, tmp_pa
     ],
     ids=lambda more: more[0].rpartition(".")[2],
 )
+@pytest.mark.slow
 def test_sharding_with_other_student_options(more, command_server, runs, tmp_path):
     """Activation checkpointing, other linear layers, frozen weights."""
     best = runs["none"] / "best"
@@ -179,6 +180,7 @@ def test_sharding_with_other_student_options(more, command_server, runs, tmp_pat
     assert_close(tmp_path / "none", tmp_path / "fsdp")
 
 
+@pytest.mark.slow
 def test_sharding_of_a_network_with_batch_norm(command_server, tmp_path):
     """The running statistics are those of the first process, as in DDP."""
     network = (
@@ -206,6 +208,7 @@ def test_missing_best_weights_are_gathered_by_all_processes(command_server, star
     assert load_student(out / "best")
 
 
+@pytest.mark.slow
 def test_gradient_compression_halves_the_traffic(command_server, runs, tmp_path):
     out = tmp_path / "run"
     done(command_server, out, "--run.sharding", "fsdp", "--run.gradient_compression", "bf16")

@@ -93,7 +93,9 @@ def test_parallel_runs_are_bit_identical_to_sequential_runs(command_server, tmp_
             assert row[key] == parallel["rows"][name][key]
 
 
-def test_run_parallel_failures_stop_no_other_run_and_are_reported_by_name(tmp_path, capsys):
+def test_run_parallel_failures_stop_no_other_run_and_are_reported_by_name(
+    fork_runs, tmp_path, capsys
+):
     code = tmp_path / "mine.py"
     code.write_text(
         "import torch\n"
@@ -175,6 +177,7 @@ def test_parallel_runs_stop_if_their_command_is_killed(command_server, tmp_path)
         wait_until(lambda out=out: not is_locked(out))
 
 
+@pytest.mark.slow
 def test_run_parallel_ignores_a_folder_named_deit(tmp_path, monkeypatch):
     """A folder named deit in the working directory is not imported."""
     (tmp_path / "deit").mkdir()
@@ -244,6 +247,7 @@ def test_local_pool_uses_the_gpu_with_the_fewest_runs(
     assert gpus[3] == expected[1]
 
 
+@pytest.mark.slow
 def test_compare_leaves_no_process_behind(tmp_path):
     arguments = [*SMALL, "--arms", "undistilled", "--teacher.source", tmp_path / "teacher"]
     trained(digits_teacher().replace(optim={"epochs": 3}), tmp_path / "teacher")

@@ -306,6 +306,7 @@ def killing_session(process: subprocess.Popen) -> Iterator[None]:
 
 
 @pytest.mark.fault("A14")
+@pytest.mark.slow
 def test_sigterm_to_accelerate_launch_stops_the_training_process(tmp_path):
     """accelerate launch does not forward the signal; the training process stops nevertheless."""
     out = tmp_path / "run"
@@ -340,6 +341,7 @@ def test_auto_micro_batch_is_the_smallest_of_all_processes(command_server, tmp_p
 
 
 @pytest.mark.fault("A15")
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves_once(tmp_path):
     """A terminal sends SIGINT to all processes, and torchrun sends it to its processes again.
 

@@ -119,6 +119,7 @@ def test_runs_end_with_their_command(
 
 
 @pytest.mark.fault("A12")
+@pytest.mark.slow
 def test_stuck_run_ends_at_the_second_signal_to_its_command(workspace, tmp_path):
     """The other run saves and ends at the first signal."""
     (tmp_path / "stuck.py").write_text(STUCK_TEACHER)
