@@ -114,7 +114,7 @@ def _suggest_next(recipe: str, result: dict[str, Any]) -> None:
         "\nNext:\n"
         f"  deit evaluate {shlex.quote(student)}      metrics of every head and class\n"
         f"  python train_deit.py {recipe} --loss deit-hard {source}--out checkpoints/hard\n"
-        "  python train_deit.py --help      all options\n"
+        "  python train_deit.py --help-all      all options\n"
         "  deit recipes      all recipes"
     )
 
