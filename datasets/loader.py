@@ -183,7 +183,8 @@ class TrainLoader:
 
         images: tensor or array, uint8 [images, 3, side, side], RGB. labels: integers [images].
         class_names: default: the labels as text. image_size: side of the views [px]; default: that
-        of the images. options: of `from_config`. Raises ConfigError and DataError.
+        of the images. options: of `from_config`, and validation: a pair (images, labels) that
+        measures teachers. Raises ConfigError and DataError.
         """
         from deit.datasets.loader_factories import loader_from_arrays
 

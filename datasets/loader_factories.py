@@ -110,6 +110,7 @@ def loader_from_arrays(
     device: torch.device | str | None = None,
     process_index: int | None = None,
     num_processes: int | None = None,
+    validation: tuple[Any, Any] | None = None,
 ) -> TrainLoader:
     """Make the splits of images in memory; see `TrainLoader.from_arrays`."""
     images, labels = as_tensor("images", images), as_tensor("labels", labels)
@@ -117,12 +118,23 @@ def loader_from_arrays(
     train = InMemoryImages(images, labels.long())
     mean, std = channel_statistics(images)
     empty = train.select(slice(0))
-    fingerprint = digest_of_images(names, (train, empty, empty))
-    splits = Splits(names, train, empty, empty, mean, std, (), fingerprint)
+    held_out = empty if validation is None else _validation(validation, names)
+    fingerprint = digest_of_images(names, (train, held_out, empty))
+    splits = Splits(names, train, held_out, empty, mean, std, (), fingerprint)
     size = images.shape[-1] if image_size is None else image_size
     config = _config(views, batch_size=batch_size, image_size=size, seed=seed)
     process = (process_index, num_processes)
     return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
+
+
+def _validation(arrays: tuple[Any, Any], class_names: tuple[str, ...]) -> InMemoryImages:
+    """Return validation images. Raises ConfigError for images and labels of another form."""
+    if not isinstance(arrays, tuple | list) or len(arrays) != 2:
+        raise ConfigError("validation: should be a pair (images, labels)")
+    images = as_tensor("validation images", arrays[0])
+    labels = as_tensor("validation labels", arrays[1])
+    _check_arrays(images, labels, class_names)
+    return InMemoryImages(images, labels.long())
 
 
 def _config(

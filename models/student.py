@@ -4,6 +4,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from deit.core.tensors import check_images
 from deit.core.types import StudentOutput
 from deit.models.surgery.convpass import adapters_of
 from deit.models.surgery.fake_quant import fake_quant_layers
@@ -53,6 +54,7 @@ class Student(nn.Module):
 
         The class logits have the shape [batch, classes], the distillation logits [batch,
         distillation tokens, classes]; these are None for a network without distillation tokens.
+        Raises ConfigError for integers.
 
         >>> from deit.config.sections.student import StudentConfig
         >>> from deit.models.registry import create_network
@@ -62,6 +64,7 @@ class Student(nn.Module):
         >>> tuple(output.class_logits.shape), tuple(output.distillation_logits.shape)
         ((4, 10), (4, 1, 10))
         """
+        check_images("student", images)
         normalized = (images - self.mean) / self.std
         network = self.network
         if not isinstance(network, VisionTransformerDistilled):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from deit.core.errors import DataError
-from deit.core.tensors import device_constant
+from deit.core.tensors import check_image_values, check_images, device_constant
 from deit.models.memory_format import MemoryFormat, set_memory_format, to_memory_format
 from deit.models.weight_files import digest_of
 
@@ -75,6 +75,7 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self.memory_format: MemoryFormat = "contiguous"
+        self._is_first_call = True
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -119,8 +120,13 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return float32 logits [batch, classes] of images, float [batch, 3, side, side] in [0, 1].
 
-        Images of another size than the network's input are resized (bicubic, antialiased).
+        Images of another size than the network's input are resized (bicubic, antialiased). Raises
+        ConfigError for integers and, in the first call on a CPU, for values outside [0, 1].
         """
+        check_images("teacher", images)
+        if self._is_first_call and not torch.compiler.is_compiling():
+            self._is_first_call = False
+            check_image_values("teacher", images)
         if self.image_size is not None and images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,5 +1,6 @@
-"""Small tensors: constants on a device, and copies that do not synchronize with a GPU."""
+"""Small tensors: constants on a device, checks, and copies that do not synchronize with a GPU."""
 
+import math
 from functools import cache
 from typing import Any
 
@@ -56,3 +57,38 @@ def as_tensor(name: str, value: Any) -> Tensor:
             f"{name}: should be a tensor or an array of numbers; got {type(value).__name__} "
             f"({first_line(error)})"
         ) from None
+
+
+def check_images(name: str, images: Any) -> None:
+    """Raise ConfigError unless images are a tensor of floats. name: of the network that gets them.
+
+    >>> check_images("student", torch.zeros(1, 3, 8, 8))
+    """
+    if isinstance(images, Tensor) and images.is_floating_point():
+        return
+    given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    raise ConfigError(
+        f"{name}: takes images as float [batch, 3, height, width] in [0, 1], such as "
+        f"batch.images or pixels / 255; got {given}"
+    )
+
+
+_MARGIN = 0.5
+"""Resizing exceeds [0, 1] by less, normalized images and pixels up to 255 by more."""
+
+
+def check_image_values(name: str, images: Tensor) -> None:
+    """Raise ConfigError for images that are clearly not in [0, 1]. On a CPU only: the comparison
+    would synchronize a GPU.
+
+    >>> check_image_values("teacher", torch.rand(1, 3, 8, 8))
+    """
+    if images.device.type != "cpu" or not images.numel():
+        return
+    low, high = images.aminmax()
+    is_finite = math.isfinite(low) and math.isfinite(high)  # otherwise the logits tell
+    if is_finite and (low < -_MARGIN or high > 1 + _MARGIN):
+        raise ConfigError(
+            f"{name}: takes images in [0, 1] and normalizes them itself; got values from "
+            f"{low.item():.3g} to {high.item():.3g}"
+        )

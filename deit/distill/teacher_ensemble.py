@@ -117,6 +117,11 @@ class TeacherEnsemble:
         ConfigError if these should be combined, and NumericsError if an output is not finite; on a
         GPU some batches later.
         """
+        if not isinstance(batch, Batch):
+            raise ConfigError(
+                "teachers: take a batch of a TrainLoader, with the images of the teachers; for "
+                f"others call the teacher itself, teacher(images); got {type(batch).__name__}"
+            )
         outputs = [teacher(batch) for teacher in self.teachers]
         self._track_nonfinite(
             batch.sample_ids, [logits for _, logits in outputs if logits is not None]

@@ -16,10 +16,11 @@ from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
 from deit.core.accelerator import any_process, environment_info
-from deit.core.console import info
+from deit.core.console import format_percent, info, warn
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_space, check_writable
 from deit.core.host_memory import check_inference_memory
+from deit.core.metrics import is_near_chance, majority_accuracy
 from deit.datasets.loader import TrainLoader
 from deit.datasets.splits import Splits, load_splits
 from deit.distill.build import (
@@ -38,6 +39,8 @@ from deit.distill.target_shards import ShardedTargetWriter
 from deit.distill.target_store import SHARDS, TargetStore, open_store
 from deit.distill.target_writer import TargetWriter, shards_of, write_all
 from deit.distill.teacher_check import check_teachers
+from deit.distill.teacher_ensemble import teacher_query
+from deit.distill.verify_targets import verify_store
 from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 
@@ -67,15 +70,15 @@ def write_targets(
 ) -> TargetStore | None:
     """Write the teachers' outputs for all training views into a store.
 
-    Shards that exist are kept: after an interruption, the same call continues.
+    Shards that exist are kept: after an interruption, the same call continues, and compares some
+    hundred outputs with the teacher's. More epochs cannot be added to a store later.
     source: a configuration with its teachers, or the name of a recipe; or a loader of
     `TrainLoader.from_config`, `from_folder` or `from_arrays`. teacher: of a loader, from
-    `load_teacher`.
-    epochs: how many to write; default: all of the configuration. content: hard, full or top-K;
-    default: what the loss of the configuration needs; full for a loader. part: (index, number of
-    parts) of the shards to write here, the index from 0.
-    teacher_index: write the outputs of this teacher only (from 1), for the views that all teachers
-    see; default: the outputs of all teachers.
+    `load_teacher`. epochs: how many to write; default: all of the configuration. content: hard,
+    full or top-K; default: what the loss of the configuration needs; full for a loader. A loss with
+    another temperature than 1, standardized logits or dkd needs full. part: (index, number of
+    parts) of the shards to write here, the index from 0. teacher_index: write the outputs of this
+    teacher only (from 1), for the views that all teachers see; default: of all teachers.
     Returns the complete store, in the main process; None in other processes, and while shards of
     other parts are missing. Raises the errors of deit.core.errors.
 
@@ -92,20 +95,18 @@ def write_targets(
     check_content_name(content)
     out = Path(check_path("out", out)).resolve()
     if isinstance(source, TrainLoader):
+        content = content or "full"
         inputs = _from_loader(source, teacher, out, epochs=epochs, content=content)
-    elif teacher is not None:
-        raise ConfigError("teacher: goes with a loader; a configuration names its teachers itself")
     else:
-        config = source if isinstance(source, Config) else recipe(source)
-        inputs = _from_config(config, out, teacher_index)
+        inputs = _from_config(source, teacher, out, teacher_index)
     config, splits, loader, teachers, accelerator, _ = inputs
     record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
     batch_size = max(config.run.eval_batch_size // 2 * 2, 2)
     manifest = _manifest(inputs, record_format, batch_size)
     store = ShardedTargetWriter(out, manifest)
     if _is_complete(store, accelerator):
-        info(f"{out}: already complete")
-        return open_store(out) if accelerator.is_main_process else None
+        info(f"{out}: complete already; some outputs are computed again and compared")
+        return _verified(inputs, out)
     _check_memory(teachers, loader.sizes.teacher, accelerator, batch_size)
     _check_disk(out, record_format)
     _measure_teachers(inputs)
@@ -114,11 +115,21 @@ def write_targets(
     shards = shards_of(part, record_format.num_shards, accelerator)
     writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, batch_size)
     write_all(writer, accelerator)
-    return open_store(out) if accelerator.is_main_process and store.merge_if_complete() else None
+    if not accelerator.is_main_process or not store.merge_if_complete():
+        return None
+    return (_verified if writer.num_existing else _measured)(inputs, out)
 
 
-def _from_config(config: Config, out: Path, teacher_index: int | None) -> _Inputs:
+def _from_config(
+    source: Config | str | PathLike,
+    teacher: Teacher | None,
+    out: Path,
+    teacher_index: int | None,
+) -> _Inputs:
     """Load the images and teachers of a configuration. Raises ConfigError and DataError."""
+    if teacher is not None:
+        raise ConfigError("teacher: goes with a loader; a configuration names its teachers itself")
+    config = source if isinstance(source, Config) else recipe(source)
     config = validate(config.replace(teacher={"target_stores": ()}), live_teacher=False)
     _check_combinable(config if teacher_index is None else _with_one_teacher(config, teacher_index))
     config = with_init_normalization(config, load_init_weights(config.init))
@@ -173,6 +184,37 @@ def _is_complete(store: ShardedTargetWriter, accelerator: Accelerator) -> bool:
     if accelerator.is_main_process:
         store.clean_up()
     return True
+
+
+def _verified(inputs: _Inputs, out: Path) -> TargetStore | None:
+    """Return a store that was written earlier, at least in part, in the main process. Raises
+    DataError if its outputs are not the teacher's: the code of a network is in no fingerprint."""
+    config, splits, loader, teachers, accelerator, _ = inputs
+    if not accelerator.is_main_process:
+        return None
+    store = open_store(out)
+    ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
+    query = teacher_query(loader, ensemble)
+    verify_store(store, splits, loader, config.teacher, teachers=teachers, query=query)
+    return store
+
+
+def _measured(inputs: _Inputs, out: Path) -> TargetStore:
+    """Warn if the teachers, which were not measured before, are near chance on the views."""
+    config, splits, *_ = inputs
+    store = open_store(out)
+    chance = majority_accuracy(splits.train.labels, len(splits.class_names))
+    if (
+        not len(splits.validation.labels)
+        and store.teacher_top1 is not None
+        and is_near_chance(store.teacher_top1, chance)
+    ):
+        warn(
+            f"teacher {', '.join(config.teacher.source)}: {format_percent(store.teacher_top1)} % "
+            f"top-1 on the stored views is near chance ({format_percent(chance)} %, the share of "
+            "the largest class): wrong weights, normalization or class order?"
+        )
+    return store
 
 
 def _check_paths(teacher: TeacherConfig, out: Path) -> None:

@@ -255,3 +255,90 @@ def test_seeds_that_are_no_different_integers_raise_before_work(seeds, tmp_path)
     with raises(ConfigError, "arms", "list"):
         deit.compare("digits", tmp_path / "out", arms="distilled")
     assert not list(tmp_path.iterdir())
+
+
+class Edited(MeanColor):
+    """A teacher whose code changes, but not its weights."""
+
+    sign = 1
+
+    def forward(self, images):
+        return self.sign * super().forward(images)
+
+
+@pytest.mark.parametrize("part", [(0, 1), (0, 2)])  # a complete store, and half of one
+def test_targets_of_an_edited_teacher_are_not_used(part, tmp_path, monkeypatch):
+    loader, teacher = make_loader(), deit.load_teacher(Edited(), NAMES, **PLAIN)
+    deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2, part=part)
+    if part == (0, 1):
+        same = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+        assert same.record_format.epochs == 2
+    monkeypatch.setattr(Edited, "sign", -1)
+    with raises(deit.errors.DataError, tmp_path / "targets", "agree"):
+        deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+
+
+def test_targets_of_many_classes_are_whole(tmp_path):
+    """A loop may use them at any temperature."""
+    loader = make_loader(class_names=tuple(map(str, range(101))))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 101))
+    teacher = deit.load_teacher(linear, loader.class_names, image_size=8, **PLAIN)
+    store = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=1)
+    assert store.record_format.content == "full"
+
+
+def never_predicted():
+    """Return labels that the teacher gets wrong, each of them."""
+    return (make_teacher()(IMAGES / 255).argmax(dim=1) + 1) % 3
+
+
+def test_teacher_near_chance_is_noticed_without_validation_images(tmp_path, capsys):
+    loader, teacher = make_loader(labels=never_predicted()), make_teacher()
+    deit.write_targets(loader, tmp_path / "targets", teacher, epochs=1)
+    assert "near chance" in capsys.readouterr().err
+
+
+def test_teacher_is_measured_on_validation_arrays(tmp_path):
+    labels = never_predicted()
+    loader = make_loader(validation=(IMAGES.numpy(), labels))
+    assert torch.equal(loader.splits.validation.labels, labels)
+    with raises(deit.errors.DataError, "MeanColor", "teacher.classes reversed"):
+        deit.write_targets(loader, tmp_path / "targets", make_teacher(), epochs=2)
+    assert not (tmp_path / "targets").exists()
+
+
+@pytest.mark.parametrize(
+    ("validation", "names"),
+    [(IMAGES, ["pair"]), ((IMAGES, LABELS + 1), ["0 ... 2"]), ((IMAGES / 255, LABELS), ["uint8"])],
+)
+def test_validation_arrays_of_another_form_raise(validation, names):
+    with raises(ConfigError, *names):
+        make_loader(validation=validation)
+
+
+NORMALIZED = (IMAGES / 255 - 0.45) / 0.225
+
+
+@pytest.mark.parametrize(
+    ("images", "names"),
+    [
+        (IMAGES, ["uint8", "/ 255"]),
+        (IMAGES.float(), ["[0, 1]", "255"]),
+        (NORMALIZED, ["[0, 1]", "-2 to 2.44"]),
+        (next(make_loader().epoch(0)), ["Batch"]),
+    ],
+)
+def test_teacher_takes_images_from_0_to_1_only(images, names):
+    with raises(ConfigError, *names):
+        make_teacher()(images)
+
+
+def test_student_takes_floats_only():
+    student = deit.build_student("deit_micro", 3, image_size=8, patch_size=2, **PLAIN)
+    with raises(ConfigError, "uint8", "/ 255"):
+        student(IMAGES)
+
+
+def test_ensemble_takes_batches_only():
+    with raises(ConfigError, "batch", "teacher(images)"):
+        deit.TeacherEnsemble([make_teacher()])(IMAGES / 255)
