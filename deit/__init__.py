@@ -41,7 +41,7 @@ _MODULES = {
     "deit.datasets.loader": ("TrainLoader",),
     "deit.datasets.splits": ("load_splits",),
     "deit.datasets.view_samplers": ("make_views",),
-    "deit.models.saved_student": ("build_student", "load_student"),
+    "deit.models.saved_student": ("build_student", "load_student", "save_student"),
     "deit.models.student": ("Student",),
     "deit.models.teachers": ("Teacher",),
     "deit.core.types": ("Batch", "StudentOutput", "TeacherOutput"),
@@ -105,5 +105,6 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the 
     from deit.evaluation.evaluate import evaluate as evaluate
     from deit.models.saved_student import build_student as build_student
     from deit.models.saved_student import load_student as load_student
+    from deit.models.saved_student import save_student as save_student
     from deit.models.student import Student as Student
     from deit.models.teachers import Teacher as Teacher

@@ -4,22 +4,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from deit.config.command_choices import check_at_least, check_channels
+from deit.config.command_choices import check_at_least, check_channels, check_path
 from deit.config.cross_field_checks.student import check_student
 from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
 from deit.config.validation import section_from_dict
 from deit.core import manifest
-from deit.core.errors import ConfigError
+from deit.core.errors import ConfigError, SystemFault
+from deit.core.filesystem import atomic_write_dir
 from deit.core.json_io import load_json_as
 from deit.models.load_weights import saved_weights
-from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo
+from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo, find_saved_model
 from deit.models.registry import create_network
 from deit.models.student import Student
 from deit.models.weight_files import load_weights
@@ -37,7 +39,9 @@ def student_from_info(model_info: ModelInfo) -> Student:
     torch.Size([2, 96])
     """
     network = create_network(model_info.student, len(model_info.class_names))
-    return Student(network, mean=model_info.mean, std=model_info.std)
+    student = Student(network, mean=model_info.mean, std=model_info.std)
+    student.config = model_info.student
+    return student
 
 
 def build_student(
@@ -76,10 +80,54 @@ def build_student(
     config = section_from_dict(StudentConfig, "student", {**fields, **options})
     if problems := check_student(Config(student=config)):
         raise ConfigError("\n  ".join(map(str, problems)), problems)
-    return Student(create_network(config, int(num_classes)), mean=mean, std=std)
+    built = Student(create_network(config, int(num_classes)), mean=mean, std=std)
+    built.config = config
+    return built
 
 
-def save_student(folder: str | Path, weights: dict[str, Tensor], model_info: ModelInfo) -> None:
+def save_student(
+    student: Student,
+    folder: str | PathLike,
+    class_names: Sequence[str],
+    *,
+    evaluation_crop: float = 1.0,
+    force: bool = False,
+) -> Path:
+    """Write a student of `build_student` into a folder, which becomes a teacher (`load_teacher`),
+    initial weights (init.weights) or a student again (`load_student`). Return the folder.
+
+    class_names: in the order of the labels it was trained on. evaluation_crop: see ModelInfo.
+    force: replace a student that is there; any other folder is never replaced.
+    Raises ConfigError for another model or number of classes, and SystemFault if the folder exists.
+
+    >>> student = build_student("deit_micro", 2, mean=[0.5] * 3, std=[0.25] * 3, image_size=8)
+    >>> folder = save_student(student, "saved", ("cat", "dog"))
+    >>> load_student(folder)[1].class_names
+    ('cat', 'dog')
+    """
+    folder = Path(check_path("folder", folder))
+    if not isinstance(student, Student) or student.config is None:
+        raise ConfigError(
+            "student: should be of build_student or load_student, without the wrapper of another "
+            f"library; got {type(student).__name__}"
+        )
+    names = tuple(map(str, class_names))
+    num_classes = getattr(student.network, "num_classes", len(names))
+    if len(names) != num_classes:
+        raise ConfigError(
+            f"class_names: {len(names)} names, but the student has {num_classes} classes"
+        )
+    if folder.exists() and force and find_saved_model(folder) != folder:
+        raise SystemFault(f"folder = {folder}: is no saved student, so it is not replaced")
+    mean, std = (tuple(buffer.flatten().tolist()) for buffer in (student.mean, student.std))
+    model_info = ModelInfo(student.config, names, mean, std, evaluation_crop)
+    weights = student.network.state_dict()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_dir(folder, lambda new: write_student(new, weights, model_info), replace=force)
+    return folder
+
+
+def write_student(folder: str | Path, weights: dict[str, Tensor], model_info: ModelInfo) -> None:
     """Write model.safetensors and model.json into an existing folder.
 
     weights: by their names in `student.network`.
@@ -115,7 +163,7 @@ def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
     >>> config = StudentConfig("deit_micro", image_size=8, depth=1)
     >>> model_info = ModelInfo(config, ("cat", "dog"), (0.5,) * 3, (0.25,) * 3, 1.0)
     >>> with TemporaryDirectory() as folder:
-    ...     save_student(folder, student_from_info(model_info).network.state_dict(), model_info)
+    ...     write_student(folder, student_from_info(model_info).network.state_dict(), model_info)
     ...     student, loaded = load_student(folder)
     >>> loaded == model_info, student.network.num_classes
     (True, 2)

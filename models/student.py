@@ -4,6 +4,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from deit.config.sections.student import StudentConfig
 from deit.core.tensors import check_images
 from deit.core.types import StudentOutput
 from deit.models.surgery.convpass import adapters_of
@@ -19,7 +20,8 @@ class Student(nn.Module):
     returns a mean of both heads in evaluation. Checkpoints store the parameters of
     `student.network`, by that network's names.
 
-    mean, std: normalization per channel, for images in [0, 1].
+    mean, std: normalization per channel, for images in [0, 1]. config: what the network was built
+    from, if it was built by a name.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Student(nn.Module):
         super().__init__()
         self.network = network
         self.frozen_backbone = False
+        self.config: StudentConfig | None = None
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         # DistributedDataParallel would broadcast these buffers before every forward pass. The

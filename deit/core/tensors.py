@@ -86,7 +86,7 @@ def check_image_values(name: str, images: Tensor) -> None:
     if images.device.type != "cpu" or not images.numel():
         return
     low, high = images.aminmax()
-    is_finite = math.isfinite(low) and math.isfinite(high)  # otherwise the logits tell
+    is_finite = math.isfinite(low) and math.isfinite(high)  # infinite logits are reported elsewhere
     if is_finite and (low < -_MARGIN or high > 1 + _MARGIN):
         raise ConfigError(
             f"{name}: takes images in [0, 1] and normalizes them itself; got values from "

@@ -33,7 +33,7 @@ from deit.experiments import shared_targets
 from deit.experiments.finished_runs import FinishedRunChecker
 from deit.experiments.parallel_runs import RunProgress, RunSpec, check_num_parallel, combined_error
 from deit.experiments.sweep_execute import train_with_retries, unfinished
-from deit.models.saved_student import WEIGHTS, ModelInfo, load_student, save_student
+from deit.models.saved_student import WEIGHTS, ModelInfo, load_student, write_student
 from deit.models.surgery.pruning_masks import MASKS
 from deit.models.surgery.structured_pruning import KeptUnits, pruned_config, slice_weights
 from deit.models.weight_files import digest_of, read_weights
@@ -240,7 +240,7 @@ def _write_pruned(
     pruned = dataclasses.replace(model_info, student=pruned_config(model_info.student, units))
     folder.mkdir(exist_ok=True)
     sliced = slice_weights(weights, units, head_width=head_width)
-    replace_dir(folder / run_folder.BEST, lambda best: save_student(best, sliced, pruned))
+    replace_dir(folder / run_folder.BEST, lambda best: write_student(best, sliced, pruned))
     write_json(folder / SELECTION, units._asdict())
     # The configuration comes last: it marks the folder as complete.
     write_json(folder / run_folder.CONFIG, to_dict(config.replace(student=pruned.student)))

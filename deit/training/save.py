@@ -16,7 +16,7 @@ from deit.core.metrics import agreement
 from deit.core.sharding import full_tensors
 from deit.models.metadata import save_base
 from deit.models.parameters import trainable_parameters
-from deit.models.saved_student import save_student, save_weights
+from deit.models.saved_student import save_weights, write_student
 from deit.models.surgery.pruning_masks import MASKS, is_masked
 from deit.training.loop import MetricAccumulator
 from deit.training.optimizer import optimizer_tensors, save_optimizer
@@ -66,7 +66,7 @@ def save_checkpoint(run: TrainingRun, metrics: MetricAccumulator, *, in_hash_cha
     state.scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
 
     def fill(folder: Path) -> dict[str, FileDigest]:
-        save_student(folder, weights, run.model_info)
+        write_student(folder, weights, run.model_info)
         fault_point("model")
         save_optimizer(folder / run_folder.OPTIMIZER, moments)
         fault_point("optimizer")
@@ -144,7 +144,7 @@ def finish_epoch(run: TrainingRun, row: dict[str, Any]) -> None:
     _check_lock(run)
 
     def fill(folder: Path) -> None:
-        save_student(folder, chosen, run.model_info)
+        write_student(folder, chosen, run.model_info)
         _save_extras(run, folder, chosen)
         write_json(folder / run_folder.STATE, asdict(state))
 

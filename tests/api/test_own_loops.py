@@ -318,3 +318,35 @@ def test_students_with_invalid_options_raise():
     config = deit.recipe("digits", student={"depth": 2})
     student = deit.build_student(config, 3, mean=(0.5,) * 3, std=(0.5,) * 3, depth=1)
     assert len(student.network.blocks) == 1
+
+
+def test_saved_student_is_loaded_exported_and_taught_from(tmp_path):
+    torch.manual_seed(3)
+    student = make_student(make_loader()).eval()
+    images = torch.rand(2, 3, 8, 8)
+    folder = deit.save_student(student, tmp_path / "runs" / "mine", NAMES)
+    loaded, model_info = deit.load_student(folder)
+    assert model_info.class_names == NAMES
+    for actual, expected in zip(loaded.eval()(images), student(images), strict=True):
+        assert torch.equal(actual, expected)
+    teacher = deit.load_teacher(folder, ("cat", "ant", "bee"))  # another order
+    output = student(images)
+    fused = (output.class_logits + output.distillation_logits.mean(dim=1)) / 2
+    order = [NAMES.index(name) for name in ("cat", "ant", "bee")]
+    assert torch.allclose(teacher(images), fused[:, order], atol=1e-5)
+
+
+def test_student_is_not_saved_over_other_files(tmp_path):
+    student = make_student(make_loader())
+    deit.save_student(student, tmp_path / "mine", NAMES)
+    with raises(deit.errors.SystemFault, tmp_path / "mine"):
+        deit.save_student(student, tmp_path / "mine", NAMES)
+    deit.save_student(student, tmp_path / "mine", NAMES, force=True)
+    (tmp_path / "other").mkdir()
+    with raises(deit.errors.SystemFault, "no saved student"):
+        deit.save_student(student, tmp_path / "other", NAMES, force=True)
+    with raises(deit.errors.ConfigError, "2 names", "3 classes"):
+        deit.save_student(student, tmp_path / "new", NAMES[:2])
+    with raises(deit.errors.ConfigError, "student", "MeanColor"):
+        deit.save_student(MeanColor(), tmp_path / "new", NAMES)
+    assert not (tmp_path / "new").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from deit.config.sections.student import StudentConfig
-from deit.models.saved_student import ModelInfo, save_student, student_from_info
+from deit.models.saved_student import ModelInfo, student_from_info, write_student
 from tests.helpers.command_server import shared_server
 
 TEN = tuple("0123456789")
@@ -51,7 +51,7 @@ def fake_teacher(folder: Path, class_names: tuple[str, ...]) -> Path:
     info = ModelInfo(student, class_names, (0.5,) * 3, (0.5,) * 3, 1.0)
     weights = student_from_info(info).network.state_dict()
     folder.mkdir(parents=True)
-    save_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, info)
+    write_student(folder, {name: torch.zeros_like(value) for name, value in weights.items()}, info)
     return folder
 
 

@@ -14,7 +14,7 @@ from deit.models.load_weights import load_weights_from
 from deit.models.metadata import BASE, AdapterBase, ModelInfo, base_of, save_base
 from deit.models.parameters import trainable_parameters
 from deit.models.registry import create_network
-from deit.models.saved_student import load_student, save_student, save_weights
+from deit.models.saved_student import load_student, save_weights, write_student
 from deit.models.weight_files import digest_of
 from tests.helpers.errors import raises
 
@@ -27,12 +27,12 @@ def adapted(tmp_path):
     base, folder = tmp_path / "base" / "best", tmp_path / "run" / "best"
     for path in (base, folder):
         path.mkdir(parents=True)
-    save_student(base, create_network(student, 2).state_dict(), info)
+    write_student(base, create_network(student, 2).state_dict(), info)
     student = replace(student, adapters="convpass")
     network = create_network(student, 2)
     names = trainable_parameters(network, "adapters")
     trained = {name: value for name, value in network.state_dict().items() if name in names}
-    save_student(folder, trained, replace(info, student=student))
+    write_student(folder, trained, replace(info, student=student))
     digest = digest_of(load_weights_from(str(base)).weights)
     save_base(folder, base_of(str(base.parent), digest, "deit", out=folder.parent))
     return folder

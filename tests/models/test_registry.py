@@ -15,7 +15,7 @@ from deit.core.types import logits_by_head
 from deit.models.metadata import ModelInfo, find_saved_model
 from deit.models.registry import NETWORKS, create_network
 from deit.models.registry import SIZES as SHAPES
-from deit.models.saved_student import load_student, save_student, student_from_info
+from deit.models.saved_student import load_student, student_from_info, write_student
 from deit.models.student import Student, has_distillation_head
 from deit.models.weight_files import load_weights, read_weights
 from tests.helpers.errors import raises
@@ -136,7 +136,7 @@ def test_saved_student_loads_bit_equal(tmp_path):
     student = student_from_info(model_info())
     folder = tmp_path / "best"
     folder.mkdir()
-    save_student(folder, student.network.state_dict(), model_info())
+    write_student(folder, student.network.state_dict(), model_info())
     assert find_saved_model(tmp_path) == folder
     assert find_saved_model(folder) == folder
     again, facts_again = load_student(folder)
@@ -148,7 +148,7 @@ def test_saved_student_loads_bit_equal(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "not json", "other field", "no file"])
 def test_damaged_student_raises_with_name(tmp_path, damage):
-    save_student(tmp_path, student_from_info(model_info()).network.state_dict(), model_info())
+    write_student(tmp_path, student_from_info(model_info()).network.state_dict(), model_info())
     weights, described = tmp_path / "model.safetensors", tmp_path / "model.json"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -251,7 +251,7 @@ def test_distillation_tokens_have_own_position_and_head(tokens):
 def test_saved_distillation_tokens_load_equal(tmp_path):
     student = dataclasses.replace(MICRO, num_distillation_tokens=2, weight_init="scaled")
     train_loader = student_from_info(model_info(student)).eval()
-    save_student(tmp_path, train_loader.network.state_dict(), model_info(student))
+    write_student(tmp_path, train_loader.network.state_dict(), model_info(student))
     again, _ = load_student(tmp_path)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.eval()(images)[1], train_loader(images)[1])

@@ -16,7 +16,7 @@ from deit.config.teachers import teacher_specs
 from deit.config.validation import validate
 from deit.core.errors import ConfigError, DataError, NotFoundError
 from deit.core.types import logits_by_head
-from deit.models.saved_student import ModelInfo, save_student, student_from_info
+from deit.models.saved_student import ModelInfo, student_from_info, write_student
 from deit.models.teacher_sources import resolve_source, teacher_from_spec
 from deit.models.teachers import ASSUMED
 from tests.helpers.errors import raises
@@ -67,7 +67,7 @@ def run(tmp_path):
     folder = tmp_path / "run" / "best"
     folder.mkdir(parents=True)
     built = student_from_info(model_info)
-    save_student(folder, built.network.state_dict(), model_info)
+    write_student(folder, built.network.state_dict(), model_info)
     return tmp_path / "run", built.eval()
 
 

@@ -20,7 +20,7 @@ from deit.models.load_weights import infer_student_config, load_weights_from
 from deit.models.parameters import classifier_names, freeze_except
 from deit.models.pos_embed import resize_positions
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, save_student, student_from_info
+from deit.models.saved_student import ModelInfo, student_from_info, write_student
 from deit.training.optimizer import read_tensors
 from tests.helpers.errors import raises
 from tests.helpers.weight_files import NAMES, load_adapted, loaded_weights, network, section
@@ -64,7 +64,7 @@ def saved(folder, seed=0, **fields):
     torch.manual_seed(seed)
     student = student_from_info(model_info)
     folder.mkdir(parents=True)
-    save_student(folder, student.network.state_dict(), model_info)
+    write_student(folder, student.network.state_dict(), model_info)
     return student.eval()
 
 

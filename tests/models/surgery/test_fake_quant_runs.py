@@ -28,7 +28,7 @@ from deit.deploy.quantize import check_accuracy_drop, quantize
 from deit.deploy.quantize_options import QuantizeOptions
 from deit.evaluation.evaluate import evaluate
 from deit.models.load_weights import infer_student_config, load_weights_from
-from deit.models.saved_student import load_student, save_student, save_weights
+from deit.models.saved_student import load_student, save_weights, write_student
 from deit.models.surgery.fake_quant import (
     fake_quant_layers,
     fake_quant_weight,
@@ -223,7 +223,7 @@ def test_quantize_with_unknown_ranges_raises(runs, tmp_path):
     best = tmp_path / "run" / "best"
     student, model_info = load_student(best)
     weights = student.network.state_dict()
-    save_student(
+    write_student(
         best, {n: 0 * w if n in range_names(weights) else w for n, w in weights.items()}, model_info
     )
     (best / "manifest.json").unlink()

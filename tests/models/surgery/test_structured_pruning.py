@@ -11,7 +11,7 @@ from deit.core.errors import ConfigError
 from deit.deploy.export_formats import FORMATS
 from deit.models.cost import macs_of_image
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, load_student, save_student, student_from_info
+from deit.models.saved_student import ModelInfo, load_student, student_from_info, write_student
 from deit.models.surgery.structured_pruning import (
     KeptUnits,
     TaylorScorer,
@@ -141,7 +141,7 @@ def test_slice_of_all_units_is_identity():
 def test_saved_pruned_student_loads_equal(tmp_path):
     model_info = ModelInfo(pruned_config(SMALL, UNITS), ("a", "b"), (0.5,) * 3, (0.5,) * 3, 1.0)
     student = student_from_info(model_info)
-    save_student(tmp_path, student.network.state_dict(), model_info)
+    write_student(tmp_path, student.network.state_dict(), model_info)
     copied, known = load_student(tmp_path)
     assert known == model_info
     images = torch.rand(2, 3, 16, 16)

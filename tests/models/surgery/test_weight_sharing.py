@@ -23,7 +23,7 @@ from deit.models.attention_rollout import check_attention, token_cosines
 from deit.models.cost import cost_of
 from deit.models.load_weights import load_weights_from
 from deit.models.registry import create_network
-from deit.models.saved_student import ModelInfo, load_student, save_student, student_from_info
+from deit.models.saved_student import ModelInfo, load_student, student_from_info, write_student
 from deit.models.surgery.pruning_masks import prunable
 from deit.models.surgery.weight_sharing import MixedAttention
 from deit.models.weight_files import load_weights
@@ -222,7 +222,7 @@ def test_shared_weights_are_saved_and_exported_once(tmp_path):
         torch.manual_seed(0)
         student, folder = student_from_info(facts_of(share)).eval(), tmp_path / str(share)
         folder.mkdir()
-        save_student(folder, student.network.state_dict(), facts_of(share))
+        write_student(folder, student.network.state_dict(), facts_of(share))
         copied, _ = load_student(folder)
         bare, normalize = split_normalization(student)
         FORMATS["onnx"].write(folder, bare, facts_of(share))
@@ -241,7 +241,7 @@ def test_shared_weights_are_saved_and_exported_once(tmp_path):
 def test_init_from_unshared_student(tmp_path):
     model_info = facts_of(1)
     torch.manual_seed(1)
-    save_student(tmp_path, student_from_info(model_info).network.state_dict(), model_info)
+    write_student(tmp_path, student_from_info(model_info).network.state_dict(), model_info)
     network = network_of(2)
     fitted = adapt_weights(
         load_weights_from(str(tmp_path)), network, model_info.class_names, Config().init
@@ -320,7 +320,7 @@ def test_structured_pruning_of_shared_blocks_raises(tmp_path, command_server):
 
 def test_weights_of_other_sharing_raise_with_names(tmp_path):
     model_info = facts_of(2)
-    save_student(tmp_path, student_from_info(model_info).network.state_dict(), model_info)
+    write_student(tmp_path, student_from_info(model_info).network.state_dict(), model_info)
     fitted = adapt_weights(
         load_weights_from(str(tmp_path)), network_of(1), model_info.class_names, Config().init
     )
