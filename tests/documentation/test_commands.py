@@ -26,6 +26,12 @@ SMALL_IMAGES = shlex.split("--data.image_size 8 --student.image_size 8 --optim.b
 FEW = shlex.split("--data.train_fraction 0.1")  # 129 digits
 NARROW = shlex.split("--student.depth 1 --student.embed_dim 16 --student.num_heads 2")
 CROPS = ["--views.teacher_num_crops", "3"]
+ARMS = {
+    "view-modes": "same/rc,fix/ic_ens,none",
+    "ensemble": "one token per teacher,none",
+    "epochs": "distilled-1,undistilled-1",
+}
+"""Some points of each study; other tests train all of them."""
 STUDENT = [*QUICK, *NARROW, "--teacher.allow_near_chance"]
 SMALL = {
     "digits-teacher": [*QUICK, *FEW],
@@ -104,8 +110,9 @@ def shortened(name, arguments, teacher):
         few = [*SMALL[arguments[0]], "--seeds", "0"]
         few += teacher if arguments[0] == "digits" else []
         if "view-modes" in arguments:
-            arms = () if "--arms" in arguments else ("--arms", "same/rc,fix/ic_ens,none")
-            few += [*CROPS, *arms]  # test_target_store.py runs all view modes
+            few += CROPS
+        if "--study" in arguments and "--arms" not in arguments:
+            few += ["--arms", ARMS[arguments[arguments.index("--study") + 1]]]
         return [*arguments, *few]
     if name == "train" and "teacher.pth" in arguments:
         return [*arguments, *SMALL["folder"], "--teacher.image_size", "32"]
