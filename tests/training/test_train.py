@@ -311,14 +311,9 @@ def test_every_recipe_takes_a_step(name, tmp_path):
     )
     sources = (f"{stub}:teacher",) * len(config.teacher.source)
     changes = {"teacher": {"source": sources, "allow_near_chance": True}}
-    unseen = ("bee",) if config.data.unseen_classes else ()
+    root, unseen = str(tmp_path / "data"), ("bee",) if config.data.unseen_classes else ()
     config = config.replace(
-        data={
-            "source": "folder",
-            "root": str(tmp_path / "data"),
-            "unseen_classes": unseen,
-            "train_fraction": 1.0,
-        },
+        data={"source": "folder", "root": root, "unseen_classes": unseen, "train_fraction": 1.0},
         optim={"batch_size": 4, "lr": 1e-3, "lr_base_batch_size": None},
         # Random weights, because the run with the initial weights does not exist.
         init={"weights": None, "head": "keep"},
