@@ -1,6 +1,10 @@
 """The page of the Python interface: every public name, from the table in deit/__init__.py."""
 
+import inspect
+import re
+
 import deit
+from scripts.documentation.markdown import code, escaped, text_table
 
 _INTRODUCTION = """\
 `import deit` offers these names. It takes a fraction of a second; torch and the other libraries are
@@ -19,13 +23,20 @@ def api_page() -> str:
     """Return the page as Markdown, with directives of mkdocstrings."""
     parts, remaining = [f"# Python interface\n\n{_INTRODUCTION}"], dict(deit._MODULES)
     for title, packages in _SECTIONS.items():
-        parts.append(f"## {title}\n")
-        for module, names in list(remaining.items()):
-            if module.startswith(packages):
-                parts += [_directive(module, name) for name in names]
-                del remaining[module]
+        modules = {name: remaining[name] for name in remaining if name.startswith(packages)}
+        remaining = {name: names for name, names in remaining.items() if name not in modules}
+        members = [(module, name) for module, names in modules.items() for name in names]
+        rows = [(code(f"deit.{name}"), escaped(_summary(name))) for _, name in members]
+        parts.append(f"## {title}\n\n{text_table(('name', 'purpose'), rows)}\n")
+        parts += [_directive(module, name) for module, name in members]
     assert not remaining, f"no section for {', '.join(remaining)}"
     return "\n".join(parts)
+
+
+def _summary(name: str) -> str:
+    """Return the first sentence of a docstring."""
+    text = " ".join((inspect.getdoc(getattr(deit, name)) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=\.) ", text)[0]
 
 
 def _directive(module: str, name: str) -> str:
