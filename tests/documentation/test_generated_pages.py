@@ -101,5 +101,5 @@ def test_api_page_has_every_public_name():
     page = (REFERENCE / "api.md").read_text(encoding="utf-8")
     names = re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE)
     assert sorted(names) == sorted({*deit.__all__} - {"__version__", "errors"})
-    purposes = re.findall(r"^\| `deit\.(\w+)` \| \w.{9,} \|$", page, re.MULTILINE)
+    purposes = re.findall(r"^\| `deit\.(\w+)` \| \S.{9,} \|$", page, re.MULTILINE)
     assert purposes == names
