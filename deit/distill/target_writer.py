@@ -47,8 +47,8 @@ def write_all(writer: "TargetWriter", accelerator: Accelerator) -> None:
 class TargetWriter:
     """Computes the teachers' outputs for missing shards and writes them.
 
-    num_existing: number of shards that exist. missing: the shards to write. num_batches: how many
-    batches of at most `batch_size` views they take.
+    missing: the shards to write. num_batches: how many batches of at most `batch_size` views they
+    take.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class TargetWriter:
         self.labels = labels
         self.batch_size = batch_size
         self.missing = [shard for shard in shards if not store.path(shard).is_file()]
-        self.num_existing = len(shards) - len(self.missing)
-        if self.num_existing:
-            info(f"{self.num_existing} of {len(shards)} shards are already written")
+        if len(self.missing) < len(shards):
+            num_written = len(shards) - len(self.missing)
+            info(f"{num_written} of {len(shards)} shards are already written")
         ranges = [rows for shard in self.missing for rows in self.record_format.epoch_ranges(shard)]
         self.num_rows = sum(last - first for _, first, last in ranges)
         self.num_batches = sum(-(-(last - first) // batch_size) for _, first, last in ranges)

@@ -75,10 +75,10 @@ def write_targets(
     source: a configuration with its teachers, or the name of a recipe; or a loader of
     `TrainLoader.from_config`, `from_folder` or `from_arrays`. teacher: of a loader, from
     `load_teacher`. epochs: how many to write; default: all of the configuration. content: hard,
-    full or top-K; default: what the loss of the configuration needs; full for a loader. A loss with
-    another temperature than 1, standardized logits or dkd needs full. part: (index, number of
-    parts) of the shards to write here, the index from 0. teacher_index: write the outputs of this
-    teacher only (from 1), for the views that all teachers see; default: of all teachers.
+    full or top-K, which serves soft losses at temperature 1 only; default: what the loss of the
+    configuration needs; full for a loader. part: (index, number of parts) of the shards to write
+    here, the index from 0. teacher_index: write the outputs of this teacher only (from 1), for the
+    views that all teachers see; default: of all teachers.
     Returns the complete store, in the main process; None in other processes, and while shards of
     other parts are missing. Raises the errors of deit.core.errors.
 
@@ -117,7 +117,8 @@ def write_targets(
     write_all(writer, accelerator)
     if not accelerator.is_main_process or not store.merge_if_complete():
         return None
-    return (_verified if writer.num_existing else _measured)(inputs, out)
+    is_new = len(writer.missing) == record_format.num_shards
+    return (_measured if is_new else _verified)(inputs, out)
 
 
 def _from_config(
@@ -187,8 +188,10 @@ def _is_complete(store: ShardedTargetWriter, accelerator: Accelerator) -> bool:
 
 
 def _verified(inputs: _Inputs, out: Path) -> TargetStore | None:
-    """Return a store that was written earlier, at least in part, in the main process. Raises
-    DataError if its outputs are not the teacher's: the code of a network is in no fingerprint."""
+    """Return a store that others have written, at least in part; None unless in the main process.
+
+    Raises DataError if its outputs are not the teacher's: a network's code is in no fingerprint.
+    """
     config, splits, loader, teachers, accelerator, _ = inputs
     if not accelerator.is_main_process:
         return None
