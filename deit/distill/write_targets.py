@@ -79,8 +79,8 @@ def write_targets(
     configuration needs; full for a loader. part: (index, number of parts) of the shards to write
     here, the index from 0. teacher_index: write the outputs of this teacher only (from 1), for the
     views that all teachers see; default: of all teachers.
-    Returns the complete store, in the main process; None in other processes, and while shards of
-    other parts are missing. Raises the errors of deit.core.errors.
+    Returns the complete store; None while shards are missing, and in other processes than the main
+    one. Raises the errors of deit.core.errors.
 
     Example:
         >>> from deit.config.recipes import find_recipe
@@ -102,8 +102,7 @@ def write_targets(
     config, splits, loader, teachers, accelerator, _ = inputs
     record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
     batch_size = max(config.run.eval_batch_size // 2 * 2, 2)
-    manifest = _manifest(inputs, record_format, batch_size)
-    store = ShardedTargetWriter(out, manifest)
+    store = ShardedTargetWriter(out, _manifest(inputs, record_format, batch_size))
     if _is_complete(store, accelerator):
         info(f"{out}: complete already; some outputs are computed again and compared")
         return _verified(inputs, out)
