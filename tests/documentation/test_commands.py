@@ -129,13 +129,14 @@ def shortened(name, arguments, teacher):
             "--images 16 --grid 3 --points 3 --rays 2 --num-eigenvalues 1 --steps 2 --probes 2 "
             "--rounds 1"
         )
+        few += "" if "--measure" in arguments else " --measure lines"
         return [*arguments, *few.split()]
     if name == "finetune":
         return [*arguments, *QUICK, *FEW, "--teacher.allow_near_chance"]
     if name == "export":
         return [*arguments, "--images", "64"]
     if name == "profile":
-        return [*arguments, *NARROW, "--teacher.allow_near_chance"]
+        return [*arguments, "--steps", "2", *NARROW, "--teacher.allow_near_chance"]
     if name == "targets" and arguments[0] == "write":
         size = ["--teacher.image_size", "32"] if "teacher.pth" in arguments else []
         return [*arguments, *SMALL[arguments[1]], *size]
