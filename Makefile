@@ -44,9 +44,9 @@ $(VENV)/test.stamp: $(VENV)/quickstart.stamp
 quickstart:
 	@echo "Of 1295 training images of handwritten digits, 65 have labels. A teacher (a ConvNet) learns"
 	@echo "from these. A small vision transformer learns from the teacher's outputs for all images;"
-	@echo "for comparison, the same transformer learns from the 65 labels alone. 3 seeds each."
-	@echo "First torch and other packages are installed into $(VENV) (some GB, a few minutes, only"
-	@echo "once). Nothing else is downloaded. The training takes about 4 minutes on 2 idle cores."
+	@echo "for comparison, the same transformer learns from the 65 labels alone. Both transformers"
+	@echo "are trained with 3 seeds. First torch and other packages are installed into $(VENV) (some GB,"
+	@echo "a few minutes, only once). Nothing else is downloaded. The training takes about 4 minutes on 2 idle cores."
 	@$(MAKE) --no-print-directory $(VENV)/quickstart.stamp
 	$(BIN)/deit compare digits-few-labels --seeds 0,1,2 --parallel 2 --out checkpoints/quickstart
 	$(BIN)/deit report checkpoints/quickstart --out checkpoints/quickstart-report --force

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from deit.config.recipes import find_recipe
 from deit.datasets.splits import load_splits
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
 def planned(*arguments, folder):
