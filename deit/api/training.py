@@ -50,14 +50,17 @@ def train(
     return Run(out)
 
 
-def dry_run(config: Config | str | PathLike, out: str | PathLike = "dry-run") -> dict[str, Any]:
+def dry_run(
+    config: Config | str | PathLike, out: str | PathLike = "dry-run", *, resume: bool = False
+) -> dict[str, Any]:
     """Make one training step and one evaluation step of a configuration, and write nothing.
 
     Returns epoch, step and other counts after the step. out: the folder that `train` would write,
-    for messages. Raises as `train`, and NumericsError if the loss is not finite.
+    for messages. resume: as for `train`. Raises as `train`, and NumericsError if the loss is not
+    finite.
     """
     config = config if isinstance(config, Config) else recipe(config)
-    return training_train.train(config, check_path("out", out), dry_run=True)
+    return training_train.train(config, check_path("out", out), resume=resume, dry_run=True)
 
 
 def finetune(

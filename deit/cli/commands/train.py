@@ -34,9 +34,12 @@ def _train(run: RunArguments, command: str) -> None:
         return
     if run.dry_run or not run.out.exists():  # a finished run does not need its inputs any longer
         check_inputs(run.config)
-    from deit.training.train import train
+    from deit.api import training
 
-    train(run.config, run.out, resume=run.resume, dry_run=run.dry_run, command=command)
+    if run.dry_run:
+        training.dry_run(run.config, run.out, resume=run.resume)
+    else:
+        training.train(run.config, run.out, resume=run.resume, command=command)
 
 
 def finetune(arguments: list[str], program: str) -> None:
