@@ -64,7 +64,7 @@ def write_card(
         _summary(config, model_info),
         f"## Accuracy\n\n{_results(heads, metrics)}",
         f"## Training\n\n{_training(run, config)}",
-        f"## Usage\n\n{_SNIPPETS[format].format(**_snippet_values(model_info))}",
+        f"## Usage\n\n{usage_of(format, model_info)}",
         *([] if quantized is None else [f"## Quantization\n\n{quantized}"]),
         f"## Predictions\n\n{_limits(model_info, metrics)}",
         f"## Comparison with the original\n\n{_verification(verified)}",
@@ -183,37 +183,53 @@ def _verification(verified: list[dict[str, Any]]) -> str:
     return markdown_table(("loaded by", "images", "largest difference of a logit", "allowed"), rows)
 
 
-def _snippet_values(model_info: ModelInfo) -> dict[str, Any]:
+def usage_of(format: str, model_info: ModelInfo) -> str:
+    """Return the section on usage: code that loads an export and predicts an image, as Markdown."""
     side = model_info.student.image_size
-    return {
-        "side": side,
-        "edge": round(side / model_info.evaluation_crop),
-        "mean": list(model_info.mean),
-        "std": list(model_info.std),
-    }
+    edge = round(side / model_info.evaluation_crop)
+    return _SNIPPETS[format].format(
+        side=side,
+        edge=edge,
+        margin=(edge - side) // 2,
+        mean=list(model_info.mean),
+        std=list(model_info.std),
+    )
 
 
-_PREPARE = """from torchvision.transforms import v2
+_PREPARE = """
 
-prepare = v2.Compose([
-    v2.PILToTensor(),
-    v2.Resize({edge}, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-    v2.CenterCrop({side}),
-    v2.ToDtype(torch.float32, scale=True),
-    v2.Normalize(mean={mean}, std={std}),
-])
+def prepare(file):
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+    black = Image.new("RGBA", image.size, "black")  # transparent pixels become black
+    image = Image.alpha_composite(black, image).convert("RGB")
+    size = [{edge} * side // min(image.size) for side in image.size]
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = [round((side - {edge}) / 2) + {margin} for side in size]
+    image = image.crop((left, top, left + {side}, top + {side}))
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    pixels = (pixels - np.float32({mean})) / np.float32({std})
+    return pixels.transpose(2, 0, 1)[None]
+
+
 """
 
-_SNIPPETS = {
-    "timm": """```python
-import timm
-from PIL import Image
+_NOTE = """
 
-model = timm.create_model("local-dir:.", pretrained=True).eval()
-prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(prepare(Image.open("image.png").convert("RGB")).unsqueeze(0))
+`prepare` turns and scales an image as `deit predict` does, to the same pixels. Exceptions are
+images with more than 8 bits per channel, and strips longer than eight times their width."""
+
+_IMPORTS = "import numpy as np\n"
+_PILLOW = "from PIL import Image, ImageOps\n"
+
+_SNIPPETS = {
+    "timm": f"""```python
+{_IMPORTS}import timm
+import torch
+{_PILLOW}{_PREPARE}model = timm.create_model("local-dir:.", pretrained=True).eval()
+with torch.no_grad():
+    logits = model(torch.from_numpy(prepare("image.png")))[0]
 print(model.pretrained_cfg["label_names"][logits.argmax()])
-```
+```{_NOTE}
 
 transformers loads the same folder, through timm:
 
@@ -221,43 +237,48 @@ transformers loads the same folder, through timm:
 from transformers import pipeline
 
 print(pipeline("image-classification", model=".")("image.png"))
-```""",
-    "transformers": """```python
+```
+
+Its own preparation ignores transparency.""",
+    "transformers": f"""```python
+{_IMPORTS}import torch
+{_PILLOW}from transformers import AutoModelForImageClassification
+{_PREPARE}model = AutoModelForImageClassification.from_pretrained(".").eval()
+with torch.no_grad():
+    logits = model(torch.from_numpy(prepare("image.png"))).logits[0]
+print(model.config.id2label[int(logits.argmax())])
+```{_NOTE}
+
+The pipeline is shorter. It ignores transparency, and it crops some images that are not square one
+pixel off the center:
+
+```python
 from transformers import pipeline
 
 print(pipeline("image-classification", model=".")("image.png"))
 ```
 
 The class is for inference: it has no loss. With two heads, its outputs also have `cls_logits`
-and `distillation_logits`. The accuracy above is for images cropped as torchvision does it; the
-processor of transformers crops some images that are not square one pixel off the center.""",
-    "onnx": """```python
+and `distillation_logits`.""",
+    "onnx": f"""The code needs numpy, Pillow and onnxruntime.
+
+```python
 import json
 
-import onnxruntime
-import torch
-from PIL import Image
-"""
-    + _PREPARE
-    + """
-session = onnxruntime.InferenceSession("model.onnx")
+{_IMPORTS}import onnxruntime
+{_PILLOW}{_PREPARE}session = onnxruntime.InferenceSession("model.onnx")
 metadata = session.get_modelmeta().custom_metadata_map  # mean, std, class_names and more
-images = prepare(Image.open("image.png").convert("RGB")).unsqueeze(0).numpy()
-logits = session.run(["logits"], {{"pixel_values": images}})[0]
+logits = session.run(["logits"], {{{{"pixel_values": prepare("image.png")}}}})[0][0]
 print(json.loads(metadata["class_names"])[logits.argmax()])
-```""",
-    "pt2": """```python
+```{_NOTE}""",
+    "pt2": f"""```python
 import json
 
-import torch
-from PIL import Image
-"""
-    + _PREPARE
-    + """
-extra_files = {{"metadata.json": ""}}
+{_IMPORTS}import torch
+{_PILLOW}{_PREPARE}extra_files = {{{{"metadata.json": ""}}}}
 model = torch.export.load("model.pt2", extra_files=extra_files).module()
-images = prepare(Image.open("image.png").convert("RGB")).unsqueeze(0)
-logits = model(images)[0]
+with torch.no_grad():
+    logits = model(torch.from_numpy(prepare("image.png")))[0][0]
 print(json.loads(json.loads(extra_files["metadata.json"])["class_names"])[logits.argmax()])
-```""",
+```{_NOTE}""",
 }
