@@ -1,6 +1,5 @@
 """Training batches: the same sequence of global batches for any number of processes."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any
@@ -9,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from deit.config.command_choices import check_at_least, check_epoch
 from deit.config.schema import Config
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigError
 from deit.core.rng import Keys, permutation
-from deit.core.tensors import to_device_async
+from deit.core.tensors import as_device, to_device_async
 from deit.core.types import Batch
-from deit.datasets.crops import Decoder, ReadRequest
-from deit.datasets.decode_workers import Reader, ReadResult
+from deit.datasets.crops import ReadRequest
+from deit.datasets.decoded_batches import DecodedBatches
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.mixing import Mix, mix_images, mix_targets, sample_mix
 from deit.datasets.resizing import resize
@@ -27,6 +27,7 @@ from deit.datasets.view_batches import (
     SampledViews,
     TeacherInput,
     UnmixedViews,
+    micro_batch_size,
     num_images_per_batch,
     num_steps_per_epoch,
 )
@@ -62,7 +63,19 @@ class TrainLoader:
     random crop is taken from the full-resolution image; default: that of the view. channel_stats:
     of the training images, for fill colors and erasing. seed: of order and views. num_workers:
     decoding processes, for encoded images. with_teacher_images: whether batches contain the images
-    of the teachers.
+    of the teachers. process_index, num_processes: of this process, which gets its own part of each
+    global batch.
+
+    Attributes to read: images, num_classes, views, optim, channel_stats, seed, process_index,
+    num_processes, device, num_workers and with_teacher_images are the parameters. class_names: in
+    the order of the labels. splits: the images of all splits; None unless made by `from_config`,
+    `from_folder` or `from_arrays`. labels: int64 [images], on the device. pixels: uint8 [images, 3,
+    side, side], on the device; None for encoded images. mean, std: for `build_student`. num_images:
+    of the training split. steps_per_epoch: global batches of an epoch. micro_batch_size: views in
+    each batch of `epoch`. images_per_batch, images_per_epoch: different images in a global batch
+    and in an epoch. sizes: of the views. student_sampler, teacher_sampler: make the views; None for
+    a teacher that gets the student's. stages: times of this epoch. on_views: None or a function,
+    called with the views of one or more micro-batches if the teacher gets the student's.
 
     >>> images = InMemoryImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20) % 2)
     >>> loader = TrainLoader(
@@ -92,12 +105,12 @@ class TrainLoader:
     ) -> None:
         """Raises ConfigError if a batch cannot be divided into equal (with mixing: even)
         micro-batches, and DataError if it needs more images than there are."""
-        self.views = views
+        self.views, self.num_workers = views, num_workers
         self.num_processes = num_processes
         self.set_micro_batches(optim)
         self.num_images = len(images.labels)
         self.images_per_batch = num_images_per_batch(optim.batch_size, views, self.num_images)
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self.stages = StageTimer(self.device)
         self.images = images
         self.labels = images.labels.to(self.device)
@@ -108,22 +121,23 @@ class TrainLoader:
         self.mean, self.std = channel_stats
         self.seed = seed
         self.process_index = process_index
-        self.num_workers = num_workers
         # An epoch keeps its number of views: with repeats it covers fewer images.
         self.steps_per_epoch = num_steps_per_epoch(self.num_images, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
         settings = {"source": source, "channel_stats": channel_stats, "seed": seed}
         self.student_sampler = RandomView(views, size=sizes.view, **settings)
         self.teacher_sampler = teacher_view_sampler(views, size=sizes.teacher, **settings)
-        """None if the teacher gets the student's views."""
         self.with_teacher_images = with_teacher_images
         self.on_views: Callable[[UnmixedViews], None] | None = None
-        """Called with the views of one or more micro-batches, if the teacher gets the student's."""
-        self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
-        self._readers: dict[tuple[Decoder, ...], Reader] = {}
+        self.pixels, self._decoded = None, None
+        if isinstance(images, InMemoryImages):
+            self.pixels = images.pixels.to(self.device)
+        else:
+            self._decoded = DecodedBatches(
+                images, num_workers=num_workers, device=self.device, stages=self.stages
+            )
         self.class_names = tuple(map(str, range(num_classes)))
         self.splits: Splits | None = None
-        """The images of all splits; set, as the class names are, by the constructors below."""
 
     @classmethod
     def from_config(
@@ -131,15 +145,16 @@ class TrainLoader:
         config: Config | str | PathLike,
         *,
         teacher_size: int | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
         process_index: int | None = None,
         num_processes: int | None = None,
     ) -> "TrainLoader":
         """Return the loader of a configuration's training views, with its `splits`.
 
         config: or the name of a recipe. teacher_size: side [px] of the teacher's input; None: any.
-        device: default: the current GPU if there is one. process_index, num_processes: default:
-        those of torch.distributed. Raises ConfigError, DataError and SystemFault as `train`.
+        device: of the batches: cpu, cuda, cuda:INDEX, or auto for a GPU if there is one.
+        process_index, num_processes: default: those of torch.distributed. Raises ConfigError,
+        DataError and SystemFault as `train`.
         """
         from deit.datasets.loader_factories import loader_from_config
 
@@ -197,15 +212,7 @@ class TrainLoader:
 
         Raises ConfigError if they would not be equal (with mixing: even).
         """
-        parts = self.num_processes * optim.grad_accum_steps
-        size = optim.batch_size // parts
-        if optim.batch_size % parts or (self.views.uses_mixing and size % 2):
-            kind = "equal, even" if self.views.uses_mixing else "equal"
-            raise ConfigError(
-                f"optim.batch_size = {optim.batch_size}: cannot be divided into {kind} "
-                f"micro-batches for {self.num_processes} processes and optim.grad_accum_steps "
-                f"{optim.grad_accum_steps}"
-            )
+        size = micro_batch_size(optim, self.views, self.num_processes)
         self.optim, self.micro_batch_size = optim, size
 
     def __len__(self) -> int:
@@ -225,6 +232,13 @@ class TrainLoader:
             return self.steps_per_epoch * self.optim.batch_size
         return self.num_images - self.num_images % 2 if self.views.uses_mixing else self.num_images
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises ConfigError: the views of every epoch are others, so `epoch` needs its number."""
+        raise ConfigError(
+            "loader: has no iterator of its own, because the views change with the epoch; use "
+            "`for batch in loader.epoch(epoch)`, with the epoch from 0 on"
+        )
+
     def order(self, epoch: int) -> Tensor:
         """Return the order of the images in an epoch, by the seed: int64 [images], on the CPU."""
         return permutation(self.seed, epoch, self.num_images)
@@ -233,9 +247,14 @@ class TrainLoader:
         """Yield this process's micro-batches of an epoch, `optim.grad_accum_steps` per step.
 
         epoch: from 0 on. start_step: skip the steps before it; their images are not read. Raises
-        DataError for an image that cannot be read, and WorkerLost for a decoding process that was
-        killed.
+        ConfigError for other numbers, DataError for an image that cannot be read, and WorkerLost
+        for a decoding process that was killed.
         """
+        check_epoch(epoch)
+        check_at_least("start_step", start_step, 0, integer=True)
+        return self._epoch(int(epoch), int(start_step))
+
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
         self.stages.reset()
         order = self.order(epoch)
         rows = self._rows()[start_step * self.optim.grad_accum_steps :]
@@ -291,8 +310,8 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the worker processes; the next epoch starts new ones."""
-        for reader in self._readers.values():
-            reader.close()
+        if self._decoded is not None:
+            self._decoded.close()
 
     def _rows(self) -> Tensor:
         """Return this process's rows of an epoch, int64 [micro-batches, micro_batch_size]."""
@@ -335,30 +354,10 @@ class TrainLoader:
     def _decode(
         self, samplers: list[ViewSampler], requests: Iterable[ReadRequest]
     ) -> Iterator[tuple[Tensor, ...]] | None:
-        """Yield decoded batches on the device, one tensor per sampler; None for images in memory.
-
-        The times of reading and of waiting are measured.
-        """
-        if isinstance(self.images, InMemoryImages):
+        """Return decoded batches, one tensor per sampler; None for images in memory."""
+        if self._decoded is None:
             return None
-        decoders = tuple(sampler.decoder for sampler in samplers)
-        reader = self._readers.get(decoders)
-        if reader is None:
-            pin = self.device.type == "cuda"
-            reader = Reader(self.images, decoders, num_workers=self.num_workers, pin=pin)
-            self._readers[decoders] = reader
-        return self._timed(reader.read(requests))
-
-    def _timed(self, batches: Iterator[ReadResult]) -> Iterator[tuple[Tensor, ...]]:
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            num_images = len(batch.pixels[0])
-            self.stages.add("waiting", num_images, time.perf_counter() - started)
-            self.stages.add("reading", num_images, float(batch.seconds))
-            yield tuple(pixels.to(self.device, non_blocking=True) for pixels in batch.pixels)
+        return self._decoded.read(tuple(sampler.decoder for sampler in samplers), requests)
 
     def _make_batches(
         self,

@@ -17,7 +17,7 @@ from deit.config.sections.run import RunConfig
 from deit.config.sections.student import StudentConfig
 from deit.config.sections.views import ViewsConfig
 from deit.config.validation import section_from_dict
-from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem, config_error
 from deit.core.tensors import as_tensor
 from deit.datasets.decode_workers import resolve_num_workers
 from deit.datasets.images import InMemoryImages
@@ -40,7 +40,7 @@ def loader_of(
     splits: Splits,
     *,
     teacher_size: int | None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     process: Process = (None, None),
     with_teacher_images: bool = True,
 ) -> TrainLoader:
@@ -65,7 +65,7 @@ def loader_of(
         seed=config.views_seed,
         process_index=process_index,
         num_processes=num_processes,
-        device=_default_device() if device is None else device,
+        device=device,
         num_workers=resolve_num_workers(config.data.num_workers),
         with_teacher_images=with_teacher_images,
     )
@@ -107,7 +107,7 @@ def loader_from_arrays(
     seed: int,
     *,
     teacher_size: int | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     process_index: int | None = None,
     num_processes: int | None = None,
     validation: tuple[Any, Any] | None = None,
@@ -133,7 +133,7 @@ def _validation(arrays: tuple[Any, Any], class_names: tuple[str, ...]) -> InMemo
         raise ConfigError("validation: should be a pair (images, labels)")
     images = as_tensor("validation images", arrays[0])
     labels = as_tensor("validation labels", arrays[1])
-    _check_arrays(images, labels, class_names)
+    _check_arrays(images, labels, class_names, prefix="validation ")
     return InMemoryImages(images, labels.long())
 
 
@@ -152,37 +152,37 @@ def _config(
 
 
 def _check_arrays(
-    images: Tensor, labels: Tensor, class_names: Sequence[str] | None
+    images: Tensor, labels: Tensor, class_names: Sequence[str] | None, *, prefix: str = ""
 ) -> tuple[str, ...]:
-    """Return the class names. Raises ConfigError for images and labels of another form."""
+    """Return the class names. Raises ConfigError for images and labels of another form.
+
+    prefix: of the names of both in messages.
+    """
     problems = []
+    images_name, labels_name = f"{prefix}images", f"{prefix}labels"
     given = f"{images.dtype} {list(images.shape)}"
     if images.dtype != torch.uint8 or images.shape[1:2] != (3,):
         hint = f"should be uint8 [images, 3, side, side]; got {given}"
-        problems.append(ConfigProblem("images", NO_VALUE, hint))
+        problems.append(ConfigProblem(images_name, NO_VALUE, hint))
     elif images.ndim != 4 or images.shape[2] != images.shape[3]:
         hint = f"should be square, [images, 3, side, side]; got {given}"
-        problems.append(ConfigProblem("images", NO_VALUE, hint))
+        problems.append(ConfigProblem(images_name, NO_VALUE, hint))
     if labels.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
         hint = (
             f"should be integers {list(images.shape[:1])}; got {labels.dtype} {list(labels.shape)}"
         )
-        problems.append(ConfigProblem("labels", NO_VALUE, hint))
-        raise _error(problems)
+        problems.append(ConfigProblem(labels_name, NO_VALUE, hint))
+        raise config_error(problems)
     num_classes = int(labels.max()) + 1
     names = tuple(map(str, range(num_classes) if class_names is None else class_names))
     if len(set(names)) < len(names):
         problems.append(ConfigProblem("class_names", names, "should be different names"))
     if int(labels.min()) < 0 or num_classes > len(names):
         hint = f"should be in 0 ... {len(names) - 1}, the number of class names less 1"
-        problems.append(ConfigProblem("labels", NO_VALUE, hint))
+        problems.append(ConfigProblem(labels_name, NO_VALUE, hint))
     if problems:
-        raise _error(problems)
+        raise config_error(problems)
     return names
-
-
-def _error(problems: list[ConfigProblem]) -> ConfigError:
-    return ConfigError("\n  ".join(map(str, problems)), problems)
 
 
 def _process(process: Process) -> tuple[int, int]:
@@ -196,9 +196,3 @@ def _process(process: Process) -> tuple[int, int]:
     if not 0 <= index < count:
         raise ConfigError(f"process_index = {index}: should be in 0 ... {count - 1}")
     return index, count
-
-
-def _default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

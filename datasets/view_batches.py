@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigError, DataError
 from deit.datasets.mixing import Mix
@@ -55,6 +56,25 @@ class SampledViews(NamedTuple):
             tuple(None if values is None else values.select(rows) for values in self.parameters),
             None if self.mix is None else self.mix.select(pairs),
         )
+
+
+def micro_batch_size(optim: OptimConfig, views: ViewsConfig, num_processes: int) -> int:
+    """Return the number of views in a micro-batch of one process.
+
+    Raises ConfigError if the micro-batches would not be equal (with mixing: even).
+
+    >>> micro_batch_size(OptimConfig(batch_size=64, grad_accum_steps=2), ViewsConfig(), 4)
+    8
+    """
+    parts = num_processes * optim.grad_accum_steps
+    size = optim.batch_size // parts
+    if optim.batch_size % parts or (views.uses_mixing and size % 2):
+        kind = "equal, even" if views.uses_mixing else "equal"
+        raise ConfigError(
+            f"optim.batch_size = {optim.batch_size}: cannot be divided into {kind} micro-batches "
+            f"for {num_processes} processes and optim.grad_accum_steps {optim.grad_accum_steps}"
+        )
+    return size
 
 
 def num_steps_per_epoch(num_images: int, batch_size: int) -> int:

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
 from deit.config.validation import section_from_dict
 from deit.core import manifest
-from deit.core.errors import ConfigError, SystemFault
+from deit.core.errors import ConfigError, SystemFault, config_error
 from deit.core.filesystem import atomic_write_dir
 from deit.core.json_io import load_json_as
+from deit.core.tensors import as_device
 from deit.models.load_weights import saved_weights
 from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo, find_saved_model
 from deit.models.registry import create_network
@@ -39,9 +41,7 @@ def student_from_info(model_info: ModelInfo) -> Student:
     torch.Size([2, 96])
     """
     network = create_network(model_info.student, len(model_info.class_names))
-    student = Student(network, mean=model_info.mean, std=model_info.std)
-    student.config = model_info.student
-    return student
+    return Student(network, mean=model_info.mean, std=model_info.std, config=model_info.student)
 
 
 def build_student(
@@ -50,6 +50,7 @@ def build_student(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    device: torch.device | str = "cpu",
     **options: Any,
 ) -> Student:
     """Return a new student with random weights from torch's generator, for a loop of your own.
@@ -57,7 +58,8 @@ def build_student(
     It takes images in [0, 1] and returns the logits of all its heads. student: its section of a
     configuration, a whole configuration, or a name that student.name accepts. options: fields of
     the section, such as image_size or depth. mean, std: the normalization of its input, three
-    numbers each, for images in [0, 1].
+    numbers each, for images in [0, 1]. device: cpu, cuda, cuda:INDEX, or auto for a GPU if there is
+    one.
     Raises ConfigError with all problems.
 
     >>> student = build_student("deit_micro", 10, mean=[0.5] * 3, std=[0.25] * 3, image_size=8)
@@ -66,7 +68,7 @@ def build_student(
     >>> output.class_logits.shape, output.distillation_logits.shape
     (torch.Size([4, 10]), torch.Size([4, 1, 10]))
     """
-    mean, std = check_channels("mean", mean), check_channels("std", std)
+    mean, std, device = check_channels("mean", mean), check_channels("std", std), as_device(device)
     if not isinstance(num_classes, Integral):
         raise ConfigError(f"num_classes = {num_classes!r}: should be an integer")
     check_at_least("num_classes", num_classes, 1)
@@ -79,10 +81,9 @@ def build_student(
     fields = {"name": student} if isinstance(student, str) else asdict(student)
     config = section_from_dict(StudentConfig, "student", {**fields, **options})
     if problems := check_student(Config(student=config)):
-        raise ConfigError("\n  ".join(map(str, problems)), problems)
-    built = Student(create_network(config, int(num_classes)), mean=mean, std=std)
-    built.config = config
-    return built
+        raise config_error(problems)
+    network = create_network(config, int(num_classes))
+    return Student(network, mean=mean, std=std, config=config).to(device)
 
 
 def save_student(
@@ -151,12 +152,14 @@ def to_safetensors_bytes(weights: dict[str, Tensor]) -> bytes:
     return save(tensors, metadata={"format": "pt"})
 
 
-def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
-    """Load a saved student and its ModelInfo, in training mode on the CPU.
+def load_student(
+    folder: str | PathLike, *, device: torch.device | str = "cpu"
+) -> tuple[Student, ModelInfo]:
+    """Load a saved student and its ModelInfo, in training mode.
 
-    If the folder stores adapters and heads only, the other weights are read from the base they
-    were trained on. Raises CheckpointError if a file is missing, damaged or made for another
-    network, or differs from the folder's manifest if it has one.
+    device: as for `build_student`. If the folder stores adapters and heads only, the other weights
+    are read from the base they were trained on. Raises CheckpointError if a file is missing,
+    damaged or made for another network, or differs from the folder's manifest if it has one.
 
     >>> from tempfile import TemporaryDirectory
     >>> from deit.config.sections.student import StudentConfig
@@ -168,10 +171,10 @@ def load_student(folder: str | Path) -> tuple[Student, ModelInfo]:
     >>> loaded == model_info, student.network.num_classes
     (True, 2)
     """
-    folder = Path(folder)
+    folder, device = Path(check_path("folder", folder)), as_device(device)
     if (folder / manifest.MANIFEST).is_file():
         manifest.verify_dir(folder)
     model_info = load_json_as(folder / MODEL_INFO, ModelInfo)
     student = student_from_info(model_info)
     load_weights(student.network, saved_weights(folder, model_info), origin=str(folder / WEIGHTS))
-    return student, model_info
+    return student.to(device), model_info

@@ -25,12 +25,17 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        network: nn.Module,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        config: StudentConfig | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.frozen_backbone = False
-        self.config: StudentConfig | None = None
+        self.config = config
         self.register_buffer("mean", _per_channel(mean), persistent=False)
         self.register_buffer("std", _per_channel(std), persistent=False)
         # DistributedDataParallel would broadcast these buffers before every forward pass. The

@@ -14,9 +14,9 @@ from deit.api.run_html import run_html
 from deit.config.command_choices import TOP_K, check_at_least, check_choice, check_path
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
-from deit.core.accelerator import resolve_device
 from deit.core.console import format_percent, quiet
 from deit.core.errors import CheckpointError
+from deit.core.tensors import as_device
 from deit.core.types import logits_by_head
 from deit.evaluation.evaluate import EvaluationResult, evaluate
 from deit.evaluation.load_run import load_run_config, resolve_run
@@ -31,7 +31,8 @@ class Run:
     """A run folder, finished or not. A notebook shows it with its results and curves.
 
     It can be passed wherever a run folder is expected, such as `deit.evaluate(run)` or
-    `deit.load_teacher(run, class_names)`. Weights are loaded at the first use of `student`.
+    `deit.load_teacher(run, class_names)`. Weights are loaded at the first use of `student`. path,
+    checkpoint, device: as given.
 
     Example:
         >>> run = Run("checkpoints/digits")
@@ -46,14 +47,19 @@ class Run:
     """
 
     def __init__(
-        self, path: str | PathLike, checkpoint: str = "best", *, device: str = "auto"
+        self,
+        path: str | PathLike,
+        checkpoint: str = "best",
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         """path: a run folder, which is read when it is needed; `load_run` checks that it is one.
-        checkpoint: best or last. device: of the student: auto, cpu or cuda."""
+        checkpoint: best or last. device: of the student: cpu, cuda, cuda:INDEX, or auto for a GPU
+        if there is one."""
         check_choice("checkpoint", checkpoint, run_folder.NAMES)
         self.path = Path(check_path("run", path))
         self.checkpoint = checkpoint
-        self._device = device
+        self.device = as_device(device)
 
     def __fspath__(self) -> str:
         return fspath(self.path)
@@ -86,8 +92,8 @@ class Run:
     @cached_property
     def _loaded(self) -> tuple[Student, ModelInfo]:
         _, saved = resolve_run(self.path, self.checkpoint)
-        student, model_info = load_student(saved)
-        return student.eval().to(resolve_device(self._device)), model_info
+        student, model_info = load_student(saved, device=self.device)
+        return student.eval(), model_info
 
     @property
     def student(self) -> Student:
@@ -210,11 +216,14 @@ class Run:
         return plot_attention(student, model_info, inputs[:max_images], names)
 
 
-def load_run(path: str | PathLike, checkpoint: str = "best", *, device: str = "auto") -> Run:
+def load_run(
+    path: str | PathLike, checkpoint: str = "best", *, device: torch.device | str = "cpu"
+) -> Run:
     """Return the run in a folder.
 
-    checkpoint: best or last. device: of the student: auto, cpu or cuda. Raises CheckpointError if
-    the folder is no run, ConfigError for another checkpoint.
+    checkpoint: best or last. device: of the student: cpu, cuda, cuda:INDEX, or auto for a GPU if
+    there is one. Raises CheckpointError if the folder is no run, ConfigError for another checkpoint
+    or device.
 
     Example:
         >>> load_run("checkpoints/digits-teacher").config.loss.kind

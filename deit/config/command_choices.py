@@ -72,10 +72,11 @@ def check_channels(name: str, values: Iterable[float]) -> tuple[float, float, fl
     return numbers
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
+def check_at_least(name: str, value: float, least: float, *, integer: bool = False) -> None:
     """Raise ConfigError if a parameter is no number, or below its smallest value."""
-    if not isinstance(value, Real):
-        raise ConfigError(f"{name} = {value!r}: should be a number of at least {least:g}")
+    if not isinstance(value, Integral if integer else Real):
+        kind = "an integer" if integer else "a number"
+        raise ConfigError(f"{name} = {value!r}: should be {kind} of at least {least:g}")
     if not value >= least:
         raise ConfigError(f"{name} = {value:g}: should be at least {least:g}")
 
@@ -85,8 +86,8 @@ _MAX_EPOCHS = 2**32  # an epoch is a 32-bit word of the random streams
 
 def check_epoch(epoch: int) -> None:
     """Raise ConfigError for an invalid index of an epoch."""
-    if not 0 <= epoch < _MAX_EPOCHS:
-        raise ConfigError(f"epoch = {epoch}: should be in 0 ... {_MAX_EPOCHS - 1}")
+    if not isinstance(epoch, Integral) or not 0 <= epoch < _MAX_EPOCHS:
+        raise ConfigError(f"epoch = {epoch!r}: should be an integer in 0 ... {_MAX_EPOCHS - 1}")
 
 
 def check_content_name(content: str | None, name: str = "content") -> None:

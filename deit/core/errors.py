@@ -74,6 +74,11 @@ class ConfigError(DeitError):
         self.problems = tuple(problems) or (_problem_in(message),)
 
 
+def config_error(problems: Sequence[ConfigProblem]) -> ConfigError:
+    """Return one error with several problems, each on a line of its message."""
+    return ConfigError("\n  ".join(map(str, problems)), problems)
+
+
 def _problem_in(message: str) -> ConfigProblem:
     subject, colon, hint = message.partition(": ")
     if not colon:

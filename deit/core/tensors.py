@@ -7,7 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.core.errors import ConfigError, first_line
+from deit.core.errors import ConfigError, SystemFault, did_you_mean, first_line
+
+DEVICES = ("cpu", "cuda")
+"""The types of devices that the package is tested on."""
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Return a device by its name: cpu, cuda, cuda:1, or auto for a GPU if there is one.
+
+    Raises ConfigError for another name or type, and SystemFault if there is no such GPU.
+
+    >>> as_device("cpu")
+    device(type='cpu')
+    """
+    name = str(device)
+    if isinstance(device, str) and device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name) if isinstance(device, torch.device | str) else None
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in DEVICES:
+        advice = "; use 'cuda'" if name.startswith("gpu") else did_you_mean(name, DEVICES)
+        raise ConfigError(
+            f"device = {device!r}: should be cpu, cuda, cuda:INDEX or auto, or a torch.device of "
+            f"these{advice}"
+        )
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise SystemFault(f"device = {name!r}: {count} CUDA devices found; use device='cpu'")
+    return found
 
 
 def to_device_async(values: Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import section_from_dict
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.core.tensors import as_device
 from deit.models.student import Student
 from deit.models.teacher_sources import FusedLogits, match_teacher, teacher_from_spec
 from deit.models.teachers import LoadedNetwork, Teacher
@@ -38,7 +39,8 @@ def load_teacher(
     architecture: network of a checkpoint file, as timm:resnet50. classes: the teacher's classes in
     the order of its outputs, as teacher.classes. image_size: side of its input [px]; other images
     are resized. mean, std: its normalization, for images in [0, 1]; both or neither. Default of
-    these: what the source states; for a module also the image size of its patch embedding.
+    these: what the source states; for a module also the image size of its patch embedding. device:
+    cpu, cuda, cuda:INDEX, or auto for a GPU if there is one.
 
     Raises NotFoundError if the source is missing, DataError if it has no trained weights or its
     classes differ, ConfigError for invalid options, and CheckpointError for an unreadable file.
@@ -52,6 +54,7 @@ def load_teacher(
         >>> teacher(torch.ones(1, 3, 8, 8)).tolist()  # (1 - 0.5) / 0.5
         [[1.0, 1.0, 1.0]]
     """
+    device = as_device(device)
     if (mean is None) != (std is None):
         raise ConfigError("mean, std: give both or neither")
     if mean is not None:

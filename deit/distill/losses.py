@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from deit.config.cross_field_checks.teacher import check_loss_fields
 from deit.config.field_types import LossKind
 from deit.config.sections.loss import LossConfig
 from deit.config.validation import section_from_dict
-from deit.core.errors import ConfigError
+from deit.core.errors import ConfigError, config_error
 from deit.core.types import StudentOutput, TeacherOutput
 from deit.distill.loss_inputs import (
     StudentLogits,
@@ -282,7 +283,13 @@ class DistillationLoss(nn.Module):
     """`distillation_loss` as a module, for a training loop of your own.
 
     kind: hard, soft, cross_entropy, dkd or none. options: the other fields of `LossConfig`, such as
-    distillation_weight, temperature or head. Raises ConfigError with all problems.
+    distillation_weight, temperature or head. Raises ConfigError with all problems, also for an
+    option that has no effect with this kind, such as a temperature with hard labels.
+
+    The label term is the cross-entropy with (1 - s) * targets + s / C, where s is label_smoothing
+    and C the number of classes (`smooth_labels`). So give targets that are not smoothed, as those
+    of a TrainLoader, or label_smoothing=0. Mixed targets are smoothed after mixing. The teacher's
+    labels and logits are never smoothed.
 
     Example:
         >>> loss_fn = DistillationLoss("soft", temperature=3.0, distillation_weight=0.9)
@@ -296,6 +303,8 @@ class DistillationLoss(nn.Module):
     def __init__(self, kind: LossKind = "hard", **options: Any) -> None:
         super().__init__()
         self.config = section_from_dict(LossConfig, "loss", {"kind": kind, **options})
+        if problems := check_loss_fields(self.config):
+            raise config_error(problems)
 
     def forward(
         self,

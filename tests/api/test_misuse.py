@@ -1,6 +1,7 @@
 """Wrong use from Python: one clear error before any work, and no wrong result without an error."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -199,6 +200,24 @@ def test_views_of_other_values_raise(options):
         deit.make_views(IMAGES[:1], **{"seed": 0, "epoch": 0, "sample_ids": [0]} | options)
 
 
+def test_loader_without_an_epoch_raises():
+    loader = make_loader()
+    with raises(ConfigError, "loader.epoch(epoch)"):
+        for _ in loader:
+            pass
+    for epoch in (None, -1, 1.5, "0", 2**32):
+        with raises(ConfigError, f"epoch = {epoch!r}"):
+            loader.epoch(epoch)
+    for step in (None, -1, 1.5):
+        with raises(ConfigError, "start_step"):
+            loader.epoch(0, start_step=step)
+
+
+def test_attributes_of_a_loader_are_documented():
+    documented = set(re.findall(r"\w+", deit.TrainLoader.__doc__))
+    assert {name for name in vars(make_loader()) if not name.startswith("_")} <= documented
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_length_of_a_loader_is_its_number_of_batches(processes):
     loader = make_loader(process_index=0, num_processes=processes)
@@ -309,7 +328,13 @@ def test_teacher_is_measured_on_validation_arrays(tmp_path):
 
 @pytest.mark.parametrize(
     ("validation", "names"),
-    [(IMAGES, ["pair"]), ((IMAGES, LABELS + 1), ["0 ... 2"]), ((IMAGES / 255, LABELS), ["uint8"])],
+    [
+        (IMAGES, ["validation", "pair"]),
+        ((IMAGES, LABELS + 1), ["validation labels", "0 ... 2"]),
+        ((IMAGES, LABELS[1:]), ["validation labels", "[48]"]),
+        ((IMAGES / 255, LABELS), ["validation images", "uint8"]),
+        ((IMAGES[..., :4], LABELS), ["validation images", "square"]),
+    ],
 )
 def test_validation_arrays_of_another_form_raise(validation, names):
     with raises(ConfigError, *names):

@@ -131,7 +131,7 @@ def test_long_value_is_shortened():
         (
             {"loss": {"distillation_weight": 0}},
             "loss.distillation_weight",
-            ["--loss none"],
+            ["loss preset none"],
         ),
         ({"loss": {"kind": "hard", "temperature": 3}}, "loss.temperature", ["hard"]),
         (
@@ -139,7 +139,7 @@ def test_long_value_is_shortened():
             "teacher.source",
             ["loss.kind 'soft'", "--loss none"],
         ),
-        ({"loss": {"kind": "none"}}, "loss.temperature", ["loss.kind", "--loss none"]),
+        ({"loss": {"kind": "none"}}, "loss.temperature", ["loss.kind", "loss preset none"]),
         ({"student": {"patch_size": 3}}, "student.patch_size", ["student.image_size", "8"]),
         ({"student": {"num_heads": 5}}, "student.num_heads", ["student.embed_dim", "64"]),
         (

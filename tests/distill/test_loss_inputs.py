@@ -109,6 +109,21 @@ def test_soft_loss_of_labels_alone_raises():
         DistillationLoss("soft", head="class")(CLASS, LABELS, LABELS)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("hard", {"temperature": 3}),
+        ("hard", {"standardize_logits": True}),
+        ("soft", {"dkd_beta": 2}),
+        ("none", {"temperature": 2, "head": "all"}),
+    ],
+)
+def test_options_without_effect_raise(kind, options):
+    with raises(ConfigError, *(f"loss.{name}" for name in options)) as caught:
+        DistillationLoss(kind, **options)
+    assert {problem.field for problem in caught.value.problems} == {f"loss.{n}" for n in options}
+
+
 def test_loss_module_with_invalid_options_names_all():
     with raises(ConfigError) as caught:
         DistillationLoss("sotf", temperature=0, tau=3)

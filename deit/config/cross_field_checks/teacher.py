@@ -13,15 +13,9 @@ from deit.core.errors import ConfigProblem, did_you_mean
 def check_losses(config: Config) -> list[ConfigProblem]:
     """Check the loss section, and that teacher and student fit it."""
     loss, student, teacher = config.loss, config.student, config.teacher
-    if loss.kind == "none":
-        leaves = tuple(
-            leaf.name
-            for leaf in dataclasses.fields(LossConfig)
-            if leaf.name not in ("kind", "label_smoothing")
-        )
-        hint = "has no effect because loss.kind is 'none'; --loss none resets it"
-        return without_effect("loss", loss, leaves, hint)
     problems = check_loss_fields(loss)
+    if loss.kind == "none":
+        return problems
     if not teacher.source and not teacher.target_stores:
         problems.append(
             ConfigProblem(
@@ -72,9 +66,17 @@ def check_losses(config: Config) -> list[ConfigProblem]:
 
 def check_loss_fields(loss: LossConfig) -> list[ConfigProblem]:
     """Check the fields of the loss section against each other."""
+    if loss.kind == "none":
+        leaves = tuple(
+            leaf.name
+            for leaf in dataclasses.fields(LossConfig)
+            if leaf.name not in ("kind", "label_smoothing")
+        )
+        hint = "has no effect because loss.kind is 'none'; the loss preset none resets it"
+        return without_effect("loss", loss, leaves, hint)
     problems = []
     if loss.distillation_weight == 0:
-        hint = "the teacher would have no effect; use --loss none"
+        hint = "the teacher would have no effect; use the loss preset none, or loss.kind none"
         problems.append(ConfigProblem("loss.distillation_weight", 0, hint))
     if loss.effective_label_weight < 0:
         hint = "is above 1, so the label weight would be negative; set loss.label_weight as well"

@@ -1,0 +1,53 @@
+"""Decoded batches of encoded images on the device, with the times of reading and of waiting."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from deit.datasets.crops import Decoder, ReadRequest
+from deit.datasets.decode_workers import Reader, ReadResult
+from deit.datasets.images import EncodedImages
+from deit.datasets.stage_timer import StageTimer
+
+
+class DecodedBatches:
+    """The readers of a loader, one for each set of decoders; their processes are kept."""
+
+    def __init__(
+        self, images: EncodedImages, *, num_workers: int, device: torch.device, stages: StageTimer
+    ) -> None:
+        self._images, self._num_workers = images, num_workers
+        self._device, self._stages = device, stages
+        self._readers: dict[tuple[Decoder, ...], Reader] = {}
+
+    def read(
+        self, decoders: tuple[Decoder, ...], requests: Iterable[ReadRequest]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Return an iterator over decoded batches on the device, one tensor per decoder.
+
+        It raises as `Reader.read`.
+        """
+        reader = self._readers.get(decoders)
+        if reader is None:
+            pin = self._device.type == "cuda"
+            reader = Reader(self._images, decoders, num_workers=self._num_workers, pin=pin)
+            self._readers[decoders] = reader
+        return self._timed(reader.read(requests))
+
+    def close(self) -> None:
+        """End the worker processes; the next `read` starts new ones."""
+        for reader in self._readers.values():
+            reader.close()
+
+    def _timed(self, batches: Iterator[ReadResult]) -> Iterator[tuple[Tensor, ...]]:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            num_images = len(batch.pixels[0])
+            self._stages.add("waiting", num_images, time.perf_counter() - started)
+            self._stages.add("reading", num_images, float(batch.seconds))
+            yield tuple(pixels.to(self._device, non_blocking=True) for pixels in batch.pixels)
