@@ -25,19 +25,19 @@ def as_device(device: torch.device | str) -> torch.device:
     if isinstance(device, str) and device == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(name) if isinstance(device, torch.device | str) else None
+        result = torch.device(name) if isinstance(device, torch.device | str) else None
     except RuntimeError:
-        found = None
-    if found is None or found.type not in DEVICES:
+        result = None
+    if result is None or result.type not in DEVICES:
         advice = "; use 'cuda'" if name.startswith("gpu") else did_you_mean(name, DEVICES)
         raise ConfigError(
             f"device = {device!r}: should be cpu, cuda, cuda:INDEX or auto, or a torch.device of "
             f"these{advice}"
         )
-    count = torch.cuda.device_count() if found.type == "cuda" else 1
-    if (found.index or 0) >= count:
-        raise SystemFault(f"device = {name!r}: {count} CUDA devices found; use device='cpu'")
-    return found
+    count = torch.cuda.device_count() if result.type == "cuda" else 1
+    if (result.index or 0) >= count:
+        raise SystemFault(f"device = {name!r}: there are {count} CUDA devices; use device='cpu'")
+    return result
 
 
 def to_device_async(values: Tensor, device: torch.device) -> Tensor:

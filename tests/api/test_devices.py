@@ -41,8 +41,8 @@ def test_every_part_is_on_the_cpu_unless_another_device_is_given(device, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, make in on_devices(device, folder).items():
         part = make()
-        found = next(part.buffers()).device if isinstance(part, nn.Module) else part.device
-        assert found == torch.device("cpu"), name
+        actual = next(part.buffers()).device if isinstance(part, nn.Module) else part.device
+        assert actual == torch.device("cpu"), name
 
 
 @pytest.mark.parametrize(
