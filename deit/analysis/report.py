@@ -13,7 +13,7 @@ from deit.analysis.sweep_sections import sections_of_sweep
 from deit.config.schema import Config
 from deit.config.validation import load_config
 from deit.core import run_folder, run_log
-from deit.core.console import count_noun, format_duration, format_percent, info, warn
+from deit.core.console import count_noun, format_duration, format_percent, info, obeys_verbose, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError, SystemFault
 from deit.core.filesystem import (
     atomic_write,
@@ -40,22 +40,23 @@ _HARDEST_NOTE = (
 )
 
 
+@obeys_verbose
 def report(
     paths: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     root: str | None = None,
     force: bool = False,
+    verbose: bool = True,
 ) -> Path:
     """Write a page about finished runs and sweeps into a folder; return the path of the page.
 
     Every chart is also written as PNG, and every table as CSV. root: the current folder of the
-    images, if they were moved. force: replace a report in the folder. Raises ConfigError,
-    CheckpointError or SystemFault before anything is drawn.
+    images, if they were moved. force: replace a report in the folder. verbose: show messages and
+    progress; warnings are always shown. Raises ConfigError, CheckpointError or SystemFault before
+    anything is drawn.
 
-    >>> from deit.core.console import quiet
-    >>> with quiet():
-    ...     page = report("checkpoints/digits", "report")
+    >>> page = report("checkpoints/digits", "report", verbose=False)
     >>> page.as_posix(), (page.parent / "report.json").is_file()
     ('report/index.html', True)
     """

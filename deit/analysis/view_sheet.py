@@ -13,7 +13,7 @@ from torch import Tensor
 from deit.config.command_choices import NUM_VIEWS, check_at_least, check_epoch
 from deit.config.schema import Config
 from deit.config.validation import validate
-from deit.core.console import info, warn
+from deit.core.console import info, obeys_verbose, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.types import Batch
 from deit.datasets.decoding import decode_square
@@ -85,6 +85,7 @@ def draw_view_sheet(
     return Path(out)
 
 
+@obeys_verbose
 def view_sheet(
     config: Config,
     *,
@@ -92,6 +93,7 @@ def view_sheet(
     num_views: int = NUM_VIEWS,
     splits: Splits | None = None,
     transparent: bool = False,
+    verbose: bool = True,
 ) -> Image.Image:
     """Return an image of the first `num_views` views of an epoch, as a run would train on them.
 
@@ -100,13 +102,12 @@ def view_sheet(
     that cannot be loaded is left out with a warning. splits: the data of the configuration, if
     already loaded.
     transparent: leave the background transparent and use a text color that can be read on white and
-    on black. Its `info` has num_views, the number of views on it. Raises ConfigError, DataError,
-    CheckpointError or SystemFault.
+    on black. verbose: show messages and progress; warnings are always shown. Its `info` has
+    num_views, the number of views on it. Raises ConfigError, DataError, CheckpointError or
+    SystemFault.
 
     >>> from deit.config.recipes import find_recipe
-    >>> from deit.core.console import quiet
-    >>> with quiet():
-    ...     sheet = view_sheet(find_recipe("digits"), epoch=3, num_views=4)
+    >>> sheet = view_sheet(find_recipe("digits"), epoch=3, num_views=4, verbose=False)
     >>> sheet.info["num_views"]
     4
     """

@@ -9,7 +9,7 @@ from deit.api.run import Run
 from deit.config.command_choices import RETRIES, TOP_POINTS, check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
-from deit.core.console import quiet
+from deit.core.console import obeys_verbose
 from deit.core.errors import ConfigError, did_you_mean
 from deit.experiments import sweep as sweep_module
 from deit.experiments.sweep_grid import study_sweep
@@ -111,6 +111,7 @@ def compare(
     )
 
 
+@obeys_verbose
 def sweep(
     spec: Sweep | dict[str, Any] | str | PathLike,
     out: str | PathLike,
@@ -142,15 +143,14 @@ def sweep(
     """
     spec = spec if isinstance(spec, Sweep | dict) else check_path("spec", spec)
     out = check_path("out", out)
-    with quiet(not verbose):
-        sweep_module.sweep(
-            spec,
-            out,
-            config=config,
-            parallel=parallel,
-            retries=retries,
-            top=top,
-            command=command,
-            **options,
-        )
+    sweep_module.sweep(
+        spec,
+        out,
+        config=config,
+        parallel=parallel,
+        retries=retries,
+        top=top,
+        command=command,
+        **options,
+    )
     return SweepResult(out)

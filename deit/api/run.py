@@ -14,7 +14,7 @@ from deit.api.run_html import run_html
 from deit.config.command_choices import TOP_K, check_at_least, check_choice, check_path
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
-from deit.core.console import format_percent, quiet
+from deit.core.console import format_percent
 from deit.core.errors import CheckpointError
 from deit.core.tensors import as_device
 from deit.core.types import logits_by_head
@@ -144,8 +144,8 @@ class Run:
         self, split: str = "test", *, verbose: bool = True, **options: Any
     ) -> EvaluationResult:
         """Evaluate the student on a split: `deit.evaluate` with these options."""
-        with quiet(not verbose):
-            return evaluate(self.path, checkpoint=self.checkpoint, split=split, **options)
+        options |= {"checkpoint": self.checkpoint, "split": split, "verbose": verbose}
+        return evaluate(self.path, **options)
 
     def export(
         self,
@@ -159,8 +159,8 @@ class Run:
         return the folder: `deit.export` with these options."""
         from deit.deploy.export import export
 
-        with quiet(not verbose):
-            return export(self.path, out, format=format, checkpoint=self.checkpoint, **options)
+        options |= {"checkpoint": self.checkpoint, "format": format, "verbose": verbose}
+        return export(self.path, out, **options)
 
     def quantize(
         self, out: str | PathLike | None = None, *, verbose: bool = True, **options: Any
@@ -176,8 +176,8 @@ class Run:
         names = QuantizeOptions.__dataclass_fields__
         fields = {name: options.pop(name) for name in [*options] if name in names}
         settings = QuantizeOptions(**fields)
-        with quiet(not verbose):
-            return quantize(self.path, out, settings, checkpoint=self.checkpoint, **options)
+        options |= {"checkpoint": self.checkpoint, "verbose": verbose}
+        return quantize(self.path, out, settings, **options)
 
     def finetune(self, out: str | PathLike, **options: Any) -> "Run":
         """Train from the weights of this run: `deit.finetune` with these options."""
@@ -192,8 +192,7 @@ class Run:
         from deit.analysis.report import report
 
         folder = self.path / "report" if out is None else Path(out)
-        with quiet(not verbose):
-            return report(self.path, folder, force=force)
+        return report(self.path, folder, force=force, verbose=verbose)
 
     def plot_curves(self) -> Any:
         """Return a matplotlib figure of loss and validation accuracy over the epochs.

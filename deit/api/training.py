@@ -8,12 +8,13 @@ from deit.api.run import Run
 from deit.config.command_choices import check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
-from deit.core.console import quiet
+from deit.core.console import obeys_verbose
 from deit.training import finetune as training_finetune
 from deit.training import train as training_train
 from deit.training.epochs import EpochCallback
 
 
+@obeys_verbose
 def train(
     config: Config | str | PathLike,
     out: str | PathLike,
@@ -45,24 +46,29 @@ def train(
     """
     config = config if isinstance(config, Config) else recipe(config)
     out = check_path("out", out)
-    with quiet(not verbose):
-        training_train.train(config, out, resume=resume, callbacks=callbacks, command=command)
+    training_train.train(config, out, resume=resume, callbacks=callbacks, command=command)
     return Run(out)
 
 
+@obeys_verbose
 def dry_run(
-    config: Config | str | PathLike, out: str | PathLike = "dry-run", *, resume: bool = False
+    config: Config | str | PathLike,
+    out: str | PathLike = "dry-run",
+    *,
+    resume: bool = False,
+    verbose: bool = True,
 ) -> dict[str, Any]:
     """Make one training step and one evaluation step of a configuration, and write nothing.
 
     Returns epoch, step and other counts after the step. out: the folder that `train` would write,
-    for messages. resume: as for `train`. Raises as `train`, and NumericsError if the loss is not
-    finite.
+    for messages. resume, verbose, and what is raised: as for `train`; also NumericsError if the
+    loss is not finite.
     """
     config = config if isinstance(config, Config) else recipe(config)
     return training_train.train(config, check_path("out", out), resume=resume, dry_run=True)
 
 
+@obeys_verbose
 def finetune(
     source: str | PathLike,
     out: str | PathLike,
@@ -95,17 +101,16 @@ def finetune(
     """
     source, out = check_path("source", source), check_path("out", out)
     config = config if config is None or isinstance(config, Config) else recipe(config)
-    with quiet(not verbose):
-        training_finetune.finetune(
-            source,
-            out,
-            config,
-            resolution=resolution,
-            schedule=schedule,
-            epochs=epochs,
-            resume=resume,
-            callbacks=callbacks,
-            command=command,
-            changes=sections,
-        )
+    training_finetune.finetune(
+        source,
+        out,
+        config,
+        resolution=resolution,
+        schedule=schedule,
+        epochs=epochs,
+        resume=resume,
+        callbacks=callbacks,
+        command=command,
+        changes=sections,
+    )
     return Run(out)

@@ -5,6 +5,7 @@ output, warnings and errors to standard error. `logging.getLogger("deit")` takes
 handlers, as any logger.
 """
 
+import functools
 import io
 import logging
 import os
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TextIO, TypeVar
+from typing import ParamSpec, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,6 +25,7 @@ from rich.table import Table
 from deit.core.errors import SystemFault, printable, single_line
 
 Item = TypeVar("Item")
+Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
 ProgressFn = Callable[[range], Iterable[int]]
 """Wraps the range of a long loop to show its progress; `iter` shows none."""
 _PLAIN_INTERVAL_S = 10.0
@@ -77,6 +79,25 @@ def quiet(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _is_quiet.reset(token)
+
+
+def obeys_verbose(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Make a function quiet in a call with `verbose=False`, which it has as a keyword.
+
+    >>> @obeys_verbose
+    ... def work(*, verbose: bool = True) -> None:
+    ...     info("working")
+    >>> work(verbose=False)
+    >>> work()
+    working
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        with quiet(not options.get("verbose", True)):
+            return function(*args, **options)
+
+    return wrapper
 
 
 def is_main_process() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deit.config.command_choices import EXPORT_IMAGES, check_at_least, check_choice
 from deit.config.schema import Config
-from deit.core.console import info
+from deit.core.console import info, obeys_verbose
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.filesystem import atomic_write_dir, check_writable
 from deit.core.tensors import evenly_spaced
@@ -42,6 +42,7 @@ class Verification(NamedTuple):
     allowed: float
 
 
+@obeys_verbose
 def export(
     run: str | Path,
     out: str | Path | None = None,
@@ -52,21 +53,20 @@ def export(
     images: int = EXPORT_IMAGES,
     license: str | None = None,
     force: bool = False,
+    verbose: bool = True,
 ) -> Path:
     """Write a run's student in a format, with a model card; return the folder.
 
     out: default: export-FORMAT in the run's folder. format: a key of FORMATS. checkpoint: of the
     run, best or last. root: the folder of the images, if they were moved. images: number of test
     images for the comparison with the original. license: of the weights, for the card. force:
-    replace an existing export.
+    replace an existing export. verbose: show messages and progress; warnings are always shown.
 
     Raises ConfigError if there is no such format, or it does not support the network, SystemFault
     if a package is missing or the folder cannot be written, CheckpointError if the export differs
     from the original. Then nothing is written.
 
-    >>> from deit.core.console import quiet
-    >>> with quiet():
-    ...     folder = export("checkpoints/digits", format="timm")
+    >>> folder = export("checkpoints/digits", format="timm", verbose=False)
     >>> sorted(file.name for file in folder.iterdir())
     ['README.md', 'config.json', 'model.safetensors']
     """

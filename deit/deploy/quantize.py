@@ -10,7 +10,7 @@ from typing import Any
 from deit.config.schema import Config
 from deit.config.sections.student import STUDENTS, StudentConfig
 from deit.core.accelerator import environment_info
-from deit.core.console import info, progress
+from deit.core.console import info, obeys_verbose, progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.filesystem import atomic_write_dir, check_file, write_json
 from deit.core.hardware import int8_flags, int8_sums_saturate
@@ -54,6 +54,7 @@ from deit.models.surgery.fake_quant import fake_quant_layers
 _CALIBRATION_BATCH = 8  # all activations of a batch are in memory
 
 
+@obeys_verbose
 def quantize(
     run: str | Path,
     out: str | Path | None = None,
@@ -63,22 +64,22 @@ def quantize(
     root: str | None = None,
     json_file: str | Path | None = None,
     force: bool = False,
+    verbose: bool = True,
     command: str = "",
 ) -> Path:
     """Write a run's student as int8, with a model card and measurements; return the folder.
 
     out: default: quantized-METHOD in the run's folder. checkpoint: of the run, best or last. root:
     the folder of the images, if they were moved. json_file: also write the measurements to this
-    file. force: replace folder and file. command: the command line, for the records.
+    file. force: replace folder and file. verbose: show messages and progress; warnings are always
+    shown. command: the command line, for the records.
 
     Raises SystemFault if a package is missing or a file cannot be written, ConfigError if the
     options are invalid or do not apply to the network, DataError with too few training images,
     CheckpointError if the run is not finished or if too much accuracy is lost. Then nothing is
     written.
 
-    >>> from deit.core.console import quiet
-    >>> with quiet():
-    ...     folder = quantize("checkpoints/digits", options=QuantizeOptions(max_drop=50.0))
+    >>> folder = quantize("checkpoints/digits", None, QuantizeOptions(max_drop=50), verbose=False)
     >>> sorted(file.name for file in folder.iterdir())
     ['README.md', 'model.onnx', 'quantization.json']
     """

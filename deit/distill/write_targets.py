@@ -16,7 +16,7 @@ from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
 from deit.core.accelerator import any_process, environment_info
-from deit.core.console import format_percent, info, warn
+from deit.core.console import format_percent, info, obeys_verbose, warn
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_space, check_writable
 from deit.core.host_memory import check_inference_memory
@@ -58,6 +58,7 @@ class _Inputs(NamedTuple):
     saved_config: Config | None
 
 
+@obeys_verbose
 def write_targets(
     source: Config | TrainLoader | str | PathLike,
     out: str | PathLike,
@@ -67,6 +68,7 @@ def write_targets(
     content: str | None = None,
     part: tuple[int, int] = (0, 1),
     teacher_index: int | None = None,
+    verbose: bool = True,
 ) -> TargetStore | None:
     """Write the teachers' outputs for all training views into a store.
 
@@ -78,16 +80,15 @@ def write_targets(
     full or top-K, which serves soft losses at temperature 1 only; default: what the loss of the
     configuration needs; full for a loader. part: (index, number of parts) of the shards to write
     here, the index from 0. teacher_index: write the outputs of this teacher only (from 1), for the
-    views that all teachers see; default: of all teachers.
+    views that all teachers see; default: of all teachers. verbose: show messages and progress;
+    warnings are always shown.
     Returns the complete store; None while shards are missing, and in other processes than the main
     one. Raises the errors of deit.core.errors.
 
     Example:
         >>> from deit.config.recipes import find_recipe
-        >>> from deit.core.console import quiet
         >>> config = find_recipe("digits").replace(data={"train_fraction": 0.1})
-        >>> with quiet():
-        ...     store = write_targets(config, "targets", epochs=2)
+        >>> store = write_targets(config, "targets", epochs=2, verbose=False)
         >>> store.record_format.epochs
         2
     """

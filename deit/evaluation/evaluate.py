@@ -13,7 +13,7 @@ from deit.config.command_choices import check_test_set
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.core.accelerator import environment_info, hardware_summary
-from deit.core.console import format_percent
+from deit.core.console import format_percent, obeys_verbose
 from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
@@ -76,6 +76,7 @@ class EvaluationResult(NamedTuple):
         return {name: format_percent(row["top1"]) for name, row in rows.items() if row}
 
 
+@obeys_verbose
 def evaluate(
     run: str | Path,
     *,
@@ -90,6 +91,7 @@ def evaluate(
     merge_tokens: int | None = None,
     test_set: str | None = None,
     cost: bool = False,
+    verbose: bool = True,
     command: str = "",
 ) -> EvaluationResult:
     """Evaluate a run's student on a split.
@@ -99,16 +101,14 @@ def evaluate(
     default: the run's own; "none": no teacher. device: auto, cpu or cuda; batch_size: images per
     step; default: the run's. resolution: side [px] of the input; the position embedding is resized.
     crop: as views.eval_crop_pct. merge_tokens: tokens merged in each block. test_set: a test set of
-    ImageNet (TEST_SETS), read from `root`, without a teacher. cost: also measure it. command:
-    recorded in the metrics.
+    ImageNet (TEST_SETS), read from `root`, without a teacher. cost: also measure it. verbose: show
+    messages and progress; warnings are always shown. command: recorded in the metrics.
 
     `heads` of the metrics holds class, distillation, fused (mean of logits) and fused_softmax (mean
     of softmax) with top1, top5 and calibration_error in [0, 1]; with one head, `fused` equals it,
     and the others are None. Raises the errors of deit.core.errors.
 
-    >>> from deit.core.console import quiet
-    >>> with quiet():
-    ...     result = evaluate("checkpoints/digits")
+    >>> result = evaluate("checkpoints/digits", verbose=False)
     >>> sorted(result.metrics["heads"]["fused"]), sorted(result.predictions)[:2]
     (['calibration_error', 'top1', 'top5'], ['class', 'distillation'])
     """

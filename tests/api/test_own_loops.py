@@ -268,6 +268,14 @@ def test_store_of_other_views_images_or_classes_is_refused(tmp_path):
         deit.DistillationLoss("soft")((torch.zeros(16, 3),) * 2, labels, (labels, None))
 
 
+def test_targets_are_written_silently(tmp_path, capfd):
+    loader, teacher = make_loader(), make_teacher()
+    deit.write_targets(loader, tmp_path / "targets", teacher, epochs=1, verbose=False)
+    assert capfd.readouterr() == ("", "")
+    deit.write_targets(loader, tmp_path / "targets", teacher, epochs=1)
+    assert "complete" in capfd.readouterr().out
+
+
 def test_targets_of_a_loader_continue_and_name_what_is_missing(tmp_path):
     loader, teacher = make_loader(), make_teacher()
     first = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2, part=(0, 2))

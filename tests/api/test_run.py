@@ -122,12 +122,21 @@ def test_run_is_a_path_for_other_functions(run, digits):
     assert deit.recipe(run).student == run.config.student
 
 
+def test_silent_calls_print_nothing(run, capfd):
+    deit.evaluate(run, verbose=False)
+    deit.view_sheet(run.config, verbose=False)
+    deit.dry_run(run.config, verbose=False)
+    assert capfd.readouterr() == ("", "")
+    deit.dry_run(run.config)
+    assert "dry run" in capfd.readouterr().out
+
+
 def test_run_exports_and_writes_a_report(run, tmp_path, capfd):
     folder = run.export("timm", tmp_path / "timm", verbose=False)
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 10
     page = run.report(tmp_path / "report", verbose=False)
     assert page.read_text().startswith("<!doctype html>")
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
     with raises(deit.errors.ConfigError, "format"):
         run.export("tim", tmp_path / "other")
 

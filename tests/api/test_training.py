@@ -37,7 +37,7 @@ def test_callbacks_get_the_rows_of_metrics(tmp_path, uninterrupted):
 
 def test_silent_training_prints_nothing(tmp_path, capfd):
     deit.train(CONFIG, tmp_path / "run", verbose=False)
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
     deit.train(CONFIG, tmp_path / "loud")
     assert "epoch 2/2" in capfd.readouterr().out
 

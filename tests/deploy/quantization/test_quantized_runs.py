@@ -118,12 +118,12 @@ def test_quantize_file_has_metadata_and_default_opset_only(runs, folders):
         assert {opset.domain for opset in model.opset_import} == {""}
 
 
-def test_quantize_sensitivity_uses_validation_images(runs, tmp_path, capsys):
+def test_quantize_sensitivity_uses_validation_images(runs, tmp_path, capfd):
     folder = tmp_path / "q"
     options = ("--out", folder, "--sensitivity", "--json", tmp_path / "all.json", "--max-drop", 5)
     arguments = [str(a) for a in (runs / "distilled", *options, "--exclude", "head_dist")]
     assert run_command("quantize", arguments, "deit quantize") == 0
-    output = capsys.readouterr().out
+    output = capfd.readouterr().out
     report = quantization_report(folder)
     assert report == json.loads((tmp_path / "all.json").read_text())
     assert report["environment"]["command"] == f"deit quantize {shlex.join(arguments)}"
@@ -149,7 +149,9 @@ def test_quantize_sensitivity_uses_validation_images(runs, tmp_path, capsys):
     # The same for one layer, with all others excluded.
     noisiest = rows[0]["layer"]
     options = QuantizeOptions(exclude=f"(?!{re.escape(noisiest)}$).*", max_drop=5)
-    one_layer = quantize.quantize(runs / "distilled", tmp_path / "one", options)
+    capfd.readouterr()
+    one_layer = quantize.quantize(runs / "distilled", tmp_path / "one", options, verbose=False)
+    assert capfd.readouterr() == ("", "")
     assert quantization_report(one_layer)["int8_layers"] == [noisiest]
     logits = onnx_inference_fn(one_layer / "model.onnx")(inputs)["logits"]
     assert signal_to_noise(heads["fused"], logits) == pytest.approx(decibels[0], abs=0.01)
