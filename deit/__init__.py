@@ -26,6 +26,7 @@ _MODULES = {
     "deit.api.run": ("Run", "load_run"),
     "deit.api.predictions": ("Prediction",),
     "deit.api.doctor": ("doctor",),
+    "deit.api.evaluation": ("evaluation_batches",),
     "deit.api.experiments": ("SweepResult", "compare", "sweep"),
     "deit.evaluation.evaluate": ("EvaluationResult", "evaluate"),
     "deit.analysis.report": ("report",),
@@ -44,7 +45,7 @@ _MODULES = {
     "deit.models.saved_student": ("build_student", "load_student", "save_student"),
     "deit.models.student": ("Student",),
     "deit.models.teachers": ("Teacher",),
-    "deit.core.types": ("Batch", "StudentOutput", "TeacherOutput"),
+    "deit.core.types": ("Batch", "StudentOutput", "TeacherOutput", "logits_by_head"),
 }
 """The public names by module; `errors` is the module deit.core.errors."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -71,6 +72,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the 
     from deit.analysis.report import report as report
     from deit.analysis.view_sheet import view_sheet as view_sheet
     from deit.api.doctor import doctor as doctor
+    from deit.api.evaluation import evaluation_batches as evaluation_batches
     from deit.api.experiments import SweepResult as SweepResult
     from deit.api.experiments import compare as compare
     from deit.api.experiments import sweep as sweep
@@ -89,6 +91,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the 
     from deit.core.types import Batch as Batch
     from deit.core.types import StudentOutput as StudentOutput
     from deit.core.types import TeacherOutput as TeacherOutput
+    from deit.core.types import logits_by_head as logits_by_head
     from deit.datasets.loader import TrainLoader as TrainLoader
     from deit.datasets.splits import load_splits as load_splits
     from deit.datasets.view_samplers import make_views as make_views

@@ -14,10 +14,10 @@ from deit.config.field_types import PosEmbedKernel
 from deit.config.sections.student import StudentConfig
 from deit.core.errors import CheckpointError
 from deit.core.json_io import load_json_as
+from deit.core.run_folder import MODEL_INFO as MODEL_INFO
 from deit.models.weight_files import digest_of
 
 WEIGHTS = "model.safetensors"
-MODEL_INFO = "model.json"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.json_io import translate_value_errors
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_split, stratified_indices
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.evaluation.load_run import evaluation_config, resolve_run, warn_unfinished
 from deit.experiments.lottery_options import DENSE, TICKET
 from deit.experiments.lottery_plan import run_path
@@ -189,7 +189,7 @@ def load_landscape_data(
             "classes; the loss does not include the others"
         )
     chunks = rows.split(_BATCH_SIZE)
-    views = evaluation_batches(images, chunks, first.evaluation, device=device)
+    views = views_of_chunks(images, chunks, first.evaluation, device=device)
     labels = images.labels.to(device)
     batches = [(view, labels[chunk.to(device)]) for view, chunk in zip(views, chunks)]
     tensors = {

@@ -17,7 +17,7 @@ from deit.core.errors import ConfigError
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.sources.registry import LISTINGS
 from deit.datasets.splits import load_split, load_splits
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.evaluation.cache import CachedEvaluation
 from deit.evaluation.load_run import evaluation_config, resolve_run, student_at_resolution
 from deit.models.attention_rollout import check_attention, rollout
@@ -75,7 +75,7 @@ def draw_run(
     else:
         attention = folder / f"{prefix}-attention.png"
         views = next(
-            evaluation_batches(
+            views_of_chunks(
                 images, (torch.tensor(selected),), evaluation_config(config).evaluation, device=_CPU
             )
         )
@@ -151,7 +151,7 @@ def _save_thumbnail(
 ) -> Path:
     side = min(config.student.image_size, _MAX_THUMBNAIL_SIDE)
     view = next(
-        evaluation_batches(
+        views_of_chunks(
             images, (torch.tensor([index]),), evaluation_config(config).evaluation, device=_CPU
         )
     )[0]

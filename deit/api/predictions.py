@@ -1,6 +1,7 @@
 """Images in the forms that Python code has them in, and the predictions for them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,42 +46,56 @@ def to_predictions(
     return predictions
 
 
-def load_images(images: ImageInput, model_info: ModelInfo) -> tuple[Tensor, list[str | None]]:
-    """Return images as a network's input, float32 [B, 3, side, side] in [0, 1], and their files.
+def image_batches(
+    images: ImageInput, model_info: ModelInfo, *, batch_size: int
+) -> Iterator[tuple[Tensor, list[str | None]]]:
+    """Yield images as a network's input, float32 [B, 3, side, side] in [0, 1], with their files.
 
-    Images of another size are resized and cropped as in an evaluation.
+    Only one batch is decoded at a time. Without images, one empty batch is yielded. Images of
+    another size are resized and cropped as in an evaluation.
     Raises DataError for a file that cannot be read, and ConfigError for other types.
     """
     if isinstance(images, Tensor):
         batch = images[None] if images.ndim == 3 else images
-        return _from_tensor(batch, model_info), [None] * len(batch)
+        _check_shape(batch)
+        for part in batch.split(batch_size):
+            yield _from_tensor(part, model_info), [None] * len(part)
+        return
     if isinstance(images, str | PathLike | Image.Image):
         images = [images]
     if not isinstance(images, Iterable):
         raise _unknown(images)
-    parts, names = [], []
-    for image in images:
-        if isinstance(image, Tensor):
-            part, name = _from_tensor(image[None], model_info), None
-        elif isinstance(image, Image.Image):
-            part, name = _from_pillow(to_upright_rgb(image), model_info), None
-        elif isinstance(image, str | PathLike):
-            name = fspath(image)
-            part = _from_pillow(_open(name), model_info)
-        else:
-            raise _unknown(image)
-        parts.append(part)
-        names.append(name)
-    if not parts:
+    items = iter(images)
+    chunk = list(islice(items, batch_size))
+    if not chunk:
         side = model_info.student.image_size
-        return torch.zeros(0, 3, side, side), []
-    return torch.cat(parts), names
+        yield torch.zeros(0, 3, side, side), []
+    while chunk:
+        parts, names = zip(*(_load(image, model_info) for image in chunk))
+        yield torch.cat(parts), list(names)
+        chunk = list(islice(items, batch_size))
+
+
+def _load(image: Any, model_info: ModelInfo) -> tuple[Tensor, str | None]:
+    """Return an image as a batch of one, and its file."""
+    if isinstance(image, Tensor):
+        _check_shape(image[None])
+        return _from_tensor(image[None], model_info), None
+    if isinstance(image, Image.Image):
+        return _from_pillow(to_upright_rgb(image), model_info), None
+    if isinstance(image, str | PathLike):
+        return _from_pillow(_open(fspath(image)), model_info), fspath(image)
+    raise _unknown(image)
+
+
+def _check_shape(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        given = f"{images.dtype} {list(images.shape)}"
+        raise ConfigError(f"images: should be square, [batch, 3, side, side]; got {given}")
 
 
 def _from_tensor(images: Tensor, model_info: ModelInfo) -> Tensor:
     side, given = model_info.student.image_size, f"{images.dtype} {list(images.shape)}"
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise ConfigError(f"images: should be square, [batch, 3, side, side]; got {given}")
     if images.dtype == torch.uint8:
         return evaluation_views(images, size=side, crop_pct=model_info.evaluation_crop)
     if not images.is_floating_point() or images.shape[-1] != side:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deit.api.figures import plot_attention, plot_curves
-from deit.api.predictions import ImageInput, Prediction, load_images, to_predictions
+from deit.api.predictions import ImageInput, Prediction, image_batches, to_predictions
 from deit.api.run_html import run_html
 from deit.config.command_choices import TOP_K, check_at_least, check_choice, check_path
 from deit.config.schema import Config
@@ -110,35 +110,46 @@ class Run:
         """Return the logits of each head, float32 [B, C] on the CPU.
 
         images: see `ImageInput`; those of another size are resized and cropped as in an evaluation.
+        batch_size: images that are decoded and in memory at a time.
         The heads are class and, with a distillation token, distillation, fused (the mean of both)
         and fused_softmax. Raises ConfigError and DataError for images that cannot be read.
         """
-        check_at_least("batch_size", batch_size, 1)
-        student, model_info = self._loaded
-        inputs, _ = load_images(images, model_info)
-        parts = [
-            logits_by_head(student(part.to(student.mean.device)))
-            for part in inputs.split(batch_size)
-        ]
-        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        check_at_least("batch_size", batch_size, 1, integer=True)
+        return self._heads_and_files(images, batch_size)[0]
 
+    def _heads_and_files(
+        self, images: ImageInput, batch_size: int
+    ) -> tuple[dict[str, Tensor], list[str | None]]:
+        """Return the logits of each head, and the file of each image."""
+        student, model_info = self._loaded
+        parts: list[dict[str, Tensor]] = []
+        files: list[str | None] = []
+        for inputs, names in image_batches(images, model_info, batch_size=batch_size):
+            heads = logits_by_head(student(inputs.to(student.mean.device)))
+            parts.append({name: logits.cpu() for name, logits in heads.items()})
+            files += names
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, files
+
+    @torch.no_grad()
     def predict(
-        self, images: ImageInput, *, top_k: int = TOP_K, head: str = "fused"
+        self,
+        images: ImageInput,
+        *,
+        top_k: int = TOP_K,
+        head: str = "fused",
+        batch_size: int = 64,
     ) -> list[Prediction]:
         """Return the most likely classes of each image.
 
-        images: as for `logits`. top_k: number of classes. head: class, distillation or fused; a
-        student with one head has class only, which is its fused head. Raises as `logits`.
+        images, batch_size: as for `logits`. top_k: number of classes. head: class, distillation or
+        fused; a student with one head has class only, which is its fused head. Raises as `logits`.
         """
-        check_at_least("top_k", top_k, 1)
-        _, model_info = self._loaded
-        inputs, names = load_images(images, model_info)
-        if not names:
-            return []
-        heads = self.logits(inputs)
+        check_at_least("top_k", top_k, 1, integer=True)
+        check_at_least("batch_size", batch_size, 1, integer=True)
+        heads, files = self._heads_and_files(images, batch_size)
         heads.setdefault("fused", heads["class"])
         check_choice("head", head, heads)
-        return to_predictions(heads[head], model_info.class_names, names, top_k=top_k)
+        return to_predictions(heads[head], self.class_names, files, top_k=top_k)
 
     def evaluate(
         self, split: str = "test", *, verbose: bool = True, **options: Any
@@ -209,10 +220,10 @@ class Run:
         images: as for `logits`. Raises ConfigError for a network without attention, and as
         `logits`.
         """
-        check_at_least("max_images", max_images, 1)
+        check_at_least("max_images", max_images, 1, integer=True)
         student, model_info = self._loaded
-        inputs, names = load_images(images, model_info)
-        return plot_attention(student, model_info, inputs[:max_images], names)
+        inputs, names = next(image_batches(images, model_info, batch_size=max_images))
+        return plot_attention(student, model_info, inputs, names)
 
 
 def load_run(

@@ -24,6 +24,7 @@ from deit.core.filesystem import RESUMED as RESUMED
 from deit.core.json_io import load_json_as
 
 CONFIG = "config.json"
+MODEL_INFO = "model.json"
 RESULT = "result.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -158,6 +159,12 @@ def require_run(run: str | Path) -> None:
     run = Path(run)
     require_folder(run)
     if not (run / CONFIG).is_file():
+        if (run / MODEL_INFO).is_file():
+            raise CheckpointError(
+                f"{run}: a saved student, not a run (no {CONFIG}); it can be a teacher or "
+                "init.weights, and deit.load_student loads it; to evaluate or export it, make a run "
+                "of it with deit finetune (deit.finetune)"
+            )
         runs_inside = sorted(str(path.parent) for path in run.glob(f"*/{CONFIG}"))
         hint = f"; it contains {runs_inside[0]}" if runs_inside else ""
         raise CheckpointError(f"{run}: not a run folder (no {CONFIG}){hint}")

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deit.core.errors import ConfigError
+
 
 class Batch(NamedTuple):
     """A batch of training views.
@@ -61,12 +63,17 @@ def logits_by_head(outputs: StudentOutput) -> dict[str, Tensor]:
 
     With several tokens, `distillation` is the mean of their logits, `distillation_1` and so on are
     the single ones, and the fused heads are means over all heads (Ren et al. 2022).
+    Raises ConfigError for another type.
 
     >>> output = StudentOutput(torch.tensor([[2.0, 0.0]]), torch.tensor([[[0.0, 4.0]]]))
     >>> heads = logits_by_head(output)
     >>> list(heads), heads["fused"].tolist()
     (['class', 'distillation', 'fused', 'fused_softmax'], [[1.0, 2.0]])
     """
+    if not isinstance(outputs, StudentOutput):
+        raise ConfigError(
+            f"outputs: should be a StudentOutput, as students return; got {type(outputs).__name__}"
+        )
     class_logits = outputs.class_logits.float()
     heads = {"class": class_logits}
     if outputs.distillation_logits is not None:

@@ -18,7 +18,7 @@ from deit.core.tensors import evenly_spaced
 from deit.datasets.splits import load_splits
 from deit.deploy.export_formats import FORMATS, ExportFormat, Graph, Heads, InferenceFn, outputs_of
 from deit.deploy.model_card import write_card
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import resolve_run
 from deit.models.metadata import ModelInfo
@@ -192,7 +192,7 @@ def _test_views(config: Config, root: str | None, num_images: int) -> Tensor:
     data = config.data if root is None else dataclasses.replace(config.data, root=root)
     test = load_splits(data).test
     chunks = evenly_spaced(len(test.labels), num_images).split(64)
-    views = evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu"))
+    views = views_of_chunks(test, chunks, config.evaluation, device=torch.device("cpu"))
     return torch.cat(list(views))
 
 

@@ -23,7 +23,7 @@ from deit.deploy.export_formats import (
     write_onnx_with_metadata,
 )
 from deit.deploy.int8_layers import QuantizableLayers, attentions, prepare
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.evaluation.load_run import evaluation_images
 from deit.models.saved_student import ModelInfo
 from deit.models.student import Student
@@ -63,7 +63,7 @@ class OnnxStudent(NamedTuple):
         rows: int64, the indices of the images.
         """
         settings, device = self.config.evaluation, torch.device("cpu")
-        for views in evaluation_batches(images, rows.split(size), settings, device=device):
+        for views in views_of_chunks(images, rows.split(size), settings, device=device):
             yield self.normalize(views)
 
     def test_inputs(self, num_images: int) -> Tensor:

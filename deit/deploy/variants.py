@@ -31,7 +31,7 @@ from deit.deploy.prune_options import CONTROLS, MANIFEST, RECOVERED
 from deit.deploy.quantize_input import CHUNK
 from deit.deploy.variants_tables import draw_variants, markdown, print_variants
 from deit.distill.build import build_accelerator
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.evaluation.load_run import (
     evaluation_config,
     evaluation_images,
@@ -205,7 +205,7 @@ def _test_images(
     chunks = torch.arange(len(test.labels)).split(CHUNK)
 
     def views() -> Iterator[Tensor]:
-        return evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu"))
+        return views_of_chunks(test, chunks, config.evaluation, device=torch.device("cpu"))
 
     return config, model_info, test.labels, views
 

@@ -53,7 +53,7 @@ def predict_split(
         raise DataError(f"{title}: {num_images} images are fewer than the processes")
     indices = torch.arange(accelerator.process_index, num_images, accelerator.num_processes)
     chunks = indices.split(settings.batch_size)
-    views = evaluation_batches(images, chunks, settings, device=accelerator.device, size=size)
+    views = views_of_chunks(images, chunks, settings, device=accelerator.device, size=size)
     if interruption is not None:
         views = interruption.iterate(views)
     num_common = num_images // accelerator.num_processes // settings.batch_size
@@ -68,7 +68,7 @@ def predict_split(
     return predict(accelerator, model, with_progress(), num_images)
 
 
-def evaluation_batches(
+def views_of_chunks(
     images: InMemoryImages | EncodedImages,
     chunks: tuple[Tensor, ...],
     settings: EvalSettings,

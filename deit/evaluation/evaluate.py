@@ -22,7 +22,7 @@ from deit.core.types import logits_by_head
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.splits import digest_of_images, unseen_labels
 from deit.distill.build import build_accelerator
-from deit.distill.inference import evaluation_batches, predict_split
+from deit.distill.inference import predict_split, views_of_chunks
 from deit.evaluation.load_run import (
     EvaluationSet,
     evaluation_config,
@@ -318,7 +318,7 @@ def _token_cosine(
     chunks = torch.arange(len(images.labels)).split(64)
     cosines = [
         token_cosines(student.network, (views - student.mean) / student.std)
-        for views in evaluation_batches(images, chunks, config.evaluation, device=device)
+        for views in views_of_chunks(images, chunks, config.evaluation, device=device)
     ]
     return torch.cat(cosines).mean(dim=0).tolist()
 

@@ -343,6 +343,22 @@ def test_saved_student_is_loaded_and_taught_from(tmp_path):
     assert torch.allclose(teacher(images), fused[:, order], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        deit.load_run,
+        deit.evaluate,
+        lambda folder: deit.export(folder, format="timm"),
+        deit.quantize,
+    ],
+)
+def test_saved_student_is_no_run(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deit.save_student(make_student(make_loader()), "mine", NAMES)
+    with raises(deit.errors.DeitError, "mine", "saved student", "deit.load_student", "finetune"):
+        use("mine")
+
+
 def test_student_is_not_saved_over_other_files(tmp_path):
     student = make_student(make_loader())
     deit.save_student(student, tmp_path / "mine", NAMES)

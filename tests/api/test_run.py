@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 import deit
+from deit.datasets.decoding import center_square, open_image
 from deit.datasets.splits import load_split
+from deit.datasets.views import evaluation_views
 from deit.evaluation.predict import predict
 from tests.helpers.errors import raises
 from tests.helpers.images import write_class_folders
@@ -48,6 +50,78 @@ def test_logits_are_those_of_the_evaluation(run, digits):
     batched = run.logits(digits.pixels, batch_size=7)
     assert torch.allclose(batched["fused"], heads["fused"], atol=1e-5)
     assert torch.allclose(heads["fused"], (heads["class"] + heads["distillation"]) / 2, atol=1e-5)
+
+
+def test_images_are_decoded_batch_by_batch(run, digits):
+    """Not all at once: a generator of files may not fit into memory."""
+    read, read_before_batch = 0, []
+
+    def images():
+        nonlocal read
+        for pixels in digits.pixels[:20]:
+            read += 1
+            yield pixels
+
+    hook = run.student.register_forward_hook(lambda *_: read_before_batch.append(read))
+    predictions = run.predict(images(), batch_size=8)
+    hook.remove()
+    assert read_before_batch == [8, 16, 20]
+    expected = run.predict(digits.pixels[:20])
+    assert [one.class_name for one in predictions] == [one.class_name for one in expected]
+    assert run.predict([]) == []
+    assert run.logits([])["fused"].shape == (0, 10)
+
+
+def top1_by_head(student, batches):
+    right, count = {}, 0
+    with torch.no_grad():
+        for images, labels in batches:
+            count += len(labels)
+            for head, logits in deit.logits_by_head(student(images)).items():
+                right[head] = right.get(head, 0) + int((logits.argmax(dim=1) == labels).sum())
+    return {head: number / count for head, number in right.items()}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_batches_of_a_split_measure_what_an_evaluation_measures(run, split):
+    heads = run.evaluate(split, teacher="none", verbose=False).metrics["heads"]
+    expected = {head: values["top1"] for head, values in heads.items()}
+    loader = deit.TrainLoader.from_config(run.config)
+    for source in (run.config, run, loader):
+        batches = deit.evaluation_batches(source, split, batch_size=50)
+        assert top1_by_head(run.student, batches) == pytest.approx(expected)
+
+
+def test_batches_of_files_are_resized_once_and_cropped(tmp_path):
+    write_class_folders(tmp_path / "pictures", images_per_class=20)
+    data = {"source": "folder", "root": str(tmp_path / "pictures"), "image_size": 32}
+    config = deit.recipe(
+        "digits",
+        augmentation="none",
+        data={**data, "storage": "files", "num_workers": 0},
+        views={"eval_crop_pct": 0.5},
+    )
+    batches = list(deit.evaluation_batches(config, batch_size=3))
+    _, split = load_split(config.data, "validation")
+    for index, image in enumerate(torch.cat([images for images, _ in batches])):
+        square = center_square(open_image(split.read(index), split.name(index)), 16)
+        assert torch.equal(image, evaluation_views(square[None], size=8, crop_pct=0.5)[0])
+    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "names"),
+    [
+        (("digits", "tset"), {}, ["split", "did you mean test"]),
+        (("digits",), {"batch_size": 0}, ["batch_size"]),
+        (("digits",), {"batch_size": 1.5}, ["batch_size"]),
+        (("digits",), {"device": "gpu"}, ["use 'cuda'"]),
+        ((3,), {}, ["int"]),
+    ],
+)
+def test_batches_of_other_splits_raise(arguments, options, names):
+    with raises(deit.errors.ConfigError, *names):
+        deit.evaluation_batches(*arguments, **options)
 
 
 def test_every_form_of_an_image_gives_the_same_prediction(run, digits, tmp_path):

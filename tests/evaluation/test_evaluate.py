@@ -21,7 +21,7 @@ from deit.core.metrics import calibration_error, topk_accuracy
 from deit.core.run_folder import latest_checkpoint
 from deit.core.types import logits_by_head
 from deit.datasets.splits import load_splits
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import student_at_resolution
 from deit.models.pos_embed import resize_positions
@@ -51,7 +51,7 @@ def test_evaluate_other_resolution_equals_resized_student(crop, runs):
     test = load_splits(config.data).test
     chunks = torch.arange(len(test.labels)).split(100)
     views = torch.cat(
-        list(evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu")))
+        list(views_of_chunks(test, chunks, config.evaluation, device=torch.device("cpu")))
     )
     assert views.shape[-1] == 16
     with torch.no_grad():

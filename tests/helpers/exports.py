@@ -14,7 +14,7 @@ from deit.datasets.splits import load_splits
 from deit.deploy.export import split_normalization
 from deit.deploy.export_formats import onnx_inference_fn, write_onnx_with_metadata
 from deit.deploy.int8_layers import prepare
-from deit.distill.inference import evaluation_batches
+from deit.distill.inference import views_of_chunks
 from deit.models.saved_student import ModelInfo, load_student, student_from_info
 
 SMALL_DEIT = {"depth": 2, "embed_dim": 48, "num_heads": 4}
@@ -75,7 +75,7 @@ def split_views(run, name):
     images = getattr(load_splits(config.data), name)
     chunks = torch.arange(len(images.labels)).split(100)
     views = torch.cat(
-        list(evaluation_batches(images, chunks, config.evaluation, device=torch.device("cpu")))
+        list(views_of_chunks(images, chunks, config.evaluation, device=torch.device("cpu")))
     )
     heads = logits_by_head(student.eval()(views))
     _, normalize = split_normalization(student)
@@ -136,6 +136,6 @@ def views_of_test_set(run):
     test = load_splits(config.data).test
     chunks = torch.arange(len(test.labels)).split(100)
     views = torch.cat(
-        list(evaluation_batches(test, chunks, config.evaluation, device=torch.device("cpu")))
+        list(views_of_chunks(test, chunks, config.evaluation, device=torch.device("cpu")))
     )
     return (views - student.mean) / student.std, logits_by_head(student.eval()(views))
