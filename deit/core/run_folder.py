@@ -162,8 +162,8 @@ def require_run(run: str | Path) -> None:
         if (run / MODEL_INFO).is_file():
             raise CheckpointError(
                 f"{run}: a saved student, not a run (no {CONFIG}); it can be a teacher or "
-                "init.weights, and deit.load_student loads it; to evaluate or export it, make a run "
-                "of it with deit finetune (deit.finetune)"
+                "init.weights, and deit.load_student loads it; to evaluate or export it, make a "
+                "run of it with deit finetune (deit.finetune)"
             )
         runs_inside = sorted(str(path.parent) for path in run.glob(f"*/{CONFIG}"))
         hint = f"; it contains {runs_inside[0]}" if runs_inside else ""

@@ -67,7 +67,7 @@ def test_images_are_decoded_batch_by_batch(run, digits):
     hook.remove()
     assert read_before_batch == [8, 16, 20]
     expected = run.predict(digits.pixels[:20])
-    assert [one.class_name for one in predictions] == [one.class_name for one in expected]
+    assert [item.class_name for item in predictions] == [item.class_name for item in expected]
     assert run.predict([]) == []
     assert run.logits([])["fused"].shape == (0, 10)
 
@@ -79,7 +79,7 @@ def top1_by_head(student, batches):
             count += len(labels)
             for head, logits in deit.logits_by_head(student(images)).items():
                 right[head] = right.get(head, 0) + int((logits.argmax(dim=1) == labels).sum())
-    return {head: number / count for head, number in right.items()}
+    return {head: correct / count for head, correct in right.items()}
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
