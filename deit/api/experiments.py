@@ -13,6 +13,7 @@ from deit.core.console import obeys_verbose
 from deit.core.errors import ConfigError, did_you_mean
 from deit.experiments import sweep as sweep_module
 from deit.experiments.sweep_grid import study_sweep
+from deit.experiments.sweep_plots import finished_rows
 from deit.experiments.sweep_spec import Sweep
 from deit.experiments.sweep_tables import cells, columns, read_results
 from deit.viz import html
@@ -69,11 +70,11 @@ class SweepResult:
         return next((path for path in candidates if path.is_dir()), folder)
 
     def figure(self) -> Any:
-        """Return a matplotlib figure of the results.
+        """Return a matplotlib figure of the points with a finished run.
 
         Raises SystemFault if matplotlib is missing.
         """
-        return comparison_figure(self.data)
+        return comparison_figure(finished_rows(self.data))
 
 
 def compare(

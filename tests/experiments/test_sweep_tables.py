@@ -25,62 +25,11 @@ from deit.experiments.sweep_tables import (
     write_results,
 )
 from deit.viz import charts, html
-from deit.viz.tables import HEADS
+from tests.helpers.sweeps import row
 
 
 def lines_of(out):
     return list(csv.DictReader((out / "results.csv").read_text().splitlines(keepends=True)))
-
-
-def row(values, fused, *, validation=(0.5,), failed=None, teacher=False):
-    heads = [dict(zip(HEADS, (top1 - 0.1, top1, top1))) for top1 in fused]
-    return {
-        "values": values,
-        "top1": heads,
-        "agreement": [0.5] * len(fused),
-        "seconds": [10.0] * len(fused),
-        "images_per_s": [1000.0] * len(fused),
-        "curves": [[(1, top1)] for top1 in fused],
-        "validation": list(validation)[: len(fused)],
-        "epochs": 1,
-        "teacher": teacher,
-        "seeds": list(range(len(fused))),
-        "folders": ["x"] * len(fused),
-        "failed": failed or {},
-    }
-
-
-@pytest.fixture
-def results():
-    """Return results with two fields and two values each; the last point has no finished run."""
-    values = [{"loss.temperature": t, "optim.lr": lr} for t in ("1", "3") for lr in ("0.1", "0.2")]
-    rows = {
-        "teacher": row({}, [1.0], teacher=True),
-        "a": row(values[0], [0.5, 0.7], validation=(0.6, 0.6)),
-        "b": row(values[1], [0.8, 0.8], validation=(0.9, 0.5)),
-        "c": row(values[2], [0.4], validation=(0.95,), failed={"1": "no\nmemory | left"}),
-        "d": row(values[3], [], failed={"0": "x", "1": "x"}),
-    }
-    return {
-        "sweep": "mine",
-        "recipe": "digits",
-        "study": None,
-        "fields": ["loss.temperature", "optim.lr"],
-        "split": "test",
-        "num_samples": 10,
-        "seeds": [0, 1],
-        "rows": rows,
-        "best": best_of(rows, 2),
-        "disagreement": {},
-        "search": None,
-        "stopped": {},
-        "command": "deit sweep mine.yaml",
-        "environment": {
-            "device_name": "a processor",
-            "commit": "0123456789abcdef",
-            "packages": {"torch": "2.15.0"},
-        },
-    }
 
 
 def test_cells_have_mean_std_and_gain(results):

@@ -10,6 +10,7 @@ from deit.experiments.lottery_plan import lottery_runs, plan_lottery
 from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.search import Search
 from deit.experiments.sweep_spec import SearchRange, SearchSpace
+from deit.viz.tables import HEADS
 from tests.helpers.small_runs import WITH_AVERAGE
 
 LR = {"optim.lr": SearchRange(1e-4, 1e-1, log=True)}
@@ -76,3 +77,22 @@ def planned_lottery(tmp_path, config=None, **options):
     config = config or digits().replace(optim={"epochs": 10, "warmup_epochs": 2})
     plan = plan_lottery(LotteryOptions(**options), config, steps_per_epoch=4)
     return plan, lottery_runs(plan, config, 3, tmp_path)
+
+
+def row(values, fused, *, validation=(0.5,), failed=None, teacher=False):
+    """Return a row of results.json with the fused top-1 of each seed."""
+    heads = [dict(zip(HEADS, (top1 - 0.1, top1, top1))) for top1 in fused]
+    return {
+        "values": values,
+        "top1": heads,
+        "agreement": [0.5] * len(fused),
+        "seconds": [10.0] * len(fused),
+        "images_per_s": [1000.0] * len(fused),
+        "curves": [[(1, top1)] for top1 in fused],
+        "validation": list(validation)[: len(fused)],
+        "epochs": 1,
+        "teacher": teacher,
+        "seeds": list(range(len(fused))),
+        "folders": ["x"] * len(fused),
+        "failed": failed or {},
+    }
