@@ -9,6 +9,7 @@ from deit.analysis.class_sections import calibration_section, class_sections
 from deit.analysis.run_report import RunReport, final_top1, write_csv
 from deit.core.console import count_noun, format_duration, format_percent
 from deit.distill.losses import teacher_weight_ramp
+from deit.evaluation.tables import head_cells
 from deit.training.optimizer import ema_decay
 from deit.viz import charts, html
 
@@ -111,22 +112,11 @@ def _heads(report: RunReport, folder: Path) -> str:
     if results["teacher"]:
         heads["teacher"] = results["teacher"]
     groups = [group for group in ("seen", "unseen") if group in results]
-    metric_names = {
-        "top1": "top-1 %",
-        "top5": "top-5 %",
-        "calibration_error": "calibration error %",
-    }
-    if len(results["class_names"]) <= 5:
-        del metric_names["top5"]  # always 100
-    cells = [
-        [
-            name.replace("_", " "),
-            *(format_percent(metrics[key]) for key in metric_names),
-            *(format_percent(results[group].get(name)) for group in groups),
-        ]
-        for name, metrics in heads.items()
-    ]
-    columns = ["head", *metric_names.values(), *(f"{group} classes, top-1 %" for group in groups)]
+    columns, cells = head_cells(heads, results["num_samples"], len(results["class_names"]))
+    for name, row in zip(heads, cells):
+        row[0] = name.replace("_", " ")
+        row += [format_percent(results[group].get(name)) for group in groups]
+    columns += [f"{group} classes, top-1 %" for group in groups]
     caption = f"{results['num_samples']} {results['split']} images at {results['image_size']} px"
     csv_path = folder / f"{report.slug}-heads.csv"
     return html.table(columns, cells, caption=caption, csv_path=csv_path)

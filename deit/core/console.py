@@ -117,6 +117,11 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False  # a closed stream
 
 
+def terminal_width() -> int | None:
+    """Return the width of the terminal in characters; None for files, pipes and notebooks."""
+    return Console().width if is_terminal(sys.stdout) else None
+
+
 def info(message: str = "") -> None:
     """Log a message in the main process, at level INFO; control characters are escaped."""
     if _prints():
@@ -261,7 +266,7 @@ def table(
         return
     title, columns = single_line(title), list(map(single_line, columns))
     cells = [tuple(map(single_line, row)) for row in rows]
-    width = Console().width if is_terminal(sys.stdout) else None
+    width = terminal_width()
     grid = _grid(columns, cells, text=text)
     output = _Buffer()
     console = Console(file=output, width=_ENDLESS, highlight=False, markup=False, emoji=False)

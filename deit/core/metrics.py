@@ -1,6 +1,7 @@
 """Metrics as pure functions of logits, predictions and labels."""
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -100,3 +101,31 @@ def binomial_tail(min_successes: int, num_trials: int, probability: float) -> fl
     choices = (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
     terms = choices + k * math.log(probability) + (n - k) * math.log1p(-probability)
     return terms.logsumexp(dim=0).exp().item()
+
+
+SMALL_SPLIT = 1000
+"""Below this number of images, accuracies are shown with their margin."""
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927).
+
+    >>> [round(bound, 3) for bound in wilson_interval(38, 60)]
+    [0.507, 0.744]
+    """
+    z, share = NormalDist().inv_cdf(0.975), correct / total
+    center = share + z**2 / (2 * total)
+    margin = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    scale = 1 + z**2 / total
+    return max((center - margin) / scale, 0.0), min((center + margin) / scale, 1.0)
+
+
+def format_margin(accuracy: float, total: int) -> tuple[str, str]:
+    """Return the number of correct images and the 95 % interval in %, as text.
+
+    >>> format_margin(38 / 60, 60)
+    ('38 of 60', '50.7 to 74.4')
+    """
+    correct = round(accuracy * total)
+    low, high = wilson_interval(correct, total)
+    return f"{correct} of {total}", f"{100 * low:.1f} to {100 * high:.1f}"

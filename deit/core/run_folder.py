@@ -71,6 +71,7 @@ class Result:
     fingerprint: str
     targets: list[str]
     teachers: list[str]
+    validation_images: int | None = None
 
 
 def read_environment(run: str | Path) -> RecordedEnvironment:

@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from deit.config.schema import Config
 from deit.config.teachers import teacher_specs
-from deit.core.console import format_percent
 from deit.core.run_folder import ENVIRONMENT, read_environment
+from deit.evaluation.tables import head_cells
 from deit.models.saved_student import ModelInfo
 from deit.viz.tables import markdown_table
 
@@ -62,7 +62,7 @@ def write_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
         _summary(config, model_info),
-        f"## Accuracy\n\n{_results(heads, metrics)}",
+        f"## Accuracy\n\n{_results(heads, metrics, len(model_info.class_names))}",
         f"## Training\n\n{_training(run, config)}",
         f"## Usage\n\n{usage_of(format, model_info)}",
         *([] if quantized is None else [f"## Quantization\n\n{quantized}"]),
@@ -111,21 +111,15 @@ def _summary(config: Config, model_info: ModelInfo) -> str:
     )
 
 
-def _results(heads: dict[str, dict[str, float]], metrics: dict[str, Any]) -> str:
-    rows = [
-        (head.replace("_", " "), *(format_percent(row[key]) for key in _COLUMNS))
-        for head, row in heads.items()
-    ]
+def _results(heads: dict[str, dict[str, float]], metrics: dict[str, Any], num_classes: int) -> str:
     if metrics["teacher"]:
-        rows.append(("teacher", *(format_percent(metrics["teacher"][key]) for key in _COLUMNS)))
-    table = markdown_table(("head", *_COLUMNS.values()), rows)
+        heads = {**heads, "teacher": metrics["teacher"]}
+    columns, cells = head_cells(heads, metrics["num_samples"], num_classes)
+    table = markdown_table(columns, [[row[0].replace("_", " "), *row[1:]] for row in cells])
     note = f"On the {metrics['num_samples']} images of the {metrics['split']} split."
-    if len(heads) > 1:
+    if "fused" in heads:
         note += " `fused` is the mean of the heads' logits; the exported `logits` are `fused`."
     return f"{table}\n\n{note}"
-
-
-_COLUMNS = {"top1": "top-1 %", "top5": "top-5 %", "calibration_error": "calibration error %"}
 
 
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}

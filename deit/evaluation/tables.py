@@ -5,6 +5,7 @@ from typing import Any
 
 from deit.core.console import format_percent, info, is_main_process, table
 from deit.core.filesystem import write_json
+from deit.core.metrics import SMALL_SPLIT, format_margin
 from deit.viz.tables import HEADS
 
 _MAX_CLASSES = 20
@@ -35,14 +36,8 @@ def print_evaluation(metrics: dict[str, Any]) -> None:
         images += f", {metrics['merge']} tokens merged in each block"
     if "note" in metrics:
         info(f"{metrics['split']}: {metrics['note']}")
-    table(
-        f"{metrics['run']} ({metrics['checkpoint']}), {images}",
-        ("head", "top-1 %", "top-5 %", "calibration error %"),
-        [
-            (name, *(format_percent(row[key]) for key in ("top1", "top5", "calibration_error")))
-            for name, row in rows.items()
-        ],
-    )
+    columns, cells = head_cells(rows, metrics["num_samples"], len(metrics["class_names"]))
+    table(f"{metrics['run']} ({metrics['checkpoint']}), {images}", columns, cells)
     if "agreement" in metrics:
         names = [name for name in ("teacher", *HEADS) if name in rows]
         print_disagreement(metrics["agreement"], names)
@@ -57,6 +52,26 @@ def print_evaluation(metrics: dict[str, Any]) -> None:
         info(f"tokens after each block: {', '.join(map(str, metrics['tokens']))}")
     if "cost" in metrics:
         info(_format_cost(metrics["cost"]))
+
+
+def head_cells(
+    heads: dict[str, dict[str, float]], num_images: int, num_classes: int
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a table of heads, one row per head.
+
+    Top-1 on few images has its margin. Top-5 of five classes or fewer, always 100 %, is left out.
+    heads: metrics of each head by its name.
+    """
+    with_margin = num_images < SMALL_SPLIT
+    others = {"top5": "top-5 %"} if num_classes > 5 else {}
+    others["calibration_error"] = "calibration error %"
+    margin_columns = ["correct", "95 % interval"] if with_margin else []
+    cells = []
+    for name, row in heads.items():
+        margin = format_margin(row["top1"], num_images) if with_margin else ()
+        shares = (format_percent(row[key]) for key in others)
+        cells.append([name, format_percent(row["top1"]), *margin, *shares])
+    return ["head", "top-1 %", *margin_columns, *others.values()], cells
 
 
 def print_disagreement(agreement: dict[str, dict[str, float]], names: list[str]) -> None:

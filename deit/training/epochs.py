@@ -49,6 +49,7 @@ def train_epochs(
     and NumericsError after too many steps in a row whose loss or gradient is not finite.
     """
     config, state, steps = run.config, run.state, run.loader.steps_per_epoch
+    before = (state.step / steps, state.seconds)
     while state.epoch < config.optim.epochs:
         metrics = MetricAccumulator(run.accelerator, state.metric_sums)
         speed = _train_epoch(run, metrics, interruption)
@@ -64,7 +65,7 @@ def train_epochs(
         row["seconds"] = state.seconds
         finish_epoch(run, row)
         track(run.accelerator, row)
-        log_epoch(row, config.optim.epochs, config.loss)
+        log_epoch(row, config.optim.epochs, config.loss, before=before)
         if run.accelerator.is_main_process:
             for callback in callbacks:
                 callback(copy.deepcopy(row))

@@ -8,7 +8,15 @@ from accelerate import Accelerator
 
 from deit.config.sections.loss import LossConfig
 from deit.config.sections.optim import OptimConfig
-from deit.core.console import count_noun, format_count, format_duration, format_percent, info, warn
+from deit.core.console import (
+    count_noun,
+    format_count,
+    format_duration,
+    format_percent,
+    info,
+    terminal_width,
+    warn,
+)
 from deit.core.hardware import num_cores
 from deit.core.sharding import shard_degree
 from deit.datasets.decode_workers import resolve_num_workers
@@ -16,6 +24,7 @@ from deit.datasets.images import InMemoryImages
 from deit.models.parameters import count_parameters
 from deit.models.surgery.fake_quant import fake_quant_layers
 from deit.models.surgery.pruning_masks import mask_summary
+from deit.training.save import selection_name
 from deit.training.state import TrainingRun
 from deit.training.summary import head_name
 
@@ -177,28 +186,66 @@ _LOSS_TERMS = {
 """What the terms of the loss are called in log lines."""
 
 
-def log_epoch(row: dict[str, Any], epochs: int, loss: LossConfig) -> None:
-    """Log one line for a finished epoch from its metrics, without loss terms of weight 0."""
+def log_epoch(
+    row: dict[str, Any],
+    epochs: int,
+    loss: LossConfig,
+    *,
+    before: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """Log one line for a finished epoch from its metrics.
+
+    On a terminal, details are left out until the line fits; metrics.jsonl has them all. before:
+    epochs and seconds before the run was resumed: on another machine, they could be slower.
+    """
+    width = terminal_width()
+    lines = [_epoch_line(row, epochs, loss, before, details) for details in (4, 3, 2, 1, 0)]
+    info(next((line for line in lines if width is None or len(line) <= width), lines[-1]))
+
+
+def _epoch_line(
+    row: dict[str, Any],
+    epochs: int,
+    loss: LossConfig,
+    before: tuple[float, float],
+    details: int,
+) -> str:
+    """Return the line of an epoch.
+
+    details: 4: all; fewer: without terms of the loss, share of the loader, agreement, and all heads
+    but the one that selects the best weights.
+    """
     train = row["train"]
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"loss {train['loss']:.3f}"]
-    terms = [
+    terms = _loss_terms(train, loss)
+    if len(terms) > 1 and details > 3:
+        parts[-1] += f" ({', '.join(terms)})"
+    if "validation" in row:
+        selecting = selection_name(row["validation"])
+        accuracies = [
+            f"{head_name(name.removesuffix('_top1'))} {format_percent(value)}"
+            for name, value in row["validation"].items()
+            if details > 1 or (name.endswith("_top1") if details else name == selecting)
+        ]
+        parts.append(f"validation {', '.join(accuracies)}")
+    if "loader" in row:  # absent if the run was stopped between training and evaluation
+        speed = f"{row['images_per_s']:.0f} images/s"
+        if details > 2:
+            speed += f" ({format_percent(row['loader']['share'])} % of time in loader)"
+        parts.append(speed)
+    done, seconds = row["epoch"] - before[0], row["seconds"] - before[1]
+    if done <= 0:  # this process has only evaluated
+        done, seconds = row["epoch"], row["seconds"]
+    parts.append(f"ETA {format_duration(seconds / done * (epochs - row['epoch']))}")
+    return " | ".join(parts)
+
+
+def _loss_terms(train: dict[str, Any], loss: LossConfig) -> list[str]:
+    """Return the terms of the loss as text, without those of weight 0."""
+    return [
         f"{_LOSS_TERMS.get(name, name.replace('_', ' '))} {value:.3f}"
         for name, value in train.items()
         if name != "loss"
         and "loss" in name
         and not (name == "label_loss" and loss.effective_label_weight == 0)
     ]
-    if len(terms) > 1:
-        parts[-1] += f" ({', '.join(terms)})"
-    if "validation" in row:
-        accuracies = [
-            f"{head_name(name.removesuffix('_top1'))} {format_percent(value)}"
-            for name, value in row["validation"].items()
-        ]
-        parts.append(f"validation {', '.join(accuracies)}")
-    remaining = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
-    if "loader" in row:  # absent if the run was stopped between training and evaluation
-        loading = format_percent(row["loader"]["share"])
-        parts.append(f"{row['images_per_s']:.0f} images/s ({loading} % of time in loader)")
-    parts.append(f"ETA {format_duration(remaining)}")
-    info(" | ".join(parts))

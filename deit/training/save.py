@@ -36,10 +36,15 @@ def selection_metric(validation: dict[str, float]) -> float:
         >>> selection_metric({"class_top1": 0.8, "distillation_top1": 0.82, "fused_top1": 0.83})
         0.83
     """
+    return validation[selection_name(validation)]
+
+
+def selection_name(validation: dict[str, float]) -> str:
+    """Return the name of the accuracy that selects the best checkpoint."""
     for name in ("average_fused_top1", "average_class_top1", "fused_top1"):
         if name in validation:
-            return validation[name]
-    return validation["class_top1"]
+            return name
+    return "class_top1"
 
 
 def save_checkpoint(run: TrainingRun, metrics: MetricAccumulator, *, in_hash_chain: bool) -> None:
@@ -174,6 +179,7 @@ def write_result(run: TrainingRun) -> dict[str, Any]:
             fingerprint=state.fingerprint,
             targets=state.targets,
             teachers=state.teachers,
+            validation_images=len(run.splits.validation.labels),
         )
     )
     if run.accelerator.is_main_process:

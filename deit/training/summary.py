@@ -8,18 +8,15 @@ from typing import Any
 
 from deit.config.command_choices import EXPORT_PACKAGES
 from deit.config.schema import Config
-from deit.config.sections.student import StudentConfig
 from deit.core import run_log
 from deit.core.console import count_noun, format_duration, format_percent, info
-from deit.core.errors import ConfigError
-from deit.models.timm_format import timm_name
+from deit.core.metrics import SMALL_SPLIT, format_margin
 from deit.training.save import selection_metric
 
 SUMMARY = "summary.json"
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
 _USES = {
-    "timm": "deit export {run} --format timm      for timm and transformers",
     "onnx": "deit export {run} --format onnx      for ONNX Runtime",
     "int8": "deit quantize {run}      the file it was trained for",
 }
@@ -29,9 +26,9 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     """Return the content of summary.json.
 
     It has time, speed, memory, the best epoch with its validation top-1 by head and the accuracy
-    that selected it, the teacher's accuracy, the curve over epochs, and a command that can use the
-    student. Accuracies are in [0, 1], times in seconds, memory in MiB. result: the content
-    of result.json.
+    that selected it, the teacher's accuracy, the curve over epochs, the training accuracy if it was
+    low and still rising, and a command that can use the student. Accuracies are in [0, 1], times in
+    seconds, memory in MiB. result: the content of result.json.
 
     Example:
         >>> from deit.config.validation import load_config
@@ -47,7 +44,7 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
     return {
         "run": str(out),
         "student": config.student.name,
-        "use": _use_of(config.student),
+        "use": "onnx" if config.student.qat == "none" else "int8",
         "epochs": result["epochs"],
         "seconds": result["seconds"],
         "images_per_s": _median(row["images_per_s"] for row in measured),
@@ -59,6 +56,8 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
         "best": {name.removesuffix("_top1"): value for name, value in best.items()},
         "agreement": result["best"].get("agreement"),
         "teacher": result.get("teacher_top1"),
+        "validation_images": result.get("validation_images"),
+        "rising": rising_accuracy(rows),
         "curve": [
             [row["epoch"], selection_metric(row["validation"])]
             for row in rows
@@ -77,15 +76,36 @@ def head_name(name: str) -> str:
     return " ".join(f"{part} head" if part in ("class", "distillation") else part for part in parts)
 
 
-def _use_of(student: StudentConfig) -> str:
-    """Return the key of _USES that supports the student."""
-    if student.qat != "none":
-        return "int8"
-    try:
-        timm_name(student)
-    except ConfigError:
-        return "onnx"
-    return "timm"
+def rising_accuracy(rows: list[dict[str, Any]]) -> float | None:
+    """Return the training accuracy at the end of a run if it was low and clearly still rising.
+
+    It was if it is below 80 %, and both this accuracy, on training views, and that on validation
+    images are on average two points higher in the last fifth of the epochs than in as many measured
+    epochs before it. None otherwise, and for fewer than ten epochs. rows: of metrics.jsonl.
+    """
+    count = len(rows) // 5
+    if count < 2:
+        return None
+    head = "fused_top1" if "fused_top1" in rows[-1]["train"] else "class_top1"
+    final = rows[-1]["train"].get(head)
+    if final is None or final >= 0.8:
+        return None
+
+    def training(row: dict[str, Any]) -> float | None:
+        return row["train"].get(head)
+
+    def validation(row: dict[str, Any]) -> float | None:
+        return selection_metric(row["validation"]) if "validation" in row else None
+
+    for accuracy in (training, validation):
+        earlier, last = (
+            [value for row in part if (value := accuracy(row)) is not None]
+            for part in (rows[:-count], rows[-count:])
+        )
+        before = earlier[-len(last) :]
+        if not (before and last) or statistics.mean(last) - statistics.mean(before) < 0.02:
+            return None
+    return final
 
 
 def _median(values: Any) -> float | None:
@@ -112,6 +132,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         if summary[key] is not None:
             heads.append(f"{label} {format_percent(summary[key])}")
     info(f"  validation top-1 %: {', '.join(heads)} (best weights: epoch {summary['best_epoch']})")
+    num_images = summary["validation_images"]
+    if num_images is not None and num_images < SMALL_SPLIT:
+        correct, interval = format_margin(summary["selected"], num_images)
+        selected = format_percent(summary["selected"])
+        info(f"  {selected} % is {correct} images; 95 % interval {interval}")
     values = [value for _, value in summary["curve"]]
     if len(values) > 1:
         low, high = min(values), max(values)
@@ -119,10 +144,18 @@ def print_summary(summary: dict[str, Any]) -> None:
             f"  over the epochs: {sparkline(values)} {format_percent(low)} to "
             f"{format_percent(high)}"
         )
+    if summary["rising"] is not None:
+        info(
+            f"  training accuracy {format_percent(summary['rising'])} % was still rising: more "
+            "epochs may help (--optim.epochs)"
+        )
     use = _USES[summary["use"]].format(run=run)
-    if summary["use"] != "timm" and not all(map(find_spec, EXPORT_PACKAGES["onnx"])):
+    if not all(map(find_spec, EXPORT_PACKAGES["onnx"])):
         use += " (pip install 'deit[export]' first)"
-    info(f"next:\n  deit evaluate {run}      test accuracy by head\n  {use}")
+    info(
+        f"next:\n  deit evaluate {run}      test accuracy by head\n"
+        f"  deit predict {run} PHOTO.jpg      classes of your images\n  {use}"
+    )
 
 
 def sparkline(values: list[float], width: int = _WIDTH) -> str:

@@ -18,6 +18,7 @@ from deit.analysis.run_report import RunReport
 from deit.analysis.run_sections import schedules_of
 from deit.config.validation import load_config
 from deit.core.errors import CheckpointError, SystemFault
+from deit.core.metrics import format_margin
 from deit.evaluation.cache import EvaluationCache
 from deit.viz import charts
 from tests.helpers.errors import raises
@@ -212,7 +213,9 @@ def test_report_page_has_the_numbers_of_evaluate(report_folder, command_server):
         if metrics:
             cells = (
                 name.replace("_", " "),
-                *(f"{100 * metrics[key]:.1f}" for key in ("top1", "top5")),
+                f"{100 * metrics['top1']:.1f}",
+                *format_margin(metrics["top1"], evaluation["num_samples"]),
+                f"{100 * metrics['top5']:.1f}",
             )
             assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 

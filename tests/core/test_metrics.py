@@ -12,6 +12,7 @@ from deit.core.metrics import (
     is_near_chance,
     majority_accuracy,
     topk_accuracy,
+    wilson_interval,
 )
 from deit.core.types import StudentOutput, logits_by_head
 from deit.viz.tables import mean_std
@@ -78,6 +79,24 @@ def test_binomial_tail_matches_scipy(least, num_samples, probability):
     stats = pytest.importorskip("scipy.stats")
     expected = stats.binom.sf(least - 1, num_samples, probability)
     assert binomial_tail(least, num_samples, probability) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "interval"),
+    [
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_interval_matches_published_values(correct, total, interval):
+    """The examples of Newcombe, Statistics in Medicine 17, 1998, table I, method 3."""
+    assert wilson_interval(correct, total) == pytest.approx(interval, abs=5e-5)
+    low, high = wilson_interval(total - correct, total)
+    assert (1 - high, 1 - low) == pytest.approx(interval, abs=5e-5)
+    assert low >= 0
+    assert high <= 1
 
 
 def test_fused_heads_are_means_of_logits_and_of_softmax():

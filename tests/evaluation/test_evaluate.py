@@ -24,6 +24,7 @@ from deit.datasets.splits import load_splits
 from deit.distill.inference import views_of_chunks
 from deit.evaluation.evaluate import evaluate
 from deit.evaluation.load_run import student_at_resolution
+from deit.evaluation.tables import head_cells
 from deit.models.pos_embed import resize_positions
 from deit.models.saved_student import load_student
 from deit.training.train import train
@@ -109,6 +110,18 @@ def test_evaluate_several_runs_and_resolutions_share_one_table(runs, tmp_path, c
     output = capsys.readouterr().err
     assert f"--json {tmp_path / 'report.json'}" in output
     assert "--force" in output
+
+
+@pytest.mark.parametrize("num_images", [60, 1000])
+@pytest.mark.parametrize("num_classes", [4, 5, 6])
+def test_table_of_heads_has_margins_of_few_images_and_top5_of_many_classes(num_images, num_classes):
+    row = {"top1": 38 / 60, "top5": 0.987, "calibration_error": 0.1}
+    columns, cells = head_cells({"class": row}, num_images, num_classes)
+    margin = {"correct": "38 of 60", "95 % interval": "50.7 to 74.4"} if num_images < 1000 else {}
+    top5 = {"top-5 %": "98.7"} if num_classes > 5 else {}
+    expected = {"head": "class", "top-1 %": "63.3", **margin, **top5, "calibration error %": "10.0"}
+    assert dict(zip(columns, cells[0], strict=True)) == expected
+    assert columns == list(expected)
 
 
 def test_evaluate_runs_on_different_classes_have_no_agreement(runs, tmp_path):
