@@ -82,6 +82,7 @@ class Config:
 
 RESUMABLE_FIELDS = (
     "data.root",
+    "data.exclude_list",  # compared by the fingerprint of the images
     "data.download",
     "data.memory_fraction",
     "data.num_workers",

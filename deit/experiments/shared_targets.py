@@ -15,6 +15,8 @@ from deit.distill.write_targets import write_targets
 from deit.experiments.parallel_runs import RunSpec
 
 HASH_LENGTH = 12
+_BY_CONTENT = ("data.exclude_list", "teacher.source")
+"""Fields that a resumed run can change only if the content is the same."""
 
 
 def content_hash(values: dict[str, Any]) -> str:
@@ -27,8 +29,9 @@ def content_hash(values: dict[str, Any]) -> str:
 def result_fields(config: Config) -> dict[str, Any]:
     """Return the fields that determine the result of a run, with their values, ready for JSON.
 
-    They are the names of its teachers and all fields that a resumed run must not change. Fields
-    with default values are left out, so that a field of a later release does not change the hash.
+    They are the names of its teachers and exclude list, and all fields that a resumed run must not
+    change. Fields with default values are left out, so that a field of a later release does not
+    change the hash.
     """
     defaults = to_dict(Config())
     return {
@@ -36,7 +39,7 @@ def result_fields(config: Config) -> dict[str, Any]:
         for section, values in to_dict(config).items()
         for leaf, value in values.items()
         if value != defaults[section][leaf]
-        and (f"{section}.{leaf}" not in RESUMABLE_FIELDS or f"{section}.{leaf}" == "teacher.source")
+        and (f"{section}.{leaf}" not in RESUMABLE_FIELDS or f"{section}.{leaf}" in _BY_CONTENT)
     }
 
 

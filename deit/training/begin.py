@@ -32,7 +32,7 @@ class RunStart(NamedTuple):
 def check_start(config: Config, out: Path, *, resume: bool, dry_run: bool) -> RunStart:
     """Check trackers and folder before anything is built. Raises the errors of deit.core.errors."""
     check_trackers(config.run.trackers)
-    if not dry_run:
+    if resume or not dry_run:
         _check_out(config, out, resume=resume)
     result = run_folder.read_result(out) if resume else None
     if not dry_run and result is None:

@@ -209,12 +209,28 @@ def check_same_run(run: TrainingRun, finished: dict[str, Any]) -> None:
     _check_teachers(run, finished.get("teachers", run.state.teachers))
 
 
+def check_resumable(run: TrainingRun, finished: dict[str, Any] | None) -> None:
+    """Make the checks of resuming a run, finished or not, and change nothing.
+
+    Raises as `resume_run` and `check_same_run`.
+    """
+    if finished is not None:
+        check_same_run(run, finished)
+    elif (run.out / run_folder.CONFIG).is_file():
+        _check_config(run)
+        folder = run_folder.latest_checkpoint(run.out)
+        if folder is None:
+            _check_fresh(run.out)
+        else:
+            _check_state(run, folder, read_state(folder))
+
+
 def _check_data(run: TrainingRun, fingerprint: str, targets: list[str]) -> None:
     if fingerprint != run.splits.fingerprint:
         raise DataError(
             f"{run.out}: the images differ from those the run started with (class names, pixels "
             "or labels; another version of Pillow can decode other pixels); resume with the same "
-            "data (data.source, data.root), or start a new run in another --out"
+            "data (data.source, data.root, data.exclude_list), or start a new run in another --out"
         )
     if targets != run.state.targets:
         raise DataError(

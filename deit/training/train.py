@@ -12,13 +12,13 @@ from deit.core.accelerator import environment_info
 from deit.core.console import info
 from deit.core.filesystem import check_space, write_json
 from deit.core.signals import GracefulStop
-from deit.training.begin import begin_or_resume, check_start, lock_run, open_folder
+from deit.training.begin import RunStart, begin_or_resume, check_start, lock_run, open_folder
 from deit.training.build import build, check_run_teachers
 from deit.training.epochs import EpochCallback, check_callbacks, dry_step, train_epochs
 from deit.training.memory import check_memory, find_micro_batch
 from deit.training.progress_log import log_setup
 from deit.training.resolve import resolve
-from deit.training.resume import check_best, check_same_run
+from deit.training.resume import check_best, check_resumable, check_same_run
 from deit.training.save import required_bytes, write_result
 from deit.training.state import TrainingRun
 from deit.training.summary import SUMMARY, print_summary, summary_of
@@ -72,7 +72,7 @@ def train(
         log_setup(run, environment)
         if start.result is not None and not dry_run:
             return _check_finished(run, start.result)
-        _check_before_training(run, dry_run=dry_run)
+        _check_before_training(run, start, dry_run=dry_run)
         if dry_run:
             dry_step(run)
             return asdict(run.state)
@@ -95,10 +95,16 @@ def _check_finished(run: TrainingRun, result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check_before_training(run: TrainingRun, *, dry_run: bool) -> None:
-    """Check disk, memory and teachers; find a micro-batch that fits if run.auto_micro_batch."""
+def _check_before_training(run: TrainingRun, start: RunStart, *, dry_run: bool) -> None:
+    """Check disk, memory and teachers; find a micro-batch that fits if run.auto_micro_batch.
+
+    A dry run needs no disk; it checks whether the run can be resumed, which `begin_or_resume` does
+    otherwise.
+    """
     if not dry_run:
         check_space(run.out, required_bytes(run), name="out")
+    elif start.resume:
+        check_resumable(run, start.result)
     check_memory(run, run.teachers.live)
     check_run_teachers(run)
     if run.config.run.auto_micro_batch:

@@ -33,8 +33,8 @@ def settings_page() -> str:
     fields = "\n".join(f"- {code(name)}" for name in RESUMABLE_FIELDS)
     parts.append(
         "## Settings that a resumed run can change\n\nThey decide where and how a run computes, "
-        "not what. `teacher.source` and `teacher.target_stores` can name other paths of the same "
-        f"weights and stores.\n\n{fields}\n"
+        "not what. `data.exclude_list`, `teacher.source` and `teacher.target_stores` can name "
+        f"other paths of the same content.\n\n{fields}\n"
     )
     return "\n".join(parts)
 

@@ -211,12 +211,9 @@ def test_report_page_has_the_numbers_of_evaluate(report_folder, command_server):
     text = (report_folder / "one" / "index.html").read_text()
     for name, metrics in evaluation["heads"].items():
         if metrics:
-            cells = (
-                name.replace("_", " "),
-                f"{100 * metrics['top1']:.1f}",
-                *format_margin(metrics["top1"], evaluation["num_samples"]),
-                f"{100 * metrics['top5']:.1f}",
-            )
+            top1, top5 = (f"{100 * metrics[key]:.1f}" for key in ("top1", "top5"))
+            margin = format_margin(metrics["top1"], evaluation["num_samples"])
+            cells = (name.replace("_", " "), top1, *margin, top5)
             assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from deit.config.validation import load_config
 from deit.core import fault_injection, run_log
 from deit.core.errors import (
     CheckpointError,
@@ -96,6 +97,41 @@ def test_resume_with_another_setting_names_the_field(field, stopped_run, tmp_pat
         train(config.replace(**CHANGED[field]), out, resume=True)
     if isinstance(error.value, ConfigError):
         assert f"{field}: " in str(error.value)
+    with pytest.raises(type(error.value), match=re.escape(str(error.value))):
+        train(config.replace(**CHANGED[field]), out, resume=True, dry_run=True)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_resume_takes_another_exclude_list_of_the_same_content(dry_run, live_config, tmp_path):
+    out, names = (
+        tmp_path / "run",
+        [tmp_path / name for name in ("bad.txt", "same.txt", "other.txt")],
+    )
+    for path, images in zip(names, (["3.png", "4.png"], ["4.png", "3.png"], ["3.png", "5.png"])):
+        path.write_text("".join(f"train/class1/{image}\n" for image in images))
+    configs = [live_config.replace(data={"exclude_list": str(path)}) for path in names]
+    stop_at(configs[0], out, "step:5:term")
+    with raises(DataError, out, "data.exclude_list"):
+        train(configs[2], out, resume=True, dry_run=dry_run)
+    if dry_run:
+        before = contents(out)
+        train(configs[1], out, resume=True, dry_run=True)
+        assert contents(out) == before
+    else:
+        stop_at(configs[1], out, "step:1:term", resume=True)
+        assert load_config(out / "config.json").data.exclude_list == str(names[1])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_dry_run_of_resume_checks_the_folder(live_config, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").touch()
+    with raises(ConfigError, out):
+        train(live_config, out, resume=True, dry_run=True)
 
 
 @pytest.mark.fault("A21")
