@@ -31,6 +31,8 @@ from deit.distill.loss_inputs import (
 )
 
 Losses = dict[str, Tensor]
+"""The loss and its terms as scalars, by name: `loss`, `label_loss`, `distillation_loss` and others
+that `distillation_loss` lists."""
 
 
 def smooth_labels(targets: Tensor, smoothing: float) -> Tensor:

@@ -1,7 +1,10 @@
 """The page of the Python interface: every public name, from the table in deit/__init__.py."""
 
+import ast
 import inspect
 import re
+from importlib import import_module
+from itertools import pairwise
 
 import deit
 from scripts.documentation.markdown import code, escaped, text_table
@@ -10,10 +13,18 @@ _INTRODUCTION = """\
 `import deit` offers these names. It takes a fraction of a second; torch and the other libraries are
 imported when a name is used for the first time. Errors are raised as subclasses of
 `deit.errors.DeitError` ([Exit codes](exit-codes.md) lists them).
+
+Loaders, teachers, students and the student of a `Run` are on the CPU unless `device` is given, also
+on a machine with a GPU. It is a `torch.device` or its name: `cpu`, `cuda`, `cuda:1`, or `auto` for
+a GPU if there is one. Functions that train or evaluate take the device of the configuration
+(`run.device`, `auto` by default).
 """
 _SECTIONS = {
     "Configurations": ("deit.config",),
-    "Runs": ("deit.api", "deit.evaluation", "deit.analysis", "deit.deploy"),
+    "Runs": (
+        *("deit.api", "deit.evaluation", "deit.analysis", "deit.deploy"),
+        *("deit.core.machine", "deit.experiments", "deit.training"),
+    ),
     "Parts for your own loop": ("deit.distill", "deit.datasets", "deit.models", "deit.core"),
 }
 """The packages of each section."""
@@ -35,8 +46,24 @@ def api_page() -> str:
 
 def _summary(name: str) -> str:
     """Return the first sentence of a docstring."""
-    text = " ".join((inspect.getdoc(getattr(deit, name)) or "").split("\n\n")[0].split())
-    return re.split(r"(?<=\.) ", text)[0]
+    text = " ".join(docstring(name).split("\n\n")[0].split())
+    return re.split(r"(?<=[.;]) ", text)[0].replace(";", ".")
+
+
+def docstring(name: str) -> str:
+    """Return the documentation of a public name; of an alias the string below its assignment."""
+    value = getattr(deit, name)
+    if inspect.isfunction(value) or isinstance(value, type):
+        return inspect.getdoc(value) or ""
+    body = ast.parse(inspect.getsource(import_module(deit._MODULE_OF[name]))).body
+    (text,) = (
+        ast.literal_eval(below.value)
+        for statement, below in pairwise(body)
+        if isinstance(statement, ast.Assign)
+        and [ast.unparse(target) for target in statement.targets] == [name]
+        and isinstance(below, ast.Expr)
+    )
+    return text
 
 
 def _directive(module: str, name: str) -> str:

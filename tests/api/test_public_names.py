@@ -4,11 +4,13 @@ import ast
 import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import deit
+from scripts.documentation.api import docstring
 
 SOURCE = Path(deit.__file__).read_text(encoding="utf-8")
 
@@ -29,9 +31,45 @@ def test_import_loads_no_library(tmp_path):
 def test_public_name_exists_and_is_documented(name):
     value = getattr(deit, name)
     assert name in dir(deit)
-    if name != "__version__":
-        assert len(inspect.getdoc(value)) > 20
+    if name not in ("__version__", "errors"):
+        assert len(docstring(name)) > 20
         assert getattr(deit, name) is value
+
+
+OURS = {"EvalSettings", "LoadedNetwork", "SearchSpace", "TeacherInput", "UnmixedViews"}
+"""Types of parameters and results that the package itself needs only."""
+
+
+def functions_of(value):
+    """Yield a public function, or the constructor and the public methods of a class."""
+    if inspect.isfunction(value):
+        yield value
+    if isinstance(value, type):
+        for name, member in inspect.getmembers(value):
+            function = member.fget if isinstance(member, property) else member
+            is_public = not name.startswith("_") or name in ("__init__", "__call__")
+            if is_public and (inspect.isfunction(function) or inspect.ismethod(function)):
+                yield function
+
+
+def types_in(hint):
+    if isinstance(hint, type):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from types_in(part)
+
+
+@pytest.mark.parametrize("name", [name for name in deit.__all__ if not name.startswith("_")])
+def test_types_of_parameters_and_results_are_public(name):
+    public = {getattr(deit, other) for other in deit.__all__ if other[0].isupper()}
+    types = {
+        part
+        for function in functions_of(getattr(deit, name))
+        for hint in typing.get_type_hints(function).values()
+        for part in types_in(hint)
+        if part.__module__.startswith("deit.")
+    }
+    assert {part.__name__ for part in types - public} <= OURS
 
 
 def test_type_checkers_see_the_same_names():
