@@ -36,7 +36,7 @@ def test_public_name_exists_and_is_documented(name):
         assert getattr(deit, name) is value
 
 
-OURS = {"EvalSettings", "LoadedNetwork", "SearchSpace", "TeacherInput", "UnmixedViews"}
+INTERNAL = {"EvalSettings", "LoadedNetwork", "SearchSpace", "TeacherInput", "UnmixedViews"}
 """Types of parameters and results that the package itself needs only."""
 
 
@@ -69,7 +69,7 @@ def test_types_of_parameters_and_results_are_public(name):
         for part in types_in(hint)
         if part.__module__.startswith("deit.")
     }
-    assert {part.__name__ for part in types - public} <= OURS
+    assert {part.__name__ for part in types - public} <= INTERNAL
 
 
 def test_type_checkers_see_the_same_names():
