@@ -33,11 +33,12 @@ from deit.experiments.sweep_tables import (
     columns,
     label_of,
     points,
+    spread_note,
     unseen_marks,
 )
 from deit.viz import charts, html
 from deit.viz.plots import draw_arms, draw_epoch_scaling
-from deit.viz.tables import final_top1
+from deit.viz.tables import SAMPLE_STD, final_top1
 
 _MAX_SCATTER_POINTS = 24
 
@@ -85,13 +86,9 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
 def _results_table(result: dict[str, Any], csv_path: Path) -> str:
     names = list(result["rows"])
     best = names.index(result["best"][0]) if result["best"] else None
-    seeds = ", ".join(map(str, result["seeds"]))
-    spread = "mean +- standard deviation over seeds" if len(result["seeds"]) > 1 else "seed"
     bold = " Bold: best on the validation split." if best is not None else ""
     caption = (
-        f"Top-1 % on {result['num_samples']} {result['split']} images, {spread} {seeds}. The gain "
-        f"is that of the fused heads (or the only head) over the first point, in percentage points."
-        f"{bold}"
+        f"Top-1 % on {result['num_samples']} {result['split']} images, {spread_note(result)}{bold}"
     )
     return html.table(columns(result), cells(result), caption=caption, best=best, csv_path=csv_path)
 
@@ -160,7 +157,7 @@ def _sparsity_figures(result: dict[str, Any], folder: Path, slug: str) -> list[s
     if "lottery" not in result:
         return []
     svg = charts.chart(ticket_curve(result), folder / f"{slug}-tickets.png")
-    caption = "Mean and standard deviation over the seeds. Gray band: matches the dense run."
+    caption = f"Mean and {SAMPLE_STD} over the seeds. Gray band: matches the dense run."
     return [html.figure(svg, caption)]
 
 

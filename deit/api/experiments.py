@@ -44,7 +44,8 @@ class SweepResult:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def table(self) -> str:
-        """Return the results as a Markdown table: test top-1 in %, mean +- standard deviation."""
+        """Return the results as a Markdown table: test top-1 in %, mean +- sample standard
+        deviation (n - 1)."""
         return markdown_table(columns(self.data), cells(self.data))
 
     @property

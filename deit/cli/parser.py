@@ -255,7 +255,7 @@ class Parser(argparse.ArgumentParser):
             "--seeds",
             default=seeds,
             metavar="N,...",
-            help="Seeds to train with; several give mean and standard deviation.",
+            help="Seeds to train with; several give mean and sample standard deviation (n - 1).",
         )
         self.add_parallel()
         self.add_argument(

@@ -63,8 +63,8 @@ def lottery(
 ) -> dict[str, Any]:
     """Train a configuration, prune it round by round with rewinding, and train its controls.
 
-    Writes results.json, results.csv, results.md and a plot into `out`, and prints the table. The
-    same call resumes; it may have more rounds, controls or seeds.
+    Writes results.json, tables (results.md, results.tex, results.csv, points.csv) and a plot into
+    `out`, and prints the table. The same call resumes; it may have more rounds, controls or seeds.
 
     recipe: name of the recipe that the configuration is from, for the results. Teachers that are
     runs of built-in recipes are trained first. seeds: each trains all runs. parallel: number of

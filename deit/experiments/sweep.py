@@ -64,9 +64,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Train and evaluate every point of a sweep for each of its seeds.
 
-    Writes results.json, results.csv, results.md and plots into `out`, and prints the table. A
-    finished run is not trained again, even if its point has another name now: a hash of the
-    configuration identifies it.
+    Writes results.json, tables (results.md, results.tex, results.csv, points.csv) and plots into
+    `out`, and prints the table. A finished run is not trained again, even if its point has another
+    name now: a hash of the configuration identifies it.
 
     spec: a sweep, its content as in a sweep file, the path of a sweep file, or the name of a
     built-in sweep. config: what the runs have in common; default: the recipe of the sweep.

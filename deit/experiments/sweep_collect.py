@@ -16,6 +16,7 @@ from deit.experiments.sweep_execute import SweepFailures
 from deit.experiments.sweep_plan import SweepPlan
 from deit.experiments.sweep_plots import draw_sweep
 from deit.experiments.sweep_tables import cells, columns
+from deit.viz.tables import SAMPLE_STD
 
 
 def collect_rows(
@@ -126,6 +127,6 @@ def print_rows(result: dict[str, Any]) -> None:
     """Print the table of a sweep."""
     num_seeds = len(result["seeds"])
     title = f"{result['sweep']}: top-1 % on {result['num_samples']} {result['split']} images" + (
-        f", mean and standard deviation of {num_seeds} seeds" if num_seeds > 1 else ""
+        f", mean +- {SAMPLE_STD} of {num_seeds} seeds" if num_seeds > 1 else ""
     )
     table(title, columns(result), cells(result))

@@ -1,19 +1,25 @@
-"""Write the results of a sweep as tables, CSV, JSON and Markdown, and read them; no torch."""
+"""Write the results of a sweep as JSON, CSV, Markdown and LaTeX, and read them; no torch."""
 
-import csv
-import io
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deit.core.errors import CheckpointError
+from deit.core.errors import CheckpointError, single_line
 from deit.core.filesystem import atomic_write, write_json
 from deit.core.json_io import load_json_as
 from deit.experiments.arm_difference import difference_line
 from deit.experiments.lottery_tables import lottery_table
 from deit.experiments.sweep_spec import short_names
-from deit.viz.tables import HEADS, final_top1, markdown_table, mean_std
+from deit.viz.result_files import (
+    CLASS_GROUPS,
+    has_unseen_classes,
+    latex_table,
+    points_csv,
+    runs_csv,
+)
+from deit.viz.tables import HEADS, SAMPLE_STD, final_top1, markdown_table, mean_std
 
 MANIFEST = "sweep.json"
 RESULTS = "results.json"
@@ -26,7 +32,6 @@ _METRICS = (
     "agreement with teacher %",
     "seconds",
 )
-_CLASS_GROUPS = ("seen", "unseen")
 
 
 def read_results(sweep: str | Path) -> dict[str, Any]:
@@ -123,12 +128,8 @@ def columns(result: dict[str, Any]) -> list[str]:
 
 def _metric_columns(result: dict[str, Any]) -> list[str]:
     """Return the metrics; if classes were held out, with the accuracy on seen and unseen ones."""
-    groups = _CLASS_GROUPS if _has_unseen_classes(result) else ()
+    groups = CLASS_GROUPS if has_unseen_classes(result) else ()
     return [*_METRICS[:3], *groups, *_METRICS[3:]]
-
-
-def _has_unseen_classes(result: dict[str, Any]) -> bool:
-    return any(row.get("classes") for row in result["rows"].values())
 
 
 def cells(result: dict[str, Any]) -> list[list[str]]:
@@ -143,7 +144,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
         values = [row["values"].get(field, "") for field in result["fields"]]
         if not row["values"]:
             values[0] = name
-        groups = [_of_group(row, group) for group in _CLASS_GROUPS if _has_unseen_classes(result)]
+        groups = [_of_group(row, group) for group in CLASS_GROUPS if has_unseen_classes(result)]
         lines.append([*values, *_metric_cells(row, first if row["values"] else [], groups)])
     return lines
 
@@ -167,53 +168,59 @@ def _metric_cells(row: dict[str, Any], first: list[float], groups: list[str]) ->
 
 
 def write_results(result: dict[str, Any], out: str | Path) -> list[Path]:
-    """Write results.json, results.csv (one line per run) and results.md into a folder. Returns
-    their paths. Raises SystemFault."""
-    paths = [Path(out) / f"results.{kind}" for kind in ("json", "csv", "md")]
-    write_json(paths[0], result)
-    atomic_write(paths[1], _csv(result).encode())
-    atomic_write(paths[2], markdown(result).encode())
-    return paths
+    """Write results.json, results.csv (one line per run), points.csv (one line per point),
+    results.md and results.tex into a folder. Returns their paths. Raises SystemFault."""
+    out = Path(out)
+    write_json(out / RESULTS, result)
+    texts = {
+        "results.csv": runs_csv(result),
+        "points.csv": points_csv(result),
+        "results.md": markdown(result),
+        "results.tex": latex(result),
+    }
+    for name, text in texts.items():
+        atomic_write(out / name, text.encode())
+    return [out / name for name in (RESULTS, *texts)]
 
 
-def _csv(result: dict[str, Any]) -> str:
-    """Return a line for each run: its values, seed and metrics, or why it failed or was stopped."""
-    text = io.StringIO()
-    metrics = ("validation_top1", *(f"{head}_top1" for head in HEADS), "agreement", "seconds")
-    groups = tuple(f"{group}_top1" for group in _CLASS_GROUPS if _has_unseen_classes(result))
-    names = ("point", *result["fields"], "seed", "status", *metrics, *groups, "folder", "reason")
-    lines = csv.DictWriter(text, names, lineterminator="\n")
-    lines.writeheader()
-    for name, row in points(result).items():
-        point = {"point": name, **row["values"]}
-        for index, seed in enumerate(row["seeds"]):
-            heads = {f"{head}_top1": row["top1"][index][head] for head in HEADS}
-            if row.get("classes"):
-                heads |= {f"{group}_top1": row["classes"][index][group] for group in _CLASS_GROUPS}
-            lines.writerow(
-                {
-                    **point,
-                    **heads,
-                    "seed": seed,
-                    "status": "finished",
-                    "validation_top1": row["validation"][index],
-                    "agreement": row["agreement"][index],
-                    "seconds": round(row["seconds"][index], 3),
-                    "folder": row["folders"][index],
-                }
-            )
-        for seed, reason in row["failed"].items():
-            lines.writerow({**point, "seed": seed, "status": "failed", "reason": reason})
-    for name, trial in result.get("stopped", {}).items():
-        point = {"point": name, **trial["values"], "seed": result["seeds"][0], "status": "stopped"}
-        reason = f"below the median at epoch {trial['epoch']}"
-        lines.writerow({**point, "validation_top1": trial["top1"], "reason": reason})
-    return text.getvalue()
+def latex(result: dict[str, Any]) -> str:
+    """Return the test accuracies of a sweep as a table in LaTeX.
+
+    It leaves out columns without a value, and what is not measured on the test split.
+    """
+    keep = (*short_names(result["fields"]).values(), *_METRICS[:4], *CLASS_GROUPS)
+    names = ["run" if name == "" else name for name in columns(result)]
+    table = dict(zip(names, zip(*cells(result))))
+    table = {
+        name: values
+        for name, values in table.items()
+        if name in keep and any(value != "-" for value in values)
+    }
+    seeds = {name: len(row["seeds"]) for name, row in result["rows"].items()}
+    if len({seeds[name] for name in points(result)}) > 1:
+        table["seeds"] = tuple(map(str, seeds.values()))
+    caption = (
+        f"{result['sweep']}, recipe {result['recipe']}: top-1 in % on {result['num_samples']} "
+        f"{result['split']} images, {spread_note(result)}"
+    )
+    label = re.sub(r"[^a-z0-9]+", "-", result["sweep"].lower()).strip("-")
+    note = f"% \\usepackage{{booktabs}}; written by: {single_line(result['command'])}"
+    body = latex_table(list(table), zip(*table.values()), caption=caption, label=f"tab:{label}")
+    return f"{note}\n{body}\n"
+
+
+def spread_note(result: dict[str, Any]) -> str:
+    """Return what a cell of the table is over the seeds, and what the gain is, for a caption."""
+    seeds = ", ".join(map(str, result["seeds"]))
+    spread = f"mean +- {SAMPLE_STD} over the seeds" if len(result["seeds"]) > 1 else "seed"
+    return (
+        f"{spread} {seeds}. The gain is that of the fused heads (or the only head) over the first "
+        "point, in percentage points."
+    )
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the page of a sweep: the table, the best points, the failures and the environment."""
-    seeds = ", ".join(map(str, result["seeds"]))
     environment = result["environment"]
     torch = environment["packages"]["torch"]
     provenance = f"{environment['device_name']}, torch {torch}, commit {environment['commit']}"
@@ -240,9 +247,8 @@ def markdown(result: dict[str, Any]) -> str:
     difference = f"{_escaped(difference)}\n\n" if difference else ""
     return (
         f"# {result['sweep']}\n\n"
-        f"Recipe `{result['recipe']}`, seeds {seeds}; top-1 % on {result['num_samples']} "
-        f"{result['split']} images, mean +- standard deviation over seeds; the gain is in points "
-        "over the first row.\n\n"
+        f"Recipe `{result['recipe']}`. Top-1 in % on {result['num_samples']} {result['split']} "
+        f"images, {spread_note(result)}\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{difference}"
         f"{class_by_class(result)}"
         f"{changes_table(result)}{disagreement_table(result)}{lottery_table(result)}"

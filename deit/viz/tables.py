@@ -7,6 +7,8 @@ from typing import Any
 from deit.core.errors import single_line
 
 HEADS = ("class", "distillation", "fused")
+SAMPLE_STD = "sample standard deviation (n - 1)"
+"""What `+-` means, in captions."""
 
 
 def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:

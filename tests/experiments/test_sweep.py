@@ -51,11 +51,15 @@ def test_sweep_trains_and_reports_every_point_and_seed(finished_sweep):
     assert len(lines) == 4
     for line in lines:
         recorded = result_of(line["folder"], workdir)
-        assert float(line["validation_top1"]) == recorded["best"]["top1"]
+        assert float(line["validation_top1_percent"]) == pytest.approx(
+            100 * recorded["best"]["top1"], abs=1e-4
+        )
         assert float(line["seconds"]) == pytest.approx(recorded["seconds"], abs=1e-3)
         row = results["rows"][line["point"]]
         index = row["seeds"].index(int(line["seed"]))
-        assert float(line["fused_top1"]) == row["top1"][index]["fused"]
+        assert float(line["fused_top1_percent"]) == pytest.approx(
+            100 * row["top1"][index]["fused"], abs=1e-4
+        )
     first = next((workdir / "out" / "runs").glob("*/environment.json"))
     assert results["environment"]["packages"] == json.loads(first.read_text())["packages"]
     text = (workdir / "out" / "results.md").read_text()

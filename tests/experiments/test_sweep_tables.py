@@ -153,7 +153,7 @@ def test_stopped_trials_are_in_every_file(results, tmp_path):
     write_results(results, tmp_path)
     *_, line = lines_of(tmp_path)
     assert (line["point"], line["status"], line["optim.lr"]) == ("trial 7", "stopped", "0.3")
-    assert line["validation_top1"] == "0.25"
+    assert line["validation_top1_percent"] == "25.0"
     assert re.search(r"\bmedian\b.*\b4\b", line["reason"])
     for point in results["rows"].values():
         if point["values"]:

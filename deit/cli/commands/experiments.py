@@ -140,9 +140,9 @@ def _sweep_parser(program: str, plan: Sweep = _NO_SWEEP) -> Parser:
 _SWEEP = ConfigCommand(
     "sweep",
     f"Train and evaluate every run of a sweep for each seed. SWEEP: a YAML or JSON file "
-    f"(docs/guides/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.csv, results.json, "
-    "results.md, plots and the runs to --out. Run the same command again to resume; finished runs "
-    "are reused, even if the file has changed.",
+    f"(docs/guides/sweeps.md), or one of {', '.join(SWEEPS)}. Writes results.json, "
+    "tables (results.md, results.tex, results.csv, points.csv), plots and the runs to --out. Run "
+    "the same command again to resume; finished runs are reused, even if the file has changed.",
     usage="SWEEP [--recipe RECIPE]",
     own_parser=_sweep_parser,
     help_overrides={

@@ -81,8 +81,8 @@ _LOTTERY = ConfigCommand(
     "lottery",
     "Train a recipe dense, then prune its smallest weights in rounds. Each round rewinds weights, "
     "schedule, order and views to an early step of the dense run and trains from there. Writes "
-    "results.csv, results.json, results.md, tickets.png and the runs to --out. Run the same "
-    "command again to resume, also with more rounds, controls or seeds.",
+    "results.json, tables (results.md, results.tex, results.csv, points.csv), a plot and the runs "
+    "to --out. Run the same command again to resume, also with more rounds, controls or seeds.",
     own_parser=_lottery_parser,
     help_overrides={
         "out": "Folder of all runs. (default: checkpoints/RECIPE-tickets in the working directory)",
