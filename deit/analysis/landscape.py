@@ -16,7 +16,7 @@ from deit.analysis.landscape_runs import (
     share_weight_space,
 )
 from deit.analysis.landscape_tables import MANIFEST, cells, columns, write_page
-from deit.core.accelerator import environment_info
+from deit.core.accelerator import environment_info, own_accelerate_state
 from deit.core.console import format_duration, info, table
 from deit.core.errors import ConfigError
 from deit.core.filesystem import check_writable, lock_dir, to_paths, write_json
@@ -31,6 +31,7 @@ from deit.models.weight_files import digest_of
 _CACHE = "measured"  # a folder with one file per measurement
 
 
+@own_accelerate_state()
 def landscape(
     runs: str | Path | Sequence[str | Path],
     out: str | Path,

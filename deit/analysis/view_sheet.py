@@ -13,6 +13,7 @@ from torch import Tensor
 from deit.config.command_choices import NUM_VIEWS, check_at_least, check_epoch
 from deit.config.schema import Config
 from deit.config.validation import validate
+from deit.core.accelerator import own_accelerate_state
 from deit.core.console import info, obeys_verbose, warn
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.types import Batch
@@ -86,6 +87,7 @@ def draw_view_sheet(
 
 
 @obeys_verbose
+@own_accelerate_state()
 def view_sheet(
     config: Config,
     *,

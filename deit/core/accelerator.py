@@ -7,7 +7,9 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
@@ -86,6 +88,36 @@ def _check_launcher() -> None:
             f"the launcher sets torch.compile ({variable} {backend}), which is not supported; "
             "launch without it, and use --run.compile default"
         )
+
+
+_SHARED_BY_ACCELERATE = (AcceleratorState, GradientState)
+_nesting_lock, _nesting, _of_caller = threading.Lock(), 0, []
+
+
+@contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """Keep the settings of this block's Accelerators separate from those of the caller's.
+
+    Precision and gradient accumulation are the same for all Accelerators of a process: without this
+    block, a run in fp32 would switch off the mixed precision of the loop that calls it. Nested
+    blocks have one state. It is also a decorator.
+    """
+    global _nesting
+    with _nesting_lock:
+        if _nesting == 0:
+            _of_caller[:] = (vars(state)["_shared_state"] for state in _SHARED_BY_ACCELERATE)
+            for state in _SHARED_BY_ACCELERATE:
+                state._shared_state = {}
+        _nesting += 1
+    try:
+        yield
+    finally:
+        with _nesting_lock:
+            _nesting -= 1
+            if _nesting == 0:
+                for state, shared in zip(_SHARED_BY_ACCELERATE, _of_caller, strict=True):
+                    state._shared_state = shared
+                _of_caller.clear()
 
 
 def create_accelerator(

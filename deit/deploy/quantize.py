@@ -9,7 +9,7 @@ from typing import Any
 
 from deit.config.schema import Config
 from deit.config.sections.student import STUDENTS, StudentConfig
-from deit.core.accelerator import environment_info
+from deit.core.accelerator import environment_info, own_accelerate_state
 from deit.core.console import info, obeys_verbose, progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.filesystem import atomic_write_dir, check_file, write_json
@@ -55,6 +55,7 @@ _CALIBRATION_BATCH = 8  # all activations of a batch are in memory
 
 
 @obeys_verbose
+@own_accelerate_state()
 def quantize(
     run: str | Path,
     out: str | Path | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from deit.config.schema import Config, differing_split_field
 from deit.config.sections.run import RunConfig
 from deit.core import run_folder
-from deit.core.accelerator import environment_info
+from deit.core.accelerator import environment_info, own_accelerate_state
 from deit.core.console import format_percent, info, progress, warn
 from deit.core.errors import ConfigError, DataError, SystemFault
 from deit.core.filesystem import (
@@ -70,6 +70,7 @@ class Variant(NamedTuple):
     merge: int = 0
 
 
+@own_accelerate_state()
 def variants(
     run: str | Path,
     other_runs: str | Path | Sequence[str | Path] = (),

@@ -13,6 +13,7 @@ from deit.config.schema import Config
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import given_sources, teacher_specs
 from deit.config.validation import config_from_dict, validate
+from deit.core.accelerator import own_accelerate_state
 from deit.core.console import count_noun, format_percent, info
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.tensors import evenly_spaced
@@ -53,6 +54,7 @@ class StoreCheck(NamedTuple):
     num_agreed: int
 
 
+@own_accelerate_state()
 def verify_targets(
     store: str | Path,
     *,

@@ -15,7 +15,7 @@ from deit.config.sections.run import RunConfig
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import single_teacher, teacher_specs
 from deit.config.validation import validate
-from deit.core.accelerator import any_process, environment_info
+from deit.core.accelerator import any_process, environment_info, own_accelerate_state
 from deit.core.console import format_percent, info, obeys_verbose, warn
 from deit.core.errors import ConfigError, SystemFault
 from deit.core.filesystem import check_space, check_writable
@@ -59,6 +59,7 @@ class _Inputs(NamedTuple):
 
 
 @obeys_verbose
+@own_accelerate_state()
 def write_targets(
     source: Config | TrainLoader | str | PathLike,
     out: str | PathLike,

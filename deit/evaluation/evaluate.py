@@ -12,7 +12,7 @@ from torch import Tensor
 from deit.config.command_choices import check_test_set
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
-from deit.core.accelerator import environment_info, hardware_summary
+from deit.core.accelerator import environment_info, hardware_summary, own_accelerate_state
 from deit.core.console import format_percent, obeys_verbose
 from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
@@ -77,6 +77,7 @@ class EvaluationResult(NamedTuple):
 
 
 @obeys_verbose
+@own_accelerate_state()
 def evaluate(
     run: str | Path,
     *,
@@ -256,6 +257,7 @@ def _result(
     return EvaluationResult(metrics, predictions, confidence, eval_set.labels, split_key, digest)
 
 
+@own_accelerate_state()
 def cost_of_run(run: str | Path) -> dict[str, Any]:
     """Return what `evaluate` puts under `cost`, without evaluating the run.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from deit.config.schema import Config
 from deit.config.validation import validate
-from deit.core.accelerator import environment_info
+from deit.core.accelerator import environment_info, own_accelerate_state
 from deit.core.console import info
 from deit.core.filesystem import check_space, write_json
 from deit.core.signals import GracefulStop
@@ -26,6 +26,7 @@ from deit.training.trackers import tracked
 from deit.training.translate_errors import translate_errors
 
 
+@own_accelerate_state()
 def train(
     config: Config,
     out: str | Path,
