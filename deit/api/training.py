@@ -33,7 +33,9 @@ def train(
     An error in a callback ends the training, which can be resumed. verbose: show messages and
     progress; warnings are always shown. command: recorded in the run.
 
-    Ctrl-C, or a notebook's stop button, saves a checkpoint and raises KeyboardInterrupt.
+    Ctrl-C, or a notebook's stop button, saves a checkpoint and raises KeyboardInterrupt. A process
+    trains one run at a time, because torch's random numbers are shared: SystemFault in a thread or
+    a callback while another training runs. `compare` and `sweep` train in processes of their own.
     Raises the errors of `deit.errors`; what can be checked is checked before the first step.
 
     Example:

@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
@@ -321,47 +322,78 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def lock_dir(folder: Path, *, name: str) -> Iterator[Callable[[], None]]:
-    """Lock a folder for this process. Raises SystemFault if another process has locked it.
+    """Lock a folder. Raises SystemFault if it is locked, by this process or another.
 
     Yields a function that raises SystemFault if the folder has since been moved, or removed and
     created again.
 
     A POSIX lock (fcntl): it ends with its process, and forked workers do not inherit it. With
-    flock, workers would hold the lock for some seconds after their parent is killed.
+    flock, workers would hold the lock for some seconds after their parent is killed. It does not
+    exclude its own process, such as another thread of a notebook; `_own_locks` does.
     """
-    try:
-        file = open_to_append(folder / LOCK, "a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise SystemFault(f"{name} = {folder}: cannot be locked ({error.strerror})") from None
-    try:
+    path = folder / LOCK
+    with _opening_lock:
+        file = _locked_file(path, name)
+        locked = os.fstat(file.fileno())
+        _own_locks.add(key := _lock_key(locked))
+
+    def check() -> None:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise SystemFault(
-                    f"{name} = {folder}: cannot be locked ({error.strerror})"
-                ) from None
-            file.seek(0)
+            same = os.path.samestat(locked, path.stat())
+        except OSError:
+            same = False
+        if not same:
             raise SystemFault(
-                f"{name} = {folder}: in use by another run ({file.read().strip() or 'unknown'}); "
-                "wait until it ends, or give another folder"
-            ) from None
+                f"{name} = {folder}: was moved, removed or replaced during this run; nothing more "
+                "is written there"
+            )
+
+    try:
+        yield check
+    finally:
+        with _opening_lock:
+            file.close()
+            _own_locks.remove(key)
+
+
+_opening_lock = threading.Lock()
+_own_locks: set[tuple[int, ...]] = set()
+"""The lock files that this process holds (`_lock_key`). Forked workers do not hold them."""
+
+
+def _lock_key(file: os.stat_result) -> tuple[int, ...]:
+    return os.getpid(), file.st_dev, file.st_ino
+
+
+def _locked_file(path: Path, name: str) -> TextIO:
+    """Open a lock file, lock it and write this process into it. Raises SystemFault."""
+    try:
+        # Checked before it is opened: closing a second handle would release the lock of the first.
+        if path.exists() and _lock_key(path.stat()) in _own_locks:
+            raise _in_use(path, name, "in this process")
+        file = open_to_append(path, "a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _not_lockable(path, name, error) from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        locked = os.fstat(file.fileno())
+    except OSError as error:
+        with file:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise _not_lockable(path, name, error) from None
+            file.seek(0)
+            raise _in_use(path, name, file.read().strip() or "unknown") from None
+    return file
 
-        def check() -> None:
-            try:
-                same = os.path.samestat(locked, (folder / LOCK).stat())
-            except OSError:
-                same = False
-            if not same:
-                raise SystemFault(
-                    f"{name} = {folder}: was moved, removed or replaced during this run; nothing "
-                    "more is written there"
-                )
 
-        yield check
-    finally:
-        file.close()
+def _in_use(path: Path, name: str, owner: str) -> SystemFault:
+    return SystemFault(
+        f"{name} = {path.parent}: in use by another run ({owner}); wait until it ends, or give "
+        "another folder"
+    )
+
+
+def _not_lockable(path: Path, name: str, error: OSError) -> SystemFault:
+    return SystemFault(f"{name} = {path.parent}: cannot be locked ({error.strerror})")

@@ -1,8 +1,9 @@
 """Begin a run, or resume it: check its folder, lock it, restore the state, record what it is."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from deit.config.input_paths import check_image_root
 from deit.config.schema import Config, to_dict
 from deit.core import run_folder
 from deit.core.console import is_main_process
-from deit.core.errors import ConfigError, NotFoundError
+from deit.core.errors import ConfigError, NotFoundError, SystemFault
 from deit.core.filesystem import check_writable, clean_leftovers, lock_dir, write_json
 from deit.training.resume import resume_run, warn_if_not_reproducible
 from deit.training.state import TrainingRun
@@ -51,6 +52,28 @@ def _check_out(config: Config, out: Path, *, resume: bool) -> None:
             problems = (*error.problems, *ConfigError(str(missing)).problems)
             raise ConfigError(f"{error}\n  {missing}", problems) from None
         raise
+
+
+_training = threading.Lock()
+
+
+@contextmanager
+def only_training() -> Iterator[None]:
+    """Raise SystemFault if this process trains already, in another thread or below a callback.
+
+    Trainings share torch's global generator and its settings, so that both runs would differ from
+    those of their configurations.
+    """
+    if not _training.acquire(blocking=False):
+        raise SystemFault(
+            "another training runs in this process (in a thread, or it has called this callback); "
+            "both would draw from the same random numbers: wait until it ends, or use another "
+            "process"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def lock_run(stack: ExitStack, out: Path) -> Callable[[], None] | None:

@@ -12,7 +12,14 @@ from deit.core.accelerator import environment_info, own_accelerate_state
 from deit.core.console import info
 from deit.core.filesystem import check_space, write_json
 from deit.core.signals import GracefulStop
-from deit.training.begin import RunStart, begin_or_resume, check_start, lock_run, open_folder
+from deit.training.begin import (
+    RunStart,
+    begin_or_resume,
+    check_start,
+    lock_run,
+    only_training,
+    open_folder,
+)
 from deit.training.build import build, check_run_teachers
 from deit.training.epochs import EpochCallback, check_callbacks, dry_step, train_epochs
 from deit.training.memory import check_memory, find_micro_batch
@@ -26,6 +33,7 @@ from deit.training.trackers import tracked
 from deit.training.translate_errors import translate_errors
 
 
+@only_training()
 @own_accelerate_state()
 def train(
     config: Config,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -84,6 +85,27 @@ def test_error_in_a_callback_keeps_the_run(uninterrupted, tmp_path):
     assert (run.path / "best/model.safetensors").read_bytes() == (
         uninterrupted / "best/model.safetensors"
     ).read_bytes()
+
+
+def test_one_training_at_a_time(uninterrupted, tmp_path):
+    refused = []
+
+    def train_elsewhere(row):
+        for out, resume in ((tmp_path / "run", True), (tmp_path / "other", False)):
+            with ThreadPoolExecutor() as pool:
+                call = pool.submit(deit.train, CONFIG, out, resume=resume, verbose=False)
+            refused.append(call.exception())
+
+    run = deit.train(CONFIG, tmp_path / "run", callbacks=[train_elsewhere], verbose=False)
+    assert len(refused) == 4
+    assert all(isinstance(error, deit.errors.SystemFault) for error in refused)
+    assert all("another training runs in this process" in str(error) for error in refused)
+    assert not (tmp_path / "other").exists()
+    assert len(run.metrics) == 2
+    assert (run.path / "best/model.safetensors").read_bytes() == (
+        uninterrupted / "best/model.safetensors"
+    ).read_bytes()
+    deit.dry_run(CONFIG)  # a training can follow
 
 
 def test_invalid_configuration_raises_before_work(tmp_path):

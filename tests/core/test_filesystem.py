@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from deit.core.filesystem import (
     atomic_write_dir,
     check_file,
     check_writable,
+    lock_dir,
     sync_folder,
     write_once,
 )
@@ -159,3 +162,37 @@ def test_broken_link_raises(name, tmp_path):
         check_writable(tmp_path / name, name="out")
     (tmp_path / "nothing").mkdir()
     check_writable(tmp_path / name, name="out")
+
+
+LOCKED_ELSEWHERE = """
+import sys; from pathlib import Path
+from deit.core.errors import SystemFault
+from deit.core.filesystem import lock_dir
+try:
+    with lock_dir(Path(sys.argv[1]), name="out"): print("free")
+except SystemFault as error: print(error)
+"""
+
+
+def lock_in_another_process(folder: Path) -> str:
+    """Return `free`, or the message, if another process locks a folder."""
+    command = [sys.executable, "-c", LOCKED_ELSEWHERE, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_lock_dir_excludes_its_own_process_and_others(tmp_path):
+    folder, link = tmp_path / "100 %s", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    with lock_dir(folder, name="out") as check:
+        for path in (folder, link):
+            with raises(SystemFault, f"out = {path}: in use by another run (in this process)"):
+                lock_dir(path, name="out").__enter__()
+        # The refused attempts have not released the lock.
+        assert f"in use by another run (process {os.getpid()} on" in lock_in_another_process(folder)
+        check()
+        with lock_dir(tmp_path, name="out"):
+            pass
+    assert lock_in_another_process(folder) == "free"
+    with lock_dir(folder, name="out"):
+        pass
