@@ -179,11 +179,22 @@ def is_excluded(path: str | Path, store: ImageStore) -> Tensor:
             excluded[position] = True
             names.discard(name)
     if names:
+        missing = min(names)
+        note = _moved_note(missing, store)
         raise DataError(
-            f"data.exclude_list {path}: {min(names)!r} is not in the data; names are relative to "
-            "data.root, as `deit check-data --write-exclude-list` writes them"
+            f"data.exclude_list {path}: {missing!r} is not in the data{note}; names are relative "
+            "to data.root, as `deit check-data --write-exclude-list` writes them"
         )
     return excluded
+
+
+def _moved_note(name: str, store: ImageStore) -> str:
+    """Return where the image is now, if the list is of another data.root or layout of folders."""
+    for position in range(len(store)):
+        key = store.key(position)
+        if key.endswith(f"/{name}") or name.endswith(f"/{key}"):
+            return f", which has {key!r}: the list was written for another data.root or layout"
+    return ""
 
 
 def exclude_list_line(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from deit.config.recipes import RECIPES
 from deit.config.sections.data import DataConfig
 from deit.core.console import count_noun, info, table, warn
 from deit.core.errors import DataError, NotAllowedError, SystemFault
@@ -18,6 +19,8 @@ from deit.datasets.sources.listing import SkippedFiles
 from deit.datasets.sources.registry import LISTINGS, exclude_list_line, is_excluded
 
 _EXAMPLES = 3
+MIN_SIDE = RECIPES["folder"]().student.image_size // 8
+"""Images with a shorter side [px] are reported: enlarged eight times, few show anything."""
 
 MODES = {
     "1": "black and white",
@@ -87,7 +90,8 @@ class ScanReport:
     problems: errors in the layout, and files without read permission. unreadable: key -> reason.
     within_split, across_splits, across_classes: repetitions of an image in its own split, in
     another split (so that training images are evaluated), and under another class (so that one
-    label is wrong). excluded: number of images on the exclude list. passed_over: number of files
+    label is wrong). small: key -> width and height [px] of images with a side below
+    MIN_SIDE. excluded: number of images on the exclude list. passed_over: number of files
     that are no images, by extension. not_read: folders and other entries that are not read, each
     with a reason.
     """
@@ -100,6 +104,7 @@ class ScanReport:
     within_split: Duplicates
     across_splits: Duplicates
     across_classes: Duplicates
+    small: dict[str, tuple[int, int]] = field(default_factory=dict)
     excluded: int = 0
     passed_over: dict[str, int] = field(default_factory=dict)
     not_read: list[str] = field(default_factory=list)
@@ -121,9 +126,7 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
     problems: list[str] = []
     listing = LISTINGS[config.source](config, (), problems.append)
     store = listing.store
-    excluded = torch.zeros(len(store), dtype=torch.bool)
-    if config.exclude_list is not None:
-        excluded = is_excluded(Path(config.exclude_list), store)
+    excluded = _excluded(config.exclude_list, store, problems)
 
     def decode(row: int) -> _ImageInfo:
         try:
@@ -136,14 +139,13 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
         content.update(image.tobytes())
         return _ImageInfo("", False, image.size, stored.format, stored.mode, content.digest())
 
-    splits, unreadable = {}, {}
+    splits, unreadable, small = {}, {}, {}
     copies = defaultdict(list)  # digest -> locations
     for split, rows in listing.splits.items():
         rows = rows[~excluded[rows]].tolist()
         decoded = list(map_threads(decode, rows, f"scanning {split}"))
         labels = listing.labels[rows].tolist()
-        valid = [image for image in decoded if not image.reason]
-        splits[split] = _split_stats(valid, len(set(labels)))
+        splits[split] = _split_stats(decoded, len(set(labels)))
         for row, label, image in zip(rows, labels, decoded):
             if image.no_permission:
                 problems.append(f"{store.name(row)}: {image.reason}")
@@ -151,6 +153,8 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
                 unreadable[store.key(row)] = image.reason
             else:
                 copies[image.digest].append(_Location(split, label, row))
+                if min(image.size) < MIN_SIDE:
+                    small[store.key(row)] = image.size
     within, across, mislabeled = _duplicates(copies.values(), store)
     return ScanReport(
         root=config.root,
@@ -161,13 +165,28 @@ def scan(data: DataConfig | str | Path) -> ScanReport:
         within_split=within,
         across_splits=across,
         across_classes=mislabeled,
+        small=small,
         excluded=int(excluded.sum()),
         passed_over=dict(listing.skipped.files),
         not_read=listing.skipped.paths,
     )
 
 
+def _excluded(path: str | None, store: ImageStore, problems: list[str]) -> torch.Tensor:
+    """Return `is_excluded`, nothing without a list.
+
+    If it fails, the message has the problems of the layout, a likely cause, first.
+    """
+    if path is None:
+        return torch.zeros(len(store), dtype=torch.bool)
+    try:
+        return is_excluded(path, store)
+    except DataError as error:
+        raise DataError("; ".join([*problems, str(error)])) from None
+
+
 def _split_stats(images: list[_ImageInfo], num_classes: int) -> SplitStats:
+    images = [image for image in images if not image.reason]
     sizes = sorted((image.size for image in images), key=lambda size: size[0] * size[1])
     sizes = sizes or [(0, 0)]
     return SplitStats(
@@ -225,6 +244,14 @@ def print_scan(report: ScanReport) -> None:
         info(f"bad: {problem}")
     for key, reason in report.unreadable.items():
         info(f"bad: {key}: {reason}")
+    if report.small:
+        listed = [f"{key} {w} x {h}" for key, (w, h) in report.small.items()]
+        examples = ", ".join(listed[:_EXAMPLES]) + ", ..." * (len(listed) > _EXAMPLES)
+        warn(
+            f"small images: {len(listed)} with a side below {MIN_SIDE} px, an eighth of the "
+            f"{8 * MIN_SIDE} px at which the recipe `folder` trains ({examples}); remove them if "
+            "they show nothing"
+        )
     for duplicates, where in (
         (report.within_split, "in the same split"),
         (report.across_splits, "in another split, so training images are also evaluated"),
@@ -266,18 +293,19 @@ def raise_if_unreadable(report: ScanReport, exclude_list: str | Path | None = No
     exclude_list: the list that the unreadable images were written to.
     """
     errors = []
-    if report.unreadable:
-        errors.append(count_noun(len(report.unreadable), "unreadable image"))
     if report.problems:
-        errors.append(f"{count_noun(len(report.problems), 'problem')} of the layout")
-    if not errors:
-        return
-    advice = ""
-    if report.unreadable and exclude_list is None:
-        advice = (
-            "; replace them, or write a list of them (--write-exclude-list FILE) and exclude "
-            "them with data.exclude_list"
+        count = count_noun(len(report.problems), "problem")
+        errors.append(
+            f"{count} of folders or permissions, which no exclude list solves: {report.problems[0]}"
         )
-    elif report.unreadable:
-        advice = f"; replace them, or exclude them with data.exclude_list {exclude_list}"
-    raise DataError(f"{report.root}: {' and '.join(errors)}{advice}")
+    if report.unreadable:
+        advice = (
+            "write a list of them (--write-exclude-list FILE) and exclude them with "
+            "data.exclude_list"
+            if exclude_list is None
+            else f"exclude them with data.exclude_list {exclude_list}"
+        )
+        count = count_noun(len(report.unreadable), "unreadable image")
+        errors.append(f"{count}; replace them, or {advice}")
+    if errors:
+        raise DataError(f"{report.root}: {'; '.join(errors)}")

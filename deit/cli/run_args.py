@@ -11,7 +11,7 @@ from deit.cli.common_options import is_help_requested
 from deit.cli.grammar import ConfigCommand, RawValue, option_of, parse_options, plain
 from deit.cli.parser import Parser
 from deit.config.presets import PRESETS, apply_presets, fit_epochs
-from deit.config.recipes import RECIPES, find_recipe
+from deit.config.recipes import find_recipe
 from deit.config.schema import Config, to_dict
 from deit.config.sections.data import DataConfig
 from deit.config.sections.loss import LossConfig
@@ -117,8 +117,8 @@ def _split_recipe(arguments: list[str], program: str) -> tuple[str, list[str]]:
     if is_help_requested(arguments):
         return "digits", arguments
     raise ConfigError(
-        f"name a recipe first: {program} RECIPE [options]; recipes are "
-        f"{', '.join(RECIPES)}, FILE.py:FUNCTION, or a run's config.json"
+        f"name a recipe first: {program} RECIPE [options]; such as digits-teacher or folder; "
+        "`deit recipes` lists all; FILE.py:FUNCTION and a run's config.json are recipes, too"
     )
 
 

@@ -10,7 +10,7 @@ _OTHER_NAMES = {
     "resume": "auto_resume continue resume_from",
     "loss": "distillation_type distillation kd_type kd_loss loss_type loss_fn distill",
     "augmentation": "augment augmentations aug transforms",
-    "data.root": "data_dir data_path data_folder dataset_dir dataset_path dataset_root path "
+    "data.root": "data data_dir data_path data_folder dataset_dir dataset_path dataset_root path "
     "root_dir image_dir train_dir imagenet_path data.path data.dir data.folder",
     "data.source": "dataset data_set data_name dataset_name data.name data.dataset source",
     "data.num_workers": "workers num_worker n_workers j dataloader_num_workers",

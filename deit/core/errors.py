@@ -233,14 +233,18 @@ _UNSAFE = re.compile(f"[{_CONTROL}{_SURROGATES}]")
 _CONTROLS = re.compile(f"[{_CONTROL}]")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the closest known name, or an empty string.
+def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str:
+    """Return `; did you mean X?` for the closest known names, at most `count`, or an empty string.
 
     >>> did_you_mean("digit", ["digits", "cifar10"])
     '; did you mean digits?'
+    >>> did_you_mean("folde", ["folder", "folder-2", "digits"], count=3)
+    '; did you mean folder or folder-2?'
     """
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {single_line(close[0])}?" if close else ""
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
+    listed = [single_line(match) for match in close]
+    text = " or ".join([", ".join(listed[:-1]), *listed[-1:]] if len(listed) > 1 else listed)
+    return f"; did you mean {text}?" if text else ""
 
 
 def single_line(text: str) -> str:

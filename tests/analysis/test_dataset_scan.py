@@ -78,6 +78,36 @@ def test_check_data_of_valid_dataset_reports_sizes_formats_and_modes(tmp_path):
     assert report["unreadable"] == {}
 
 
+def test_check_data_names_images_that_are_too_small_to_train_on(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data")
+    for index, size in enumerate([(1, 1), (200, 7), (3, 3), (8, 8), (7, 9)]):
+        random_image(60 + index, size).save(root / "train" / "ant" / f"small{index}.png")
+    assert run_command("check-data", [str(root)], "deit check-data") == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    for part in ("4 with a side below 8 px", "64 px", "train/ant/small1.png 200 x 7", ", ..."):
+        assert part in warning
+    assert "small3" not in warning
+    assert set(dataset_scan.scan(root).small.values()) == {(1, 1), (200, 7), (3, 3), (7, 9)}
+
+
+def test_check_data_names_the_cause_of_a_problem_of_the_layout(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data")
+    cause = f"{root / 'train' / 'zebra'}: no images in this class folder"
+    for split in ("train", "val"):
+        (root / split / "zebra").mkdir()
+    (root / "train" / "ant" / "0.png").write_bytes(b"damaged")
+    options = ["--write-exclude-list", str(tmp_path / "bad.txt")]
+    assert run_command("check-data", [str(root), *options], "deit check-data") == 3
+    error = capsys.readouterr().err
+    assert cause in error
+    assert error.index(cause) < error.index("1 unreadable image; replace them")
+    (tmp_path / "bad.txt").write_text("train/zebra/0.png\n")
+    options = ["--exclude-list", str(tmp_path / "bad.txt")]
+    assert run_command("check-data", [str(root), *options], "deit check-data") == 3
+    error = capsys.readouterr().err
+    assert error.index(cause) < error.index("data.exclude_list")
+
+
 @pytest.mark.fault("C2")
 def test_check_data_lists_every_bad_image_and_training_accepts_the_list(
     tmp_path, monkeypatch, capsys
@@ -94,7 +124,7 @@ def test_check_data_lists_every_bad_image_and_training_accepts_the_list(
         "--json",
         "found.json",
     )
-    assert_refused(done, 3, "data: 4 ", "data.exclude_list bad.txt")
+    assert_refused(done, 3, "data: 4 unreadable images; ", "data.exclude_list bad.txt")
     report = json.loads((tmp_path / "found.json").read_text())
     assert list(report["unreadable"]) == list(bad)
     for key, reason in report["unreadable"].items():
@@ -175,7 +205,7 @@ def test_check_data_without_read_permission_reports_the_file_but_does_not_list_i
     )
     output = capsys.readouterr()
     assert re.search(r"data/train/cat/3\.png: .*Permission denied", output.out)
-    assert re.search(r"data: 4 .* 1 .*data\.exclude_list bad\.txt", output.err)
+    assert re.search(r"data: 1 .*3\.png: .* 4 .*data\.exclude_list bad\.txt", output.err)
     listed = (tmp_path / "bad.txt").read_text().splitlines()
     assert [line for line in listed if not line.startswith("#")] == list(bad)
 

@@ -16,7 +16,8 @@ TRAIN, EVALUATE, FINETUNE = "train_deit.py", "evaluate_deit.py", "finetune_deit.
 BAD_ARGUMENTS = {
     "no recipe": ([TRAIN], "RECIPE", "digits-teacher"),
     "option before recipe": ([TRAIN, "--optim.epochs", "3"], "RECIPE", "digits-teacher"),
-    "unknown recipe": ([TRAIN, "digtis"], "'digtis'", "digits?"),
+    "unknown recipe": ([TRAIN, "digtis"], "'digtis'; did you mean digits", "`deit recipes`"),
+    "data as an option": ([TRAIN, "digits", "--data", "x"], "--data: ", " --data.root?"),
     "unknown field": (
         [TRAIN, "digits", "--optim.epoch", "3"],
         "--optim.epoch: ",

@@ -51,8 +51,8 @@ def find_recipe(name: str) -> Config:
     if (Path(name) / "config.json").is_file():
         raise ConfigError(f"{name}: is a run, not a recipe; give its {Path(name) / 'config.json'}")
     raise ConfigError(
-        f"no recipe {name!r}{did_you_mean(name, RECIPES)}; recipes are {', '.join(RECIPES)}, "
-        "FILE.py:FUNCTION, or a run's config.json"
+        f"no recipe {name!r}{did_you_mean(name, RECIPES, count=3)}; `deit recipes` lists all; "
+        "FILE.py:FUNCTION and a run's config.json are recipes, too"
     )
 
 

@@ -274,6 +274,14 @@ def test_excluded_image_is_removed_and_others_keep_their_split(tmp_path):
     assert sum(len(split.labels) for split in memory[1:4]) == 60 - 3
 
 
+@pytest.mark.parametrize("listed", ["ant/0.png", "data/train/ant/0.png"])
+def test_exclude_list_of_another_layout_names_the_image(listed, tmp_path):
+    write_class_folders(tmp_path / "data")
+    (tmp_path / "bad.txt").write_text(f"{listed}\n")
+    with raises(DataError, f"{listed!r} is not in the data, which has 'train/ant/0.png'", "layout"):
+        load_splits(folder_data(tmp_path / "data", exclude_list=str(tmp_path / "bad.txt")))
+
+
 def test_exclude_list_of_other_data_raises(tmp_path):
     write_class_folders(tmp_path / "data")
     listed = tmp_path / "bad.txt"
