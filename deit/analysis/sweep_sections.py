@@ -17,9 +17,9 @@ from deit.experiments.lottery_tables import (
 )
 from deit.experiments.sweep_plots import (
     curve,
-    draw_heat_map,
     finished_rows,
     heat_map,
+    heat_map_figure,
     scatter_trials,
     ticket_curve,
 )
@@ -37,10 +37,11 @@ from deit.experiments.sweep_tables import (
     unseen_marks,
 )
 from deit.viz import charts, html
-from deit.viz.plots import draw_arms, draw_epoch_scaling
+from deit.viz.plots import draw_arms, draw_epoch_scaling, save_figure
 from deit.viz.tables import SAMPLE_STD, final_top1
 
 _MAX_SCATTER_POINTS = 24
+_WHISKERS = f"Whiskers: {SAMPLE_STD}."
 
 
 def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[str]:
@@ -202,7 +203,8 @@ def _field_figures(result: dict[str, Any], folder: Path, slug: str) -> list[str]
     if len(fields) == 1:
         path = folder / f"{slug}-{slugify(fields[0])}.png"
         svg = charts.chart(curve(result, fields[0]), path)
-        caption = f"Accuracy over {short[fields[0]]}: a dot per seed, a line through the means."
+        marks = f"a dot per seed, a line through the means. {_WHISKERS}"
+        caption = f"Accuracy over {short[fields[0]]}: {marks}"
         return [html.figure(svg, caption)]
     if not fields:
         finished = finished_rows(result)
@@ -210,7 +212,7 @@ def _field_figures(result: dict[str, Any], folder: Path, slug: str) -> list[str]
         height = 3.4 if draw is draw_epoch_scaling else 1.0 + 0.28 * len(finished["rows"])
         path = folder / f"{slug}-runs.png"
         svg = charts.chart(lambda axes: draw(axes, finished), path, height=height)
-        return [html.figure(svg, "Test accuracy: a dot per seed, a line at the mean.")]
+        return [html.figure(svg, f"Test accuracy: a dot per seed, a bar at the mean. {_WHISKERS}")]
     return [
         figure
         for down, across in itertools.combinations(fields, 2)
@@ -226,7 +228,7 @@ def _heat_maps(
     title = f"{short[down]} (rows) and {short[across]} (columns): mean top-1 %"
     note = "over all other settings and the seeds."
     stem = folder / f"{slug}-{slugify(down)}-{slugify(across)}"
-    draw_heat_map(result, down, across, stem.with_suffix(".png"))
+    save_figure(heat_map_figure(result, down, across), stem.with_suffix(".png"), dpi=150)
     rows, header, means = heat_map(result, down, across)
     table = html.heat_table(rows, header, _nan_as_none(means), csv_path=stem.with_suffix(".csv"))
     figures = [html.figure(table, f"{title} {note}")]

@@ -12,12 +12,13 @@ from deit.core.errors import SystemFault
 from deit.experiments.sweep_spec import short_names
 from deit.experiments.sweep_tables import points
 from deit.viz.charts import SERIES, TEACHER, Draw
-from deit.viz.plots import draw_comparison, legend, save_figure
+from deit.viz.plots import comparison_figure, legend, save_figure
+from deit.viz.seed_marks import DOTS_AND_LINE, accuracy_label, draw_seeds, explain_marks
 from deit.viz.tables import final_top1
 
 
 def draw_sweep(result: dict[str, Any], out: str | Path) -> list[Path]:
-    """Plot test accuracy over the fields that vary, as PNG files in a folder.
+    """Plot test accuracy over the fields that vary, as PNG and PDF files in a folder.
 
     Named runs without other fields make a comparison plot. One field makes a curve per run. Several
     fields make a heat map for each pair, averaged over the others. A search makes scatter plots, a
@@ -30,35 +31,46 @@ def draw_sweep(result: dict[str, Any], out: str | Path) -> list[Path]:
         return []
     fields = [name for name in result["fields"] if name != "run"]
     if "lottery" in result:
-        return [_save(result, out / "tickets.png", [ticket_curve(result)])]
+        return _save(result, out / "tickets", [ticket_curve(result)], marks="marks: means")
     if result.get("search"):
         draws = [scatter_trials(result, field) for field in fields]
-        return [_save(result, out / "search.png", draws, width=3.2 * len(fields), height=3.2)]
+        return _save(result, out / "search", draws, width=3.2 * len(fields), height=3.2)
     if not fields:
-        path = out / "runs.png"
-        draw_comparison(finished_rows(result), path)
-        return [path]
+        return _save_figure(comparison_figure(finished_rows(result)), out / "runs")
     if len(fields) == 1:
-        return [_save(result, out / f"{fields[0]}.png", [curve(result, fields[0])])]
-    pairs = itertools.combinations(fields, 2)
+        return _save(result, out / fields[0], [curve(result, fields[0])], marks=DOTS_AND_LINE)
     paths = []
-    for down, across in pairs:
-        path = out / f"{down}-{across}.png"
-        draw_heat_map(result, down, across, path)
-        paths.append(path)
+    for down, across in itertools.combinations(fields, 2):
+        paths += _save_figure(heat_map_figure(result, down, across), out / f"{down}-{across}")
+    return paths
+
+
+def _save_figure(figure: Any, stem: Path) -> list[Path]:
+    """Save a figure as PNG to look at and as PDF for a paper; return the paths."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
+    for path in paths:
+        save_figure(figure, path, dpi=150)
     return paths
 
 
 def _save(
-    result: dict[str, Any], path: Path, draws: list[Draw], *, width: float = 6.4, height: float = 4
-) -> Path:
-    """Save charts in a row with the title of the sweep, as a PNG file."""
+    result: dict[str, Any],
+    stem: Path,
+    draws: list[Draw],
+    *,
+    width: float = 6.4,
+    height: float = 4,
+    marks: str = "",
+) -> list[Path]:
+    """Save charts in a row with the title of the sweep, as `_save_figure` does. marks: of the
+    charts, as `explain_marks` takes them; "" for charts without whiskers."""
     figure, all_axes = _figure(width, height, len(draws))
     for draw, axes in zip(draws, all_axes):
         draw(axes)
     figure.suptitle(_title(result))
-    save_figure(figure, path, dpi=150)
-    return path
+    if marks:
+        explain_marks(figure, result["rows"].values(), marks)
+    return _save_figure(figure, stem)
 
 
 def finished_rows(result: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +115,8 @@ def numbers_of(values: list[str]) -> list[float] | None:
 
 
 def curve(result: dict[str, Any], field: str) -> Draw:
-    """Return a chart of test accuracy over one field: a line of means per run, a dot per seed, and
-    a horizontal line per teacher."""
+    """Return a chart of test accuracy over one field: a line of means per run with whiskers of one
+    standard deviation, a dot per seed, and a horizontal line per teacher."""
 
     def draw(axes: Any) -> None:
         values = _values(result, field)
@@ -121,14 +133,14 @@ def curve(result: dict[str, Any], field: str) -> Draw:
             xs = sorted(top1)
             axes.plot(xs, [statistics.mean(top1[x]) for x in xs], color=color, label=run or None)
             for x in xs:
-                axes.plot([x] * len(top1[x]), top1[x], ".", color=color, alpha=0.6)
+                draw_seeds(axes, x, top1[x], color, along="y")
         for name, row in result["rows"].items():
             if row["teacher"] and row["seeds"]:
                 level = 100 * statistics.mean(final_top1(row))
                 axes.axhline(level, color=TEACHER, linestyle="--", label=f"{name}, {level:.1f}")
         _use_log_scale(axes, numbers)
         axes.set_xticks(list(x_of.values()), list(x_of))
-        axes.set(xlabel=short_names([field])[field], ylabel=f"{result['split']} top-1 %")
+        axes.set(xlabel=short_names([field])[field], ylabel=accuracy_label(result))
         axes.grid(alpha=0.25)
         legend(axes)
 
@@ -210,8 +222,8 @@ def heat_map(
     return rows, columns, means
 
 
-def draw_heat_map(result: dict[str, Any], down: str, across: str, path: str | Path) -> None:
-    """Draw the heat map of two fields with the number in each cell, as a PNG file. Raises
+def heat_map_figure(result: dict[str, Any], down: str, across: str) -> Any:
+    """Return a matplotlib figure of the heat map of two fields with the number in each cell. Raises
     SystemFault without matplotlib."""
     rows, columns, means = heat_map(result, down, across)
     figure, (axes,) = _figure(2.2 + 0.9 * len(columns), 1.6 + 0.5 * len(rows))
@@ -229,9 +241,11 @@ def draw_heat_map(result: dict[str, Any], down: str, across: str, path: str | Pa
     axes.set_xticks(range(len(columns)), columns)
     axes.set(xlabel=short[across], ylabel=short[down])
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(f"{result['split']} top-1 %")
+    means = ", mean of the seeds" if len(result["seeds"]) > 1 else ""
+    axes.set_title(f"{accuracy_label(result)}{means}", fontsize=8)
+    bar.set_label("top-1 %")
     figure.suptitle(_title(result), fontsize=10)
-    save_figure(figure, Path(path), dpi=150)
+    return figure
 
 
 _MARKERS = "osD^v"
@@ -274,10 +288,8 @@ def ticket_curve(result: dict[str, Any]) -> Draw:
         ticks = dict.fromkeys(row["values"]["sparsity %"] for row in rows)
         axes.set_xticks([float(tick) for tick in ticks], [f"{float(tick):.0f}" for tick in ticks])
         note = "; kinds at the same sparsity are side by side" if len(kinds) > 1 else ""
-        axes.set(
-            xlabel=f"sparsity % of the prunable weights{note}",
-            ylabel=f"{result['split']} top-1 %",
-        )
+        label = f"sparsity % of the prunable weights{note}"
+        axes.set(xlabel=label, ylabel=accuracy_label(result))
         axes.grid(alpha=0.25)
         legend(axes)
 

@@ -11,7 +11,14 @@ from typing import IO, Any
 from deit.core.console import count_noun
 from deit.core.errors import SystemFault, printable
 from deit.core.filesystem import atomic_write
-from deit.viz.tables import HEADS, final_top1_percent, mean_std
+from deit.viz.seed_marks import (
+    DOTS_AND_BAR,
+    DOTS_AND_LINE,
+    accuracy_label,
+    draw_seeds,
+    explain_marks,
+)
+from deit.viz.tables import HEAD_LABELS, HEADS, final_top1_percent, mean_std
 
 _LEGEND_WIDTH = 84  # of a line of a legend, in characters
 _COLOR_OF = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
@@ -23,6 +30,7 @@ def save_figure(figure: Any, file: str | Path | IO[str], **settings: Any) -> Non
     `$` is not read as a formula, control characters are escaped, and characters that the font lacks
     become boxes without a warning. settings: as `savefig` takes them. A path is written atomically.
     """
+    from matplotlib import rc_context
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter
 
@@ -43,7 +51,8 @@ def save_figure(figure: Any, file: str | Path | IO[str], **settings: Any) -> Non
             figure.savefig(file, **settings)
             return
         path, content = Path(file), io.BytesIO()
-        figure.savefig(content, **{"format": path.suffix[1:] or "png", **settings})
+        with rc_context({"pdf.fonttype": 42}):  # TrueType: journals reject the fonts of type 3
+            figure.savefig(content, **{"format": path.suffix[1:] or "png", **settings})
         atomic_write(path, content.getvalue())
 
 
@@ -67,7 +76,8 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def draw_comparison(result: dict[str, Any], path: str | Path) -> None:
-    """Save `comparison_figure` as a PNG. Raises SystemFault if matplotlib is missing."""
+    """Save `comparison_figure` in the format that the ending of the path names. Raises SystemFault
+    if matplotlib is missing."""
     save_figure(comparison_figure(result), path, dpi=150)
 
 
@@ -93,6 +103,8 @@ def comparison_figure(result: dict[str, Any]) -> Any:
         figure = new_figure(7, 1.2 + 0.32 * len(result["rows"]))
         draw_arms(figure.subplots(), result)
     figure.suptitle(title)
+    marks = DOTS_AND_LINE if study == "epochs" else DOTS_AND_BAR
+    explain_marks(figure, result["rows"].values(), marks)
     return figure
 
 
@@ -135,7 +147,8 @@ def legend(axes: Any) -> None:
 
 
 def draw_arms(axes: Any, result: dict[str, Any]) -> None:
-    """Plot the test accuracy of each arm: a dot per seed, the mean as a bar with its value.
+    """Plot the test accuracy of each arm: a dot per seed, the mean as a bar, the standard deviation
+    as whiskers, and both as numbers.
 
     The best arm is on top; teachers are dashed lines. result: as in `draw_comparison`.
     """
@@ -146,10 +159,10 @@ def draw_arms(axes: Any, result: dict[str, Any]) -> None:
     for rank, name in enumerate(order):
         mean = statistics.mean(arms[name])
         arm_color = _COLOR_OF["undistilled" if name == "none" else "distilled"]
-        axes.plot(arms[name], [rank] * len(arms[name]), ".", color=arm_color, alpha=0.6)
+        draw_seeds(axes, rank, arms[name], arm_color, along="x")
         axes.plot([mean, mean], [rank - 0.3, rank + 0.3], color=arm_color, linewidth=3)
         axes.annotate(
-            f"{mean:.1f}",
+            _mean_std(arms[name]),
             (1.01, rank),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -164,7 +177,7 @@ def draw_arms(axes: Any, result: dict[str, Any]) -> None:
                 mean, color=_COLOR_OF["teacher"], linestyle=style, label=f"{name}, {mean:.1f}"
             )
     axes.set_yticks(range(len(order)), order)
-    axes.set(xlabel="test top-1 %")
+    axes.set(xlabel=accuracy_label(result))
     axes.grid(axis="x", alpha=0.25)
     legend(axes)
 
@@ -182,8 +195,7 @@ def draw_epoch_scaling(axes: Any, result: dict[str, Any]) -> None:
         means = [statistics.mean(final_top1_percent(row)) for row in rows]
         axes.plot(epochs, means, color=_COLOR_OF[kind], label=kind)
         for row in rows:
-            values = final_top1_percent(row)
-            axes.plot([row["epochs"]] * len(values), values, ".", color=_COLOR_OF[kind], alpha=0.6)
+            draw_seeds(axes, row["epochs"], final_top1_percent(row), _COLOR_OF[kind], along="y")
     for name, row in result["rows"].items():
         if row["teacher"]:
             mean = statistics.mean(final_top1_percent(row))
@@ -194,7 +206,7 @@ def draw_epoch_scaling(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="epochs", ylabel="test top-1 %")
+    axes.set(xlabel="epochs", ylabel=accuracy_label(result))
     axes.grid(alpha=0.25)
     legend(axes)
 
@@ -298,8 +310,8 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _draw_heads(axes: Any, result: dict[str, Any]) -> None:
-    """Plot test accuracy by head: a dot per seed, the mean as a bar, and mean and deviation on the
-    right."""
+    """Plot test accuracy by head: a dot per seed, the mean as a bar, the standard deviation as
+    whiskers, and both as numbers."""
     labels: list[tuple[float, str, str]] = []
     y = 0.0
     for name, row in result["rows"].items():
@@ -308,25 +320,29 @@ def _draw_heads(axes: Any, result: dict[str, Any]) -> None:
             if not values:
                 continue
             mean, color = statistics.mean(values), _COLOR_OF[name]
-            axes.plot(values, [y] * len(values), ".", color=color, alpha=0.6)
+            draw_seeds(axes, y, values, color, along="x")
             axes.plot([mean, mean], [y - 0.35, y + 0.35], color=color, linewidth=3)
             axes.annotate(
-                mean_std(values).replace("+-", "\u00b1"),
+                _mean_std(values),
                 (1.02, y),
                 xycoords=("axes fraction", "data"),
                 va="center",
                 fontsize=9,
                 color=color,
             )
-            labels.append((y, name if name == "teacher" else f"{name}, {head}", color))
+            labels.append((y, name if name == "teacher" else f"{name}, {HEAD_LABELS[head]}", color))
             y += 1
         y += 0.5
     axes.set_yticks([y for y, _, _ in labels], [text for _, text, _ in labels], fontsize=9)
     for tick, (_, _, color) in zip(axes.get_yticklabels(), labels):
         tick.set_color(color)
     axes.invert_yaxis()
-    axes.set(xlabel="test top-1 %")
+    axes.set(xlabel=f"{result['split']} top-1 %")
     axes.grid(axis="x", alpha=0.25)
+
+
+def _mean_std(values: list[float]) -> str:
+    return mean_std(values).replace("+-", "\u00b1")
 
 
 def _limits(values: list[float]) -> tuple[float, float]:

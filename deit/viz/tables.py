@@ -7,6 +7,8 @@ from typing import Any
 from deit.core.errors import single_line
 
 HEADS = ("class", "distillation", "fused")
+HEAD_LABELS = {"class": "class head", "distillation": "distillation head", "fused": "fused"}
+"""Names of the heads in tables and figures."""
 SAMPLE_STD = "sample standard deviation (n - 1)"
 """What `+-` means, in captions."""
 

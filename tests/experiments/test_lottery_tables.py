@@ -29,7 +29,13 @@ pytest.importorskip("sklearn")
 def row(kind: str, *shares: float, sparsity: str = "50.0") -> dict:
     values = {"run": kind, "sparsity %": sparsity}
     top1 = [{"class": share, "distillation": None, "fused": None} for share in shares]
-    return {"values": values, "seeds": list(range(len(shares))), "top1": top1, "failed": {}}
+    return {
+        "values": values,
+        "seeds": list(range(len(shares))),
+        "top1": top1,
+        "failed": {},
+        "teacher": False,
+    }
 
 
 def test_matching_compares_the_means_with_the_tolerance():
@@ -95,7 +101,7 @@ def test_draw_sweep_without_finished_dense_run_draws_tickets(finished_lottery, t
     workdir, _ = finished_lottery
     results = result(workdir / "out")
     del results["rows"]["dense"]
-    assert [path.name for path in draw_sweep(results, tmp_path)] == ["tickets.png"]
+    assert [path.name for path in draw_sweep(results, tmp_path)] == ["tickets.png", "tickets.pdf"]
 
 
 def test_report_of_lottery_has_curve_masks_and_layers(finished_lottery, command_server, tmp_path):

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -304,8 +305,10 @@ def test_draw_sweep_plots_depend_on_the_varied_fields(results, fields, drawn, tm
     for index, name in enumerate("abcd"):
         results["rows"][name]["values"] = {field: arguments[field][index] for field in fields}
     paths = draw_sweep(results | {"fields": fields}, tmp_path)
-    assert [path.name for path in paths] == drawn
+    pdfs = [Path(name).with_suffix(".pdf").name for name in drawn]
+    assert [path.name for path in paths] == [name for pair in zip(drawn, pdfs) for name in pair]
     assert all(path.stat().st_size > 5000 for path in paths)
+    assert {path.read_bytes()[:4] for path in paths} == {b"\x89PNG", b"%PDF"}
 
 
 def test_draw_sweep_without_finished_run_draws_nothing(results, tmp_path):

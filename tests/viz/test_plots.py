@@ -3,7 +3,7 @@
 import pytest
 
 from deit.viz.plots import comparison_figure
-from deit.viz.tables import HEADS
+from deit.viz.tables import HEAD_LABELS, HEADS
 
 pytest.importorskip("matplotlib")
 
@@ -27,8 +27,8 @@ def figure(undistilled_epochs):
             0.5, 0.7, epochs=end, curves=[[(middle, 0.1), (end, 0.5)], [(middle, 0.3), (end, 0.7)]]
         ),
     }
-    result = {"recipe": "digits", "study": "teacher", "seeds": [0, 1], "rows": rows}
-    return comparison_figure(result).axes
+    result = {"recipe": "digits", "study": "teacher", "split": "test", "seeds": [0, 1]}
+    return comparison_figure({**result, "rows": rows}).axes
 
 
 def lines_of(axes):
@@ -63,7 +63,11 @@ def test_comparison_figure_names_every_head_with_mean_and_deviation():
     names = [label.get_text() for label in heads.get_yticklabels()]
     assert names == [
         "teacher",
-        *(f"{arm}, {head}" for arm in ("distilled", "undistilled") for head in HEADS),
+        *(
+            f"{arm}, {head}"
+            for arm in ("distilled", "undistilled")
+            for head in HEAD_LABELS.values()
+        ),
     ]
     # Deviations of 80 and 90, and of 50 and 70: 10 / sqrt(2) and 20 / sqrt(2).
     texts = [text.get_text() for text in heads.texts]
