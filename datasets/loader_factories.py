@@ -16,7 +16,7 @@ from deit.config.sections.optim import OptimConfig
 from deit.config.sections.run import RunConfig
 from deit.config.sections.student import StudentConfig
 from deit.config.sections.views import ViewsConfig
-from deit.config.validation import section_from_dict
+from deit.config.validation import as_section, section_from_dict, validate_sections
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem, config_error
 from deit.core.tensors import as_tensor
 from deit.datasets.decode_workers import resolve_num_workers
@@ -78,6 +78,7 @@ def loader_from_config(
 ) -> TrainLoader:
     """Load the images of a configuration; see `TrainLoader.from_config`."""
     config = config if isinstance(config, Config) else recipe(config)
+    config = validate_sections(config, ("data", "views", "student", "optim", "run"))
     splits = load_splits(config.data)
     return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
 
@@ -141,10 +142,8 @@ def _config(
     views: ViewsConfig | dict[str, Any] | None, *, batch_size: int, image_size: int, seed: int
 ) -> Config:
     """Return a configuration with these fields, of which only the loader's sections matter."""
-    if not isinstance(views, ViewsConfig):
-        views = section_from_dict(ViewsConfig, "views", views or {})
     return Config(
-        views=views,
+        views=as_section(ViewsConfig, "views", {} if views is None else views),
         student=section_from_dict(StudentConfig, "student", {"image_size": image_size}),
         optim=section_from_dict(OptimConfig, "optim", {"batch_size": batch_size}),
         run=section_from_dict(RunConfig, "run", {"seed": seed}),

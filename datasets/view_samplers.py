@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deit.config.command_choices import check_at_least, check_channels, check_epoch
 from deit.config.sections.views import ViewsConfig
-from deit.config.validation import section_from_dict
+from deit.config.validation import as_section
 from deit.core.errors import ConfigError
 from deit.core.rng import Keys, derived_seed
 from deit.core.tensors import as_tensor
@@ -190,8 +190,7 @@ def make_views(
     (torch.Size([8, 3, 32, 32]), True)
     """
     images, sample_ids = as_tensor("images", images), as_tensor("sample_ids", sample_ids)
-    if not isinstance(views, ViewsConfig):
-        views = section_from_dict(ViewsConfig, "views", views)
+    views = as_section(ViewsConfig, "views", views)
     check_epoch(epoch)
     mean, std = check_channels("mean", mean), check_channels("std", std)
     if size is not None:

@@ -114,6 +114,46 @@ def section_from_dict(section: type[Section], name: str, fields: dict[str, Any])
         raise _config_error(problems) from None
 
 
+def as_section(section: type[Section], name: str, value: Section | dict[str, Any]) -> Section:
+    """Return a section of a configuration, or a dict of its fields, as a validated section.
+
+    A section that is made in Python is not validated when it is made. Raises ConfigError with all
+    problems.
+
+    >>> from deit.config.sections.loss import LossConfig
+    >>> as_section(LossConfig, "loss", LossConfig("soft", temperature=3)).temperature
+    3.0
+    """
+    if isinstance(value, dict):
+        value = section_from_dict(section, name, value)
+    return getattr(validate_sections(Config(**{name: value}), [name]), name)
+
+
+def validate_sections(config: Config, names: Collection[str]) -> Config:
+    """Return the configuration after validating these sections, and not the others.
+
+    Raises ConfigError with all problems.
+    """
+    problems, sections = [], {}
+    for name in names:
+        section, value = _section_type(name), getattr(config, name)
+        if not isinstance(value, section):
+            hint = f"should be a {section.__name__} or a dict of its fields"
+            problems.append(ConfigProblem(name, value, hint))
+            continue
+        try:
+            sections[name] = section_from_dict(section, name, to_dict(value))
+        except ConfigError as error:
+            problems += error.problems
+    config = dataclasses.replace(config, **sections)
+    for check, reads in CHECKS.items():
+        if reads <= sections.keys():
+            problems += check(config)
+    if problems:
+        raise _config_error(problems)
+    return config
+
+
 @functools.cache
 def _section_adapter(section: type[Section]) -> TypeAdapter[Section]:
     return TypeAdapter(section)

@@ -1,5 +1,6 @@
 """Inputs of the distillation loss in the forms that other libraries use."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from deit.config.sections.loss import LossConfig
+from deit.config.validation import as_section
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
 from deit.core.types import StudentOutput, TeacherOutput
 
@@ -112,12 +114,23 @@ def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOu
     return TeacherOutput(labels.long(), logits, weights)
 
 
-def check_loss(loss: LossConfig) -> None:
-    """Raise ConfigError unless the options of the loss are a LossConfig."""
+def check_loss(loss: LossConfig) -> LossConfig:
+    """Return the options of a loss after validating them; raise ConfigError with all problems."""
     if not isinstance(loss, LossConfig):
         raise ConfigError(
             f"loss: should be a LossConfig, such as LossConfig('soft'); got {type(loss).__name__}"
         )
+    if torch.compiler.is_compiling():  # validation cannot be compiled
+        return loss
+    try:
+        return _validated(loss)
+    except TypeError:  # a field that cannot be hashed, such as a list
+        return _validated.__wrapped__(loss)
+
+
+@functools.lru_cache(maxsize=16)  # for a call in every step
+def _validated(loss: LossConfig) -> LossConfig:
+    return as_section(LossConfig, "loss", loss)
 
 
 def _parts(teacher: TeacherTarget) -> tuple[Any, Any, tuple[float, ...] | None]:

@@ -240,9 +240,9 @@ def distillation_loss(
     loss.kind none: the loss of all heads with the labels (`label_only_loss`). loss: the options.
     epoch: number of epochs trained so far, for loss.distillation_warmup_epochs.
 
-    Raises ConfigError for other types, shapes and (on the CPU) classes; if the loss needs logits of
-    the teacher and gets labels only; and if no head learns from a teacher, or each of several
-    teachers has no head of its own.
+    Raises ConfigError for other types, shapes and (on the CPU) classes; for options of other types
+    or out of range; if the loss needs logits of the teacher and gets labels only; and if no head
+    learns from a teacher, or each of several teachers has no head of its own.
 
     Example:
         >>> class_logits = distillation_logits = torch.zeros(1, 2)
@@ -252,7 +252,7 @@ def distillation_loss(
         >>> {name: round(value.item(), 4) for name, value in losses.items()}
         {'loss': 0.6931, 'label_loss': 0.6931, 'distillation_loss': 0.6931}
     """
-    check_loss(loss)
+    loss = check_loss(loss)
     outputs = as_student_output(outputs)
     targets = as_targets(targets, outputs.class_logits)
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
