@@ -31,8 +31,8 @@ class Run:
     """A run folder, finished or not. A notebook shows it with its results and curves.
 
     It can be passed wherever a run folder is expected, such as `deit.evaluate(run)` or
-    `deit.load_teacher(run, class_names)`. Weights are loaded at the first use of `student`. path,
-    checkpoint, device: as given.
+    `deit.load_teacher(run, class_names)`, which then use its checkpoint. Weights are loaded at the
+    first use of `student`. checkpoint, device: as given.
 
     Example:
         >>> run = Run("checkpoints/digits")
@@ -57,15 +57,26 @@ class Run:
         checkpoint: best or last. device: of the student: cpu, cuda, cuda:INDEX, or auto for a GPU
         if there is one."""
         check_choice("checkpoint", checkpoint, run_folder.NAMES)
-        self.path = Path(check_path("run", path))
+        self._path = Path(check_path("run", path))
+        self._absolute_path = self._path.absolute()
         self.checkpoint = checkpoint
         self.device = as_device(device)
 
+    @property
+    def path(self) -> Path:
+        """The run folder: as given, or absolute if the working directory has changed."""
+        is_same = self._path.absolute() == self._absolute_path
+        return self._path if is_same else self._absolute_path
+
     def __fspath__(self) -> str:
-        return fspath(self.path)
+        if self.checkpoint == run_folder.BEST:
+            return fspath(self.path)
+        return fspath(resolve_run(self.path, self.checkpoint)[1])
 
     def __repr__(self) -> str:
         result = self.result
+        if not (self.path / run_folder.CONFIG).is_file():
+            return f"Run({str(self.path)!r}, no run is in this folder)"
         if result is None:
             return f"Run({str(self.path)!r}, not finished: {len(self.metrics)} epochs so far)"
         best = format_percent(result["best"]["top1"])
@@ -194,7 +205,7 @@ class Run:
         """Train from the weights of this run: `deit.finetune` with these options."""
         from deit.api.training import finetune  # which imports this module
 
-        return finetune(self.path, out, **options)
+        return finetune(self, out, **options)
 
     def report(
         self, out: str | PathLike | None = None, *, verbose: bool = True, force: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from os import PathLike, fspath
+from os.path import expanduser
 
 from deit.core.errors import ConfigError, did_you_mean
 
@@ -45,10 +46,13 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def check_path(name: str, value: str | PathLike) -> str:
-    """Return a path as text. Raises ConfigError for a value of another type."""
+    """Return a path as text, with `~` replaced by the home directory.
+
+    Raises ConfigError for a value of another type.
+    """
     if not isinstance(value, str | PathLike):
         raise ConfigError(f"{name}: should be a path, str or Path; got {type(value).__name__}")
-    return fspath(value)
+    return expanduser(fspath(value))
 
 
 def check_channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:

@@ -36,9 +36,10 @@ _NEW, _OLD, REMOVED_PREFIX = ".deit-new-", ".deit-old-", ".deit-gone-"
 """Prefixes of folders while they are written, replaced and removed."""
 
 
-def to_paths(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def to_paths(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
     """Return one path or several as a list."""
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    is_one = isinstance(paths, str | os.PathLike)
+    return [Path(paths)] if is_one else [Path(path) for path in paths]
 
 
 def check_writable(out: Path, *, name: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +196,61 @@ def test_run_is_a_path_for_other_functions(run, digits):
     images = digits.pixels[:4].float() / 255
     assert torch.allclose(teacher(images), run.logits(images)["fused"], atol=1e-5)
     assert deit.recipe(run).student == run.config.student
+
+
+@pytest.fixture(scope="module")
+def last_of_two(tmp_path_factory):
+    """A run and its checkpoint `last`, whose weights differ from those of `best`."""
+    folder = tmp_path_factory.mktemp("last")
+    other = trained(CONFIG.replace(run={"seed": 1}), folder / "other")
+    run = trained(CONFIG, folder / "run")
+    shutil.rmtree(run / "best")
+    shutil.copytree(other / "best", run / "best")
+    return deit.load_run(run, "last")
+
+
+def test_functions_use_the_checkpoint_of_a_run(last_of_two, digits, tmp_path):
+    (*_, folder) = sorted(last_of_two.path.glob("checkpoint-*"))
+    result = deit.evaluate(last_of_two, teacher="none", verbose=False)
+    assert result.metrics["checkpoint"] == folder.name
+    images = digits.pixels[:4].float() / 255
+    teacher = deit.load_teacher(last_of_two, last_of_two.class_names)
+    logits = last_of_two.logits(images)["fused"]
+    assert torch.allclose(teacher(images), logits, atol=1e-5)
+    best = deit.load_run(last_of_two.path).logits(images)["fused"]
+    assert not torch.allclose(logits, best, atol=1e-3)
+    tuned = last_of_two.finetune(tmp_path / "tuned", epochs=1, verbose=False)
+    assert tuned.config.init.weights == str(folder)
+    assert deit.recipe(last_of_two) == deit.recipe(last_of_two.path)
+    with raises(deit.errors.CheckpointError, folder):
+        deit.report(last_of_two, tmp_path / "report")
+    page = last_of_two.report(tmp_path / "report", verbose=False)
+    assert page.is_file()
+
+
+def test_run_stays_where_it_was_when_the_working_directory_changes(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run.path.parent)
+    moved = deit.Run(run.path.name)
+    assert moved.path == Path(run.path.name)
+    assert repr(moved).startswith(f"Run({run.path.name!r}, 2 epochs")
+    monkeypatch.chdir(tmp_path)
+    assert moved.path == run.path
+    assert moved.result == run.result
+    assert deit.load_student(moved.path / "best")[1].class_names == moved.class_names
+
+
+def test_repr_of_a_folder_without_a_run_says_so(tmp_path):
+    assert "no run is in this folder" in repr(deit.Run(tmp_path / "nope"))
+
+
+def test_paths_with_a_tilde_are_in_the_home_directory(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.path.parent))
+    name = f"~/{run.path.name}"
+    assert deit.load_run(name).path == run.path
+    assert deit.recipe(name) == deit.recipe(run)
+    assert deit.load_student(f"{name}/best")[1].class_names == run.class_names
+    with raises(deit.errors.ConfigError, run.path):
+        deit.train(CONFIG, name)
 
 
 def test_silent_calls_print_nothing(run, capfd):

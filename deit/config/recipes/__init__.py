@@ -17,6 +17,7 @@ from deit.config.schema import Config, to_dict
 from deit.config.validation import config_from_dict, load_config, plain_values, unknown_field
 from deit.core.errors import ConfigError, ConfigProblem, did_you_mean, raise_if_transient
 from deit.core.file_reading import missing_file_reason
+from deit.core.run_folder import run_dir_of
 from deit.core.user_code import import_file
 
 
@@ -75,7 +76,8 @@ def recipe(
 ) -> Config:
     """Return the configuration of a recipe, with some of its fields changed.
 
-    name: as for `find_recipe`; a run folder, for the configuration of that run; or a configuration.
+    name: as for `find_recipe`; a run folder or a checkpoint folder in it, for the configuration of
+    that run; or a configuration.
     loss: the name of a loss preset (`deit-hard`, `usi`, ...), or fields of the section loss.
     augmentation, view_mode: names of presets, as `deit train` takes them.
     sections: fields by section: data, views, student, init, teacher, optim, run; or a section such
@@ -94,11 +96,12 @@ def recipe(
     fields = sections if loss is None or isinstance(loss, str) else {**sections, "loss": loss}
     if isinstance(name, Config):
         return with_changes(name, fields, presets)
-    path = Path(check_path("recipe", name))
-    is_run = os.fspath(name) not in RECIPES and (path / "config.json").is_file()
-    config = find_recipe(str(path / "config.json") if is_run else os.fspath(name))
+    name = check_path("recipe", name)
+    run = run_dir_of(name)
+    is_run = name not in RECIPES and (run / "config.json").is_file()
+    config = find_recipe(str(run / "config.json") if is_run else name)
     changed = with_changes(config, fields, presets)
-    is_file = is_run or os.fspath(name).endswith(".json")
+    is_file = is_run or name.endswith(".json")
     if is_file and config.teacher.code_sources == changed.teacher.code_sources != ():
         raise ConfigError(
             f"{name}: its teacher {config.teacher.code_sources[0]} is Python code, and code is not "
