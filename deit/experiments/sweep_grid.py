@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class Point(NamedTuple):
     """A configuration of a sweep, without its seeds.
 
     values: the fields that vary, as text by name; `run` is the name of a run or arm. changes: the
-    fields that this run or arm sets, as text by name; None without runs.
+    fields that this run or arm sets, also through presets, as text by name; None without runs.
     """
 
     name: str
@@ -112,9 +112,12 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
         where = f"sweep {sweep.name}, {title_of(texts_of(fields)) or 'without a grid'}"
         try:
             base = with_fields(config, fields, where=where)
-            for name, arm in _arms(sweep, base, fields):
+            arms = dict(_arms(sweep, base, fields))
+            varied = set().union(*(differing(base, arm) for arm in arms.values()))
+            for name, arm in arms.items():
                 values = ({"run": name} if name else {}) | texts_of(fields)
-                changes = texts_of(sweep.runs.get(name, differing(base, arm))) if name else None
+                given = sweep.runs.get(name, differing(base, arm))
+                changes = texts_of(given | _preset_fields(given, arm, varied)) if name else None
                 points.append(Point(title_of(values), values, arm, changes))
         except ConfigError as error:
             errors.append(error)
@@ -124,6 +127,17 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
         problems = [problem for error in errors for problem in error.problems]
         raise ConfigError("\n".join(map(str, errors[:_MAX_ERRORS])) + more, problems)
     return points
+
+
+def _preset_fields(given: Fields, config: Config, varied: Collection[str]) -> Fields:
+    """Return the values behind the presets that a run names, of the fields in which runs vary."""
+    sections = {PRESETS[name].section for name in given if name in PRESETS}
+    return {
+        f"{section}.{leaf}": value
+        for section, values in to_dict(config).items()
+        for leaf, value in values.items()
+        if section in sections and f"{section}.{leaf}" in varied
+    }
 
 
 _MAX_ERRORS = 5  # invalid points that a message lists

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from deit.cli.grammar import field_helps
 from deit.config.presets import AUGMENTATIONS, LOSS_PRESETS, VIEW_MODES
 from deit.config.schema import RESUMABLE_FIELDS, Config
+from deit.config.sections.loss import LossConfig
 from scripts.documentation.markdown import code, escaped, text_table
 
 _INTRODUCTION = """\
@@ -122,7 +123,7 @@ def _limit(value: float) -> str:
 def _presets() -> str:
     """Return the section about presets: each name with the fields that it sets."""
     losses = [
-        (code(name), _fields("loss", _changed(preset))) for name, preset in LOSS_PRESETS.items()
+        (code(name), _fields("loss", _loss_fields(preset))) for name, preset in LOSS_PRESETS.items()
     ]
     augmentations = [
         (code(name), _fields("views", fields)) for name, fields in AUGMENTATIONS.items()
@@ -144,6 +145,12 @@ def _presets() -> str:
         "[Views of student and teacher](../guides/views.md).\n\n"
         f"{text_table(columns, modes)}\n"
     )
+
+
+def _loss_fields(loss: LossConfig) -> dict[str, Any]:
+    """Return what defines a loss, also where it is the default, and what differs from defaults."""
+    names = ("kind",) if loss.kind == "none" else ("kind", "head", "distillation_weight")
+    return {name: getattr(loss, name) for name in names} | _changed(loss)
 
 
 def _changed(section: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deit.cli.run_args import parse_run
+from deit.config.presets import LOSS_PRESETS
 from deit.config.recipes import RECIPES
 from deit.config.recipes.handwriting import digits, digits_ensemble
 from deit.config.schema import to_dict
@@ -271,6 +272,18 @@ def test_point_changes_are_the_fields_of_its_run(tmp_path):
     sweep = read(tmp_path, "runs: {plain: {}, other: {loss.temperature: 4, optim.lr: 0.5}}")
     plain, other = points_of(sweep, digits())
     assert (plain.changes, other.changes) == ({}, {"loss.temperature": "4", "optim.lr": "0.5"})
+    text = "runs: {soft: {loss: deit-soft}, hard: {loss: deit-hard, loss.label_smoothing: 0}}"
+    soft, hard = (point.changes for point in points_of(read(tmp_path, text), digits()))
+    assert soft == {
+        "loss": "deit-soft",
+        "loss.kind": "soft",
+        "loss.distillation_weight": "0.1",
+        "loss.temperature": "3",
+        "loss.label_smoothing": "0.1",
+    }
+    assert hard["loss"] == "deit-hard"
+    assert (hard["loss.kind"], hard["loss.distillation_weight"]) == ("hard", "0.5")
+    assert (hard["loss.temperature"], hard["loss.label_smoothing"]) == ("1", "0")
     text = "{grid: {loss: [none, deit-hard]}, runs: {a: {}, b: {loss.kind: none}}}"
     changes = [point.changes for point in points_of(read(tmp_path, text), digits())]
     assert changes == [{}, {"loss.kind": "none"}] * 2
@@ -298,6 +311,18 @@ def test_read_sweep_files_of_the_documentation(tmp_path):
     assert len(points_of(sweep, RECIPES[sweep.recipe]())) == 3 * 2 * 2
     named = set(re.findall(r"`([a-z0-9-]+)`", page.split("## Built-in sweeps")[1].split("##")[0]))
     assert named >= set(SWEEPS)
+
+
+def test_sweep_of_the_guide_to_losses_compares_labels_through_the_token(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "losses.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    losses = {point.name: point.config.loss for point in points_of(read(tmp_path, text), digits())}
+    assert losses == {"soft": LOSS_PRESETS["deit-soft"], "hard": LOSS_PRESETS["deit-hard"]}
+    assert {loss.head for loss in losses.values()} == {"distillation"}
+    weights = [losses[name].distillation_weight for name in ("soft", "hard")]
+    assert re.search(
+        "weight of (.+) and a temperature of 3,\n.*weight of (.+). It", page
+    ).groups() == (*map(str, weights),)
 
 
 def test_search_range_is_whole_for_integer_fields(tmp_path):
