@@ -54,7 +54,7 @@ def evaluation_batches(
     """
     check_choice("split", split, SPLITS)
     if batch_size is not None:
-        check_at_least("batch_size", batch_size, 1, integer=True)
+        check_at_least("batch_size", batch_size, 1)
     if isinstance(source, TrainLoader):
         images, settings = _of_loader(source, split)
         device = source.device if device is None else as_device(device)

@@ -124,7 +124,6 @@ def sweep(
     top: int = TOP_POINTS,
     verbose: bool = True,
     command: str = "",
-    **options: Any,
 ) -> SweepResult:
     """Train and evaluate every point of a sweep for each of its seeds.
 
@@ -153,6 +152,5 @@ def sweep(
         retries=retries,
         top=top,
         command=command,
-        **options,
     )
     return SweepResult(out)

@@ -125,7 +125,7 @@ class Run:
         The heads are class and, with a distillation token, distillation, fused (the mean of both)
         and fused_softmax. Raises ConfigError and DataError for images that cannot be read.
         """
-        check_at_least("batch_size", batch_size, 1, integer=True)
+        check_at_least("batch_size", batch_size, 1)
         return self._heads_and_files(images, batch_size)[0]
 
     def _heads_and_files(
@@ -155,8 +155,8 @@ class Run:
         images, batch_size: as for `logits`. top_k: number of classes. head: class, distillation or
         fused; a student with one head has class only, which is its fused head. Raises as `logits`.
         """
-        check_at_least("top_k", top_k, 1, integer=True)
-        check_at_least("batch_size", batch_size, 1, integer=True)
+        check_at_least("top_k", top_k, 1)
+        check_at_least("batch_size", batch_size, 1)
         heads, files = self._heads_and_files(images, batch_size)
         heads.setdefault("fused", heads["class"])
         check_choice("head", head, heads)
@@ -231,7 +231,7 @@ class Run:
         images: as for `logits`. Raises ConfigError for a network without attention, and as
         `logits`.
         """
-        check_at_least("max_images", max_images, 1, integer=True)
+        check_at_least("max_images", max_images, 1)
         student, model_info = self._loaded
         inputs, names = next(image_batches(images, model_info, batch_size=max_images))
         return plot_attention(student, model_info, inputs, names)

@@ -76,9 +76,12 @@ def check_channels(name: str, values: Iterable[float]) -> tuple[float, float, fl
     return numbers
 
 
-def check_at_least(name: str, value: float, least: float, *, integer: bool = False) -> None:
-    """Raise ConfigError if a parameter is no number, or below its smallest value."""
-    if not isinstance(value, Integral if integer else Real):
+def check_at_least(name: str, value: float, least: float, *, integer: bool = True) -> None:
+    """Raise ConfigError if a parameter is no number, or below its smallest value.
+
+    integer: whether it is a number of something.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral if integer else Real):
         kind = "an integer" if integer else "a number"
         raise ConfigError(f"{name} = {value!r}: should be {kind} of at least {least:g}")
     if not value >= least:

@@ -63,7 +63,7 @@ def check_options(options: LotteryOptions, config: Config) -> None:
         raise ConfigError(
             f"rewind_epoch = {rewind:g}: should be at least 0 and below optim.epochs ({epochs})"
         )
-    check_at_least("tolerance", options.tolerance, 0)
+    check_at_least("tolerance", options.tolerance, 0, integer=False)
     if config.optim.trainable != "all":
         raise ConfigError(
             f"optim.trainable = {config.optim.trainable!r}: a lottery prunes all weights, so all "

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
+from deit.config.command_choices import check_at_least
 from deit.config.schema import Config, to_dict
 from deit.core import run_folder
 from deit.core.console import count_noun, format_duration, info, warn
@@ -36,8 +37,7 @@ class RunSpec(NamedTuple):
 
 def check_num_parallel(num_parallel: int, *, name: str) -> None:
     """Raise ConfigError for an invalid number of parallel runs. name: of the parameter."""
-    if num_parallel < 1:
-        raise ConfigError(f"{name} = {num_parallel}: should be at least 1")
+    check_at_least(name, num_parallel, 1)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_parallel > 1 and processes > 1:
         raise ConfigError(

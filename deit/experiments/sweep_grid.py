@@ -283,7 +283,7 @@ def study_sweep(
     least 0.
     """
     check_choice("study", study, STUDIES)
-    if isinstance(arms, str):
+    if isinstance(arms, str) or not isinstance(arms, Iterable):
         raise ConfigError(f"arms = {arms!r}: should be a list of names")
     try:
         numbers = parse_seeds([*seeds] if isinstance(seeds, Iterable) else seeds)

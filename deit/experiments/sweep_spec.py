@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -306,11 +307,15 @@ def parse_seeds(value: Any) -> tuple[int, ...]:
     if type(value) is int:  # ambiguous: a seed, or a number of seeds
         raise ValueError(f"should be a list: [{value}] for the seed {value}, [0, 1, 2] for three")
     is_list = isinstance(value, list) and value
-    if not is_list or not all(type(seed) is int and seed >= 0 for seed in value):
+    if not is_list or not all(map(_is_seed, value)):
         raise ValueError(f"should be a list of whole numbers from 0, is {value!r}")
     if len(set(value)) < len(value):
         raise ValueError(f"{value}: has a seed twice")
-    return tuple(value)
+    return tuple(map(int, value))
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def _text(value: Any) -> str:

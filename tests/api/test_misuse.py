@@ -267,12 +267,26 @@ def test_callbacks_that_are_no_functions_raise_before_work(callbacks, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("seeds", [3, (), (-1,), (0, 0), ("a",)])
+@pytest.mark.parametrize("seeds", [3, (), (-1,), (0, 0), ("a",), (True,), (0.5,)])
 def test_seeds_that_are_no_different_integers_raise_before_work(seeds, tmp_path):
     with raises(ConfigError, "seeds"):
         deit.compare("digits", tmp_path / "out", seeds=seeds)
-    with raises(ConfigError, "arms", "list"):
-        deit.compare("digits", tmp_path / "out", arms="distilled")
+    for arms in ("distilled", 3):
+        with raises(ConfigError, f"arms = {arms!r}", "list"):
+            deit.compare("digits", tmp_path / "out", arms=arms)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["parallel", "retries"])
+@pytest.mark.parametrize("value", [-1, 1.5, "2", None, True])
+def test_numbers_of_runs_are_checked_before_work(name, value, tmp_path):
+    calls = (
+        lambda: deit.compare("digits", tmp_path / "out", **{name: value}),
+        lambda: deit.sweep("table-3", tmp_path / "out", **{name: value}),
+    )
+    for call in calls:
+        with raises(ConfigError, name):
+            call()
     assert not list(tmp_path.iterdir())
 
 
