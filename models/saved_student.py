@@ -20,6 +20,7 @@ from deit.core import manifest
 from deit.core.errors import ConfigError, SystemFault, config_error
 from deit.core.filesystem import atomic_write_dir
 from deit.core.json_io import load_json_as
+from deit.core.rng import unchanged_generators
 from deit.core.tensors import as_device
 from deit.models.load_weights import saved_weights
 from deit.models.metadata import MODEL_INFO, WEIGHTS, ModelInfo, find_saved_model
@@ -149,6 +150,7 @@ def to_safetensors_bytes(weights: dict[str, Tensor]) -> bytes:
     return save(tensors, metadata={"format": "pt"})
 
 
+@unchanged_generators()
 def load_student(
     folder: str | PathLike, *, device: torch.device | str = "cpu"
 ) -> tuple[Student, ModelInfo]:

@@ -24,6 +24,7 @@ from deit.core.errors import (
     raise_if_transient,
 )
 from deit.core.file_reading import missing_file_reason
+from deit.core.rng import unchanged_generators
 from deit.core.types import logits_by_head
 from deit.core.user_code import HUB_PREFIXES, address_hint, import_file, read_names
 from deit.models.metadata import find_saved_model
@@ -35,6 +36,7 @@ from deit.models.teachers import ASSUMED, BY_NAME, LoadedNetwork, Teacher
 from deit.models.weight_files import load_weights, read_weights, strip_common_prefix
 
 
+@unchanged_generators()
 def teacher_from_spec(
     spec: TeacherSpec, class_names: tuple[str, ...], *, image_size: int
 ) -> Teacher:

@@ -7,6 +7,8 @@ number of processes. Resuming needs no saved state.
 
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,24 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _BLOCK_BITS = 16  # low bits of the counter's last word; the high bits hold the repeat
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Restore the state of torch's global generators after the block. It is also a decorator.
+
+    Building a network draws its initial weights, also if they are then replaced by saved ones.
+
+    >>> before = torch.get_rng_state()
+    >>> with unchanged_generators():
+    ...     _ = torch.rand(1)
+    >>> torch.equal(torch.get_rng_state(), before)
+    True
+    """
+    # Restoring those of the GPUs would initialize CUDA.
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    with torch.random.fork_rng(range(num_gpus)):
+        yield
 
 
 class Keys(NamedTuple):

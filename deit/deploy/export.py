@@ -14,6 +14,7 @@ from deit.config.schema import Config
 from deit.core.console import info, obeys_verbose
 from deit.core.errors import CheckpointError, ConfigError, SystemFault
 from deit.core.filesystem import atomic_write_dir, check_writable
+from deit.core.rng import unchanged_generators
 from deit.core.tensors import evenly_spaced
 from deit.datasets.splits import load_splits
 from deit.deploy.export_formats import FORMATS, ExportFormat, Graph, Heads, InferenceFn, outputs_of
@@ -43,6 +44,7 @@ class Verification(NamedTuple):
 
 
 @obeys_verbose
+@unchanged_generators()
 def export(
     run: str | Path,
     out: str | Path | None = None,

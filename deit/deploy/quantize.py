@@ -14,6 +14,7 @@ from deit.core.console import info, obeys_verbose, progress
 from deit.core.errors import CheckpointError, ConfigError, DataError
 from deit.core.filesystem import atomic_write_dir, check_file, write_json
 from deit.core.hardware import int8_flags, int8_sums_saturate
+from deit.core.rng import unchanged_generators
 from deit.core.run_folder import read_result
 from deit.datasets.splits import stratified_indices
 from deit.deploy.export import check_output_dir, require_packages
@@ -56,6 +57,7 @@ _CALIBRATION_BATCH = 8  # all activations of a batch are in memory
 
 @obeys_verbose
 @own_accelerate_state()
+@unchanged_generators()
 def quantize(
     run: str | Path,
     out: str | Path | None = None,

@@ -12,6 +12,7 @@ from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import section_from_dict
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.core.rng import unchanged_generators
 from deit.core.tensors import as_device
 from deit.models.student import Student
 from deit.models.teacher_sources import FusedLogits, match_teacher, teacher_from_spec
@@ -20,6 +21,7 @@ from deit.models.teachers import LoadedNetwork, Teacher
 _PROBE_SIZE = 224  # side [px] of a test image, for networks that accept any size
 
 
+@unchanged_generators()
 def load_teacher(
     source: str | PathLike | nn.Module,
     class_names: Sequence[str],

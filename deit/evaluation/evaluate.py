@@ -17,6 +17,7 @@ from deit.core.console import format_percent, obeys_verbose
 from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
+from deit.core.rng import unchanged_generators
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
 from deit.datasets.images import EncodedImages, InMemoryImages
@@ -77,6 +78,7 @@ class EvaluationResult(NamedTuple):
 
 
 @obeys_verbose
+@unchanged_generators()
 @own_accelerate_state()
 def evaluate(
     run: str | Path,

@@ -14,6 +14,7 @@ from deit.config.validation import load_config
 from deit.core import run_folder, run_log
 from deit.core.console import warn
 from deit.core.errors import CheckpointError, DataError
+from deit.core.rng import unchanged_generators
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.sources.imagenet_test_sets import load_test_set
 from deit.datasets.splits import load_split
@@ -102,6 +103,7 @@ def evaluation_config(
     return config
 
 
+@unchanged_generators()
 def student_at_resolution(saved: str | Path, side: int | None) -> tuple[Student, ModelInfo]:
     """Load a saved student for images of side `side` [px], with its position embedding resized.
 

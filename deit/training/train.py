@@ -11,6 +11,7 @@ from deit.config.validation import validate
 from deit.core.accelerator import environment_info, own_accelerate_state
 from deit.core.console import info
 from deit.core.filesystem import check_space, write_json
+from deit.core.rng import unchanged_generators
 from deit.core.signals import GracefulStop
 from deit.training.begin import (
     RunStart,
@@ -34,6 +35,7 @@ from deit.training.translate_errors import translate_errors
 
 
 @only_training()
+@unchanged_generators()
 @own_accelerate_state()
 def train(
     config: Config,

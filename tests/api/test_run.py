@@ -239,6 +239,25 @@ def test_run_stays_where_it_was_when_the_working_directory_changes(run, tmp_path
     assert deit.load_student(moved.path / "best")[1].class_names == moved.class_names
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run, out: deit.load_student(run.path / "best"),
+        lambda run, out: deit.load_teacher(run, run.class_names),
+        lambda run, out: deit.load_run(run).predict(torch.zeros(3, 8, 8)),
+        lambda run, out: deit.evaluate(run, resolution=16, cost=True, verbose=False),
+        lambda run, out: deit.dry_run(run.config, verbose=False),
+        lambda run, out: run.export("timm", out, verbose=False),
+    ],
+    ids=["load_student", "load_teacher", "predict", "evaluate", "dry_run", "export"],
+)
+def test_functions_draw_no_random_numbers_of_the_caller(run, tmp_path, call):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    call(run, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_repr_of_a_folder_without_a_run_says_so(tmp_path):
     assert "no run is in this folder" in repr(deit.Run(tmp_path / "nope"))
 
