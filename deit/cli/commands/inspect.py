@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deit.cli.parser import Names, Parser, command_of, parse_numbers
 from deit.config.command_choices import (
@@ -15,6 +16,7 @@ from deit.config.command_choices import (
 )
 from deit.config.input_paths import check_image_files, check_new_root
 from deit.core import run_folder
+from deit.core.errors import ConfigError
 
 
 def evaluate(arguments: list[str], program: str) -> None:
@@ -31,26 +33,13 @@ def evaluate(arguments: list[str], program: str) -> None:
     for run in options.runs:
         run_folder.require_run(run_folder.run_dir_of(run))
     check_new_root(options.root)
-    from deit.analysis.view_sheet import check_image_path
-    from deit.core.filesystem import check_file
-    from deit.evaluation.evaluate import evaluate
-    from deit.evaluation.tables import print_evaluation, write_evaluation
-
-    check_file(options.json, name="json_file", replace=options.force)
-    if options.plot is not None:
-        check_image_path(options.plot, name="plot")
-        check_file(options.plot, name="plot", replace=options.force)
-    settings = {
-        "checkpoint": options.checkpoint,
-        "split": options.split,
-        "root": options.root,
-        "teacher": options.teacher,
-        "device": options.device,
-        "batch_size": options.batch_size,
-        "test_set": options.test_set,
-    }
+    variants = max(map(len, (options.runs, resolutions, crops, merges)))
+    is_comparison = variants > 1 or options.plot is not None
+    _check_outputs(options, is_comparison=is_comparison)
+    names = ("checkpoint", "split", "root", "teacher", "device", "batch_size", "test_set")
+    settings = {name: getattr(options, name) for name in names}
     command = command_of(program, arguments)
-    if max(map(len, (options.runs, resolutions, crops, merges))) > 1 or options.plot is not None:
+    if is_comparison:
         from deit.evaluation.compare_runs import compare_evaluations
 
         compare_evaluations(
@@ -64,6 +53,8 @@ def evaluate(arguments: list[str], program: str) -> None:
             **settings,
         )
         return
+    from deit.evaluation.evaluate import evaluate
+
     result = evaluate(
         options.runs[0],
         resolution=resolutions[0] if resolutions else None,
@@ -72,10 +63,33 @@ def evaluate(arguments: list[str], program: str) -> None:
         cost=True,
         command=command,
         **settings,
-    ).metrics
-    print_evaluation(result)
+    )
+    from deit.evaluation.prediction_table import write_predictions
+    from deit.evaluation.tables import print_evaluation, write_evaluation
+
+    print_evaluation(result.metrics)
     if options.json is not None:
-        write_evaluation(options.json, result | {"command": command})
+        write_evaluation(options.json, result.metrics | {"command": command})
+    if options.predictions is not None:
+        images = {"split": options.split, "root": options.root}
+        write_predictions(options.predictions, result, options.runs[0], **images)
+
+
+def _check_outputs(options: Any, *, is_comparison: bool) -> None:
+    """Check the files to write; predictions can only be written of one split of one run."""
+    from deit.analysis.view_sheet import check_image_path
+    from deit.core.filesystem import check_file
+
+    if options.plot is not None:
+        check_image_path(options.plot, name="plot")
+    if options.predictions is not None and (is_comparison or options.test_set is not None):
+        raise ConfigError(
+            f"predictions = {options.predictions}: is for the split of one run; not with several "
+            "runs or settings, --plot or --test-set"
+        )
+    check_file(options.json, name="json_file", replace=options.force)
+    check_file(options.plot, name="plot", replace=options.force)
+    check_file(options.predictions, name="predictions", replace=options.force)
 
 
 def _evaluate_parser(program: str) -> Parser:
@@ -125,7 +139,13 @@ def _evaluate_parser(program: str) -> Parser:
         help="Plot accuracy against throughput to this file.",
     )
     parser.add_json()
-    parser.add_force("--plot", "--json")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE.csv",
+        help="Also write path, label and prediction of every image to this CSV file.",
+    )
+    parser.add_force("--plot", "--json", "--predictions")
     return parser
 
 
