@@ -122,11 +122,16 @@ def points_of(sweep: Sweep, config: Config) -> list[Point]:
         except ConfigError as error:
             errors.append(error)
     if errors:
-        hidden = len(errors) - _MAX_ERRORS
-        more = f"\nand {hidden} more" if hidden > 0 else ""
-        problems = [problem for error in errors for problem in error.problems]
-        raise ConfigError("\n".join(map(str, errors[:_MAX_ERRORS])) + more, problems)
+        raise _combined(errors)
     return points
+
+
+def _combined(errors: list[ConfigError]) -> ConfigError:
+    """Return one error with the first messages and the problems of all."""
+    hidden = len(errors) - _MAX_ERRORS
+    more = f"\nand {hidden} more" if hidden > 0 else ""
+    problems = [problem for error in errors for problem in error.problems]
+    return ConfigError("\n".join(map(str, errors[:_MAX_ERRORS])) + more, problems)
 
 
 def _preset_fields(given: Fields, config: Config, varied: Collection[str]) -> Fields:
@@ -226,14 +231,20 @@ def _arms(sweep: Sweep, base: Config, fields: Fields) -> Iterator[tuple[str, Con
             arm = arms[name]
             yield name, with_fields(arm, {}, where=f"sweep {sweep.name}, {name}")
         return
+    errors: list[ConfigError] = []
     for name, run_fields in sweep.runs.items():
-        both = sorted(run_fields.keys() & fields.keys())
-        if both:
-            raise ConfigError(
-                f"sweep {sweep.name}, {name}: sets {both[0]}, which also varies in the grid; give "
-                "it in one of the two"
-            )
-        yield name, with_fields(base, run_fields, where=f"sweep {sweep.name}, {name}")
+        where = f"sweep {sweep.name}, {name}"
+        try:
+            if both := sorted(run_fields.keys() & fields.keys()):
+                raise ConfigError(
+                    f"{where}: sets {both[0]}, which also varies in the grid; give it in one of "
+                    "the two"
+                )
+            yield name, with_fields(base, run_fields, where=where)
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        raise _combined(errors)
     if not sweep.runs:
         yield "", base
 

@@ -149,17 +149,20 @@ def _with_lists(value: Any) -> Any:
 
 
 def _to_sweep(name: str, values: dict[str, Any], *, where: str) -> Sweep:
-    """Return the sweep of a file's content. where: for messages. Raises ConfigError."""
+    """Return the sweep of a file's content. where: for messages. Raises ConfigError with all
+    problems."""
     known = [item.name for item in dataclasses.fields(Sweep) if item.name != "name"]
-    parsed: dict[str, Any] = {}
-    for key, value in values.items():
+
+    def parse(key: str, value: Any) -> Any:
         if key not in known:
             advice = f"should be one of {', '.join(known)}{did_you_mean(str(key), known)}"
-            raise ConfigError(f"{where}: {key}: {advice}")
-        try:
-            parsed[key] = _PARSERS[key](value)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {key}: {error}") from None
+            raise ValueError(f"{key}: {advice}")
+        return _within(key, _PARSERS[key], value)
+
+    try:
+        parsed = _parsed(values, parse)
+    except ValueError as error:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in error.args)) from None
     if parsed.get("runs") and parsed.get("study"):
         raise ConfigError(f"{where}: has runs and a study; give one of the two")
     if parsed.get("arms") and not parsed.get("study"):
@@ -171,6 +174,28 @@ def _to_sweep(name: str, values: dict[str, Any], *, where: str) -> Sweep:
     if not any(parsed.get(key) for key in ("grid", "runs", "study", "search")):
         raise ConfigError(f"{where}: nothing varies; give a grid, runs, a study or a search")
     return Sweep(name, **parsed)
+
+
+def _parsed(values: dict[Any, Any], parse: Callable[[Any, Any], Any]) -> dict[Any, Any]:
+    """Return each value as `parse(name, value)` returns it. Raises ValueError with the problems of
+    all values as its arguments."""
+    parsed, problems = {}, []
+    for name, value in values.items():
+        try:
+            parsed[name] = parse(name, value)
+        except ValueError as error:
+            problems += error.args
+    if problems:
+        raise ValueError(*problems)
+    return parsed
+
+
+def _within(name: str, parse: Callable[[Any], Any], value: Any) -> Any:
+    """Return `parse(value)`. Raises ValueError with the name before each problem."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(*(f"{name}: {problem}" for problem in error.args)) from None
 
 
 def _flat(value: Any) -> Fields:
@@ -185,25 +210,30 @@ def _flat(value: Any) -> Fields:
         if both := flat.keys() & fields.keys():
             raise ValueError(f"{min(both)}: is given twice")
         flat |= fields
+    return _parsed(flat, _known_field)
+
+
+def _known_field(name: str, value: Any) -> Any:
+    """Return the value. Raises ValueError for a field that a sweep does not have."""
     names = [*PRESETS, *field_names()]
-    for name in flat:
-        if name not in names:
-            raise ValueError(f"{name}: unknown field{suggestion(str(name), names)}")
-        if name == "run.seed":
-            raise ValueError("run.seed: give the seeds of all runs as `seeds: [0, 1]`")
-    return flat
+    if name not in names:
+        raise ValueError(f"{name}: unknown field{suggestion(str(name), names)}")
+    if name == "run.seed":
+        raise ValueError("run.seed: give the seeds of all runs as `seeds: [0, 1]`")
+    return value
 
 
 def _grid(value: Any) -> dict[str, tuple[Any, ...]]:
-    grid = {}
-    for name, values in _flat(value).items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"{name}: should be a list of values, is {values!r}")
-        texts = [text_of(item) for item in values]
-        if len(set(texts)) < len(texts):
-            raise ValueError(f"{name}: has the value {max(texts, key=texts.count)} twice")
-        grid[name] = tuple(values)
-    return grid
+    return _parsed(_flat(value), _grid_values)
+
+
+def _grid_values(name: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name}: should be a list of values, is {values!r}")
+    texts = [text_of(item) for item in values]
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"{name}: has the value {max(texts, key=texts.count)} twice")
+    return tuple(values)
 
 
 def _search_space(value: Any) -> SearchSpace:
@@ -220,20 +250,17 @@ def _search_space(value: Any) -> SearchSpace:
         raise ValueError("fields: should be at least one field, and not run.seed (give `seeds`)")
     if type(trials) is not int or trials < 1:
         raise ValueError(f"trials: should be at least 1, is {trials!r}")
-    names = [*PRESETS, *field_names()]
-    fields: dict[str, SearchRange | tuple[Any, ...]] = {}
-    for name, values in value["fields"].items():
-        if name not in names:
-            raise ValueError(f"{name}: unknown field{suggestion(str(name), names)}")
-        is_list = isinstance(values, list)
-        fields[name] = tuple(_choices(name, values)) if is_list else _range(name, values)
+    fields = _parsed(value["fields"], _searched)
     return SearchSpace(fields, trials, _bool(value.get("prune", True)))
 
 
-def _choices(name: str, values: list[Any]) -> list[Any]:
+def _searched(name: str, values: Any) -> SearchRange | tuple[Any, ...]:
+    _known_field(name, values)
+    if not isinstance(values, list):
+        return _range(name, values)
     if len(values) < 2:
         raise ValueError(f"{name}: should be at least two values, is {values!r}")
-    return values
+    return tuple(values)
 
 
 def _range(name: str, value: Any) -> SearchRange:
@@ -286,13 +313,10 @@ def _runs(value: Any) -> dict[str, Fields]:
             raise ValueError(f"has the run {max(titles, key=titles.count)!r} twice")
     if not isinstance(value, dict) or not value:
         raise ValueError(f"should be runs by name, or a list of them, is {value!r}")
-    runs = {}
-    for name, fields in value.items():
-        try:
-            runs[str(name)] = _flat({} if fields is None else fields)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return runs
+    return _parsed(
+        {str(name): fields for name, fields in value.items()},
+        lambda name, fields: _within(name, _flat, {} if fields is None else fields),
+    )
 
 
 def _study(value: Any) -> str:

@@ -9,7 +9,7 @@ from deit.experiments.lottery_options import LotteryOptions
 from deit.experiments.lottery_plan import lottery_runs, plan_lottery
 from deit.experiments.parallel_runs import RunSpec
 from deit.experiments.search import Search
-from deit.experiments.sweep_spec import SearchRange, SearchSpace
+from deit.experiments.sweep_spec import SearchRange, SearchSpace, read_sweep
 from deit.viz.tables import HEADS
 from tests.helpers.small_runs import WITH_AVERAGE
 
@@ -58,6 +58,13 @@ def write(path, **values):
     """Write a sweep file with the small student."""
     path.write_text(json.dumps({"recipe": "digits", "set": SMALL, **values}))
     return path
+
+
+def read(folder, text, name="s.yaml"):
+    """Return the sweep of a text in YAML, or of values, written to a file of this name."""
+    path = folder / name
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return read_sweep(path)
 
 
 def result(out):
