@@ -23,7 +23,6 @@ from deit.experiments.sweep_plots import (
     scatter_trials,
     ticket_curve,
 )
-from deit.experiments.sweep_spec import short_names
 from deit.experiments.sweep_tables import (
     MAX_LISTED_CLASSES,
     best_summary,
@@ -38,7 +37,7 @@ from deit.experiments.sweep_tables import (
 )
 from deit.viz import charts, html
 from deit.viz.plots import draw_arms, draw_epoch_scaling, save_figure
-from deit.viz.tables import SAMPLE_STD, final_top1
+from deit.viz.tables import SAMPLE_STD, final_top1, short_names
 
 _MAX_SCATTER_POINTS = 24
 _WHISKERS = f"Whiskers: {SAMPLE_STD}."

@@ -9,12 +9,11 @@ from typing import Any
 
 from deit.core.console import count_noun
 from deit.core.errors import SystemFault
-from deit.experiments.sweep_spec import short_names
 from deit.experiments.sweep_tables import points
 from deit.viz.charts import SERIES, TEACHER, Draw
 from deit.viz.plots import comparison_figure, legend, save_figure
 from deit.viz.seed_marks import DOTS_AND_LINE, accuracy_label, draw_seeds, explain_marks
-from deit.viz.tables import final_top1
+from deit.viz.tables import final_top1, short_names
 
 
 def draw_sweep(result: dict[str, Any], out: str | Path) -> list[Path]:

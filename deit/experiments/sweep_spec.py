@@ -18,6 +18,7 @@ from deit.core.errors import ConfigError, did_you_mean, shortened
 from deit.core.file_reading import read_text
 from deit.core.json_io import parse_strict_json
 from deit.experiments.studies import STUDIES
+from deit.viz.tables import short_names
 
 Fields = dict[str, Any]
 """Values by `section.field`, and names of presets by the name of their option."""
@@ -394,12 +395,3 @@ def title_of(values: dict[str, str]) -> str:
     return ", ".join(
         value if name == "run" else f"{short[name]} {value}" for name, value in values.items()
     )
-
-
-def short_names(names: list[str]) -> dict[str, str]:
-    """Return a short name for each field: the last part of its name where that is unique."""
-    leaves = [name.rpartition(".")[2] for name in names]
-    return {
-        name: leaf.replace("_", " ") if leaves.count(leaf) == 1 else name
-        for name, leaf in zip(names, leaves)
-    }

@@ -11,7 +11,6 @@ from deit.core.filesystem import atomic_write, write_json
 from deit.core.json_io import load_json_as
 from deit.experiments.arm_difference import difference_line
 from deit.experiments.lottery_tables import lottery_table
-from deit.experiments.sweep_spec import short_names
 from deit.viz.result_files import (
     CLASS_GROUPS,
     has_unseen_classes,
@@ -19,7 +18,7 @@ from deit.viz.result_files import (
     points_csv,
     runs_csv,
 )
-from deit.viz.tables import HEADS, SAMPLE_STD, final_top1, markdown_table, mean_std
+from deit.viz.tables import HEADS, SAMPLE_STD, final_top1, markdown_table, mean_std, short_names
 
 MANIFEST = "sweep.json"
 RESULTS = "results.json"

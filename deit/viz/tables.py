@@ -54,3 +54,12 @@ def final_head_top1(top1: dict[str, float | None]) -> float:
 def final_top1_percent(row: dict[str, Any]) -> list[float]:
     """Return the values of `final_top1` in %."""
     return [100 * top1 for top1 in final_top1(row)]
+
+
+def short_names(names: list[str]) -> dict[str, str]:
+    """Return a short name for each field: the last part of its name where that is unique."""
+    leaves = [name.rpartition(".")[2] for name in names]
+    return {
+        name: leaf.replace("_", " ") if leaves.count(leaf) == 1 else name
+        for name, leaf in zip(names, leaves)
+    }
