@@ -163,6 +163,28 @@ def apply_presets(
     return errors
 
 
+def follow_from_epochs(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """Return the fields that differ only because `fit_epochs` limited them to half of the epochs.
+
+    before, now: configurations as dicts, with different numbers of epochs.
+
+    >>> before = {"optim": {"epochs": 60, "warmup_epochs": 5, "ema_epochs": 0}}
+    >>> now = {"optim": {"epochs": 4, "warmup_epochs": 2, "ema_epochs": 0}}
+    >>> for values in (before, now):
+    ...     values["loss"] = {"distillation_warmup_epochs": 0}
+    >>> follow_from_epochs(before, now)
+    {'optim.warmup_epochs'}
+    """
+    following = set()
+    for name in _EPOCH_FIELDS:
+        section, leaf = name.split(".")
+        limited, other = sorted((before, now), key=lambda values: values[section][leaf])
+        epochs, value = limited["optim"]["epochs"], limited[section][leaf]
+        if epochs < other["optim"]["epochs"] and value == epochs / 2 < other[section][leaf]:
+            following.add(name)
+    return following
+
+
 _EPOCH_FIELDS = ("optim.warmup_epochs", "optim.ema_epochs", "loss.distillation_warmup_epochs")
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from deit.config.presets import follow_from_epochs
 from deit.config.schema import RESUMABLE_FIELDS, Config, to_dict
 from deit.config.validation import load_config
 from deit.core import run_folder, run_log
@@ -252,10 +253,12 @@ def _check_teachers(run: TrainingRun, before: list[str]) -> None:
 def _check_config(run: TrainingRun) -> None:
     """Raise ConfigError if a field differs that decides the result."""
     differences = []
-    for section, values in to_dict(load_config(run.out / run_folder.CONFIG)).items():
+    before, now = to_dict(load_config(run.out / run_folder.CONFIG)), to_dict(run.config)
+    ignored = {*RESUMABLE_FIELDS, *follow_from_epochs(before, now)}
+    for section, values in before.items():
         for leaf, value in values.items():
-            current = getattr(getattr(run.config, section), leaf)
-            if current != value and f"{section}.{leaf}" not in RESUMABLE_FIELDS:
+            current = now[section][leaf]
+            if current != value and f"{section}.{leaf}" not in ignored:
                 differences.append(f"\n  {section}.{leaf}: {value!r} before, {current!r} now")
     if differences:
         advice = ["give the same one", "another --out"]

@@ -77,7 +77,7 @@ def test_read_sweep_error_is_one_line_with_the_file_and_field(text, names, tmp_p
     assert "\n" not in str(refused.value)
 
 
-TOGETHER = {
+MULTIPLE = {
     "top level": ("{recipee: digits, seeds: 3, set: {optim.lr: 1}}", ("recipee", "seeds")),
     "grid": ("grid: {optim.lrr: [1], loss.temperatur: [1]}", ("optim.lrr", "loss.temperatur")),
     "values": ("grid: {optim.lr: 1, loss.temperature: [2, 2]}", ("optim.lr", "temperature")),
@@ -94,7 +94,7 @@ TOGETHER = {
 
 
 @pytest.mark.fault("E11")
-@pytest.mark.parametrize(("text", "names"), TOGETHER.values(), ids=TOGETHER)
+@pytest.mark.parametrize(("text", "names"), MULTIPLE.values(), ids=MULTIPLE)
 def test_read_sweep_reports_all_errors_of_a_file(text, names, tmp_path):
     with raises(ConfigError, *names) as refused:
         read(tmp_path, text)

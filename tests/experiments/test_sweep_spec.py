@@ -262,6 +262,12 @@ def test_warm_up_fitted_to_few_epochs_can_vary(tmp_path):
     assert [point.config.optim.warmup_epochs for point in points] == [0, 1]
     points = points_of(read(tmp_path, "grid: {optim.epochs: [2, 60]}"), digits())
     assert [point.config.optim.warmup_epochs for point in points] == [1, 5]
+    text = "{set: {optim.warmup_epochs: 4}, grid: {optim.epochs: [4, 60]}}"
+    points = points_of(read(tmp_path, text), digits().replace(optim={"warmup_epochs": 4}))
+    assert [point.config.optim.warmup_epochs for point in points] == [2, 4]
+    text = "runs: {a: {optim.epochs: 4, optim.warmup_epochs: 3}}"
+    (point,) = points_of(read(tmp_path, text), digits())
+    assert point.config.optim.warmup_epochs == 3
 
 
 def run_of(*arguments):

@@ -44,6 +44,19 @@ def test_resume_on_other_hardware_warns(stopped_run, tmp_path, capsys):
     assert "torch" not in output
 
 
+def test_resume_with_other_epochs_does_not_list_what_follows_from_them(stopped_run, tmp_path):
+    """The command line limits the warm-up to half of the epochs; it was not given."""
+    config, stopped = stopped_run
+    shutil.copytree(stopped, tmp_path / "run")
+    fewer = config.replace(optim={"epochs": 1, "warmup_epochs": 0.5, "ema_epochs": 0.5})
+    with raises(ConfigError, "optim.epochs", "1 now") as refused:
+        train(fewer, tmp_path / "run", resume=True)
+    assert "warmup_epochs" not in str(refused.value)
+    assert "ema_epochs" not in str(refused.value)
+    with raises(ConfigError, "optim.warmup_epochs: 1.0 before, 0.25 now"):
+        train(config.replace(optim={"warmup_epochs": 0.25}), tmp_path / "run", resume=True)
+
+
 def test_resume_without_a_saved_step_does_not_warn(live_config, tmp_path, capsys):
     fault_injection.install_faults("model:1:full")
     with pytest.raises(SystemFault):
