@@ -149,7 +149,7 @@ def test_timm_training_task_with_our_loss_and_targets(teacher):
             return {**self.loss(output, labels, teacher_output), "output": output[0]}
 
     task = StoredTargetTask().train()
-    optimizer = torch.optim.AdamW(task.get_trainable_module().parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(task.trainable_module.parameters(), 3e-3)
     first = last = None
     for epoch in range(6):
         for batch in loader.epoch(epoch):
