@@ -179,7 +179,8 @@ def count_noun(count: int, noun: str) -> str:
 def progress(items: Iterable[Item], *, total: int, title: str, done: int = 0) -> Iterator[Item]:
     """Yield the items, with a progress bar on a terminal or in a notebook, else a line every 10 s.
 
-    done: how many of `total` were done before.
+    done: how many of `total` were done before. A loop over a variable needs `contextlib.closing`:
+    after an error, a traceback keeps the variable, and with it the bar.
     """
     if not _prints():
         yield from items
@@ -215,11 +216,12 @@ def in_notebook() -> bool:
 
 def _notebook_bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[Item]:
     from tqdm import TqdmWarning
-    from tqdm.auto import tqdm
 
     with warnings.catch_warnings():
-        # Without ipywidgets the bar is text, and tqdm advises to install it.
+        # Without ipywidgets the bar is text, and tqdm advises to install it, also when imported.
         warnings.simplefilter("ignore", TqdmWarning)
+        from tqdm.auto import tqdm
+
         bar = tqdm(total=total, initial=done, desc=single_line(title), leave=False)
     with bar:
         for item in items:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def compare_on_test(file: OnnxStudent, target: Path) -> dict[str, Any]:
     labels = file.test.labels
     batches = file.inputs(file.test, torch.arange(len(labels)))
     total = math.ceil(len(labels) / CHUNK)
-    logits = _run_all(files, progress(batches, total=total, title="comparing on test images"))
+    with closing(progress(batches, total=total, title="comparing on test images")) as images:
+        logits = _run_all(files, images)
     metrics = {
         name: {"heads": {head: head_metrics(values, labels) for head, values in heads.items()}}
         for name, heads in logits.items()

@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,8 @@ def _calibrate(file: OnnxStudent, options: QuantizeOptions) -> tuple[Any, dict[s
     rows = stratified_indices(train.labels, options.num_images, seed=seed, stream="calibration")
     batches = file.inputs(train, rows, size=_CALIBRATION_BATCH)
     total = math.ceil(len(rows) / _CALIBRATION_BATCH)
-    batches = progress(batches, total=total, title="calibrating")
-    ranges = calibrate(file.prepared, batches, method=method, percentile=percentile)
+    with closing(progress(batches, total=total, title="calibrating")) as images:
+        ranges = calibrate(file.prepared, images, method=method, percentile=percentile)
     return ranges, {
         "split": "train",
         "view": "evaluation",

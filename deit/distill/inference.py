@@ -1,6 +1,7 @@
 """A model's outputs on a whole split, in its order, for any number of processes."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from accelerate import Accelerator
@@ -65,7 +66,8 @@ def predict_split(
                 interruption.raise_if_stopped()
             yield batch
 
-    return predict(accelerator, model, with_progress(), num_images)
+    with closing(with_progress()) as batches:  # a traceback would keep its progress bar
+        return predict(accelerator, model, batches, num_images)
 
 
 def views_of_chunks(

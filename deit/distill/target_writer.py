@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -86,11 +87,11 @@ class TargetWriter:
             interruption.raise_if_stopped()
 
         started = time.monotonic()
-        for shard in self.missing:
-            with interruption.interruptible():
-                targets = self._compute(shard, interruption, before_batch)
-            self.store.commit(shard, targets)
-        next(steps, None)  # ends the progress bar
+        with closing(steps):
+            for shard in self.missing:
+                with interruption.interruptible():
+                    targets = self._compute(shard, interruption, before_batch)
+                self.store.commit(shard, targets)
         seconds = time.monotonic() - started
         if self.num_rows:
             info(

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from deit.core.accelerator import peak_memory_mb, uses_cuda_graphs
@@ -67,8 +68,10 @@ def train_epochs(
         track(run.accelerator, row)
         log_epoch(row, config.optim.epochs, config.loss, before=before)
         if run.accelerator.is_main_process:
+            run.in_callback = True
             for callback in callbacks:
                 callback(copy.deepcopy(row))
+            run.in_callback = False
 
 
 def step_context(run: TrainingRun) -> StepContext:
@@ -125,23 +128,26 @@ def _train_epoch(
     started, seconds_before = time.monotonic(), state.seconds
     interruption.reset_timing()
     monitor, ended, saved = NonFiniteMonitor(run), False, True
-    for result in train_epoch(step_context(run), batches, metrics, step=state.step, steps=steps):
-        state.step += 1
-        state.samples_seen += config.optim.batch_size
-        state.seconds = seconds_before + time.monotonic() - started
-        monitor(state.step, result)
-        fault_point("step")
-        ended = state.step == (epoch + 1) * steps
-        every = config.run.save_every_steps
-        regular = ended or (every is not None and state.step % every == 0)
-        regular |= state.step in config.run.keep_steps
-        signal = interruption.pending_signal(now=ended)
-        saved = bool(regular or signal)
-        if saved:
-            monitor.flush()
-            save_checkpoint(run, metrics, in_hash_chain=regular)
-        if signal in STOPPING:
-            raise StoppedBySignal(signal)
+    with closing(batches):  # also ends the progress bar while a traceback refers to it
+        for result in train_epoch(
+            step_context(run), batches, metrics, step=state.step, steps=steps
+        ):
+            state.step += 1
+            state.samples_seen += config.optim.batch_size
+            state.seconds = seconds_before + time.monotonic() - started
+            monitor(state.step, result)
+            fault_point("step")
+            ended = state.step == (epoch + 1) * steps
+            every = config.run.save_every_steps
+            regular = ended or (every is not None and state.step % every == 0)
+            regular |= state.step in config.run.keep_steps
+            signal = interruption.pending_signal(now=ended)
+            saved = bool(regular or signal)
+            if saved:
+                monitor.flush()
+                save_checkpoint(run, metrics, in_hash_chain=regular)
+            if signal in STOPPING:
+                raise StoppedBySignal(signal)
     if not ended:  # a signal arrived while the next images were read
         if not saved:
             monitor.flush()

@@ -88,5 +88,7 @@ class TrainingRun:
     """Classes that the teachers predict on the validation split, int64 [N]."""
     check_lock: Callable[[], None] | None = None
     """Raises if another process has taken the folder; set in the main process."""
+    in_callback: bool = False
+    """Whether a callback of the user is called; its errors are not those of the training."""
     num_view_epochs: int | None = None
     """Number of epochs of views that are reused cyclically; None: each epoch has its own."""

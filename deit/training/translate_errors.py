@@ -28,6 +28,7 @@ from deit.training.state import TrainingRun
 def translate_errors(run: TrainingRun, stop_signal: Callable[[], int]) -> Iterator[None]:
     """Turn any error inside the block into one of deit.core.errors with advice on how to continue.
 
+    Errors of the user's callbacks stay as they are.
     stop_signal: returns the signal that this process received, 0 for none. After a signal, a lost
     peer is not an error: it received the signal too and ended first.
     """
@@ -40,6 +41,8 @@ def translate_errors(run: TrainingRun, stop_signal: Callable[[], int]) -> Iterat
     except DeitError:
         raise
     except Exception as error:
+        if run.in_callback:
+            raise
         if is_out_of_memory(error):
             traceback.clear_frames(
                 error.__traceback__

@@ -75,11 +75,47 @@ def test_keyboard_interrupt_saves_a_checkpoint_that_resumes_to_the_same_bits(
         assert (tmp_path / "run" / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_error_in_a_callback_keeps_the_run(uninterrupted, tmp_path):
-    def fail(row):
+def fail_in_step(point):
+    if point == "step":
         raise RuntimeError("enough")
 
-    with pytest.raises(RuntimeError, match="enough"):
+
+def fail_to_predict(accelerator, model, batches, num_images):
+    next(batches)
+    raise RuntimeError("enough")
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("deit.training.epochs.fault_point", fail_in_step),
+        ("deit.distill.inference.predict", fail_to_predict),
+    ],
+)
+def test_error_ends_the_progress_bar(name, function, tmp_path, monkeypatch):
+    started, ended = [], []
+
+    def bar(items, total, title, done):
+        started.append(title)
+        try:
+            yield from items
+        finally:
+            ended.append(title)
+
+    monkeypatch.setattr("deit.core.console._lines", bar)
+    monkeypatch.setattr(name, function)
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        deit.train(CONFIG, tmp_path / "run")
+    assert caught.tb  # as in a notebook, which keeps the traceback of the last error
+    assert started == ended != []
+
+
+@pytest.mark.parametrize("message", ["enough", "CUDA out of memory"])
+def test_error_in_a_callback_keeps_the_run(uninterrupted, tmp_path, message):
+    def fail(row):
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match=message):
         deit.train(CONFIG, tmp_path / "run", callbacks=[fail], verbose=False)
     run = deit.train(CONFIG, tmp_path / "run", resume=True, verbose=False)
     assert (run.path / "best/model.safetensors").read_bytes() == (

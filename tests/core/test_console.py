@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -232,6 +233,25 @@ def test_progress_in_a_notebook_is_a_bar_without_a_warning(monkeypatch, capsys):
     assert "epoch 1/2" in capsys.readouterr().err
     monkeypatch.setattr("sys.modules", {**sys.modules, "IPython": None})
     assert not console.in_notebook()
+
+
+IN_A_NOTEBOOK = """
+import sys, types
+kernel = types.SimpleNamespace(kernel=object(), config={"IPKernelApp": {}})
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: kernel)
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("zmqshell")
+sys.modules["ipywidgets"] = None
+from deit.core.console import progress
+print(list(progress(range(3), total=3, title="epoch 1/2")))
+"""
+
+
+def test_notebook_without_widgets_shows_no_warning():
+    command = [sys.executable, "-c", IN_A_NOTEBOOK]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "[0, 1, 2]\n"
+    assert "epoch 1/2" in result.stderr
+    assert "Warning" not in result.stderr
 
 
 def test_stop_is_a_keyboard_interrupt_and_no_exception():
