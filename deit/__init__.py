@@ -60,7 +60,7 @@ _MODULES = {
     "deit.models.teachers": ("Teacher",),
     "deit.core.types": ("Batch", "StudentOutput", "TeacherOutput", "logits_by_head"),
 }
-"""The public names by module; `errors` is the module deit.core.errors."""
+"""The public names by module; `errors` is a module itself."""
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["__version__", "errors", *sorted(_MODULE_OF)]
@@ -68,7 +68,7 @@ __all__ = ["__version__", "errors", *sorted(_MODULE_OF)]
 
 def __getattr__(name: str) -> _Any:
     if name == "errors":
-        value = _import_module("deit.core.errors")
+        value = _import_module("deit.errors")
     elif name in _MODULE_OF:
         value = getattr(_import_module(_MODULE_OF[name]), name)
     else:
@@ -82,6 +82,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the table above
+    from deit import errors as errors
     from deit.analysis.report import report as report
     from deit.analysis.view_sheet import view_sheet as view_sheet
     from deit.api.doctor import doctor as doctor
@@ -107,7 +108,6 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the 
     from deit.config.sections.student import StudentConfig as StudentConfig
     from deit.config.sections.teacher import TeacherConfig as TeacherConfig
     from deit.config.sections.views import ViewsConfig as ViewsConfig
-    from deit.core import errors as errors
     from deit.core.machine.checks import Check as Check
     from deit.core.types import Batch as Batch
     from deit.core.types import StudentOutput as StudentOutput

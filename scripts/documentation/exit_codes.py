@@ -11,7 +11,7 @@ from scripts.documentation.markdown import code, escaped, text_table
 _INTRODUCTION = """\
 Every command exits with one of these codes. An error is printed as one message, which names the
 cause and the remedy; `--debug` also prints the traceback. In Python the same errors are raised as
-exceptions of `deit.core.errors`; all are subclasses of `DeitError`, with the code in `exit_code`.
+exceptions of `deit.errors`; all are subclasses of `DeitError`, with the code in `exit_code`.
 """
 _AFTER = """\
 Under torchrun and `accelerate launch` with several processes the launcher prints its own report and

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import deit
+from deit.core import errors as core_errors
 from scripts.documentation.api import docstring
 
 SOURCE = Path(deit.__file__).read_text(encoding="utf-8")
@@ -25,6 +26,21 @@ def test_import_loads_no_library(tmp_path):
         cwd=Path(deit.__file__).parents[1],
     )  # fmt: skip
     assert not {*result.stdout.split()} & {"torch", "timm", "numpy", "pydantic", "rich", "PIL"}
+
+
+def test_errors_are_a_module():
+    code = (
+        "import sys, deit.errors; from deit.errors import ConfigError; "
+        "assert deit.errors.ConfigError is ConfigError and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(deit.__file__).parents[1])
+    defined = {
+        name
+        for name, value in vars(core_errors).items()
+        if inspect.isclass(value) and value.__module__ == "deit.core.errors"
+    }
+    assert {*deit.errors.__all__} == defined
+    assert all(vars(deit.errors)[name] is vars(core_errors)[name] for name in defined)
 
 
 @pytest.mark.parametrize("name", deit.__all__)
@@ -81,7 +97,7 @@ def test_type_checkers_see_the_same_names():
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
     assert all(alias.name == alias.asname for node in block.body for alias in node.names)
     listed = {name: module for module, names in deit._MODULES.items() for name in names}
-    assert seen == {**listed, "errors": "deit.core"}
+    assert seen == {**listed, "errors": "deit"}
     assert (Path(deit.__file__).parent / "py.typed").is_file()
 
 
