@@ -163,20 +163,24 @@ def _check_arrays(
     if images.dtype != torch.uint8 or images.shape[1:2] != (3,):
         hint = f"should be uint8 [images, 3, side, side]; got {given}"
         problems.append(ConfigProblem(images_name, NO_VALUE, hint))
+    elif not len(images):
+        problems.append(ConfigProblem(images_name, NO_VALUE, "should be at least one image"))
     elif images.ndim != 4 or images.shape[2] != images.shape[3]:
         hint = f"should be square, [images, 3, side, side]; got {given}"
         problems.append(ConfigProblem(images_name, NO_VALUE, hint))
-    if labels.is_floating_point() or labels.shape != images.shape[:1] or not len(labels):
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
         hint = (
             f"should be integers {list(images.shape[:1])}; got {labels.dtype} {list(labels.shape)}"
         )
         problems.append(ConfigProblem(labels_name, NO_VALUE, hint))
         raise config_error(problems)
+    if not len(labels):
+        raise config_error(problems)
     num_classes = int(labels.max()) + 1
     names = tuple(map(str, range(num_classes) if class_names is None else class_names))
-    if len(set(names)) < len(names):
+    if not names or len(set(names)) < len(names):
         problems.append(ConfigProblem("class_names", names, "should be different names"))
-    if int(labels.min()) < 0 or num_classes > len(names):
+    elif int(labels.min()) < 0 or num_classes > len(names):
         hint = f"should be in 0 ... {len(names) - 1}, the number of class names less 1"
         problems.append(ConfigProblem(labels_name, NO_VALUE, hint))
     if problems:
@@ -192,6 +196,8 @@ def _process(process: Process) -> tuple[int, int]:
         index = torch.distributed.get_rank() if is_distributed else 0
     if count is None:
         count = torch.distributed.get_world_size() if is_distributed else 1
-    if not 0 <= index < count:
+    check_at_least("num_processes", count, 1, integer=True)
+    check_at_least("process_index", index, 0, integer=True)
+    if index >= count:
         raise ConfigError(f"process_index = {index}: should be in 0 ... {count - 1}")
     return index, count

@@ -205,7 +205,7 @@ def make_views(
             f"images: should be square, with one sample id each; got {list(images.shape)} and "
             f"{list(sample_ids.shape)} sample ids"
         )
-    if sample_ids.is_floating_point():
+    if sample_ids.is_floating_point() and len(sample_ids):  # an empty list gives floats
         raise ConfigError(f"sample_ids: should be integers; got {sample_ids.dtype}")
     side = images.shape[-1]
     stats, size = ChannelStats(mean, std), side if size is None else size

@@ -62,6 +62,8 @@ def report(
     """
     started = time.monotonic()
     paths, out = to_paths(paths), Path(out)
+    if not paths:
+        raise ConfigError("paths: should be at least one run or sweep")
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     for path, result in sweeps.items():
         # A damaged result raises before anything is written.

@@ -179,6 +179,8 @@ def _check_teachers(teachers: Sequence[Teacher | TeacherFn]) -> int:
     """Return the number of teachers. Raises ConfigError for another type, or a bare network."""
     if not isinstance(teachers, Sequence) or isinstance(teachers, str):
         raise ConfigError(f"teachers: should be a list; got {type(teachers).__name__}")
+    if not teachers:
+        raise ConfigError("teachers: should be at least one")
     for teacher in teachers:
         is_other = not callable(teacher) or isinstance(teacher, nn.Module | type)
         if is_other and not isinstance(teacher, Teacher):

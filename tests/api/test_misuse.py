@@ -108,6 +108,7 @@ def test_targets_of_unknown_content_are_not_written(tmp_path, content):
         ([MeanColor()], {}, ["teachers", "load_teacher", "MeanColor"]),
         (["resnet18"], {}, ["teachers", "str"]),
         ("ab", {}, ["teachers", "str"]),
+        ([], {}, ["teachers", "at least one"]),
         ([len], {"weights": ["a"]}, ["weights"]),
         ([len, len], {"weights": [1, float("nan")]}, ["weights", 2]),
         ([len, len], {"weights": 2}, ["weights", 2]),
@@ -182,13 +183,17 @@ def test_arrays_and_lists_are_images_labels_and_ids():
         (IMAGES, LABELS, {"class_names": ("ant", "ant", "cat")}, "class_names"),
         (IMAGES, LABELS, {"process_index": 2, "num_processes": 2}, "process_index"),
         (IMAGES, LABELS, {"process_index": -1, "num_processes": 2}, "process_index"),
+        (IMAGES, LABELS, {"process_index": "a", "num_processes": 2}, "process_index"),
+        (IMAGES, LABELS, {"num_processes": 0}, "num_processes"),
+        (IMAGES, LABELS, {"class_names": ()}, "class_names"),
+        (IMAGES[:0], LABELS[:0], {}, "images"),
         (IMAGES, LABELS, {"teacher_size": 0}, "teacher_size"),
     ],
 )
 def test_loaders_of_other_arrays_raise(images, labels, options, field):
     with raises(ConfigError) as caught:
         make_loader(images, labels, **options)
-    assert field in {problem.field.rstrip(":") for problem in caught.value.problems}
+    assert {problem.field.rstrip(":") for problem in caught.value.problems} == {field}
 
 
 @pytest.mark.parametrize(
@@ -198,6 +203,10 @@ def test_loaders_of_other_arrays_raise(images, labels, options, field):
 def test_views_of_other_values_raise(options):
     with raises(ConfigError):
         deit.make_views(IMAGES[:1], **{"seed": 0, "epoch": 0, "sample_ids": [0]} | options)
+
+
+def test_views_of_no_images_are_empty():
+    assert deit.make_views(IMAGES[:0], seed=0, epoch=0, sample_ids=[]).shape == (0, 3, 8, 8)
 
 
 def test_loader_without_an_epoch_raises():

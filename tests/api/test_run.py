@@ -289,6 +289,8 @@ def test_run_exports_and_writes_a_report(run, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     with raises(deit.errors.ConfigError, "format"):
         run.export("tim", tmp_path / "other")
+    with raises(deit.errors.ConfigError, "paths", "at least one"):
+        deit.report([], tmp_path / "none")
 
 
 def test_notebook_shows_heads_and_curves(run, tmp_path):

@@ -1,6 +1,7 @@
 """deit.train and deit.finetune: callbacks, silence, running a cell twice, Ctrl-C."""
 
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,11 +37,14 @@ def test_callbacks_get_the_rows_of_metrics(tmp_path, uninterrupted):
     assert same == (uninterrupted / "best/model.safetensors").read_bytes()
 
 
-def test_silent_training_prints_nothing(tmp_path, capfd):
+def test_silent_training_prints_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("deit.core.console._PLAIN_INTERVAL_S", 0)
     deit.train(CONFIG, tmp_path / "run", verbose=False)
     assert capfd.readouterr() == ("", "")
     deit.train(CONFIG, tmp_path / "loud")
-    assert "epoch 2/2" in capfd.readouterr().out
+    printed = capfd.readouterr()
+    assert "epoch 2/2" in printed.out
+    assert re.search(r"^epoch 2/2: \d+/\d+, ETA ", printed.err, re.MULTILINE)
 
 
 def test_cell_that_runs_twice_destroys_nothing(uninterrupted, tmp_path):
