@@ -1,7 +1,8 @@
 """Folders and files that a command reads, checked before torch is imported: images, teachers and
 stored targets."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -9,7 +10,7 @@ from typing import NoReturn
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.config.teachers import teacher_slots
-from deit.core.errors import DataError, NotFoundError
+from deit.core.errors import ConfigError, DataError, NotFoundError
 from deit.core.file_reading import missing_file_reason
 from deit.core.user_code import HUB_PREFIXES, address_hint
 
@@ -50,6 +51,20 @@ def check_images(data: DataConfig) -> None:
                 "with --data.download, or set --data.root to its location; for images in class "
                 "folders use --data.source folder"
             )
+
+
+@contextmanager
+def with_missing_images(data: DataConfig) -> Iterator[None]:
+    """Add missing images to a ConfigError that is raised within, such as that of a wrong folder."""
+    try:
+        yield
+    except ConfigError as error:
+        try:
+            check_images(data)
+        except DataError as missing:
+            problems = (*error.problems, *ConfigError(str(missing)).problems)
+            raise ConfigError(f"{error}\n  {missing}", problems) from None
+        raise
 
 
 def check_new_root(root: str | None) -> None:

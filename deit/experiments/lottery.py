@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.config.command_choices import RETRIES, check_at_least
+from deit.config.input_paths import with_missing_images
 from deit.config.schema import Config
 from deit.config.validation import load_config, validate
 from deit.core import run_folder
@@ -88,7 +89,8 @@ def lottery(
     _check(options, config, parallel=parallel, retries=retries)
     experiment = Experiment(recipe, config, out, dry_run)
     request = _identity(options, experiment)
-    check_same_request(out, MANIFEST, request, what="lottery experiment")
+    with with_missing_images(config.data):
+        check_same_request(out, MANIFEST, request, what="lottery experiment")
     if not dry_run:
         check_writable(out, name="out")
     normalized, plan, steps_per_epoch = _plan(options, config)

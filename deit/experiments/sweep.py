@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.config.command_choices import RETRIES, TOP_POINTS, check_at_least
+from deit.config.input_paths import with_missing_images
 from deit.config.recipes import find_recipe
 from deit.config.schema import Config
 from deit.core import run_folder
@@ -176,7 +177,8 @@ def _check(
     check_at_least("retries", retries, 0)
     check_at_least("top", top, 1)
     check_trackers(experiment.config.run.trackers)
-    _check_folder(experiment.out, spec, experiment.recipe)
+    with with_missing_images(experiment.config.data):
+        _check_folder(experiment.out, spec, experiment.recipe)
     if spec.search:
         check_optuna()
 
@@ -188,12 +190,13 @@ def _check_folder(out: Path, spec: Sweep, recipe: str) -> None:
     manifest = out / MANIFEST
     if manifest.is_file():
         existing = load_json_as(manifest, dict[str, str])
-        for key, requested in (("sweep", spec.name), ("recipe", recipe)):
-            if existing.get(key) != requested:
-                raise ConfigError(
-                    f"out = {out}: holds a sweep whose {key} is {existing.get(key)}, not "
-                    f"{requested}; give another folder"
-                )
+        name, of = existing.get("sweep"), existing.get("recipe")
+        if (name, of) != (spec.name, recipe):
+            raise ConfigError(
+                f"out = {out}: holds the sweep {name} of the recipe {of}, and this is the sweep "
+                f"{spec.name} of the recipe {recipe}; give another folder, or the sweep and recipe "
+                "that this one was started with"
+            )
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ConfigError(
             f"out = {out}: is not empty and holds no sweep (no {MANIFEST}); give another folder"

@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deit.config.input_paths import check_image_root
+from deit.config.input_paths import with_missing_images
 from deit.config.schema import Config, to_dict
 from deit.core import run_folder
 from deit.core.console import is_main_process
-from deit.core.errors import ConfigError, NotFoundError, SystemFault
+from deit.core.errors import SystemFault
 from deit.core.filesystem import check_writable, clean_leftovers, lock_dir, write_json
 from deit.training.resume import resume_run, warn_if_not_reproducible
 from deit.training.state import TrainingRun
@@ -34,24 +34,12 @@ def check_start(config: Config, out: Path, *, resume: bool, dry_run: bool) -> Ru
     """Check trackers and folder before anything is built. Raises the errors of deit.core.errors."""
     check_trackers(config.run.trackers)
     if resume or not dry_run:
-        _check_out(config, out, resume=resume)
+        with with_missing_images(config.data):
+            run_folder.check_run_dir(out, resume=resume)
     result = run_folder.read_result(out) if resume else None
     if not dry_run and result is None:
         check_writable(out, name="out")
     return RunStart(resume, resume and bool(run_folder.list_checkpoints(out)), result)
-
-
-def _check_out(config: Config, out: Path, *, resume: bool) -> None:
-    """Check the folder of a run. If it is rejected, a wrong data.root is in the same message."""
-    try:
-        run_folder.check_run_dir(out, resume=resume)
-    except ConfigError as error:
-        try:
-            check_image_root(config.data)
-        except NotFoundError as missing:
-            problems = (*error.problems, *ConfigError(str(missing)).problems)
-            raise ConfigError(f"{error}\n  {missing}", problems) from None
-        raise
 
 
 _training = threading.Lock()

@@ -1,5 +1,6 @@
 """Data, teachers, devices and folders that a command cannot use: the exit code and the message."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import deit
 from deit.config.recipes import recipe
 from deit.config.sections.data import DataConfig
 from deit.config.sections.student import StudentConfig
 from deit.core.errors import ConfigError, DataError
 from deit.datasets.sources.folders import list_folder
+from deit.experiments.lottery import lottery
 from deit.models.saved_student import ModelInfo, student_from_info
 from deit.training.train import train
 from tests.helpers.commands import QUICK, SMALL, TEN, assert_refused, fake_teacher, tree
@@ -52,6 +55,30 @@ def test_existing_out_and_missing_images_are_reported_together(tmp_path):
     with raises(ConfigError) as refused:
         train(config, tmp_path / "run")
     assert [problem.field for problem in refused.value.problems] == ["out"]
+
+
+@pytest.mark.parametrize("manifest", [None, {"sweep": "loss", "recipe": "digits"}])
+@pytest.mark.parametrize("command", ["compare", "sweep", "lottery"])
+def test_folder_with_other_content_and_missing_images_are_reported_together(
+    command, manifest, tmp_path
+):
+    """Neither is found only after the other has been mended."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").touch()
+    if manifest:
+        (out / "sweep.json").write_text(json.dumps(manifest))
+    config = recipe("folder", data={"root": tmp_path / "images"}, loss={"kind": "none"})
+    experiment = {
+        "compare": lambda: deit.compare(config, out, study="table-8"),
+        "sweep": lambda: deit.sweep({"grid": {"optim.lr": [1, 2]}}, out, config=config),
+        "lottery": lambda: lottery(config, out),
+    }[command]
+    with raises(ConfigError, "out = ", "data.root", "images/train/CLASS/IMAGE") as refused:
+        experiment()
+    assert [problem.field for problem in refused.value.problems] == ["out", "data.root"]
+    if manifest and command != "lottery":
+        assert "the sweep loss of the recipe digits" in str(refused.value)
 
 
 def test_folder_without_classes_is_refused_with_both_layouts(tmp_path):
