@@ -29,6 +29,7 @@ from deit.experiments.shared_targets import HASH_LENGTH
 from deit.experiments.sweep_tables import MANIFEST, RESULTS, cells, columns, read_results
 from deit.training.summary import summary_of
 from deit.viz import charts, html
+from deit.viz.tables import prediction_name
 
 PAGE = "index.html"
 _MARKER = "report.json"  # lists the paths; identifies a folder as a report, also an unfinished one
@@ -295,9 +296,9 @@ def _comparison(reports: list[RunReport], out: Path) -> list[str]:
         values = [[100 * rates[a][b] if a != b else None for b in rates] for a in rates]
         caption = "Images with different predictions, in %."
         csv_path = out / "disagreement.csv"
-        body.append(
-            html.heat_table(list(rates), list(rates), values, caption=caption, csv_path=csv_path)
-        )
+        labels = [prediction_name(name) for name in rates]
+        table = html.heat_table(labels, labels, values, caption=caption, csv_path=csv_path)
+        body.append(table)
     return body
 
 

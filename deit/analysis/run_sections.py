@@ -12,6 +12,7 @@ from deit.distill.losses import teacher_weight_ramp
 from deit.evaluation.tables import head_cells
 from deit.training.optimizer import ema_decay
 from deit.viz import charts, html
+from deit.viz.tables import head_name, prediction_name
 
 
 def headline(report: RunReport) -> str:
@@ -114,7 +115,6 @@ def _heads(report: RunReport, folder: Path) -> str:
     groups = [group for group in ("seen", "unseen") if group in results]
     columns, cells = head_cells(heads, results["num_samples"], len(results["class_names"]))
     for name, row in zip(heads, cells):
-        row[0] = name.replace("_", " ")
         row += [format_percent(results[group].get(name)) for group in groups]
     columns += [f"{group} classes, top-1 %" for group in groups]
     caption = f"{results['num_samples']} {results['split']} images at {results['image_size']} px"
@@ -128,7 +128,7 @@ def curves_of(report: RunReport) -> dict[str, charts.Points]:
     for row in report.rows:
         for name, value in row.get("validation", {}).items():
             if name.endswith("_top1") and value is not None:
-                label = name.removesuffix("_top1").replace("_", " ")
+                label = head_name(name.removesuffix("_top1"))
                 lines.setdefault(label, []).append((row["epoch"], value))
     return lines
 
@@ -223,4 +223,5 @@ def _disagreement(report: RunReport, folder: Path) -> str:
     values = [[100 * (1 - agreement[a][b]) if a != b else None for b in names] for a in names]
     caption = "Images with different predictions, in % (as in Table 4 of the DeiT paper)."
     csv_path = folder / f"{report.slug}-disagreement.csv"
-    return html.heat_table(names, names, values, caption=caption, csv_path=csv_path)
+    labels = [prediction_name(name) for name in names]
+    return html.heat_table(labels, labels, values, caption=caption, csv_path=csv_path)

@@ -37,7 +37,7 @@ from deit.experiments.sweep_tables import (
 )
 from deit.viz import charts, html
 from deit.viz.plots import draw_arms, draw_epoch_scaling, save_figure
-from deit.viz.tables import SAMPLE_STD, final_top1, short_names
+from deit.viz.tables import SAMPLE_STD, final_top1, prediction_name, short_names
 
 _MAX_SCATTER_POINTS = 24
 _WHISKERS = f"Whiskers: {SAMPLE_STD}."
@@ -279,4 +279,5 @@ def _disagreement(result: dict[str, Any], csv_path: Path) -> str:
     rates = result["disagreement"]
     values = [[100 * rates[a][b] if a != b else None for b in rates] for a in rates]
     caption = f"Images with different predictions, in %, seed {result['seeds'][0]}."
-    return html.heat_table(list(rates), list(rates), values, caption=caption, csv_path=csv_path)
+    labels = [prediction_name(name) for name in rates]
+    return html.heat_table(labels, labels, values, caption=caption, csv_path=csv_path)

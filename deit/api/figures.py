@@ -13,6 +13,7 @@ from deit.models.student import Student
 from deit.viz import charts
 from deit.viz.attention_plot import attention_figure
 from deit.viz.plots import new_figure
+from deit.viz.tables import head_name
 
 
 def plot_curves(metrics: list[dict[str, Any]], result: dict[str, Any] | None) -> Any:
@@ -29,7 +30,7 @@ def plot_curves(metrics: list[dict[str, Any]], result: dict[str, Any] | None) ->
     for row in metrics:
         for name, value in row.get("validation", {}).items():
             if name.endswith("_top1") and value is not None:
-                label = name.removesuffix("_top1").replace("_", " ")
+                label = head_name(name.removesuffix("_top1"))
                 accuracies.setdefault(label, []).append((row["epoch"], value))
     teacher = None if result is None else result.get("teacher_top1")
     figure = new_figure(9, 3.4)

@@ -9,6 +9,7 @@ from deit.config.schema import Config
 from deit.core.console import format_duration, format_percent
 from deit.core.errors import SystemFault
 from deit.viz import html
+from deit.viz.tables import head_name
 
 _HEADS = (
     "class",
@@ -34,7 +35,7 @@ def run_html(
     if values:
         epoch = result["best"]["epoch"] if result else evaluated[-1]["epoch"]
         teacher = None if result is None else result.get("teacher_top1")
-        rows = [(name.replace("_", " "), format_percent(value)) for name, value in values.items()]
+        rows = [(head_name(name), format_percent(value)) for name, value in values.items()]
         rows += [("teacher", format_percent(teacher))] if teacher is not None else []
         parts.append(_table(("head", f"validation top-1 % (epoch {epoch})"), rows))
     if metrics:

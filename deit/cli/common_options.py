@@ -30,7 +30,7 @@ COMMON = {
             *("optim.epochs", "optim.batch_size", "optim.lr", "run.seed"),
         ),
         (
-            "digits --out digits --optim.epochs 20 --run.seed 1",
+            "digits --out checkpoints/digits --optim.epochs 20 --run.seed 1",
             "folder --data.root photos --teacher.source regnety_160.deit_in1k",
         ),
     ),
@@ -40,7 +40,7 @@ COMMON = {
             *("optim.epochs", "optim.lr", "run.seed"),
         ),
         (
-            "--from digits --resolution 12 --optim.epochs 5",
+            "--from checkpoints/digits --resolution 12 --optim.epochs 5",
             "folder --from deit_tiny_distilled_patch16_224 --data.root photos",
         ),
     ),
@@ -66,21 +66,21 @@ COMMON = {
             *("recipe", "seeds", "parallel", "retries", "top", "out", "dry-run", "data.root"),
             *("teacher.source", "optim.epochs"),
         ),
-        ("heat.yaml --out heat --parallel 2", "view-modes --recipe digits --dry-run"),
+        ("heat.yaml --out checkpoints/heat --parallel 2", "view-modes --recipe digits --dry-run"),
     ),
     "lottery": Common(
         (
             *("rounds", "prune-rate", "scope", "rewind-epoch", "controls", "seeds", "parallel"),
             *("out", "dry-run", "optim.epochs"),
         ),
-        ("digits --rounds 5 --seeds 0,1", "digits --scope 2:4 --out sparse"),
+        ("digits --rounds 5 --seeds 0,1", "digits --scope 2:4 --out checkpoints/sparse"),
     ),
     "prune": Common(
         (
             *("ratio", "macs", "criterion", "schedule", "controls", "parallel", "out", "dry-run"),
             *("data.root", "optim.epochs"),
         ),
-        ("digits --ratio 0.5 --out digits-pruned",),
+        ("checkpoints/digits --ratio 0.5 --out checkpoints/pruned",),
     ),
     "show-views": Common(
         (
@@ -94,28 +94,37 @@ COMMON = {
             *("out", "epochs", "content", "part", "teacher-index", "teacher.source", "data.root"),
             *("augmentation", "view-mode", "run.seed"),
         ),
-        ("digits --out stored --epochs 20", "digits --out stored --part 0/4"),
+        (
+            "digits --out checkpoints/targets --epochs 20",
+            "digits --out checkpoints/targets --part 0/4",
+        ),
     ),
     "evaluate": Common(
         (
             *("split", "data.root", "teacher", "checkpoint", "resolution", "test-set"),
             *("run.device", "run.eval_batch_size", "plot", "json"),
         ),
-        ("digits --json digits.json", "digits --resolution 8,12,16 --plot speed.png"),
+        (
+            "checkpoints/digits --json digits.json",
+            "checkpoints/digits --resolution 8,12,16 --plot speed.png",
+        ),
     ),
     "quantize": Common(
         (
             *("out", "method", "calibration-images", "quantize-attention", "exclude"),
             *("sensitivity", "max-drop", "data.root", "json", "force"),
         ),
-        ("digits --max-drop 0.5",),
+        ("checkpoints/digits --max-drop 0.5",),
     ),
     "loss-landscape": Common(
         (
             *("out", "measure", "images", "checkpoint", "data.root", "split", "points", "grid"),
             *("seed", "rounds"),
         ),
-        ("digits digits-undistilled --out landscape", "digits --measure lines --images 512"),
+        (
+            "checkpoints/digits checkpoints/labels --out checkpoints/landscape",
+            "checkpoints/digits --measure lines --images 512",
+        ),
     ),
 }
 """By the words that select the command: `train`, `targets write`."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from deit.core.console import format_percent, info, table
 from deit.core.filesystem import format_bytes
-from deit.viz.tables import markdown_table
+from deit.viz.tables import head_name, markdown_table
 
 _HEAD_COLUMNS = ("head", "float top-1 %", "int8 top-1 %", "agreement %", "signal to noise dB")
 _FILE_COLUMNS = ("", "float", "int8", "int8 / float")
@@ -101,7 +101,7 @@ def _describe_ranges(calibration: dict[str, Any] | None) -> str:
 def _head_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
-            head,
+            head_name(head),
             format_percent(report["float"]["heads"][head]["top1"]),
             format_percent(row["top1"]),
             format_percent(report["agreement"][head]),

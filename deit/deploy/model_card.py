@@ -115,7 +115,7 @@ def _results(heads: dict[str, dict[str, float]], metrics: dict[str, Any], num_cl
     if metrics["teacher"]:
         heads = {**heads, "teacher": metrics["teacher"]}
     columns, cells = head_cells(heads, metrics["num_samples"], num_classes)
-    table = markdown_table(columns, [[row[0].replace("_", " "), *row[1:]] for row in cells])
+    table = markdown_table(columns, cells)
     note = f"On the {metrics['num_samples']} images of the {metrics['split']} split."
     if "fused" in heads:
         note += " `fused` is the mean of the heads' logits; the exported `logits` are `fused`."

@@ -20,7 +20,7 @@ from deit.evaluation.load_run import resolve_run, student_at_resolution
 from deit.evaluation.tables import print_disagreement
 from deit.models.surgery.token_merging import check_merging
 from deit.viz.plots import draw_throughput
-from deit.viz.tables import HEADS
+from deit.viz.tables import HEADS, head_name
 
 
 def compare_evaluations(
@@ -189,6 +189,6 @@ def _print_rows(rows: dict[str, dict[str, Any]]) -> None:
     split = next(iter(rows.values()))["split"]
     table(
         f"top-1 % ({split}, {images})",
-        ("", "px", *HEADS, "M parameters", "GMACs", "MB", "images/s"),
+        ("", "px", *map(head_name, HEADS), "M parameters", "GMACs", "MB", "images/s"),
         cells,
     )

@@ -29,6 +29,7 @@ from deit.models.student import Student
 from deit.models.teacher_sources import teacher_from_spec
 from deit.models.teachers import Teacher
 from deit.viz.attention_plot import draw_attention
+from deit.viz.tables import head_name
 
 _BATCH = 32
 _MAX_DRAWN = 16
@@ -265,7 +266,7 @@ def _print_row(row: dict[str, Any]) -> None:
         for ranked in zip(*heads.values())
     ]
     rows = [(str(rank), *line) for rank, line in enumerate(cells, start=1)]
-    table(row["file"], ("", *heads), rows)
+    table(row["file"], ("", *map(head_name, heads)), rows)
 
 
 def _draw(

@@ -6,7 +6,7 @@ from typing import Any
 from deit.core.console import format_percent, info, is_main_process, table
 from deit.core.filesystem import write_json
 from deit.core.metrics import SMALL_SPLIT, format_margin
-from deit.viz.tables import HEADS
+from deit.viz.tables import HEADS, head_name, prediction_name
 
 _MAX_CLASSES = 20
 
@@ -39,8 +39,9 @@ def print_evaluation(metrics: dict[str, Any]) -> None:
     columns, cells = head_cells(rows, metrics["num_samples"], len(metrics["class_names"]))
     table(f"{metrics['run']} ({metrics['checkpoint']}), {images}", columns, cells)
     if "agreement" in metrics:
-        names = [name for name in ("teacher", *HEADS) if name in rows]
-        print_disagreement(metrics["agreement"], names)
+        print_disagreement(
+            metrics["agreement"], [name for name in ("teacher", *HEADS) if name in rows]
+        )
         _print_classes(metrics)
     cosines = metrics["token_cosine"]
     if cosines:
@@ -70,7 +71,7 @@ def head_cells(
     for name, row in heads.items():
         margin = format_margin(row["top1"], num_images) if with_margin else ()
         shares = (format_percent(row[key]) for key in others)
-        cells.append([name, format_percent(row["top1"]), *margin, *shares])
+        cells.append([head_name(name), format_percent(row["top1"]), *margin, *shares])
     return ["head", "top-1 %", *margin_columns, *others.values()], cells
 
 
@@ -85,8 +86,11 @@ def print_disagreement(agreement: dict[str, dict[str, float]], names: list[str])
         return
     table(
         "disagreement %",
-        ("", *names),
-        [(a, *(format_percent(1 - agreement[a][b]) for b in names)) for a in names],
+        ("", *map(prediction_name, names)),
+        [
+            (prediction_name(a), *(format_percent(1 - agreement[a][b]) for b in names))
+            for a in names
+        ],
     )
 
 
@@ -120,7 +124,7 @@ def _print_classes(metrics: dict[str, Any]) -> None:
         num_samples = sum(per_class[name]["num_samples"] for name in members)
         shares = (format_percent(metrics[group][head]) for head in heads)
         rows.append((f"all {group} classes", str(num_samples), *shares, ""))
-    columns = ("class", "images", *(f"{head} %" for head in heads), "most confused with")
+    columns = ("class", "images", *(f"{head_name(head)} %" for head in heads), "most confused with")
     table(title, columns, rows)
 
 

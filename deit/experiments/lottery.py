@@ -67,16 +67,15 @@ def lottery(
     Writes results.json, tables (results.md, results.tex, results.csv, points.csv) and a plot into
     `out`, and prints the table. The same call resumes; it may have more rounds, controls or seeds.
 
-    recipe: name of the recipe that the configuration is from, for the results. Teachers that are
-    runs of built-in recipes are trained first. seeds: each trains all runs. parallel: number of
-    runs in parallel. retries: number of retries after a transient failure. dry_run: list the runs,
-    and train and write nothing. command: recorded in the results.
+    recipe: of the configuration, for the results. Teachers that are runs of built-in recipes are
+    trained first. seeds: each trains all runs. parallel: number of runs in parallel. retries: after
+    a transient failure. dry_run: only list the runs. command: recorded in the results.
 
     Returns the content of results.json. Raises the errors of deit.core.errors; one error for all
     failed runs, after the results of the others are written.
 
-    Source: Frankle and Carbin 2019, "The Lottery Ticket Hypothesis", arXiv 1803.03635; rewinding
-    to a later step: Frankle et al. 2020, arXiv 1912.05671.
+    Source: Frankle and Carbin 2019, arXiv 1803.03635; rewinding to a later step: Frankle et al.
+    2020, arXiv 1912.05671.
 
     >>> from deit.core.console import quiet
     >>> options = LotteryOptions(rounds=1, prune_rate=0.5, controls=())

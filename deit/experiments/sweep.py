@@ -49,6 +49,7 @@ from deit.experiments.sweep_tables import (
     write_results,
 )
 from deit.training.trackers import check_trackers
+from deit.viz.tables import prediction_name
 
 
 def sweep(
@@ -277,10 +278,11 @@ def _print(result: dict[str, Any]) -> None:
     shares = result["disagreement"]
     if result["study"] == "table-4" and len(shares) <= 8:  # larger ones are in the files only
         rows = [
-            (name, *(format_percent(share) for share in row.values()))
+            (prediction_name(name), *(format_percent(share) for share in row.values()))
             for name, row in shares.items()
         ]
-        table("disagreement, % of the images, first seed", ("", *shares), rows)
+        header = ("", *(row[0] for row in rows))
+        table("disagreement, % of the images, first seed", header, rows)
     if result["search"]:
         info(", ".join(f"{count} {name}" for name, count in result["search"].items()))
     info(best_summary(result))

@@ -18,7 +18,15 @@ from deit.viz.result_files import (
     points_csv,
     runs_csv,
 )
-from deit.viz.tables import HEADS, SAMPLE_STD, final_top1, markdown_table, mean_std, short_names
+from deit.viz.tables import (
+    HEADS,
+    SAMPLE_STD,
+    final_top1,
+    markdown_table,
+    mean_std,
+    prediction_name,
+    short_names,
+)
 
 MANIFEST = "sweep.json"
 RESULTS = "results.json"
@@ -344,11 +352,12 @@ def disagreement_table(result: dict[str, Any]) -> str:
     if len(shares) < 3:
         return ""
     table = [
-        [_escaped(name), *(f"{100 * share:.1f}" for share in row.values())]
+        [_escaped(prediction_name(name)), *(f"{100 * share:.1f}" for share in row.values())]
         for name, row in shares.items()
     ]
     title = f"Disagreement in % of the images, seed {result['seeds'][0]}:"
-    return f"{title}\n\n{markdown_table(['', *map(_escaped, shares)], table)}\n\n"
+    header = ["", *(row[0] for row in table)]
+    return f"{title}\n\n{markdown_table(header, table)}\n\n"
 
 
 def _escaped(cell: str) -> str:

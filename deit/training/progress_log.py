@@ -26,7 +26,7 @@ from deit.models.surgery.fake_quant import fake_quant_layers
 from deit.models.surgery.pruning_masks import mask_summary
 from deit.training.save import selection_name
 from deit.training.state import TrainingRun
-from deit.training.summary import head_name
+from deit.viz.tables import head_name
 
 
 def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:

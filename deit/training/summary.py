@@ -12,6 +12,7 @@ from deit.core import run_log
 from deit.core.console import count_noun, format_duration, format_percent, info
 from deit.core.metrics import SMALL_SPLIT, format_margin
 from deit.training.save import selection_metric
+from deit.viz.tables import head_name
 
 SUMMARY = "summary.json"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -64,16 +65,6 @@ def summary_of(config: Config, out: Path, result: dict[str, Any]) -> dict[str, A
             if "validation" in row
         ],
     }
-
-
-def head_name(name: str) -> str:
-    """Return what a head is called in log lines: `class` alone could be a label or a class.
-
-    >>> [head_name(name) for name in ("class", "distillation_2", "average_class", "fused")]
-    ['class head', 'distillation head 2', 'average class head', 'fused']
-    """
-    parts = name.split("_")
-    return " ".join(f"{part} head" if part in ("class", "distillation") else part for part in parts)
 
 
 def rising_accuracy(rows: list[dict[str, Any]]) -> float | None:

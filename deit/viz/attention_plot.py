@@ -5,6 +5,7 @@ from typing import Any
 
 from deit.core.errors import single_line
 from deit.viz.plots import new_figure, save_figure
+from deit.viz.tables import head_name
 
 TEXT_ON_ANY_BACKGROUND = "#808894"
 """A text color that can be read on white and on black."""
@@ -83,5 +84,5 @@ def _prediction_lines(by_head: dict[str, str]) -> str:
     """Return a line per prediction; heads with the same text share a line."""
     lines: dict[str, list[str]] = {}
     for head, prediction in by_head.items():
-        lines.setdefault(prediction, []).append(head)
+        lines.setdefault(prediction, []).append(head_name(head))
     return "\n".join(f"{', '.join(heads)}: {prediction}" for prediction, heads in lines.items())

@@ -18,7 +18,7 @@ from deit.viz.seed_marks import (
     draw_seeds,
     explain_marks,
 )
-from deit.viz.tables import HEAD_LABELS, HEADS, final_top1_percent, mean_std
+from deit.viz.tables import HEADS, final_top1_percent, head_name, mean_std
 
 _LEGEND_WIDTH = 84  # of a line of a legend, in characters
 _COLOR_OF = {"teacher": "#6b7280", "distilled": "#0f766e", "undistilled": "#c2410c"}
@@ -330,7 +330,7 @@ def _draw_heads(axes: Any, result: dict[str, Any]) -> None:
                 fontsize=9,
                 color=color,
             )
-            labels.append((y, name if name == "teacher" else f"{name}, {HEAD_LABELS[head]}", color))
+            labels.append((y, name if name == "teacher" else f"{name}, {head_name(head)}", color))
             y += 1
         y += 0.5
     axes.set_yticks([y for y, _, _ in labels], [text for _, text, _ in labels], fontsize=9)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from deit.viz.tables import HEAD_LABELS, SAMPLE_STD
+from deit.viz.tables import SAMPLE_STD, head_name
 
 _DOT = 3.5  # diameter of a dot [points]
 _MAX_WIDTH = 14.0  # of all dots side by side [points]
@@ -43,7 +43,7 @@ def accuracy_label(result: dict[str, Any]) -> str:
     """
     rows = (row for row in result["rows"].values() if not row["teacher"])
     fused = {top1["fused"] is not None for row in rows for top1 in row["top1"]}
-    head = {(True,): "fused heads", (False,): HEAD_LABELS["class"]}.get(
+    head = {(True,): "fused heads", (False,): head_name("class")}.get(
         tuple(fused), "fused heads or the only head"
     )
     return f"{result['split']} top-1 %, {head}"

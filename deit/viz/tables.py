@@ -7,10 +7,29 @@ from typing import Any
 from deit.core.errors import single_line
 
 HEADS = ("class", "distillation", "fused")
-HEAD_LABELS = {"class": "class head", "distillation": "distillation head", "fused": "fused"}
-"""Names of the heads in tables and figures."""
 SAMPLE_STD = "sample standard deviation (n - 1)"
 """What `+-` means, in captions."""
+
+
+def head_name(name: str) -> str:
+    """Return what a head is called in tables, figures and log lines. `class` alone could be a label
+    or a class.
+
+    >>> [head_name(name) for name in ("class", "distillation_2", "average_class", "fused")]
+    ['class head', 'distillation head 2', 'average class head', 'fused']
+    """
+    parts = name.split("_")
+    return " ".join(f"{part} head" if part in ("class", "distillation") else part for part in parts)
+
+
+def prediction_name(name: str) -> str:
+    """Return what a predictor of a table of disagreement is called.
+
+    >>> prediction_name("distilled, class"), prediction_name("teacher")
+    ('distilled, class head', 'teacher')
+    """
+    run, comma, head = name.rpartition(", ")
+    return f"{run}{comma}{head_name(head)}" if head in HEADS else name
 
 
 def mean_std(values: list[float | None], *, scale: float = 1, digits: int = 1) -> str:

@@ -21,6 +21,7 @@ from deit.core.errors import CheckpointError, SystemFault
 from deit.core.metrics import format_margin
 from deit.evaluation.cache import EvaluationCache
 from deit.viz import charts
+from deit.viz.tables import head_name
 from tests.helpers.errors import raises
 from tests.helpers.json_edits import edits, error_of
 
@@ -180,9 +181,8 @@ def test_report_writes_charts_and_tables_as_files(report_folder):
     for row, line in zip(rows, map(json.loads, metrics), strict=True):
         assert float(row["validation_fused_top1"]) == line["validation"]["fused_top1"]
         assert float(row["train_loss"]) == line["train"]["loss"]
-    classes = list(
-        csv.DictReader((report_folder / "one" / "run-classes.csv").read_text().splitlines())
-    )
+    text = (report_folder / "one" / "run-classes.csv").read_text()
+    classes = list(csv.DictReader(text.splitlines()))
     for table in ("heads", "confusions", "confusion", "minus-teacher", "disagreement"):
         assert f"run-{table}.csv" in names
     heads = list(csv.DictReader((report_folder / "one" / "run-heads.csv").read_text().splitlines()))
@@ -190,7 +190,7 @@ def test_report_writes_charts_and_tables_as_files(report_folder):
         "value"
     ]["metrics"]["heads"]
     assert {row["head"]: row["top-1 %"] for row in heads if row["head"] != "teacher"} == {
-        name.replace("_", " "): f"{100 * head_metrics['top1']:.1f}"
+        head_name(name): f"{100 * head_metrics['top1']:.1f}"
         for name, head_metrics in metrics_by_head.items()
         if head_metrics
     }
@@ -213,7 +213,7 @@ def test_report_page_has_the_numbers_of_evaluate(report_folder, command_server):
         if metrics:
             top1, top5 = (f"{100 * metrics[key]:.1f}" for key in ("top1", "top5"))
             margin = format_margin(metrics["top1"], evaluation["num_samples"])
-            cells = (name.replace("_", " "), top1, *margin, top5)
+            cells = (head_name(name), top1, *margin, top5)
             assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 

@@ -296,8 +296,9 @@ def test_run_exports_and_writes_a_report(run, tmp_path, capfd):
 def test_notebook_shows_heads_and_curves(run, tmp_path):
     page = run._repr_html_()
     best = run.result["best"]
-    for head in ("class", "distillation", "fused"):
-        assert f"<td>{head}</td><td>{100 * best[f'{head}_top1']:.1f}</td>" in page
+    names = {"class": "class head", "distillation": "distillation head", "fused": "fused"}
+    for head, name in names.items():
+        assert f"<td>{name}</td><td>{100 * best[f'{head}_top1']:.1f}</td>" in page
     assert re.search(r'<img [^>]*src="data:image/png;base64,[\w+/]{1000,}', page)
     assert "<script" not in page
 

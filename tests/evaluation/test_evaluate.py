@@ -119,7 +119,13 @@ def test_table_of_heads_has_margins_of_few_images_and_top5_of_many_classes(num_i
     columns, cells = head_cells({"class": row}, num_images, num_classes)
     margin = {"correct": "38 of 60", "95 % interval": "50.7 to 74.4"} if num_images < 1000 else {}
     top5 = {"top-5 %": "98.7"} if num_classes > 5 else {}
-    expected = {"head": "class", "top-1 %": "63.3", **margin, **top5, "calibration error %": "10.0"}
+    expected = {
+        "head": "class head",
+        "top-1 %": "63.3",
+        **margin,
+        **top5,
+        "calibration error %": "10.0",
+    }
     assert dict(zip(columns, cells[0], strict=True)) == expected
     assert columns == list(expected)
 

@@ -277,7 +277,9 @@ def test_disagreement_matrix_has_heads_and_teacher(results):
     other = cached_evaluation("0121", **{"class": "0121"})
     assert disagreement_matrix({"a": with_token, "b": other}) == {} == disagreement_matrix({})
     text = markdown({**results, "disagreement": shares})
-    assert "| undistilled | 25.0 | 50.0 | 25.0 | 75.0 | 50.0 | 0.0 |" in text.splitlines()
+    lines = text.splitlines()
+    assert "| undistilled | 25.0 | 50.0 | 25.0 | 75.0 | 50.0 | 0.0 |" in lines
+    assert any(line.startswith("| distilled, class head | ") for line in lines)
 
 
 def test_heat_map_averages_seeds_and_other_fields(results):

@@ -3,7 +3,7 @@
 import pytest
 
 from deit.viz.plots import comparison_figure
-from deit.viz.tables import HEAD_LABELS, HEADS
+from deit.viz.tables import HEADS, head_name
 
 pytest.importorskip("matplotlib")
 
@@ -66,7 +66,7 @@ def test_comparison_figure_names_every_head_with_mean_and_deviation():
         *(
             f"{arm}, {head}"
             for arm in ("distilled", "undistilled")
-            for head in HEAD_LABELS.values()
+            for head in map(head_name, HEADS)
         ),
     ]
     # Deviations of 80 and 90, and of 50 and 70: 10 / sqrt(2) and 20 / sqrt(2).

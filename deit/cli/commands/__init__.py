@@ -44,7 +44,7 @@ class Group(NamedTuple):
 
 COMMAND_GROUPS = {
     "Train one network": Group(
-        "train digits --out digits --optim.epochs 20",
+        "train digits --out checkpoints/digits --optim.epochs 20",
         {
             "train": ("train", "Train a student or a teacher by a recipe."),
             "finetune": ("train", "Train on from a run or from pretrained weights."),
@@ -53,7 +53,7 @@ COMMAND_GROUPS = {
         },
     ),
     "Use and inspect a run": Group(
-        "evaluate digits --json digits.json",
+        "evaluate checkpoints/digits --json digits.json",
         {
             "evaluate": ("inspect", "Measure accuracy, calibration, cost and speed of runs."),
             "predict": ("inspect", "Classify images; draw attention maps."),
@@ -70,7 +70,7 @@ COMMAND_GROUPS = {
         },
     ),
     "Export and compress a run": Group(
-        "export digits --format onnx",
+        "export checkpoints/digits --format onnx",
         {
             "export": ("inspect", "Write timm, transformers, ONNX or PyTorch files; verify them."),
             "quantize": ("compress", "Write int8 weights and activations for a CPU."),
