@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import ParamSpec, TextIO, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -214,16 +214,23 @@ def in_notebook() -> bool:
     return hasattr(ipython.get_ipython() if ipython else None, "kernel")
 
 
-def _notebook_bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[Item]:
+def _import_tqdm() -> Any:
+    """Return the class of tqdm's bars: widgets, or text without ipywidgets."""
     from tqdm import TqdmWarning
 
-    with warnings.catch_warnings():
-        # Without ipywidgets the bar is text, and tqdm advises to install it, also when imported.
+    with warnings.catch_warnings():  # its import advises to install ipywidgets
         warnings.simplefilter("ignore", TqdmWarning)
         from tqdm.auto import tqdm
+    return tqdm
 
-        bar = tqdm(total=total, initial=done, desc=single_line(title), leave=False)
-    with bar:
+
+if in_notebook():
+    _import_tqdm()  # before timm, which imports it with that advice
+
+
+def _notebook_bar(items: Iterable[Item], total: int, title: str, done: int) -> Iterator[Item]:
+    tqdm = _import_tqdm()
+    with tqdm(total=total, initial=done, desc=single_line(title), leave=False) as bar:
         for item in items:
             yield item
             bar.update()

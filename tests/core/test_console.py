@@ -241,6 +241,8 @@ kernel = types.SimpleNamespace(kernel=object(), config={"IPKernelApp": {}})
 sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: kernel)
 sys.modules["ipykernel.zmqshell"] = types.ModuleType("zmqshell")
 sys.modules["ipywidgets"] = None
+import deit
+deit.Run
 from deit.core.console import progress
 print(list(progress(range(3), total=3, title="epoch 1/2")))
 """
