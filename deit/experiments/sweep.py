@@ -275,6 +275,13 @@ def _result(
 def _print(result: dict[str, Any]) -> None:
     """Print the table and the best points."""
     print_rows(result)
+    if result["search"]:
+        info(", ".join(f"{count} {name}" for name, count in result["search"].items()))
+    info(best_summary(result))
+    for line in best_lines(result):
+        info(f"  {line}")
+    if difference := difference_line(result):
+        info(difference)
     shares = result["disagreement"]
     if result["study"] == "table-4" and len(shares) <= 8:  # larger ones are in the files only
         rows = [
@@ -283,10 +290,3 @@ def _print(result: dict[str, Any]) -> None:
         ]
         header = ("", *(row[0] for row in rows))
         table("disagreement, % of the images, first seed", header, rows)
-    if result["search"]:
-        info(", ".join(f"{count} {name}" for name, count in result["search"].items()))
-    info(best_summary(result))
-    for line in best_lines(result):
-        info(f"  {line}")
-    if difference := difference_line(result):
-        info(difference)

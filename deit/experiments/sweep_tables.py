@@ -258,9 +258,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"images, {spread_note(result)}\n\n"
         f"{markdown_table(map(_escaped, columns(result)), rows)}\n\n{difference}"
         f"{class_by_class(result)}"
-        f"{changes_table(result)}{disagreement_table(result)}{lottery_table(result)}"
+        f"{changes_table(result)}{lottery_table(result)}"
         f"{searched}{ranking}"
-        f"{stopped}{failed}"
+        f"{stopped}{failed}{disagreement_table(result)}"
         f"`{result['command']}`\n\n{provenance}\n"
     )
 

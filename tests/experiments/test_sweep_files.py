@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 import deit
-from deit.experiments.sweep_tables import write_results
+from deit.experiments.sweep_tables import markdown, write_results
 
 
 def test_figure_of_a_sweep_leaves_out_points_without_a_finished_run(results, tmp_path):
@@ -110,3 +110,11 @@ def test_tables_say_which_deviation_they_show(kind, results, tmp_path):
     write_results(results, tmp_path)
     text = (tmp_path / f"results.{kind}").read_text()
     assert "sample standard deviation (n - 1) over the seeds 0, 1" in text
+
+
+def test_disagreement_is_the_last_table_of_the_page(results):
+    shares = {name: dict.fromkeys(("truth", "a", "b"), 0.5) for name in ("truth", "a", "b")}
+    page = markdown({**results, "disagreement": shares})
+    *_, last = re.findall(r"^\|  \| (.*) \|$", page, re.MULTILINE)
+    assert last == "truth | a | b"
+    assert page.index("Failed:") < page.index("| truth |") < page.index(results["command"])
