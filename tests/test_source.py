@@ -17,9 +17,9 @@ FILES = {
     for path in ROOT.glob(pattern)
 }
 
-# Not after a dollar sign: that is a variable of a shell.
+# Not after a dollar sign, which is a variable of a shell, nor a name in LaTeX.
 _BRACES = re.compile(
-    r"(?<!\$)\{[A-Za-z_]\w*(?:\.\w+|\([^{}]*\)|\[[^{}]*\])*(?:![rsa])?(?::[^{}]*)?\}"
+    r"(?<!\$)(?<!\\begin)(?<!\\end)\{[A-Za-z_]\w*(?:\.\w+|\([^{}]*\)|\[[^{}]*\])*(?:![rsa])?(?::[^{}]*)?\}"
 )
 _TAKES_TEMPLATE = {"TextColumn", "set_major_formatter", "set_minor_formatter", "colorbar"}
 """Functions of rich and matplotlib that fill braces in themselves."""

@@ -6,6 +6,7 @@ import shutil
 import struct
 import uuid
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from deit.distill.target_store import (
     MANIFEST,
     SHARDS,
     TARGETS,
+    TargetStore,
     manifest_bytes,
     read_manifest,
 )
@@ -162,17 +164,18 @@ class ShardedTargetWriter:
     def _complete(self) -> bool:
         return read_manifest(self.store)["complete"]
 
-    def merge_if_complete(self) -> bool:
+    def merge_if_complete(self, check: Callable[[TargetStore], None] | None = None) -> bool:
         """Merge the shards if all are written; return whether the store is complete.
 
-        Several processes can do so at once: they write the same. Raises CheckpointError if a shard
-        is damaged.
+        Several processes can do so at once: they write the same. check: a function of the merged
+        store; if it raises, the store stays incomplete. Raises CheckpointError if a shard is
+        damaged.
         """
         num_shards = self.record_format.num_shards
         num_written = sum(self.path(index).is_file() for index in range(num_shards))
         try:
             if num_written == num_shards:
-                self._merge()
+                self._merge(check)
             elif not self._complete():
                 info(
                     f"{self.store}: {num_written} of {num_shards} shards are written, "
@@ -183,7 +186,7 @@ class ShardedTargetWriter:
                 raise
         return self._complete()
 
-    def _merge(self) -> None:
+    def _merge(self, check: Callable[[TargetStore], None] | None) -> None:
         """Write all records into one file, then their checks, then the complete manifest."""
         checksums, views, counts = [], [], []
         temporary = self.store / f".{TARGETS}.{uuid.uuid4().hex}"
@@ -211,6 +214,8 @@ class ShardedTargetWriter:
         num_correct, num_unmixed = (int(total) for total in labels.sum(axis=0, dtype=np.int64))
         top1 = num_correct / num_unmixed if num_unmixed else None
         finished = {**self.manifest, "complete": True, "teacher_top1": top1}
+        if check is not None:
+            check(TargetStore(self.store, finished))
         atomic_write(self.store / MANIFEST, manifest_bytes(finished))
         self.clean_up()
         self._warn_of_outliers(labels)

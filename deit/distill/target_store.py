@@ -7,12 +7,12 @@ fingerprint of data, views and teachers, and checksums of the pixels of every Nt
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable
-from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -66,8 +66,8 @@ class TargetStore:
         self.record_format = RecordFormat(**manifest["record_format"])
         self.teacher_top1: float | None = manifest["teacher_top1"]
         self.checks = StoreChecks.from_bytes((path / CHECKS).read_bytes(), self.record_format)
-        self._epoch, self._records = -1, np.empty(0, self.record_format.dtype)
-        self._checked_epoch = -1
+        self._records: tuple[int, np.ndarray] | None = None  # one value: threads share a store
+        self._checked_epoch: int | None = None
 
     @classmethod
     def open(cls, path: str | PathLike, loader: TrainLoader | None = None) -> "TargetStore":
@@ -96,9 +96,10 @@ class TargetStore:
         }
         if lines := differences(stored, fingerprint_of(loader.splits, loader)):
             raise mismatch_error(self.path, lines)
-        check = self.check_once_per_epoch
-        # The loader may have other stores, for other teachers.
-        loader.on_views = partial(_both, loader.on_views, check) if loader.on_views else check
+        # The loader may have other stores, for other teachers, and this one already.
+        before = loader.on_views
+        checks = before.checks if isinstance(before, _Checks) else {None: before} if before else {}
+        loader.on_views = _Checks({**checks, self.path.resolve(): self.check_once_per_epoch})
 
     def __repr__(self) -> str:
         content, _, epochs, rows, _ = self.record_format
@@ -120,12 +121,13 @@ class TargetStore:
     def records(self, epoch: int) -> np.ndarray:
         """Return the memory-mapped records of an epoch, [rows_per_epoch], one epoch at a time.
         Raises ValueError beyond the stored epochs."""
-        if epoch != self._epoch:
+        opened = self._records
+        if opened is None or opened[0] != epoch:
             dtype, num_rows = self.record_format.dtype, self.record_format.rows_per_epoch
             offset = epoch * num_rows * dtype.itemsize
-            self._records = np.memmap(self.path / TARGETS, dtype, "r", offset, (num_rows,))
-            self._epoch = epoch
-        return self._records
+            opened = epoch, np.memmap(self.path / TARGETS, dtype, "r", offset, (num_rows,))
+            self._records = opened
+        return opened[1]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the targets of a batch: labels, int64 [B]; log-probabilities, float32 [B, C], or
@@ -150,7 +152,8 @@ class TargetStore:
     def _holds(self, epoch: int) -> bool:
         """Return whether the views of an epoch are stored; fixed views are those of every epoch."""
         views = ViewsConfig(teacher_view=self.fingerprint["views"]["teacher_view"])
-        return views.has_fixed_teacher_view or epoch < self.record_format.epochs
+        end = math.inf if views.has_fixed_teacher_view else self.record_format.epochs
+        return 0 <= epoch < end
 
     def check_once_per_epoch(self, views: UnmixedViews) -> None:
         """Compare the first view of each epoch that has a checksum. Raises DataError.
@@ -195,13 +198,14 @@ class TargetStore:
                     )
 
 
-def _both(
-    first: Callable[[UnmixedViews], None],
-    second: Callable[[UnmixedViews], None],
-    views: UnmixedViews,
-) -> None:
-    first(views)
-    second(views)
+class _Checks(NamedTuple):
+    """Functions that a loader calls with its views, by the folder of their store."""
+
+    checks: dict[Path | None, Callable[[UnmixedViews], None]]
+
+    def __call__(self, views: UnmixedViews) -> None:
+        for check in self.checks.values():
+            check(views)
 
 
 _DIGEST = "sha256"

@@ -1,6 +1,7 @@
 """Write the teachers' outputs for every training view into a target store."""
 
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def write_targets(
     else:
         inputs = _from_config(source, teacher, out, teacher_index)
     config, splits, loader, teachers, accelerator, _ = inputs
-    record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
+    record_format = _record_format(inputs, epochs, content)
     batch_size = max(config.run.eval_batch_size // 2 * 2, 2)
     store = ShardedTargetWriter(out, _manifest(inputs, record_format, batch_size))
     if _is_complete(store, accelerator):
@@ -116,10 +117,7 @@ def write_targets(
     shards = shards_of(part, record_format.num_shards, accelerator)
     writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, batch_size)
     write_all(writer, accelerator)
-    if not accelerator.is_main_process or not store.merge_if_complete():
-        return None
-    is_new = len(writer.missing) == record_format.num_shards
-    return (_measured if is_new else _verified)(inputs, out)
+    return _finished(inputs, store, is_new=len(writer.missing) == record_format.num_shards)
 
 
 def _from_config(
@@ -189,18 +187,32 @@ def _is_complete(store: ShardedTargetWriter, accelerator: Accelerator) -> bool:
 
 
 def _verified(inputs: _Inputs, out: Path) -> TargetStore | None:
-    """Return a store that others have written, at least in part; None unless in the main process.
-
-    Raises DataError if its outputs are not the teacher's: a network's code is in no fingerprint.
-    """
-    config, splits, loader, teachers, accelerator, _ = inputs
-    if not accelerator.is_main_process:
+    """Return a complete store after `_check_outputs`; None unless in the main process."""
+    if not inputs.accelerator.is_main_process:
         return None
     store = open_store(out)
+    _check_outputs(inputs, store)
+    return store
+
+
+def _check_outputs(inputs: _Inputs, store: TargetStore) -> None:
+    """Compare a store that others have written, at least in part, with the teachers.
+
+    Raises DataError if its outputs are not theirs: a network's code is in no fingerprint.
+    """
+    config, splits, loader, teachers, accelerator, _ = inputs
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
     query = teacher_query(loader, ensemble)
     verify_store(store, splits, loader, config.teacher, teachers=teachers, query=query)
-    return store
+
+
+def _finished(inputs: _Inputs, store: ShardedTargetWriter, *, is_new: bool) -> TargetStore | None:
+    """Return the store if all of it is written, in the main process. is_new: whether this call has
+    written all of it; what others have written is compared with the teachers first."""
+    check = None if is_new else partial(_check_outputs, inputs)
+    if not inputs.accelerator.is_main_process or not store.merge_if_complete(check):
+        return None
+    return _measured(inputs, store.store) if is_new else open_store(store.store)
 
 
 def _measured(inputs: _Inputs, out: Path) -> TargetStore:
@@ -316,14 +328,10 @@ def _check_combinable(config: Config) -> None:
         )
 
 
-def _record_format(
-    config: Config,
-    loader: TrainLoader,
-    num_classes: int,
-    epochs: int | None,
-    content: str | None,
-) -> RecordFormat:
+def _record_format(inputs: _Inputs, epochs: int | None, content: str | None) -> RecordFormat:
     """Return the format of the records to write. Raises ConfigError."""
+    config, splits, loader, *_ = inputs
+    num_classes = len(splits.class_names)
     views, teacher, loss = config.views, config.teacher, config.loss
     is_ensemble = len(teacher.source) > 1
     if content is None:

@@ -1,0 +1,74 @@
+"""Stores that are written and read in your own loop: edited teachers, parts, threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+import deit
+from deit.distill import target_format
+from tests.api.test_misuse import NAMES, PLAIN, MeanColor, make_loader, make_teacher
+from tests.helpers.errors import raises
+
+
+class Edited(MeanColor):
+    """A teacher whose code changes, but not its weights."""
+
+    sign = 1
+
+    def forward(self, images):
+        return self.sign * super().forward(images)
+
+
+def test_targets_of_an_edited_teacher_are_not_used(tmp_path, monkeypatch):
+    loader, teacher = make_loader(), deit.load_teacher(Edited(), NAMES, **PLAIN)
+    deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+    same = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+    assert same.record_format.epochs == 2
+    monkeypatch.setattr(Edited, "sign", -1)
+    with raises(deit.errors.DataError, tmp_path / "targets", "agree"):
+        deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+
+
+def test_half_of_the_targets_of_an_edited_teacher_is_not_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr(target_format, "_MIN_ROWS_PER_SHARD", 48)
+    loader, teacher = make_loader(), deit.load_teacher(Edited(), NAMES, **PLAIN)
+    half = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2, part=(0, 2))
+    assert half is None
+    monkeypatch.setattr(Edited, "sign", -1)
+    for _ in range(2):  # also after the error
+        with raises(deit.errors.DataError, tmp_path / "targets", "agree"):
+            deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+        with raises(deit.errors.DataError, "incomplete"):
+            deit.TargetStore.open(tmp_path / "targets", loader)
+    monkeypatch.setattr(Edited, "sign", 1)
+    for shard in (tmp_path / "targets" / "shards").glob("*1.bin"):
+        shard.unlink()
+    whole = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+    assert torch.equal(whole(next(loader.epoch(1)))[0], teacher_labels(loader, teacher))
+
+
+def teacher_labels(loader, teacher):
+    """Return the predicted classes of the first views of epoch 1."""
+    return teacher(next(loader.epoch(1)).images).argmax(dim=1)
+
+
+def test_a_store_of_a_loader_can_be_opened_many_times(tmp_path):
+    loader = make_loader()
+    deit.write_targets(loader, tmp_path / "targets", make_teacher(), epochs=1)
+    for _ in range(1200):
+        store = deit.TargetStore.open(tmp_path / "targets", loader)
+    for batch in loader.epoch(0):
+        store(batch)
+
+
+def test_threads_share_a_store(tmp_path):
+    loader, teacher = make_loader(), make_teacher()
+    store = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
+    batches = [next(loader.epoch(epoch)) for epoch in (0, 1)]
+    expected = [store(batch)[1] for batch in batches]
+
+    def read(index):
+        return all(torch.equal(store(batches[index])[1], expected[index]) for _ in range(500))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(read, (0, 1, 0, 1)))
