@@ -103,7 +103,7 @@ def write_targets(
     else:
         inputs = _from_config(source, teacher, out, teacher_index)
     config, splits, loader, teachers, accelerator, _ = inputs
-    record_format = _record_format(inputs, epochs, content)
+    record_format = _record_format(config, loader, len(splits.class_names), epochs, content)
     batch_size = max(config.run.eval_batch_size // 2 * 2, 2)
     store = ShardedTargetWriter(out, _manifest(inputs, record_format, batch_size))
     if _is_complete(store, accelerator):
@@ -328,10 +328,14 @@ def _check_combinable(config: Config) -> None:
         )
 
 
-def _record_format(inputs: _Inputs, epochs: int | None, content: str | None) -> RecordFormat:
+def _record_format(
+    config: Config,
+    loader: TrainLoader,
+    num_classes: int,
+    epochs: int | None,
+    content: str | None,
+) -> RecordFormat:
     """Return the format of the records to write. Raises ConfigError."""
-    config, splits, loader, *_ = inputs
-    num_classes = len(splits.class_names)
     views, teacher, loss = config.views, config.teacher, config.loss
     is_ensemble = len(teacher.source) > 1
     if content is None:
