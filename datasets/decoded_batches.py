@@ -8,15 +8,22 @@ from torch import Tensor
 
 from deit.datasets.crops import Decoder, ReadRequest
 from deit.datasets.decode_workers import Reader, ReadResult
-from deit.datasets.images import EncodedImages
+from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.stage_timer import StageTimer
 
 
 class DecodedBatches:
-    """The readers of a loader, one for each set of decoders; their processes are kept."""
+    """The readers of a loader, one for each set of decoders; their processes are kept.
+
+    images: images in memory have no readers. stages: takes the times of reading and of waiting.
+    """
 
     def __init__(
-        self, images: EncodedImages, *, num_workers: int, device: torch.device, stages: StageTimer
+        self,
+        images: EncodedImages | InMemoryImages,
+        num_workers: int,
+        device: torch.device,
+        stages: StageTimer,
     ) -> None:
         self._images, self._num_workers = images, num_workers
         self._device, self._stages = device, stages

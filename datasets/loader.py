@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_at_least, check_epoch
 from deit.config.schema import Config
 from deit.config.sections.optim import OptimConfig
@@ -85,6 +86,7 @@ class TrainLoader:
     [(8, 3, 8, 8), (8, 3, 8, 8)]
     """
 
+    @checks_types
     def __init__(
         self,
         images: InMemoryImages | EncodedImages,
@@ -106,7 +108,7 @@ class TrainLoader:
         """Raises ConfigError if a batch cannot be divided into equal (with mixing: even)
         micro-batches, and DataError if it needs more images than there are."""
         self.views, self.num_workers = views, num_workers
-        self.num_processes = num_processes
+        self.process_index, self.num_processes = process_index, num_processes
         self.set_micro_batches(optim)
         self.num_images = len(images.labels)
         self.images_per_batch = num_images_per_batch(optim.batch_size, views, self.num_images)
@@ -120,7 +122,6 @@ class TrainLoader:
         self.channel_stats = channel_stats
         self.mean, self.std = channel_stats
         self.seed = seed
-        self.process_index = process_index
         # An epoch keeps its number of views: with repeats it covers fewer images.
         self.steps_per_epoch = num_steps_per_epoch(self.num_images, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
@@ -129,17 +130,13 @@ class TrainLoader:
         self.teacher_sampler = teacher_view_sampler(views, size=sizes.teacher, **settings)
         self.with_teacher_images = with_teacher_images
         self.on_views: Callable[[UnmixedViews], None] | None = None
-        self.pixels, self._decoded = None, None
-        if isinstance(images, InMemoryImages):
-            self.pixels = images.pixels.to(self.device)
-        else:
-            self._decoded = DecodedBatches(
-                images, num_workers=num_workers, device=self.device, stages=self.stages
-            )
+        self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
+        self._decoded = DecodedBatches(images, num_workers, self.device, self.stages)
         self.class_names = tuple(map(str, range(num_classes)))
         self.splits: Splits | None = None
 
     @classmethod
+    @checks_types
     def from_config(
         cls,
         config: Config | str | PathLike,
@@ -162,6 +159,7 @@ class TrainLoader:
         return loader_from_config(config, teacher_size=teacher_size, device=device, process=process)
 
     @classmethod
+    @checks_types
     def from_folder(
         cls,
         root: str | PathLike,
@@ -182,6 +180,7 @@ class TrainLoader:
         return loader_from_folder(root, image_size, batch_size, views, seed, **options)
 
     @classmethod
+    @checks_types
     def from_arrays(
         cls,
         images: Any,
@@ -207,6 +206,7 @@ class TrainLoader:
             images, labels, batch_size, class_names, image_size, views, seed, **options
         )
 
+    @checks_types
     def set_micro_batches(self, optim: OptimConfig) -> None:
         """Divide the same batches into other micro-batches.
 
@@ -241,6 +241,7 @@ class TrainLoader:
 
     def order(self, epoch: int) -> Tensor:
         """Return the order of the images in an epoch, by the seed: int64 [images], on the CPU."""
+        check_epoch(epoch)
         return permutation(self.seed, epoch, self.num_images)
 
     def epoch(self, epoch: int, *, start_step: int = 0) -> Iterator[Batch]:
@@ -250,8 +251,8 @@ class TrainLoader:
         ConfigError for other numbers, DataError for an image that cannot be read, and WorkerLost
         for a decoding process that was killed.
         """
-        check_epoch(epoch)
-        check_at_least("start_step", start_step, 0)
+        check_epoch(epoch)  # now, not at the first batch
+        check_at_least("start_step", start_step, 0, integer=True)
         return self._epoch(int(epoch), int(start_step))
 
     def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
@@ -280,6 +281,7 @@ class TrainLoader:
                 pixels = None if decoded is None else next(decoded)
                 yield from self._make_batches(epoch, part, pixels, samplers)
 
+    @checks_types
     def teacher_inputs(
         self, epoch: int, rows: Tensor, *, batch_size: int, repeat: int = 0
     ) -> Iterator[TeacherInput]:
@@ -310,8 +312,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the worker processes; the next epoch starts new ones."""
-        if self._decoded is not None:
-            self._decoded.close()
+        self._decoded.close()
 
     def _rows(self) -> Tensor:
         """Return this process's rows of an epoch, int64 [micro-batches, micro_batch_size]."""
@@ -355,7 +356,7 @@ class TrainLoader:
         self, samplers: list[ViewSampler], requests: Iterable[ReadRequest]
     ) -> Iterator[tuple[Tensor, ...]] | None:
         """Return decoded batches, one tensor per sampler; None for images in memory."""
-        if self._decoded is None:
+        if self.pixels is not None:
             return None
         return self._decoded.read(tuple(sampler.decoder for sampler in samplers), requests)
 

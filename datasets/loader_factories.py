@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_at_least, check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
@@ -98,9 +98,10 @@ def loader_from_folder(
     return TrainLoader.from_config(config, **options)
 
 
+@checks_types
 def loader_from_arrays(
-    images: Tensor | np.ndarray,
-    labels: Tensor | np.ndarray | Sequence[int],
+    images: Any,
+    labels: Any,
     batch_size: int,
     class_names: Sequence[str] | None,
     image_size: int | None,
@@ -111,7 +112,7 @@ def loader_from_arrays(
     device: torch.device | str = "cpu",
     process_index: int | None = None,
     num_processes: int | None = None,
-    validation: tuple[Any, Any] | None = None,
+    validation: Any = None,
 ) -> TrainLoader:
     """Make the splits of images in memory; see `TrainLoader.from_arrays`."""
     images, labels = as_tensor("images", images), as_tensor("labels", labels)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from deit.config.arguments import checks_types
 from deit.config.sections.data import DataConfig
 from deit.core.errors import DataError, SystemFault
 from deit.core.host_memory import free_memory
@@ -101,6 +102,7 @@ def _load_and_split(config: DataConfig) -> _SplitImages:
     return _SplitImages(loaded.class_names, *parts, identities, tuple(notes), loaded.skipped)
 
 
+@checks_types
 def load_splits(config: DataConfig) -> Splits:
     """Load the images of a run and split them.
 

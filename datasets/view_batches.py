@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from deit.config.command_choices import check_at_least
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigError, DataError
@@ -66,6 +67,7 @@ def micro_batch_size(optim: OptimConfig, views: ViewsConfig, num_processes: int)
     >>> micro_batch_size(OptimConfig(batch_size=64, grad_accum_steps=2), ViewsConfig(), 4)
     8
     """
+    check_at_least("num_processes", num_processes, 1)
     parts = num_processes * optim.grad_accum_steps
     size = optim.batch_size // parts
     if optim.batch_size % parts or (views.uses_mixing and size % 2):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_at_least, check_channels, check_epoch
 from deit.config.sections.views import ViewsConfig
 from deit.config.validation import as_section
@@ -156,6 +157,7 @@ def teacher_view_sampler(
     )
 
 
+@checks_types
 def make_views(
     images: Tensor | np.ndarray,
     views: ViewsConfig | dict[str, Any] = ViewsConfig(),

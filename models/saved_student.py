@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from deit.config.command_choices import check_at_least, check_channels, check_path
+from deit.config.arguments import checks_types
+from deit.config.command_choices import check_at_least, check_channels, check_fraction, check_path
 from deit.config.cross_field_checks.student import check_student
 from deit.config.schema import Config
 from deit.config.sections.student import StudentConfig
@@ -44,6 +45,7 @@ def student_from_info(model_info: ModelInfo) -> Student:
     return Student(network, mean=model_info.mean, std=model_info.std, config=model_info.student)
 
 
+@checks_types
 def build_student(
     student: StudentConfig | Config | str,
     num_classes: int,
@@ -84,6 +86,7 @@ def build_student(
     return Student(network, mean=mean, std=std, config=config).to(device)
 
 
+@checks_types
 def save_student(
     student: Student,
     folder: str | PathLike,
@@ -110,6 +113,7 @@ def save_student(
             "student: should be of build_student or load_student, without the wrapper of another "
             f"library; got {type(student).__name__}"
         )
+    check_fraction("evaluation_crop", evaluation_crop)
     names = tuple(map(str, class_names))
     num_classes = getattr(student.network, "num_classes", len(names))
     if len(names) != num_classes:
@@ -150,6 +154,7 @@ def to_safetensors_bytes(weights: dict[str, Tensor]) -> bytes:
     return save(tensors, metadata={"format": "pt"})
 
 
+@checks_types
 @unchanged_generators()
 def load_student(
     folder: str | PathLike, *, device: torch.device | str = "cpu"

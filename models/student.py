@@ -4,6 +4,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from deit.config.arguments import checks_types
 from deit.config.sections.student import StudentConfig
 from deit.core.tensors import check_images
 from deit.core.types import StudentOutput
@@ -24,6 +25,7 @@ class Student(nn.Module):
     from, if it was built by a name.
     """
 
+    @checks_types
     def __init__(
         self,
         network: nn.Module,

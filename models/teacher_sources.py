@@ -326,14 +326,14 @@ def _match_classes(
     if loaded.class_names is not None and count != len(loaded.class_names):
         raise DataError(
             f"teacher {loaded.description}: has {count} outputs, but {len(loaded.class_names)} "
-            "class names; name each output with --teacher.classes @FILE"
+            "class names; name each output with teacher.classes, @FILE or a list"
         )
     if loaded.class_names is None:
         if count != len(class_names):
             raise DataError(
                 f"teacher {loaded.description}: has {count} outputs, the data {len(class_names)} "
-                "classes, and no class names to match them by; give them with --teacher.classes "
-                "@FILE, one per line in the order of its outputs"
+                "classes, and no class names to match them by; give them with teacher.classes: "
+                "@FILE, one per line in the order of its outputs, or a list"
             )
         return None
     if loaded.class_names == class_names:
@@ -360,7 +360,7 @@ def _count_outputs(loaded: LoadedNetwork, image_size: int) -> int:
         raise DataError(
             f"teacher {loaded.description}: fails on images of {side} px "
             f"({type(error).__name__}: {first_line(error)}); set its input size with "
-            "--teacher.image_size"
+            "teacher.image_size"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         raise DataError(

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from deit.analysis.run_images import RunImages, draw_run
 from deit.analysis.run_report import RunReport, final_top1, write_csv
 from deit.analysis.run_sections import card_of, sections_of
 from deit.analysis.sweep_sections import sections_of_sweep
+from deit.config.arguments import checks_types
+from deit.config.command_choices import check_paths
 from deit.config.schema import Config
 from deit.config.validation import load_config
 from deit.core import run_folder, run_log
@@ -19,7 +22,6 @@ from deit.core.filesystem import (
     atomic_write,
     check_writable,
     format_bytes,
-    to_paths,
     write_json,
 )
 from deit.core.json_io import translate_value_errors
@@ -41,12 +43,13 @@ _HARDEST_NOTE = (
 )
 
 
+@checks_types
 @obeys_verbose
 def report(
-    paths: str | Path | Sequence[str | Path],
-    out: str | Path,
+    paths: str | PathLike | Sequence[str | PathLike],
+    out: str | PathLike,
     *,
-    root: str | None = None,
+    root: str | PathLike | None = None,
     force: bool = False,
     verbose: bool = True,
 ) -> Path:
@@ -62,9 +65,8 @@ def report(
     ('report/index.html', True)
     """
     started = time.monotonic()
-    paths, out = to_paths(paths), Path(out)
-    if not paths:
-        raise ConfigError("paths: should be at least one run or sweep")
+    paths, out = check_paths("paths", paths), Path(out)
+    root = None if root is None else fspath(root)
     sweeps = {path: read_results(path) for path in paths if (path / MANIFEST).is_file()}
     for path, result in sweeps.items():
         # A damaged result raises before anything is written.

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import NUM_VIEWS, check_at_least, check_epoch
 from deit.config.schema import Config
 from deit.config.validation import validate
@@ -86,6 +87,7 @@ def draw_view_sheet(
     return Path(out)
 
 
+@checks_types
 @obeys_verbose
 @own_accelerate_state()
 def view_sheet(

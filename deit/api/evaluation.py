@@ -6,6 +6,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import SPLITS, check_at_least, check_choice
 from deit.config.recipes import recipe
 from deit.config.schema import Config, EvalSettings
@@ -19,6 +20,7 @@ from deit.distill.inference import views_of_chunks
 from deit.evaluation.load_run import evaluation_config
 
 
+@checks_types
 def evaluation_batches(
     source: TrainLoader | Config | str | PathLike,
     split: str = "validation",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.api.run import Run
+from deit.config.arguments import checks_types
 from deit.config.command_choices import RETRIES, TOP_POINTS, check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
@@ -27,6 +28,7 @@ class SweepResult:
     path: its folder. data: the content of results.json.
     """
 
+    @checks_types
     def __init__(self, path: str | PathLike) -> None:
         """Read the results in a folder. Raises CheckpointError if there are none."""
         self.path = Path(check_path("path", path))
@@ -78,6 +80,7 @@ class SweepResult:
         return comparison_figure(finished_rows(self.data))
 
 
+@checks_types
 def compare(
     config: Config | str | PathLike,
     out: str | PathLike,
@@ -113,6 +116,7 @@ def compare(
     )
 
 
+@checks_types
 @obeys_verbose
 def sweep(
     spec: Sweep | dict[str, Any] | str | PathLike,

@@ -11,11 +11,12 @@ from torch import Tensor
 from deit.api.figures import plot_attention, plot_curves
 from deit.api.predictions import ImageInput, Prediction, image_batches, to_predictions
 from deit.api.run_html import run_html
+from deit.config.arguments import checks_types
 from deit.config.command_choices import TOP_K, check_at_least, check_choice, check_path
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
 from deit.core.console import format_percent
-from deit.core.errors import CheckpointError
+from deit.core.errors import CheckpointError, ConfigError
 from deit.core.tensors import as_device
 from deit.core.types import logits_by_head
 from deit.evaluation.evaluate import EvaluationResult, evaluate
@@ -46,6 +47,7 @@ class Run:
         (2, True)
     """
 
+    @checks_types
     def __init__(
         self,
         path: str | PathLike,
@@ -116,6 +118,7 @@ class Run:
         """The class names, in the order of the logits. Raises CheckpointError."""
         return self._loaded[1].class_names
 
+    @checks_types
     @torch.no_grad()
     def logits(self, images: ImageInput, *, batch_size: int = 64) -> dict[str, Tensor]:
         """Return the logits of each head, float32 [B, C] on the CPU.
@@ -141,6 +144,7 @@ class Run:
             files += names
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, files
 
+    @checks_types
     @torch.no_grad()
     def predict(
         self,
@@ -162,6 +166,7 @@ class Run:
         check_choice("head", head, heads)
         return to_predictions(heads[head], self.class_names, files, top_k=top_k)
 
+    @checks_types
     def evaluate(
         self, split: str = "test", *, verbose: bool = True, **options: Any
     ) -> EvaluationResult:
@@ -169,6 +174,7 @@ class Run:
         options |= {"checkpoint": self.checkpoint, "split": split, "verbose": verbose}
         return evaluate(self.path, **options)
 
+    @checks_types
     def export(
         self,
         format: str,
@@ -184,6 +190,7 @@ class Run:
         options |= {"checkpoint": self.checkpoint, "format": format, "verbose": verbose}
         return export(self.path, out, **options)
 
+    @checks_types
     def quantize(
         self, out: str | PathLike | None = None, *, verbose: bool = True, **options: Any
     ) -> Path:
@@ -201,12 +208,14 @@ class Run:
         options |= {"checkpoint": self.checkpoint, "verbose": verbose}
         return quantize(self.path, out, settings, **options)
 
+    @checks_types
     def finetune(self, out: str | PathLike, **options: Any) -> "Run":
         """Train from the weights of this run: `deit.finetune` with these options."""
         from deit.api.training import finetune  # which imports this module
 
         return finetune(self, out, **options)
 
+    @checks_types
     def report(
         self, out: str | PathLike | None = None, *, verbose: bool = True, force: bool = False
     ) -> Path:
@@ -225,6 +234,7 @@ class Run:
             raise CheckpointError(f"{self.path}: no epoch is finished yet")
         return plot_curves(self.metrics, self.result)
 
+    @checks_types
     def plot_attention(self, images: ImageInput, *, max_images: int = 8) -> Any:
         """Return a matplotlib figure of the attention of each token on each image.
 
@@ -234,9 +244,12 @@ class Run:
         check_at_least("max_images", max_images, 1)
         student, model_info = self._loaded
         inputs, names = next(image_batches(images, model_info, batch_size=max_images))
+        if not names:
+            raise ConfigError("images: there are none to draw")
         return plot_attention(student, model_info, inputs, names)
 
 
+@checks_types
 def load_run(
     path: str | PathLike, checkpoint: str = "best", *, device: torch.device | str = "cpu"
 ) -> Run:

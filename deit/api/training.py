@@ -5,6 +5,7 @@ from os import PathLike
 from typing import Any
 
 from deit.api.run import Run
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config
@@ -14,6 +15,7 @@ from deit.training import train as training_train
 from deit.training.epochs import EpochCallback
 
 
+@checks_types
 @obeys_verbose
 def train(
     config: Config | str | PathLike,
@@ -52,6 +54,7 @@ def train(
     return Run(out)
 
 
+@checks_types
 @obeys_verbose
 def dry_run(
     config: Config | str | PathLike,
@@ -70,6 +73,7 @@ def dry_run(
     return training_train.train(config, check_path("out", out), resume=resume, dry_run=True)
 
 
+@checks_types
 @obeys_verbose
 def finetune(
     source: str | PathLike,

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from os import PathLike, fspath
 from os.path import expanduser
+from pathlib import Path
 
 from deit.core.errors import ConfigError, did_you_mean
 
@@ -55,6 +56,14 @@ def check_path(name: str, value: str | PathLike) -> str:
     return expanduser(fspath(value))
 
 
+def check_paths(name: str, values: str | PathLike | Sequence[str | PathLike]) -> list[Path]:
+    """Return one path or several as a list. Raises ConfigError for none and for other types."""
+    paths = [values] if isinstance(values, str | PathLike) else values
+    if not len(paths):
+        raise ConfigError(f"{name}: should be at least one path")
+    return [Path(check_path(name, path)) for path in paths]
+
+
 def check_channels(name: str, values: Iterable[float]) -> tuple[float, float, float]:
     """Return the mean or standard deviation of each channel as numbers, for images in [0, 1].
 
@@ -86,6 +95,12 @@ def check_at_least(name: str, value: float, least: float, *, integer: bool = Tru
         raise ConfigError(f"{name} = {value!r}: should be {kind} of at least {least:g}")
     if not value >= least:
         raise ConfigError(f"{name} = {value:g}: should be at least {least:g}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ConfigError if a parameter is not in (0, 1]."""
+    if not (isinstance(value, Real) and 0 < value <= 1):
+        raise ConfigError(f"{name} = {value!r}: should be above 0 and at most 1")
 
 
 _MAX_EPOCHS = 2**32  # an epoch is a 32-bit word of the random streams

@@ -127,7 +127,7 @@ def missing_store(path: Path) -> str:
     """Return the message about a folder that is no store of targets."""
     return (
         f"teacher.target_stores {path}: is not a target store (no store.json); write one with "
-        "`deit targets write RECIPE --out STORE`"
+        "`deit targets write RECIPE --out STORE`, or deit.write_targets"
     )
 
 

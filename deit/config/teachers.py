@@ -88,6 +88,8 @@ def given_sources(teacher: str | Sequence[str]) -> tuple[str, ...]:
     (('runs/a', 'runs/b'), ('runs/a',), ())
     """
     sources = tuple(teacher.split(",") if isinstance(teacher, str) else teacher)
+    if not all(isinstance(source, str) for source in sources):
+        raise ConfigError(f"teacher = {teacher!r}: should be text, or a list of text")
     sources = tuple(source.strip() for source in sources)
     if sources == ("none",):
         return ()

@@ -100,8 +100,8 @@ def check_run_dir(out: Path, *, resume: bool) -> None:
         raise ConfigError(f"out = {out}: is not empty and not a run (no {CONFIG}); give another")
     if not resume:
         raise ConfigError(
-            f"out = {out}: the folder is not empty; resume the run in it (--resume), or give "
-            "another folder"
+            f"out = {out}: the folder is not empty; resume the run in it with resume=True "
+            "(--resume), or give another folder"
         )
     _check_entries(out, names)
     if not (out / CONFIG).is_file():

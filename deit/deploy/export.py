@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from importlib.util import find_spec
+from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import EXPORT_IMAGES, check_at_least, check_choice
 from deit.config.schema import Config
 from deit.core.console import info, obeys_verbose
@@ -43,15 +45,16 @@ class Verification(NamedTuple):
     allowed: float
 
 
+@checks_types
 @obeys_verbose
 @unchanged_generators()
 def export(
-    run: str | Path,
-    out: str | Path | None = None,
+    run: str | PathLike,
+    out: str | PathLike | None = None,
     *,
     format: str,
     checkpoint: str = "best",
-    root: str | None = None,
+    root: str | PathLike | None = None,
     images: int = EXPORT_IMAGES,
     license: str | None = None,
     force: bool = False,
@@ -189,9 +192,9 @@ def check_output_dir(folder: Path, *, force: bool) -> None:
     check_writable(folder, name="out")
 
 
-def _test_views(config: Config, root: str | None, num_images: int) -> Tensor:
+def _test_views(config: Config, root: str | PathLike | None, num_images: int) -> Tensor:
     """Return evaluation views of evenly spaced test images, float32 in [0, 1]."""
-    data = config.data if root is None else dataclasses.replace(config.data, root=root)
+    data = config.data if root is None else dataclasses.replace(config.data, root=fspath(root))
     test = load_splits(data).test
     chunks = evenly_spaced(len(test.labels), num_images).split(64)
     views = views_of_chunks(test, chunks, config.evaluation, device=torch.device("cpu"))

@@ -5,9 +5,11 @@ import shutil
 import tempfile
 from contextlib import closing
 from importlib import metadata
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from deit.config.arguments import checks_types
 from deit.config.schema import Config
 from deit.config.sections.student import STUDENTS, StudentConfig
 from deit.core.accelerator import environment_info, own_accelerate_state
@@ -56,17 +58,18 @@ from deit.models.surgery.fake_quant import fake_quant_layers
 _CALIBRATION_BATCH = 8  # all activations of a batch are in memory
 
 
+@checks_types
 @obeys_verbose
 @own_accelerate_state()
 @unchanged_generators()
 def quantize(
-    run: str | Path,
-    out: str | Path | None = None,
+    run: str | PathLike,
+    out: str | PathLike | None = None,
     options: QuantizeOptions = QuantizeOptions(),
     *,
     checkpoint: str = "best",
-    root: str | None = None,
-    json_file: str | Path | None = None,
+    root: str | PathLike | None = None,
+    json_file: str | PathLike | None = None,
     force: bool = False,
     verbose: bool = True,
     command: str = "",

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 
+from deit.config.arguments import check_fields
 from deit.config.command_choices import (
     CALIBRATION_METHODS,
     QUANTIZATION_METHODS,
@@ -62,6 +63,7 @@ class QuantizeOptions:
 
 def check_options(options: QuantizeOptions) -> None:
     """Raise ConfigError if an option has an invalid value."""
+    check_fields(options)
     check_choice("method", options.method, QUANTIZATION_METHODS)
     if options.calibration_method is not None:
         check_choice("calibration_method", options.calibration_method, CALIBRATION_METHODS)

@@ -1,12 +1,13 @@
 """Load a teacher for a loop of your own, from a source or from a module."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_channels, check_path
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
@@ -21,6 +22,7 @@ from deit.models.teachers import LoadedNetwork, Teacher
 _PROBE_SIZE = 224  # side [px] of a test image, for networks that accept any size
 
 
+@checks_types
 @unchanged_generators()
 def load_teacher(
     source: str | PathLike | nn.Module,
@@ -61,11 +63,10 @@ def load_teacher(
         raise ConfigError("mean, std: give both or neither")
     if mean is not None:
         mean, std = check_channels("mean", mean), check_channels("std", std)
-    if isinstance(class_names, str) or not isinstance(class_names, Iterable):
-        raise ConfigError(
-            f"class_names = {class_names!r}: should be the names of the data's classes, in order, "
-            "such as loader.class_names"
-        )
+    if not len(class_names):
+        raise ConfigError("class_names: give those of the data in order, as loader.class_names")
+    if architecture is not None and isinstance(source, nn.Module):
+        raise ConfigError(f"architecture = {architecture}: is for a checkpoint file, not a module")
     options = {"architecture": architecture, "classes": classes, "mean": mean, "std": std}
     fields = {name: value for name, value in options.items() if value is not None}
     if image_size is not None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -114,8 +115,13 @@ def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOu
     return TeacherOutput(labels.long(), logits, weights)
 
 
-def check_loss(loss: LossConfig) -> LossConfig:
-    """Return the options of a loss after validating them; raise ConfigError with all problems."""
+def check_loss(loss: LossConfig, epoch: float) -> LossConfig:
+    """Return the options of a loss after validating them, and check that the epoch is a number.
+
+    Raises ConfigError with all problems.
+    """
+    if not isinstance(epoch, Real):
+        raise ConfigError(f"epoch: should be a number; got {type(epoch).__name__}")
     if not isinstance(loss, LossConfig):
         raise ConfigError(
             f"loss: should be a LossConfig, such as LossConfig('soft'); got {type(loss).__name__}"

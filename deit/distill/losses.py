@@ -252,7 +252,7 @@ def distillation_loss(
         >>> {name: round(value.item(), 4) for name, value in losses.items()}
         {'loss': 0.6931, 'label_loss': 0.6931, 'distillation_loss': 0.6931}
     """
-    loss = check_loss(loss)
+    loss = check_loss(loss, epoch)
     outputs = as_student_output(outputs)
     targets = as_targets(targets, outputs.class_logits)
     with torch.autocast(outputs.class_logits.device.type, enabled=False):

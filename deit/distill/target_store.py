@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_path
 from deit.config.input_paths import missing_store
 from deit.config.sections.views import ViewsConfig
@@ -70,6 +71,7 @@ class TargetStore:
         self._checked_epoch: int | None = None
 
     @classmethod
+    @checks_types
     def open(cls, path: str | PathLike, loader: TrainLoader | None = None) -> "TargetStore":
         """Return a complete store. loader: of the views that it is for, see `attach`; without it,
         nothing shows that the batches are those that the store was written for.
@@ -81,6 +83,7 @@ class TargetStore:
             store.attach(loader)
         return store
 
+    @checks_types
     def attach(self, loader: TrainLoader) -> None:
         """Compare the store with a loader's images, classes and views, and from now on a view of
         each epoch with its checksum, while the loader makes the views.
@@ -135,6 +138,8 @@ class TargetStore:
 
         Raises DataError for views of an epoch that is not stored: they are other views.
         """
+        if not isinstance(batch, Batch):
+            raise ConfigError(f"batch: should be of a TrainLoader; got {type(batch).__name__}")
         if not self._holds(batch.epoch):
             epochs = self.record_format.epochs
             raise DataError(

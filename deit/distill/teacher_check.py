@@ -27,6 +27,7 @@ from deit.models.teacher_sources import ordered_classes
 from deit.models.teachers import ASSUMED, BY_NAME, Teacher
 
 _FEW_IMAGES = 100  # below, guessing deviates by several points: sqrt(0.1 * 0.9 / 100) is 3
+_ALLOWS = "teacher.allow_near_chance (--teacher.allow_near_chance)"
 _NUM_TRAINING_IMAGES = 512  # to judge a class order if the validation images are too few
 _MAX_LUCK = 1e-3  # probability that an order seems better by chance, below which the run stops
 _MIN_GAIN = 0.1  # in accuracy over the classes that an order moves
@@ -133,10 +134,10 @@ def check_accuracy(
             message += (
                 f" Or the size: it was trained at {teacher.trained_size} px; fine-tune it at "
                 f"{teacher.image_size} px first (finetune_deit.py --from TEACHER --resolution "
-                f"{teacher.image_size}), or give --teacher.image_size none."
+                f"{teacher.image_size}), or give teacher.image_size none."
             )
         if not allowed:
-            raise DataError(f"{message} --teacher.allow_near_chance trains with it all the same")
+            raise DataError(f"{message} {_ALLOWS} trains with it all the same")
         warn(message)
     elif could_be_chance(accuracy, chance, len(labels)):
         warn(f"{measured} could be chance {guessing}; more images would decide")

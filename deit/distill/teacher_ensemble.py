@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_choice
 from deit.config.field_types import EnsembleMode
 from deit.core.accelerator import compile_module
@@ -66,6 +67,7 @@ class TeacherEnsemble:
         (torch.Size([4, 1]), torch.Size([4, 1, 3]))
     """
 
+    @checks_types
     def __init__(
         self,
         teachers: Sequence[Teacher | TeacherFn],

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from deit.config.arguments import checks_types
 from deit.config.command_choices import check_amount, check_content_name, check_path
 from deit.config.recipes import recipe
 from deit.config.schema import Config, to_dict
@@ -59,6 +60,7 @@ class _Inputs(NamedTuple):
     saved_config: Config | None
 
 
+@checks_types
 @obeys_verbose
 @own_accelerate_state()
 def write_targets(
@@ -99,7 +101,7 @@ def write_targets(
     out = Path(check_path("out", out)).resolve()
     if isinstance(source, TrainLoader):
         content = content or "full"
-        inputs = _from_loader(source, teacher, out, epochs=epochs, content=content)
+        inputs = _from_loader(source, teacher, out, epochs, content, teacher_index)
     else:
         inputs = _from_config(source, teacher, out, teacher_index)
     config, splits, loader, teachers, accelerator, _ = inputs
@@ -151,9 +153,9 @@ def _from_loader(
     loader: TrainLoader,
     teacher: Teacher | None,
     out: Path,
-    *,
     epochs: int | None,
     content: str | None,
+    teacher_index: int | None,
 ) -> _Inputs:
     """Return the inputs of a loader and its teacher. Raises ConfigError if one is missing."""
     if loader.splits is None:
@@ -161,6 +163,8 @@ def _from_loader(
     if not isinstance(teacher, Teacher):
         given = "none was given" if teacher is None else f"got {type(teacher).__name__}"
         raise ConfigError(f"teacher: should be a Teacher, as load_teacher returns; {given}")
+    if teacher_index is not None:
+        raise ConfigError(f"teacher_index = {teacher_index}: goes with a configuration only")
     if epochs is None and not loader.views.has_fixed_teacher_view:
         raise ConfigError("epochs: give the number of epochs to write")
     _check_paths(TeacherConfig(), out)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from deit.config.command_choices import check_test_set
+from deit.config.arguments import checks_types
+from deit.config.command_choices import check_choice, check_test_set
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
 from deit.core.accelerator import environment_info, hardware_summary, own_accelerate_state
@@ -18,6 +20,7 @@ from deit.core.errors import DataError
 from deit.core.host_memory import check_inference_memory
 from deit.core.metrics import agreement, calibration_error, confusion, topk_accuracy
 from deit.core.rng import unchanged_generators
+from deit.core.run_folder import NAMES
 from deit.core.signals import GracefulStop
 from deit.core.types import logits_by_head
 from deit.datasets.images import EncodedImages, InMemoryImages
@@ -77,15 +80,16 @@ class EvaluationResult(NamedTuple):
         return {name: format_percent(row["top1"]) for name, row in rows.items() if row}
 
 
+@checks_types
 @obeys_verbose
 @unchanged_generators()
 @own_accelerate_state()
 def evaluate(
-    run: str | Path,
+    run: str | PathLike,
     *,
     checkpoint: str = "best",
     split: str = "test",
-    root: str | None = None,
+    root: str | PathLike | None = None,
     teacher: str | Sequence[str] | None = None,
     device: str | None = None,
     batch_size: int | None = None,
@@ -115,6 +119,7 @@ def evaluate(
     >>> sorted(result.metrics["heads"]["fused"]), sorted(result.predictions)[:2]
     (['calibration_error', 'top1', 'top5'], ['class', 'distillation'])
     """
+    check_choice("checkpoint", checkpoint, NAMES)
     check_test_set(test_set, split=split, root=root, teacher=teacher)
     config, saved = resolve_run(run, checkpoint)
     student, model_info = student_at_resolution(saved, resolution)

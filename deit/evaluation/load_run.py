@@ -1,12 +1,13 @@
 """Load a finished run from disk: its checkpoint, configuration, student and images."""
 
 from dataclasses import replace
+from os import PathLike, fspath
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from deit.config.command_choices import check_at_least
+from deit.config.command_choices import check_at_least, check_choice, check_fraction
 from deit.config.finetune_schedules import at_resolution
 from deit.config.schema import Config
 from deit.config.sections.init import InitConfig
@@ -74,7 +75,7 @@ def warn_unfinished(run: str | Path) -> None:
 def evaluation_config(
     config: Config,
     *,
-    root: str | None = None,
+    root: str | PathLike | None = None,
     device: str | None = None,
     resolution: int | None = None,
     crop: float | None = None,
@@ -87,15 +88,18 @@ def evaluation_config(
     """
     teacher = config.teacher
     if resolution is not None:
+        check_at_least("resolution", resolution, 1)
         config = replace(at_resolution(config, resolution), teacher=teacher)
     if crop is not None:
+        check_fraction("crop", crop)
         config = config.replace(views={"eval_crop_pct": crop})
     # Images are resized once, to the size that is cropped, as `deit predict` and exports do.
     side = round(config.student.image_size / config.views.eval_crop_pct)
     config = config.replace(data={"image_size": side})
     if root is not None:
-        config = config.replace(data={"root": root})
+        config = config.replace(data={"root": fspath(root)})
     if device is not None:
+        check_choice("device", device, ("auto", "cpu", "cuda"))
         config = config.replace(run={"device": device})
     if batch_size is not None:
         check_at_least("batch_size", batch_size, 1)

@@ -92,22 +92,22 @@ def check_same_start(
     if source is not None and weights is None:
         raise ConfigError(
             f"source = {source}: the run in {out} started from random weights, so it is no "
-            "fine-tuning; resume it with its own command, or use another --out"
+            "fine-tuning; resume it with its own command, or use another folder (--out)"
         )
     if source is not None and not _is_same_source(source, weights):
         raise ConfigError(
             f"source = {source}: the run in {out} started from {weights}; resume it with that, or "
-            "use another --out"
+            "use another folder (--out)"
         )
     if resolution not in (None, config.student.image_size):
         raise ConfigError(
             f"resolution = {resolution}: the run in {out} has a resolution of "
-            f"{config.student.image_size} px; leave it out, or use another --out"
+            f"{config.student.image_size} px; leave it out, or use another folder (--out)"
         )
     if epochs not in (None, config.optim.epochs):
         raise ConfigError(
             f"epochs = {epochs}: the run in {out} has {count_noun(config.optim.epochs, 'epoch')}; "
-            "leave it out, or use another --out"
+            "leave it out, or use another folder (--out)"
         )
 
 

@@ -82,7 +82,7 @@ def _count(run: TrainingRun, step: int, skipped: StepResult | None) -> None:
             f"since step {step - state.skipped_in_a_row + 1}; images: {names} (all: "
             f"{run.out / run_log.NONFINITE_LOG}). The checkpoints in {run.out} are from before. A "
             f"lower optim.lr{_clipping_advice(run)} usually helps, in a new run or from a "
-            "checkpoint (deit finetune --from), with another --out"
+            "checkpoint (deit finetune --from), with another folder (--out)"
         )
     warn(
         f"step {step}: loss or gradient is not finite, step skipped ({state.skipped_in_a_row} of "

@@ -83,7 +83,7 @@ def _check_state(run: TrainingRun, folder: Path, state: TrainState) -> None:
     if not state.epoch * steps < state.step <= (state.epoch + 1) * steps:
         raise CheckpointError(
             f"{folder}: step {state.step} is not in epoch {state.epoch + 1} of {steps} steps; give "
-            "another --out to start a new run"
+            "another folder to start a new run"
         )
     if (state.scaler is None) != (run.accelerator.scaler is None):
         raise CheckpointError(
@@ -195,7 +195,7 @@ def _check_fresh(out: Path) -> None:
     )
     if had_checkpoints or (out / run_folder.BEST).is_dir() or run_log.read(out / run_log.METRICS):
         raise CheckpointError(
-            f"{out}: its checkpoints are missing, so the run cannot resume; give another --out to "
+            f"{out}: its checkpoints are missing, so the run cannot resume; give another folder to "
             "start a new run"
         )
 
@@ -231,12 +231,12 @@ def _check_data(run: TrainingRun, fingerprint: str, targets: list[str]) -> None:
         raise DataError(
             f"{run.out}: the images differ from those the run started with (class names, pixels "
             "or labels; another version of Pillow can decode other pixels); resume with the same "
-            "data (data.source, data.root, data.exclude_list), or start a new run in another --out"
+            "data (data.source, data.root, data.exclude_list), or start a new run in another folder"
         )
     if targets != run.state.targets:
         raise DataError(
             f"{run.out}: the stored targets differ from those the run started with; resume with "
-            "the same teacher.target_stores, or start a new run in another --out"
+            "the same teacher.target_stores, or start a new run in another folder"
         )
 
 
@@ -246,7 +246,7 @@ def _check_teachers(run: TrainingRun, before: list[str]) -> None:
     if len(before) != len(now) or any(a and b and a != b for a, b in zip(before, now)):
         raise DataError(
             f"{run.out}: a teacher's weights differ from those the run started with; resume "
-            "with the same teacher.source, or start a new run in another --out"
+            "with the same teacher.source, or start a new run in another folder"
         )
 
 
@@ -261,10 +261,10 @@ def _check_config(run: TrainingRun) -> None:
             if current != value and f"{section}.{leaf}" not in ignored:
                 differences.append(f"\n  {section}.{leaf}: {value!r} before, {current!r} now")
     if differences:
-        advice = ["give the same one", "another --out"]
+        advice = ["give the same one", "another folder"]
         if (run.out / run_folder.BEST).is_dir():
             advice.append(
-                f"deit finetune --from {shlex.quote(str(run.out))} to continue with its weights"
+                f"continue with its weights by deit finetune (--from {shlex.quote(str(run.out))})"
             )
         raise ConfigError(
             f"resume = True: the configuration differs from the run's; {', or '.join(advice)}:"

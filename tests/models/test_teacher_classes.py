@@ -103,7 +103,7 @@ def judged(right, copies=1):
 
 def test_teacher_near_chance_raises_or_warns_with_few_images(capsys):
     names = ("recorder", "33.3 %", "largest class", "6 validation images", "19.2 points")
-    with raises(DataError, *names, "is near chance", "--teacher.allow_near_chance"):
+    with raises(DataError, *names, "is near chance", "teacher.allow_near_chance"):
         judged(2)  # sqrt(1/3 * 2/3 / 6) = 0.192
     with raises(DataError, *names, "16.7 %", "is below chance"):
         judged(1)

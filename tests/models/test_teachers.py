@@ -117,7 +117,7 @@ def test_timm_folder_provides_size_normalization_and_names(tmp_path):
 def test_timm_folder_with_other_class_count_raises(tmp_path):
     timm_folder(tmp_path / "timm")
     many = tuple(map(str, range(1234)))
-    with raises(DataError, tmp_path / "timm", 1234, "--teacher.classes"):
+    with raises(DataError, tmp_path / "timm", 1234, "teacher.classes"):
         load_teacher(TeacherConfig(source=str(tmp_path / "timm")), many)
 
 
@@ -147,7 +147,7 @@ def test_checkpoint_file_requires_architecture_and_matches_its_outputs(tmp_path)
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(load_teacher(config, NAMES)(images), network(images), atol=1e-6)
-    with raises(DataError, path, 1234, "--teacher.classes"):
+    with raises(DataError, path, 1234, "teacher.classes"):
         load_teacher(config, tuple(map(str, range(1234))))
 
 
@@ -174,7 +174,7 @@ def test_python_function_provides_teacher(tmp_path):
         load_teacher(TeacherConfig(source=f"{path}:other"), NAMES)
     with raises(DataError, f"{path}:number", "torch.nn.Module"):
         load_teacher(TeacherConfig(source=f"{path}:number"), NAMES)
-    with raises(DataError, path, 1234, "--teacher.classes"):
+    with raises(DataError, path, 1234, "teacher.classes"):
         load_teacher(TeacherConfig(source=f"{path}:teacher"), tuple(map(str, range(1234))))
 
 
@@ -235,7 +235,7 @@ def test_python_file_can_define_dataclasses_and_import_neighbors(tmp_path):
         "    teacher.class_names = ('ant', 'bee')\n    return teacher\n"
     )
     assert load_teacher(TeacherConfig(source=f"{path}:teacher"), NAMES, image_size=24)
-    with raises(DataError, "misnamed", path, "--teacher.classes"):
+    with raises(DataError, "misnamed", path, "teacher.classes"):
         load_teacher(TeacherConfig(source=f"{path}:misnamed"), ("ant", "bee"), image_size=24)
 
 
@@ -311,7 +311,7 @@ def test_thousand_other_classes_are_not_matched_as_synsets(tmp_path):
     names = tuple(f"class {index:04}" for index in range(1000))
     teacher = load_teacher(config, names)
     assert (teacher.class_indices, teacher.class_order) == (None, ASSUMED)
-    with raises(DataError, 1000, "--teacher.classes"):
+    with raises(DataError, 1000, "teacher.classes"):
         load_teacher(config, NAMES)
 
 
@@ -345,7 +345,7 @@ def test_configured_classes_can_exceed_those_of_the_data(tmp_path):
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(teacher(images), network(images)[:, [2, 0]], atol=1e-5)
-    with raises(DataError, tmp_path / "w.pth", "--teacher.classes"):
+    with raises(DataError, tmp_path / "w.pth", "teacher.classes"):
         load_teacher(replace(config, classes=("a", "b")), ("a",))
     with raises(DataError, "teacher.classes", "'a'"):
         load_teacher(replace(config, classes=("a", "b", "a")), ("a",))

@@ -213,7 +213,7 @@ def test_teacher_near_chance_is_refused_unless_allowed(tmp_path):
         tmp_path / "weak",
     )
     config = small(tmp_path / "weak", epochs=2)
-    with raises(DataError, tmp_path / "weak", "--teacher.allow_near_chance"):
+    with raises(DataError, tmp_path / "weak", "teacher.allow_near_chance"):
         train(config, tmp_path / "run")
     result = train(config.replace(teacher={"allow_near_chance": True}), tmp_path / "other")
     assert result["epochs"] == 2

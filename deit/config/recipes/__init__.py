@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 # The modules register their recipes in this order, which is that of --help.
+from deit.config.arguments import checks_types
+
 from deit.config.recipes import handwriting  # noqa: F401  # isort: skip
 from deit.config.recipes import cifar  # noqa: F401  # isort: skip
 from deit.config.recipes import imagenet  # noqa: F401  # isort: skip
@@ -14,6 +16,7 @@ from deit.config.command_choices import check_path
 from deit.config.presets import apply_presets, fit_epochs
 from deit.config.recipes.registry import RECIPES
 from deit.config.schema import Config, to_dict
+from deit.config.sections.loss import LossConfig
 from deit.config.validation import config_from_dict, load_config, plain_values, unknown_field
 from deit.core.errors import ConfigError, ConfigProblem, did_you_mean, raise_if_transient
 from deit.core.file_reading import missing_file_reason
@@ -57,6 +60,7 @@ def find_recipe(name: str) -> Config:
     )
 
 
+@checks_types
 def list_recipes(pattern: str = "*") -> list[str]:
     """Return the names of the recipes that match a pattern, as `timm.list_models` does.
 
@@ -66,10 +70,11 @@ def list_recipes(pattern: str = "*") -> list[str]:
     return fnmatch.filter(RECIPES, pattern)
 
 
+@checks_types
 def recipe(
     name: str | os.PathLike | Config,
     *,
-    loss: str | dict[str, Any] | None = None,
+    loss: str | dict[str, Any] | LossConfig | None = None,
     augmentation: str | None = None,
     view_mode: str | None = None,
     **sections: dict[str, Any],

@@ -172,7 +172,7 @@ def test_standardize_equal_logits_has_a_finite_gradient():
 
 
 def test_refused_teacher_leaves_no_store_folder(constant_teacher, teachers, tmp_path):
-    with raises(DataError, "of10.py", "--teacher.allow_near_chance"):
+    with raises(DataError, "of10.py", "teacher.allow_near_chance"):
         write_targets(configuration(constant_teacher(10)), tmp_path / "store")
     assert not (tmp_path / "store").exists()
     write_targets(configuration(teachers[0]), tmp_path / "store", epochs=1)
@@ -218,7 +218,7 @@ def test_store_with_an_invalid_teacher_is_refused_and_missing_one_warns(
     three_classes = configuration(constant_teacher(3)).replace(
         teacher={"target_stores": (str(store),)}
     )
-    with raises(DataError, "of3.py", "--teacher.classes"):
+    with raises(DataError, "of3.py", "teacher.classes"):
         check(three_classes)
     broken = tmp_path / "broken"
     shutil.copytree(teachers[0], broken)

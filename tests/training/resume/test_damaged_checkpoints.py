@@ -26,7 +26,7 @@ def test_resume_without_any_checkpoint_is_refused(config, uninterrupted_run, tmp
     (out / "result.json").unlink()
     for _, folder in run_folder.list_checkpoints(out):
         shutil.rmtree(folder)
-    with raises(CheckpointError, out, "--out"):
+    with raises(CheckpointError, out, "another folder"):
         train(config, out, resume=True)
 
 
