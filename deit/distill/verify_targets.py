@@ -197,7 +197,7 @@ def verify_store(
             f"teacher.target_stores {store.path}: only {num_agreed} of {num_queried} recomputed "
             f"teacher outputs agree with the store, which was written in "
             f"{store.inference['precision']}; did the teacher's code, the device or a library "
-            "change? Write the store again"
+            "change? Delete the store and write it again"
         )
     return StoreCheck(views, num_queried, num_agreed)
 

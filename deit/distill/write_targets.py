@@ -47,6 +47,7 @@ from deit.models.teacher_sources import resolve_source
 from deit.models.teachers import Teacher
 
 _MAX_CLASSES = 2**16
+_QUERIES_PER_SHARD = 64  # two views with their neighbors: evenly spaced, they miss no shard
 
 
 class _Inputs(NamedTuple):
@@ -77,7 +78,7 @@ def write_targets(
     """Write the teachers' outputs for all training views into a store.
 
     Shards that exist are kept: after an interruption, the same call continues, and compares some
-    hundred outputs with the teacher's. More epochs cannot be added to a store later.
+    outputs of each shard with the teacher's. More epochs cannot be added to a store later.
     source: a configuration with its teachers, or the name of a recipe; or a loader of
     `TrainLoader.from_config`, `from_folder` or `from_arrays`. teacher: of a loader, from
     `load_teacher`. epochs: how many to write; default: all of the configuration. content: hard,
@@ -206,8 +207,15 @@ def _check_outputs(inputs: _Inputs, store: TargetStore) -> None:
     """
     config, splits, loader, teachers, accelerator, _ = inputs
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
-    query = teacher_query(loader, ensemble)
-    verify_store(store, splits, loader, config.teacher, teachers=teachers, query=query)
+    verify_store(
+        store,
+        splits,
+        loader,
+        config.teacher,
+        teachers=teachers,
+        query=teacher_query(loader, ensemble),
+        num_queries=_QUERIES_PER_SHARD * max(store.record_format.num_shards, 8),
+    )
 
 
 def _finished(inputs: _Inputs, store: ShardedTargetWriter, *, is_new: bool) -> TargetStore | None:

@@ -47,6 +47,16 @@ def test_half_of_the_targets_of_an_edited_teacher_is_not_completed(tmp_path, mon
     assert torch.equal(whole(next(loader.epoch(1)))[0], teacher_labels(loader, teacher))
 
 
+def test_one_shard_of_an_edited_teacher_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(target_format, "_MIN_ROWS_PER_SHARD", 32)
+    loader, teacher = make_loader(), deit.load_teacher(Edited(), NAMES, **PLAIN)
+    monkeypatch.setattr(Edited, "sign", -1)
+    deit.write_targets(loader, tmp_path / "targets", teacher, epochs=40, part=(29, 60))
+    monkeypatch.setattr(Edited, "sign", 1)
+    with raises(deit.errors.DataError, "agree"):
+        deit.write_targets(loader, tmp_path / "targets", teacher, epochs=40)
+
+
 def teacher_labels(loader, teacher):
     """Return the predicted classes of the first views of epoch 1."""
     return teacher(next(loader.epoch(1)).images).argmax(dim=1)
