@@ -58,9 +58,6 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
     body.append(html.side_by_side(*figures))
     body += _masks(result, folder, slug)
     body += _classes(result, folder / f"{slug}-classes.csv")
-    if result["disagreement"]:
-        table = _disagreement(result, folder / f"{slug}-disagreement.csv")
-        body.append(html.subsection("Disagreement", [table]))
     failed = {
         f"{name}, seed {seed}": reason
         for name, row in result["rows"].items()
@@ -73,6 +70,9 @@ def sections_of_sweep(result: dict[str, Any], folder: Path, slug: str) -> list[s
         body.append(html.subsection("Stopped trials", [table]))
     if settings := changes(result):
         body.append(html.subsection("Settings of each run", [html.key_values(settings)]))
+    if result["disagreement"]:
+        table = _disagreement(result, folder / f"{slug}-disagreement.csv")
+        body.append(html.subsection("Disagreement", [table]))
     environment = result["environment"]
     card = {
         "recipe": result["recipe"],
