@@ -18,7 +18,7 @@ from deit.config.sections.student import StudentConfig
 from deit.config.sections.views import ViewsConfig
 from deit.config.validation import as_section, section_from_dict, validate_sections
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem, config_error
-from deit.core.tensors import as_tensor
+from deit.core.tensors import as_tensor, layout_advice
 from deit.datasets.decode_workers import resolve_num_workers
 from deit.datasets.images import InMemoryImages
 from deit.datasets.loader import TrainLoader
@@ -162,7 +162,8 @@ def _check_arrays(
     images_name, labels_name = f"{prefix}images", f"{prefix}labels"
     given = f"{images.dtype} {list(images.shape)}"
     if images.dtype != torch.uint8 or images.shape[1:2] != (3,):
-        hint = f"should be uint8 [images, 3, side, side]; got {given}"
+        advice = layout_advice(images.shape)
+        hint = f"should be uint8 [images, 3, side, side]; got {given}{advice}"
         problems.append(ConfigProblem(images_name, NO_VALUE, hint))
     elif not len(images):
         problems.append(ConfigProblem(images_name, NO_VALUE, "should be at least one image"))

@@ -14,7 +14,7 @@ from deit.config.sections.views import ViewsConfig
 from deit.config.validation import as_section
 from deit.core.errors import ConfigError
 from deit.core.rng import Keys, derived_seed
-from deit.core.tensors import as_tensor
+from deit.core.tensors import as_tensor, layout_advice
 from deit.datasets.crops import CenterSquare, Decoder, RandomCrop, WholeImage
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.resizing import resize
@@ -200,7 +200,7 @@ def make_views(
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ConfigError(
             "images: should be uint8 [batch, 3, side, side]; got "
-            f"{images.dtype} {list(images.shape)}"
+            f"{images.dtype} {list(images.shape)}{layout_advice(images.shape)}"
         )
     if images.shape[2] != images.shape[3] or sample_ids.shape != (len(images),):
         raise ConfigError(

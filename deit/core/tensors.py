@@ -1,6 +1,7 @@
 """Small tensors: constants on a device, checks, and copies that do not synchronize with a GPU."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -90,17 +91,36 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_images(name: str, images: Any) -> None:
-    """Raise ConfigError unless images are a tensor of floats. name: of the network that gets them.
+    """Raise ConfigError unless images are a tensor of floats with three channels. name: of the
+    network that gets them.
 
     >>> check_images("student", torch.zeros(1, 3, 8, 8))
     """
-    if isinstance(images, Tensor) and images.is_floating_point():
+    is_tensor = isinstance(images, Tensor)
+    if is_tensor and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3:
         return
-    given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    given = type(images).__name__
+    if is_tensor:
+        given = f"{images.dtype} {list(images.shape)}{layout_advice(images.shape)}"
     raise ConfigError(
         f"{name}: takes images as float [batch, 3, height, width] in [0, 1], such as "
         f"batch.images or pixels / 255; got {given}"
     )
+
+
+def layout_advice(shape: Sequence[int]) -> str:
+    """Return what to do with images that are not [images, 3, height, width]; often nothing.
+
+    >>> layout_advice((600, 28, 28))
+    '; repeat gray images for the three channels'
+    """
+    if len(shape) == 3 and shape[0] == 3:
+        return "; add the dimension of the batch: image[None]"
+    if len(shape) == 3 or (len(shape) == 4 and shape[1] == 1):
+        return "; repeat gray images for the three channels"
+    if len(shape) == 4 and shape[1] != 3 and shape[3] == 3:
+        return "; move the channels before height and width"
+    return ""
 
 
 _MARGIN = 0.5

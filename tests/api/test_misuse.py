@@ -360,6 +360,31 @@ def test_teacher_takes_images_from_0_to_1_only(images, names):
         make_teacher()(images)
 
 
+GRAY = torch.rand(5, 28, 28)
+OTHER_LAYOUTS = [
+    (GRAY, "repeat gray images"),
+    (GRAY[:, None], "repeat gray images"),
+    (GRAY[:3], "image[None]"),  # as one image with three channels
+    (torch.rand(5, 28, 28, 3), "move the channels"),
+    (torch.rand(5, 4, 28, 28), "[5, 4, 28, 28]"),
+]
+
+
+@pytest.mark.parametrize(("images", "advice"), OTHER_LAYOUTS)
+def test_images_of_other_layouts_raise_with_what_to_do(images, advice):
+    student = deit.build_student("deit_micro", 3, image_size=28, patch_size=4, **PLAIN)
+    pixels, labels = (255 * images).to(torch.uint8), torch.arange(len(images))
+    calls = (
+        lambda: student(images),
+        lambda: make_teacher()(images),
+        lambda: make_loader(pixels.numpy(), labels),
+        lambda: deit.make_views(pixels, seed=0, epoch=0, sample_ids=labels),
+    )
+    for call in calls:
+        with raises(ConfigError, advice):
+            call()
+
+
 def test_student_takes_floats_only():
     student = deit.build_student("deit_micro", 3, image_size=8, patch_size=2, **PLAIN)
     with raises(ConfigError, "uint8", "/ 255"):
