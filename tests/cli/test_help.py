@@ -225,3 +225,17 @@ def test_version_is_printed(run, tmp_path):
     version = run("deit", "--version")
     assert (version.returncode, version.stdout) == (0, f"deit {deit.__version__}\n")
     assert tree(tmp_path) == {}
+
+
+TAKES_A_RUN = ("evaluate", "export", "quantize", "prune", "loss-landscape")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_names_run_folders_as_the_documentation_does(example):
+    """Runs are in checkpoints/, so that the examples of the commands fit together."""
+    command, *arguments = example.split()
+    options = ("--from",) if command == "show-views" else ("--from", "--out")
+    folders = [value for option, value in zip(arguments, arguments[1:]) if option in options]
+    folders += arguments[:1] if command in TAKES_A_RUN else []
+    for folder in folders:
+        assert folder.startswith(("checkpoints/", "deit_")), example
