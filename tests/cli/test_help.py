@@ -1,6 +1,7 @@
 """The help of `deit`, its commands and the root scripts; the lists of recipes and commands."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -235,7 +236,7 @@ def test_example_names_run_folders_as_the_documentation_does(example):
     """Runs are in checkpoints/, so that the examples of the commands fit together."""
     command, *arguments = example.split()
     options = ("--from",) if command == "show-views" else ("--from", "--out")
-    folders = [value for option, value in zip(arguments, arguments[1:]) if option in options]
+    folders = [value for option, value in itertools.pairwise(arguments) if option in options]
     folders += arguments[:1] if command in TAKES_A_RUN else []
     for folder in folders:
         assert folder.startswith(("checkpoints/", "deit_")), example
