@@ -8,13 +8,13 @@ effect.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from deit.config.field_types import Interpolation
+from deit.core.tensors import tensor_cache
 
 _SCALE = 2.0**15  # 255 * 1.3 (the sum of a bicubic filter's absolute weights) is below 2**9
 MAX_SIGMA = 2.0  # of a blur [px]; its filter is truncated at four sigmas
@@ -125,7 +125,7 @@ def _filters(
     return bank.index_select(0, entry)
 
 
-@lru_cache(maxsize=2)
+@tensor_cache(maxsize=2)
 def _bank(source: int, target: int, interpolation: Interpolation, device: torch.device) -> Tensor:
     """Return the filters of all boxes within `source` pixels, float32 [boxes, target, source].
 

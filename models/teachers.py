@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from deit.core.errors import DataError
-from deit.core.tensors import check_image_values, check_images, device_constant
+from deit.core.tensors import check_image_values, check_images, has_values
 from deit.models.memory_format import MemoryFormat, set_memory_format, to_memory_format
 from deit.models.weight_files import digest_of
 
@@ -69,6 +69,8 @@ class Teacher(nn.Module):
         self.description = loaded.description
         self.image_size = loaded.image_size
         self.class_indices = None if class_indices is None else list(class_indices)
+        positions = None if class_indices is None else torch.tensor(class_indices)
+        self.register_buffer("class_positions", positions, persistent=False)
         self.normalization = (loaded.mean, loaded.std)
         for name, values in (("mean", loaded.mean), ("std", loaded.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
@@ -124,7 +126,7 @@ class Teacher(nn.Module):
         ConfigError for integers and, in the first call on a CPU, for values outside [0, 1].
         """
         check_images("teacher", images)
-        if self._is_first_call and not torch.compiler.is_compiling():
+        if self._is_first_call and has_values():
             self._is_first_call = False
             check_image_values("teacher", images)
         if self.image_size is not None and images.shape[-1] != self.image_size:
@@ -134,7 +136,7 @@ class Teacher(nn.Module):
         logits = self.network(normalized).float()
         if self.class_indices is None:
             return logits
-        return logits[:, device_constant(tuple(self.class_indices), logits.device)]
+        return logits[:, self.class_positions]
 
 
 _SETTINGS = (

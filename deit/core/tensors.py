@@ -1,14 +1,16 @@
 """Small tensors: constants on a device, checks, and copies that do not synchronize with a GPU."""
 
+import functools
 import math
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deit.core.errors import ConfigError, SystemFault, did_you_mean, first_line
+
+MakeTensor = TypeVar("MakeTensor", bound=Callable[..., Tensor])
 
 DEVICES = ("cpu", "cuda")
 """The types of devices that the package is tested on."""
@@ -61,13 +63,37 @@ def evenly_spaced(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
-@cache
+def has_values() -> bool:
+    """Return whether new tensors have values: not while code is traced by torch.compile or
+    torch.export, or under FakeTensorMode. A tensor made then must not be kept."""
+    return not torch.compiler.is_compiling() and type(torch.empty(0, device="cpu")) is Tensor
+
+
+def tensor_cache(maxsize: int | None) -> Callable[[MakeTensor], MakeTensor]:
+    """Return a decorator: keep the tensors that a function makes, by its hashable arguments.
+
+    maxsize: how many; None: all. They are shared: do not write to them.
+    """
+
+    def decorate(function: MakeTensor) -> MakeTensor:
+        cached = functools.lru_cache(maxsize)(function)
+
+        @functools.wraps(function)
+        def make(*arguments: Any) -> Tensor:
+            return (cached if has_values() else function)(*arguments)
+
+        return make
+
+    return decorate
+
+
+@tensor_cache(maxsize=None)
 def device_constant(
     values: tuple, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return numbers (a tuple, or a tuple of tuples) as a tensor on a device.
 
-    The tensor is cached and shared: do not write to it.
+    It is shared: do not write to it.
     """
     with torch.inference_mode(False):  # later callers may need it for a gradient
         return torch.tensor(values, device=device, dtype=dtype)

@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from deit.config.sections.loss import LossConfig
 from deit.config.validation import as_section
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
+from deit.core.tensors import has_values
 from deit.core.types import StudentOutput, TeacherOutput
 
 StudentLogits = StudentOutput | Sequence[Tensor] | Tensor
@@ -156,7 +157,7 @@ def _is_labels(value: object) -> bool:
 def _check_classes(name: str, labels: Tensor, num_classes: int) -> None:
     """Raise ConfigError for a class out of range, which PyTorch would ignore (-100) or report as a
     failed assertion. On the CPU only: the comparison would synchronize a GPU."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+    if labels.device.type != "cpu" or not labels.numel() or not has_values():
         return
     for value in (int(labels.min()), int(labels.max())):
         if not 0 <= value < num_classes:
