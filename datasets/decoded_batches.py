@@ -1,7 +1,7 @@
 """Decoded batches of encoded images on the device, with the times of reading and of waiting."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from deit.datasets.crops import Decoder, ReadRequest
 from deit.datasets.decode_workers import Reader, ReadResult
 from deit.datasets.images import EncodedImages, InMemoryImages
 from deit.datasets.stage_timer import StageTimer
+from deit.datasets.view_samplers import ViewSampler
 
 
 class DecodedBatches:
@@ -30,12 +31,23 @@ class DecodedBatches:
         self._readers: dict[tuple[Decoder, ...], Reader] = {}
 
     def read(
-        self, decoders: tuple[Decoder, ...], requests: Iterable[ReadRequest]
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Return an iterator over decoded batches on the device, one tensor per decoder.
+        self,
+        samplers: Sequence[ViewSampler],
+        requests: Iterable[ReadRequest],
+        *,
+        in_process: bool = False,
+    ) -> Iterator[tuple[Tensor, ...]] | None:
+        """Return an iterator over decoded batches on the device, one tensor per sampler; None for
+        images in memory.
 
-        It raises as `Reader.read`.
+        in_process: without worker processes, for a few images. It raises as `Reader.read`.
         """
+        if isinstance(self._images, InMemoryImages):
+            return None
+        decoders = tuple(sampler.decoder for sampler in samplers)
+        if in_process:
+            reader = Reader(self._images, decoders, num_workers=0, pin=False)
+            return self._timed(reader.read(requests))
         reader = self._readers.get(decoders)
         if reader is None:
             pin = self._device.type == "cuda"

@@ -1,6 +1,6 @@
 """Training batches: the same sequence of global batches for any number of processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -29,6 +29,7 @@ from deit.datasets.view_batches import (
     TeacherInput,
     UnmixedViews,
     micro_batch_size,
+    micro_batches,
     num_images_per_batch,
     num_steps_per_epoch,
 )
@@ -76,7 +77,8 @@ class TrainLoader:
     each batch of `epoch`. images_per_batch, images_per_epoch: different images in a global batch
     and in an epoch. sizes: of the views. student_sampler, teacher_sampler: make the views; None for
     a teacher that gets the student's. stages: times of this epoch. on_views: None or a function,
-    called with the views of one or more micro-batches if the teacher gets the student's.
+    called with the views of one or more micro-batches if the teacher gets the student's; otherwise
+    with its views of the first rows of an epoch.
 
     >>> images = InMemoryImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), torch.arange(20) % 2)
     >>> loader = TrainLoader(
@@ -114,21 +116,18 @@ class TrainLoader:
         self.images_per_batch = num_images_per_batch(optim.batch_size, views, self.num_images)
         self.device = as_device(device)
         self.stages = StageTimer(self.device)
-        self.images = images
+        self.images, self.with_teacher_images = images, with_teacher_images
         self.labels = images.labels.to(self.device)
-        self.num_classes = num_classes
+        self.num_classes, self.seed = num_classes, seed
         source = source_size(images, views, decoded_size)
         self.sizes = sizes = view_sizes(student_size, teacher_size, source)
-        self.channel_stats = channel_stats
-        self.mean, self.std = channel_stats
-        self.seed = seed
+        self.channel_stats, (self.mean, self.std) = channel_stats, channel_stats
         # An epoch keeps its number of views: with repeats it covers fewer images.
         self.steps_per_epoch = num_steps_per_epoch(self.num_images, optim.batch_size)
         self.images_per_epoch = self.steps_per_epoch * self.images_per_batch
         settings = {"source": source, "channel_stats": channel_stats, "seed": seed}
         self.student_sampler = RandomView(views, size=sizes.view, **settings)
         self.teacher_sampler = teacher_view_sampler(views, size=sizes.teacher, **settings)
-        self.with_teacher_images = with_teacher_images
         self.on_views: Callable[[UnmixedViews], None] | None = None
         self.pixels = images.pixels.to(self.device) if isinstance(images, InMemoryImages) else None
         self._decoded = DecodedBatches(images, num_workers, self.device, self.stages)
@@ -145,18 +144,20 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         process_index: int | None = None,
         num_processes: int | None = None,
+        with_teacher_images: bool = True,
     ) -> "TrainLoader":
         """Return the loader of a configuration's training views, with its `splits`.
 
         config: or the name of a recipe. teacher_size: side [px] of the teacher's input; None: any.
         device: of the batches: cpu, cuda, cuda:INDEX, or auto for a GPU if there is one.
-        process_index, num_processes: default: those of torch.distributed. Raises ConfigError,
+        process_index, num_processes: default: those of torch.distributed. with_teacher_images:
+        whether batches have the teacher's images; False for stored targets. Raises ConfigError,
         DataError and SystemFault as `train`.
         """
         from deit.datasets.loader_factories import loader_from_config
 
-        process = (process_index, num_processes)
-        return loader_from_config(config, teacher_size=teacher_size, device=device, process=process)
+        process, images = (process_index, num_processes), with_teacher_images
+        return loader_from_config(config, teacher_size, device, process, images)
 
     @classmethod
     @checks_types
@@ -262,53 +263,65 @@ class TrainLoader:
         samplers = [self.student_sampler]
         if self.with_teacher_images and self.teacher_sampler is not None:
             samplers.append(self.teacher_sampler)
+        if self.on_views is not None and self.teacher_sampler is not None:
+            self.on_views(self._first_teacher_views(epoch))
         requests = (ReadRequest(epoch, *self._locate(order, batch)) for batch in rows)
-        decoded = self._decode(samplers, requests)
-        at_once = 1  # micro-batches whose views are made together
+        decoded = self._decoded.read(samplers, requests)
+        size, at_once = self.micro_batch_size, 1  # micro-batches whose views are made together
         if decoded is None:
-            micro_batch_bytes = 3 * self.sizes.view**2 * self.micro_batch_size
-            at_once = max(_VIEW_BYTES // micro_batch_bytes, 1)
-        num_sampled = _VIEWS_SAMPLED // self.micro_batch_size // at_once * at_once
+            at_once = max(_VIEW_BYTES // (3 * self.sizes.view**2 * size), 1)
+        num_sampled = _VIEWS_SAMPLED // size // at_once * at_once
         for chunk in rows.split(max(num_sampled, at_once)):
             with self.stages.time("views", 0):  # no images: `_make_batches` counts them
                 flat = chunk.flatten()
                 sampled = self._sample(epoch, flat, *self._locate(order, flat), samplers)
             for first in range(0, len(chunk), at_once):
-                last = min(first + at_once, len(chunk))
-                part = sampled.select(
-                    slice(first * self.micro_batch_size, last * self.micro_batch_size)
-                )
+                part = sampled.select(slice(first * size, (first + at_once) * size))
                 pixels = None if decoded is None else next(decoded)
                 yield from self._make_batches(epoch, part, pixels, samplers)
 
     @checks_types
     def teacher_inputs(
-        self, epoch: int, rows: Tensor, *, batch_size: int, repeat: int = 0
+        self,
+        epoch: int,
+        rows: Tensor,
+        *,
+        batch_size: int,
+        repeat: int = 0,
+        in_process: bool = False,
     ) -> Iterator[TeacherInput]:
         """Yield the teacher's input for some rows of an epoch, in batches.
 
         rows: int64 [n], on the CPU; with mixing whole pairs, 2k before 2k + 1, and an even
         batch_size. repeat: which view of an image, if the teacher's view is fixed; can be called
-        for several repeats at the same time. Raises DataError for an image that cannot be read.
+        for several repeats at the same time. in_process: decode without worker processes. Raises
+        DataError for an image that cannot be read.
         """
         sampler = self.teacher_sampler or self.student_sampler
         order = None if self.views.has_fixed_teacher_view else self.order(epoch)
         images, repeats = self._locate(order, rows, repeat)
         batches = zip(images.split(batch_size), repeats.split(batch_size))
-        decoded = self._decode([sampler], (ReadRequest(epoch, *batch) for batch in batches))
+        requests = (ReadRequest(epoch, *batch) for batch in batches)
+        decoded = self._decoded.read([sampler], requests, in_process=in_process)
         num_sampled = max(_VIEWS_SAMPLED // batch_size, 1) * batch_size
         for start in range(0, len(rows), num_sampled):
             chunk = slice(start, start + num_sampled)
             sampled = self._sample(epoch, rows[chunk], images[chunk], repeats[chunk], [sampler])
             for first in range(0, len(sampled.samples), batch_size):
-                last = min(first + batch_size, len(sampled.samples))
-                batch = sampled.select(slice(first, last))
+                batch = sampled.select(slice(first, first + batch_size))
                 (pixels,) = (self.pixels[batch.samples],) if decoded is None else next(decoded)
                 views = sampler.apply(pixels, *batch.parameters)
                 yield TeacherInput(
                     self._to_input(views, self.sizes.teacher, batch.mix),
                     UnmixedViews(views, batch.mix, batch.samples, epoch, batch.target_rows),
                 )
+
+    def _first_teacher_views(self, epoch: int) -> UnmixedViews:
+        """Return the teacher's own views of the first rows of an epoch, as they are stored."""
+        stored_epoch = 0 if self.views.has_fixed_teacher_view else epoch
+        rows = torch.arange(min(self.num_images, 2))
+        (inputs,) = self.teacher_inputs(stored_epoch, rows, batch_size=2, in_process=True)
+        return inputs.views._replace(epoch=epoch)
 
     def close(self) -> None:
         """End the worker processes; the next epoch starts new ones."""
@@ -352,14 +365,6 @@ class TrainLoader:
             mix,
         )
 
-    def _decode(
-        self, samplers: list[ViewSampler], requests: Iterable[ReadRequest]
-    ) -> Iterator[tuple[Tensor, ...]] | None:
-        """Return decoded batches, one tensor per sampler; None for images in memory."""
-        if self.pixels is not None:
-            return None
-        return self._decoded.read(tuple(sampler.decoder for sampler in samplers), requests)
-
     def _make_batches(
         self,
         epoch: int,
@@ -381,18 +386,13 @@ class TrainLoader:
             teacher_images = None
             if teacher_views:
                 teacher_images = to_unit_float(teacher_views[0])
-            elif self.with_teacher_images and self.sizes.teacher == self.sizes.student:
-                teacher_images = images
             elif self.with_teacher_images:
-                teacher_images = self._to_input(views, self.sizes.teacher, mix)
+                same = self.sizes.teacher == self.sizes.student
+                teacher_images = images if same else self._to_input(views, self.sizes.teacher, mix)
             if self.on_views is not None and self.teacher_sampler is None:
                 self.on_views(UnmixedViews(views, mix, samples, epoch, target_rows))
-        size = self.micro_batch_size
-        parts = [part.split(size) for part in (images, targets, samples, target_rows)]
-        teacher_parts = None if teacher_images is None else teacher_images.split(size)
-        for index, (images, targets, samples, target_rows) in enumerate(zip(*parts)):
-            teacher_part = None if teacher_parts is None else teacher_parts[index]
-            yield Batch(images, teacher_part, targets, samples, epoch, target_rows)
+        batch = Batch(images, teacher_images, targets, samples, epoch, target_rows)
+        yield from micro_batches(batch, self.micro_batch_size)
 
     def _to_input(self, views: Tensor, size: int, mix: Mix | None) -> Tensor:
         """Convert views to a network's input: resized, in [0, 1], mixed."""

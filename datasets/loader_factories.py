@@ -74,13 +74,23 @@ def loader_of(
 
 
 def loader_from_config(
-    config: Config | str | PathLike, *, teacher_size: int | None, device: Any, process: Process
+    config: Config | str | PathLike,
+    teacher_size: int | None,
+    device: Any,
+    process: Process,
+    with_teacher_images: bool,
 ) -> TrainLoader:
     """Load the images of a configuration; see `TrainLoader.from_config`."""
     config = config if isinstance(config, Config) else recipe(config)
     config = validate_sections(config, ("data", "views", "student", "optim", "run"))
-    splits = load_splits(config.data)
-    return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
+    return loader_of(
+        config,
+        load_splits(config.data),
+        teacher_size=teacher_size,
+        device=device,
+        process=process,
+        with_teacher_images=with_teacher_images,
+    )
 
 
 def loader_from_folder(
@@ -112,6 +122,7 @@ def loader_from_arrays(
     device: torch.device | str = "cpu",
     process_index: int | None = None,
     num_processes: int | None = None,
+    with_teacher_images: bool = True,
     validation: Any = None,
 ) -> TrainLoader:
     """Make the splits of images in memory; see `TrainLoader.from_arrays`."""
@@ -125,8 +136,14 @@ def loader_from_arrays(
     splits = Splits(names, train, held_out, empty, mean, std, (), fingerprint)
     size = images.shape[-1] if image_size is None else image_size
     config = _config(views, batch_size=batch_size, image_size=size, seed=seed)
-    process = (process_index, num_processes)
-    return loader_of(config, splits, teacher_size=teacher_size, device=device, process=process)
+    return loader_of(
+        config,
+        splits,
+        teacher_size=teacher_size,
+        device=device,
+        process=(process_index, num_processes),
+        with_teacher_images=with_teacher_images,
+    )
 
 
 def _validation(arrays: tuple[Any, Any], class_names: tuple[str, ...]) -> InMemoryImages:

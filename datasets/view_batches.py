@@ -1,5 +1,6 @@
 """Batches of views at each stage: sampled, before mixing, as an input of a network; and sizes."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from deit.config.command_choices import check_at_least
 from deit.config.sections.optim import OptimConfig
 from deit.config.sections.views import ViewsConfig
 from deit.core.errors import ConfigError, DataError
+from deit.core.types import Batch
 from deit.datasets.mixing import Mix
 from deit.datasets.views import ViewParameters
 
@@ -77,6 +79,16 @@ def micro_batch_size(optim: OptimConfig, views: ViewsConfig, num_processes: int)
             f"for {num_processes} processes and optim.grad_accum_steps {optim.grad_accum_steps}"
         )
     return size
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """Divide a batch into micro-batches of this size, which share its memory."""
+    images, teacher_images, targets, sample_ids, epoch, target_rows = batch
+    parts = [part.split(size) for part in (images, targets, sample_ids, target_rows)]
+    teacher_parts = None if teacher_images is None else teacher_images.split(size)
+    for index, (images, targets, sample_ids, target_rows) in enumerate(zip(*parts)):
+        teacher_part = None if teacher_parts is None else teacher_parts[index]
+        yield Batch(images, teacher_part, targets, sample_ids, epoch, target_rows)
 
 
 def num_steps_per_epoch(num_images: int, batch_size: int) -> int:

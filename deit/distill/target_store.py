@@ -86,7 +86,8 @@ class TargetStore:
     @checks_types
     def attach(self, loader: TrainLoader) -> None:
         """Compare the store with a loader's images, classes and views, and from now on a view of
-        each epoch with its checksum, while the loader makes the views.
+        each epoch with its checksum: one that the loader makes, or if the teacher has views of its
+        own, the first of them.
 
         loader: from one of TrainLoader's constructors. Raises DataError with all differences, and
         while training if a view is not the one that the teacher saw; ConfigError for a loader
@@ -168,8 +169,8 @@ class TargetStore:
         if views.epoch == self._checked_epoch or not self._holds(views.epoch):
             return
         for index in self.record_format.checked_indices(views.target_rows)[:1]:
-            self._checked_epoch = views.epoch
             self.check_view(views, index)
+            self._checked_epoch = views.epoch
 
     def check_view(self, views: UnmixedViews, index: int) -> None:
         """Compare a view of a batch with its checksum in the store. Raises DataError.

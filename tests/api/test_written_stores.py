@@ -2,11 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 import deit
 from deit.distill import target_format
-from tests.api.test_misuse import NAMES, PLAIN, MeanColor, make_loader, make_teacher
+from tests.api.test_misuse import CROP, NAMES, PLAIN, MeanColor, make_loader, make_teacher
 from tests.helpers.errors import raises
 
 
@@ -69,6 +70,26 @@ def test_a_store_of_a_loader_can_be_opened_many_times(tmp_path):
         store = deit.TargetStore.open(tmp_path / "targets", loader)
     for batch in loader.epoch(0):
         store(batch)
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+@pytest.mark.parametrize("view", ["same", "independent", "resized", "center", "crops"])
+def test_a_view_of_each_epoch_is_checked(view, with_images, tmp_path):
+    options = {"views": CROP | {"teacher_view": view}, "with_teacher_images": with_images}
+    loader, teacher = make_loader(**options), make_teacher()
+    is_fixed = loader.views.has_fixed_teacher_view
+    deit.write_targets(loader, tmp_path / "out", teacher, epochs=1 if is_fixed else 2)
+    store = deit.TargetStore.open(tmp_path / "out", loader)
+    for epoch in (0, 1, 0, 1):
+        for batch in loader.epoch(epoch):
+            labels, _ = store(batch)
+            assert (batch.teacher_images is not None) == with_images
+            if with_images and view != "crops":
+                assert torch.equal(labels, teacher(batch.teacher_images).argmax(dim=1))
+    store.checks = store.checks._replace(views=store.checks.views + 1)
+    for epoch in (0, 0, 1):
+        with raises(deit.errors.DataError, tmp_path / "out", "is not the view"):
+            next(loader.epoch(epoch))
 
 
 def test_threads_share_a_store(tmp_path):
