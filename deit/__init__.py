@@ -30,7 +30,6 @@ _MODULES = {
     "deit.config.sections.run": ("RunConfig",),
     "deit.api.training": ("dry_run", "finetune", "train"),
     "deit.api.run": ("Run", "load_run"),
-    "deit.api.predictions": ("ImageInput", "Prediction"),
     "deit.api.doctor": ("doctor",),
     "deit.core.machine.checks": ("Check",),
     "deit.api.evaluation": ("evaluation_batches",),
@@ -38,6 +37,7 @@ _MODULES = {
     "deit.experiments.sweep_spec": ("Sweep",),
     "deit.training.epochs": ("EpochCallback",),
     "deit.evaluation.evaluate": ("EvaluationResult", "evaluate"),
+    "deit.evaluation.predictions": ("ImageInput", "Prediction"),
     "deit.analysis.report": ("report",),
     "deit.analysis.view_sheet": ("view_sheet",),
     "deit.deploy.export": ("export",),
@@ -90,8 +90,6 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the 
     from deit.api.experiments import SweepResult as SweepResult
     from deit.api.experiments import compare as compare
     from deit.api.experiments import sweep as sweep
-    from deit.api.predictions import ImageInput as ImageInput
-    from deit.api.predictions import Prediction as Prediction
     from deit.api.run import Run as Run
     from deit.api.run import load_run as load_run
     from deit.api.training import dry_run as dry_run
@@ -135,6 +133,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with the 
     from deit.distill.write_targets import write_targets as write_targets
     from deit.evaluation.evaluate import EvaluationResult as EvaluationResult
     from deit.evaluation.evaluate import evaluate as evaluate
+    from deit.evaluation.predictions import ImageInput as ImageInput
+    from deit.evaluation.predictions import Prediction as Prediction
     from deit.experiments.sweep_spec import Sweep as Sweep
     from deit.models.metadata import ModelInfo as ModelInfo
     from deit.models.saved_student import build_student as build_student

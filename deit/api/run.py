@@ -1,6 +1,6 @@
 """A run on disk as one object: its student, metrics, predictions, evaluation and exports."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.api.figures import plot_attention, plot_curves
-from deit.api.predictions import ImageInput, Prediction, image_batches, to_predictions
+from deit.api.figures import plot_curves
 from deit.api.run_html import run_html
 from deit.config.arguments import checks_types
 from deit.config.command_choices import TOP_K, check_at_least, check_choice, check_path
+from deit.config.input_paths import unreadable_error
 from deit.config.schema import Config
 from deit.core import run_folder, run_log
-from deit.core.console import format_percent
+from deit.core.console import format_percent, warn
 from deit.core.errors import CheckpointError, ConfigError
 from deit.core.tensors import as_device
-from deit.core.types import logits_by_head
+from deit.evaluation.attention import plot_attention
 from deit.evaluation.evaluate import EvaluationResult, evaluate
-from deit.evaluation.load_run import load_run_config, resolve_run
+from deit.evaluation.load_run import find_student, load_run_config, resolve_run
+from deit.evaluation.predictions import (
+    ImageInput,
+    Prediction,
+    image_batches,
+    image_logits,
+    student_heads,
+    to_predictions,
+)
+from deit.models.attention_rollout import check_attention
 from deit.models.metadata import ModelInfo
 from deit.models.saved_student import load_student
 from deit.models.student import Student
@@ -55,7 +64,8 @@ class Run:
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        """path: a run folder, which is read when it is needed; `load_run` checks that it is one.
+        """path: a run folder, which is read when it is needed; `load_run` checks that it is one. A
+        folder of a saved student has `student`, `logits`, `predict` and `plot_attention` too.
         checkpoint: best or last. device: of the student: cpu, cuda, cuda:INDEX, or auto for a GPU
         if there is one."""
         check_choice("checkpoint", checkpoint, run_folder.NAMES)
@@ -104,7 +114,7 @@ class Run:
 
     @cached_property
     def _loaded(self) -> tuple[Student, ModelInfo]:
-        _, saved = resolve_run(self.path, self.checkpoint)
+        saved = find_student(self.path, self.checkpoint)
         student, model_info = load_student(saved, device=self.device)
         return student.eval(), model_info
 
@@ -119,7 +129,6 @@ class Run:
         return self._loaded[1].class_names
 
     @checks_types
-    @torch.no_grad()
     def logits(self, images: ImageInput, *, batch_size: int = 64) -> dict[str, Tensor]:
         """Return the logits of each head, float32 [B, C] on the CPU.
 
@@ -132,20 +141,19 @@ class Run:
         return self._heads_and_files(images, batch_size)[0]
 
     def _heads_and_files(
-        self, images: ImageInput, batch_size: int
+        self, images: ImageInput, batch_size: int, unreadable: dict[str, str] | None = None
     ) -> tuple[dict[str, Tensor], list[str | None]]:
-        """Return the logits of each head, and the file of each image."""
         student, model_info = self._loaded
-        parts: list[dict[str, Tensor]] = []
-        files: list[str | None] = []
-        for inputs, names in image_batches(images, model_info, batch_size=batch_size):
-            heads = logits_by_head(student(inputs.to(student.mean.device)))
-            parts.append({name: logits.cpu() for name, logits in heads.items()})
-            files += names
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, files
+        heads_of = partial(student_heads, student)
+        heads, files = image_logits(
+            heads_of, images, model_info, batch_size=batch_size, unreadable=unreadable
+        )
+        if not files:
+            side = model_info.student.image_size
+            heads = heads_of(torch.zeros(0, 3, side, side))
+        return heads, files
 
     @checks_types
-    @torch.no_grad()
     def predict(
         self,
         images: ImageInput,
@@ -153,15 +161,20 @@ class Run:
         top_k: int = TOP_K,
         head: str = "fused",
         batch_size: int = 64,
+        skip_unreadable: bool = False,
     ) -> list[Prediction]:
         """Return the most likely classes of each image.
 
         images, batch_size: as for `logits`. top_k: number of classes. head: class, distillation or
-        fused; a student with one head has class only, which is its fused head. Raises as `logits`.
+        fused; a student with one head has class only, which is its fused head. skip_unreadable:
+        leave out files that cannot be read, with a warning that lists them. Raises as `logits`.
         """
         check_at_least("top_k", top_k, 1)
         check_at_least("batch_size", batch_size, 1)
-        heads, files = self._heads_and_files(images, batch_size)
+        unreadable: dict[str, str] | None = {} if skip_unreadable else None
+        heads, files = self._heads_and_files(images, batch_size, unreadable)
+        if unreadable:
+            warn(str(unreadable_error(unreadable, len(files))))
         heads.setdefault("fused", heads["class"])
         check_choice("head", head, heads)
         return to_predictions(heads[head], self.class_names, files, top_k=top_k)
@@ -243,10 +256,13 @@ class Run:
         """
         check_at_least("max_images", max_images, 1)
         student, model_info = self._loaded
-        inputs, names = next(image_batches(images, model_info, batch_size=max_images))
-        if not names:
+        check_attention(student.network)
+        batches = image_batches(images, model_info, batch_size=max_images)
+        views, files = next(batches, (None, []))
+        if not files:
             raise ConfigError("images: there are none to draw")
-        return plot_attention(student, model_info, inputs, names)
+        heads = student_heads(student, views)
+        return plot_attention(student, views, heads, model_info.class_names, files)
 
 
 @checks_types

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
@@ -80,19 +79,19 @@ def check_image_files(paths: Iterable[Path]) -> None:
     """Raise DataError if none of some image files and folders exists."""
     paths = list(paths)
     if not any(path.exists() for path in paths):
-        raise_unreadable({str(path): "no such file" for path in paths}, 0)
+        raise unreadable_error({str(path): "no such file" for path in paths}, 0)
 
 
-def raise_unreadable(unreadable: Mapping[str, str], num_read: int) -> NoReturn:
-    """Raise DataError with every image that could not be read, and why.
+def unreadable_error(unreadable: Mapping[str, str], num_read: int) -> DataError:
+    """Return an error with every image that could not be read, and why.
 
     num_read: how many could be read.
     """
     lines = [f"{name}: {reason}" for name, reason in unreadable.items()]
     if len(lines) == 1 and not num_read:
-        raise DataError(lines[0])
+        return DataError(lines[0])
     title = f"{len(lines)} of {len(lines) + num_read} images could not be read"
-    raise DataError("\n  ".join([f"{title}:", *lines]))
+    return DataError("\n  ".join([f"{title}:", *lines]))
 
 
 def check_source(source: str) -> None:

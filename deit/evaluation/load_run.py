@@ -155,14 +155,24 @@ def resolve_run(run: str | Path, name: str) -> tuple[Config, Path]:
     >>> config.student.name, saved.as_posix()
     ('deit_micro', 'checkpoints/digits/best')
     """
-    run, saved = Path(run), None
+    folder = run = Path(run)
     if not (run / run_folder.CONFIG).is_file() and run_folder.is_checkpoint_dir(run):
-        run, saved = run.parent, run
+        run = run.parent
     run_folder.require_run(run)
-    saved = saved or run_folder.find_checkpoint(run, name)
-    if saved is None or find_saved_model(saved) != saved:
+    return load_run_config(run), find_student(folder, name)
+
+
+def find_student(run: str | Path, name: str) -> Path:
+    """Return the folder of a saved student: a checkpoint of a run, or the given folder itself.
+
+    name: of the checkpoint, best or last. Raises CheckpointError.
+    """
+    run = Path(run)
+    run_folder.require_folder(run)
+    saved = run_folder.find_checkpoint(run, name) or run
+    if find_saved_model(saved) != saved:
         raise CheckpointError(f"{run}: has no finished checkpoint {name!r} yet")
-    return load_run_config(run), saved
+    return saved
 
 
 def load_run_config(run: str | Path) -> Config:

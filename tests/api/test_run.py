@@ -160,6 +160,33 @@ def test_predictions_equal_those_of_the_command(run, tmp_path):
         assert prediction.probability == pytest.approx(first["probability"], abs=1e-5)
 
 
+def test_folders_are_read_and_unreadable_files_skipped(run, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    write_class_folders(folder, images_per_class=1)
+    readable = run.predict(folder, top_k=1)
+    assert len(readable) == len({prediction.file for prediction in readable}) > 1
+    (folder / "page.png").write_text("<html>")
+    (tmp_path / "empty").mkdir()
+    images = [folder, tmp_path / "gone.png", tmp_path / "empty"]
+    with raises(deit.errors.DataError, folder / "page.png"):
+        run.predict(folder)
+    with raises(deit.errors.DataError, images[-1], "no images"):
+        run.predict(images[-1])
+    capsys.readouterr()
+    assert run.predict(images, top_k=1, batch_size=1, skip_unreadable=True) == readable
+    warning = capsys.readouterr().err
+    assert all(f"{name}: " in warning for name in (folder / "page.png", *images[1:]))
+    assert run.predict(images[1:], skip_unreadable=True) == []
+
+
+def test_folder_of_a_saved_student_predicts(run, digits, tmp_path):
+    info = deit.load_student(run.path / "best")[1]
+    saved = deit.save_student(
+        run.student, tmp_path / "saved", run.class_names, evaluation_crop=info.evaluation_crop
+    )
+    assert deit.Run(saved).predict(digits.pixels[:3]) == run.predict(digits.pixels[:3])
+
+
 @pytest.mark.parametrize(
     "images",
     [
@@ -315,6 +342,8 @@ def test_figures_are_matplotlib_figures(run, digits):
         assert drawn._repr_png_().startswith(b"\x89PNG")
     (attention,) = run.plot_attention(digits.pixels[:3], max_images=1).axes[:1]
     assert "image 0" in attention.get_title(loc="left")
+    with raises(deit.errors.ConfigError, "images"):
+        run.plot_attention([])
 
 
 def test_unfinished_run_says_so(run, tmp_path):

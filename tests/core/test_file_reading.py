@@ -21,7 +21,7 @@ from deit.core.run_folder import check_run_dir
 from deit.core.run_log import HASH_CHAIN, METRICS
 from deit.core.user_code import read_names
 from deit.distill.target_store import read_manifest
-from deit.evaluation import predict
+from deit.evaluation import predictions
 from deit.experiments.sweep_spec import read_sweep
 from deit.models import weight_files
 from deit.models.load_weights import load_weights_from
@@ -34,7 +34,7 @@ READERS = {
     "configuration": ("config.json", validation.load_config, ConfigError),
     "names": ("names.txt", lambda path: read_names("data.classes", (f"@{path}",)), DataError),
     "sweep": ("sweep.yaml", read_sweep, ConfigError),
-    "picture": ("picture.png", lambda path: predict._read_squares(path, (8,)), DataError),
+    "picture": ("picture.png", lambda path: predictions._open(str(path)), DataError),
     "store": ("store.json", lambda path: read_manifest(path.parent), CheckpointError),
     "record": ("record.json", lambda path: load_json_as(path, Config), CheckpointError),
     "digest": ("a", lambda path: manifest.digests(path.parent, ["a"]), CheckpointError),
