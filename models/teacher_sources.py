@@ -346,6 +346,12 @@ def _match_classes(
             f"teacher {loaded.description}: has {len(indices)} classes, but lacks {len(missing)} "
             f"of the data's {len(class_names)}: {examples}{did_you_mean(missing[0], indices)}"
         )
+    counts = Counter(loaded.class_names)
+    if ambiguous := [name for name in class_names if counts[name] > 1]:
+        raise DataError(
+            f"teacher {loaded.description}: {counts[ambiguous[0]]} of its classes are named "
+            f"{ambiguous[0]!r}; name each output with teacher.classes, @FILE or a list"
+        )
     return tuple(indices[name] for name in class_names)
 
 

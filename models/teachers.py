@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from deit.core.errors import DataError
+from deit.core.errors import ConfigError, DataError
 from deit.core.tensors import check_image_values, check_images, has_values
 from deit.models.memory_format import MemoryFormat, set_memory_format, to_memory_format
 from deit.models.weight_files import digest_of
@@ -123,15 +123,21 @@ class Teacher(nn.Module):
         """Return float32 logits [batch, classes] of images, float [batch, 3, side, side] in [0, 1].
 
         Images of another size than the network's input are resized (bicubic, antialiased). Raises
-        ConfigError for integers and, in the first call on a CPU, for values outside [0, 1].
+        ConfigError for integers, for sides that differ if the network has an input size and, in the
+        first call on a CPU, for values outside [0, 1].
         """
         check_images("teacher", images)
         if self._is_first_call and has_values():
             self._is_first_call = False
             check_image_values("teacher", images)
-        if self.image_size is not None and images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        side = self.image_size
+        if side is not None and images.shape[-2:] != (side, side):
+            if images.shape[-2] != images.shape[-1]:
+                raise ConfigError(
+                    f"teacher: takes square images, which it resizes to {side} px; got "
+                    f"{list(images.shape)}"
+                )
+            images = interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         normalized = to_memory_format((images - self.mean) / self.std, self.memory_format)
         logits = self.network(normalized).float()
         if self.class_indices is None:

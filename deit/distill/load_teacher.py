@@ -65,6 +65,8 @@ def load_teacher(
         mean, std = check_channels("mean", mean), check_channels("std", std)
     if not len(class_names):
         raise ConfigError("class_names: give those of the data in order, as loader.class_names")
+    if len(set(class_names)) < len(class_names):
+        raise ConfigError(f"class_names = {tuple(class_names)}: should be different names")
     if architecture is not None and isinstance(source, nn.Module):
         raise ConfigError(f"architecture = {architecture}: is for a checkpoint file, not a module")
     options = {"architecture": architecture, "classes": classes, "mean": mean, "std": std}

@@ -103,7 +103,7 @@ def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOu
     elif not _is_labels(labels) or len(labels) != batch:
         raise _error("teacher", labels, f"labels should be int64 [{batch}]")
     else:
-        if not isinstance(teacher, TeacherOutput):  # of our own teachers: always in range
+        if not isinstance(teacher, TeacherOutput):  # see `check_teacher_labels`
             _check_classes("teacher", labels, num_classes)
         labels = labels[:, None] if labels.ndim == 1 else labels
     if logits is not None and labels.shape != logits.shape[:2]:
@@ -114,6 +114,15 @@ def as_teacher_output(teacher: TeacherTarget, class_logits: Tensor) -> TeacherOu
     elif len(weights) != num_teachers:
         raise _error("teacher", weights, f"should have {num_teachers} weights, one per teacher")
     return TeacherOutput(labels.long(), logits, weights)
+
+
+def check_teacher_labels(teacher: TeacherTarget | None, num_classes: int) -> None:
+    """Raise ConfigError for a TeacherOutput with classes out of range, on the CPU.
+
+    Not part of `as_teacher_output`: a training step reads nothing back, and its teachers are ours.
+    """
+    if isinstance(teacher, TeacherOutput) and _is_labels(teacher.labels):
+        _check_classes("teacher", teacher.labels, num_classes)
 
 
 def check_loss(loss: LossConfig, epoch: float) -> LossConfig:

@@ -28,6 +28,7 @@ from deit.distill.loss_inputs import (
     as_targets,
     as_teacher_output,
     check_loss,
+    check_teacher_labels,
 )
 
 Losses = dict[str, Tensor]
@@ -255,6 +256,22 @@ def distillation_loss(
     loss = check_loss(loss, epoch)
     outputs = as_student_output(outputs)
     targets = as_targets(targets, outputs.class_logits)
+    check_teacher_labels(teacher, outputs.class_logits.shape[1])
+    return losses_of_step(outputs, targets, teacher, loss, epoch=epoch)
+
+
+def losses_of_step(
+    outputs: StudentOutput,
+    targets: Tensor,
+    teacher: TeacherTarget | None,
+    loss: LossConfig,
+    *,
+    epoch: float,
+) -> Losses:
+    """Return `distillation_loss` without the checks that read numbers back, for valid options.
+
+    targets: label distributions, float [B, C].
+    """
     with torch.autocast(outputs.class_logits.device.type, enabled=False):
         if teacher is None or loss.kind == "none":
             return label_only_loss(outputs, targets, loss)

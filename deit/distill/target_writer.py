@@ -77,6 +77,16 @@ class TargetWriter:
         self.num_rows = sum(last - first for _, first, last in ranges)
         self.num_batches = sum(-(-(last - first) // batch_size) for _, first, last in ranges)
 
+    def check_teacher(self) -> None:
+        """Compute the outputs of the first missing batch. Raises NumericsError naming the images if
+        one is not finite."""
+        for shard in self.missing[:1]:
+            epoch, first, last = self.record_format.epoch_ranges(shard)[0]
+            rows = torch.arange(first, min(first + self.batch_size, last))
+            for inputs in self.loader.teacher_inputs(epoch, rows, batch_size=self.batch_size):
+                self.query(inputs)
+        self.ensemble.check()
+
     def write(self, interruption: GracefulStop) -> None:
         """Write the missing shards. Raises StoppedBySignal between two batches."""
         steps = progress(range(self.num_batches), total=self.num_batches, title="writing targets")

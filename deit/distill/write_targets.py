@@ -115,10 +115,11 @@ def write_targets(
     _check_memory(teachers, loader.sizes.teacher, accelerator, batch_size)
     _check_disk(out, record_format)
     _measure_teachers(inputs)
-    store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     ensemble = build_online_ensemble(teachers, config.teacher, splits, accelerator)
     shards = shards_of(part, record_format.num_shards, accelerator)
     writer = TargetWriter(store, shards, loader, ensemble, splits.train.labels, batch_size)
+    writer.check_teacher()
+    store.create_or_match()  # only now: teachers that fail the checks leave no folder behind
     write_all(writer, accelerator)
     return _finished(inputs, store, is_new=len(writer.missing) == record_format.num_shards)
 

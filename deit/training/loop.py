@@ -15,7 +15,7 @@ from deit.core.fault_injection import inject_nan
 from deit.core.rng import step_seed
 from deit.core.sharding import full_value
 from deit.core.types import Batch, StudentOutput, TeacherOutput, logits_by_head
-from deit.distill.losses import Losses, distillation_loss
+from deit.distill.losses import Losses, losses_of_step
 from deit.distill.teacher_ensemble import TeacherEnsemble
 from deit.models.surgery.fake_quant import ActivationRanges
 from deit.models.surgery.pruning_masks import PruningMasks
@@ -89,7 +89,7 @@ def train_epoch(
         with accelerator.accumulate(student):
             outputs = student(batch.images)
             teacher = None if context.teacher is None else context.teacher(batch)
-            losses = distillation_loss(
+            losses = losses_of_step(
                 outputs, batch.targets, teacher, context.loss, epoch=step / steps
             )
             accelerator.backward(_spread_nonfinite(inject_nan("loss", losses["loss"])))

@@ -7,7 +7,16 @@ import torch
 
 import deit
 from deit.distill import target_format
-from tests.api.test_misuse import CROP, NAMES, PLAIN, MeanColor, make_loader, make_teacher
+from tests.api.test_misuse import (
+    CROP,
+    LABELS,
+    NAMES,
+    PLAIN,
+    ConfigError,
+    MeanColor,
+    make_loader,
+    make_teacher,
+)
 from tests.helpers.errors import raises
 
 
@@ -75,7 +84,10 @@ def test_a_store_of_a_loader_can_be_opened_many_times(tmp_path):
 @pytest.mark.parametrize("with_images", [True, False])
 @pytest.mark.parametrize("view", ["same", "independent", "resized", "center", "crops"])
 def test_a_view_of_each_epoch_is_checked(view, with_images, tmp_path):
-    options = {"views": CROP | {"teacher_view": view}, "with_teacher_images": with_images}
+    options = {
+        "views": CROP | {"teacher_view": view, "teacher_num_crops": 2},
+        "with_teacher_images": with_images,
+    }
     loader, teacher = make_loader(**options), make_teacher()
     is_fixed = loader.views.has_fixed_teacher_view
     deit.write_targets(loader, tmp_path / "out", teacher, epochs=1 if is_fixed else 2)
@@ -90,6 +102,60 @@ def test_a_view_of_each_epoch_is_checked(view, with_images, tmp_path):
     for epoch in (0, 0):  # also the second time
         with raises(deit.errors.DataError, tmp_path / "out", "is not the view"):
             next(loader.epoch(epoch))
+
+
+def test_store_has_no_targets_of_negative_epochs(tmp_path):
+    for view in ("same", "resized"):
+        loader = make_loader(views=CROP | {"teacher_view": view})
+        deit.write_targets(loader, tmp_path / view, make_teacher(), epochs=1)
+        store = deit.TargetStore.open(tmp_path / view, loader)
+        with raises(deit.errors.DataError, tmp_path / view, "epoch -1"):
+            store(next(loader.epoch(0))._replace(epoch=-1))
+
+
+def test_labels_of_functions_are_in_range(tmp_path):
+    ensemble = deit.TeacherEnsemble([lambda batch: (batch.sample_ids, None)])
+    batch = next(make_loader().epoch(0))
+    with raises(ConfigError, "teacher", "0 ... 2"):
+        deit.DistillationLoss("hard", head="class")(
+            torch.zeros(16, 3), LABELS[:16], ensemble(batch)
+        )
+
+
+def test_teacher_without_finite_outputs_leaves_no_folder(tmp_path):
+    class Broken(MeanColor):
+        def forward(self, images):
+            return super().forward(images) * float("nan")
+
+    teacher = deit.load_teacher(Broken(), NAMES, **PLAIN)
+    with raises(deit.errors.NumericsError, "not finite"):
+        deit.write_targets(make_loader(), tmp_path / "out", teacher, epochs=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 8), (2, 3, 8, 16), (2, 3, 9, 8)])
+def test_teacher_of_a_size_takes_square_images(shape):
+    teacher = deit.load_teacher(MeanColor(), NAMES, image_size=8, **PLAIN)
+    with raises(ConfigError, "teacher", "square", list(shape)):
+        teacher(torch.rand(shape))
+    any_size = make_teacher()
+    assert any_size(torch.rand(shape)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("names", [("ant", "ant", "cat"), ("ant", "bee", "ant")])
+def test_classes_of_a_teacher_have_different_names(names):
+    with raises(ConfigError, "class_names", "'ant'", "different"):
+        deit.load_teacher(MeanColor(), names, **PLAIN)
+    with raises(ConfigError, "class_names", "different"):
+        make_loader(class_names=names)
+
+
+def test_teacher_with_two_classes_of_a_name_is_refused():
+    network = MeanColor()
+    network.class_names = ("ant", "ant", "bee")
+    with raises(deit.errors.DataError, "MeanColor", 2, "'ant'", "teacher.classes"):
+        deit.load_teacher(network, ("ant", "bee"), **PLAIN)
+    assert deit.load_teacher(network, ("bee",), **PLAIN).class_indices == [2]
 
 
 def test_threads_share_a_store(tmp_path):

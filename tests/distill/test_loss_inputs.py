@@ -75,6 +75,13 @@ def test_loss_module_has_no_parameters_and_shows_its_options():
         ((CLASS, TOKEN), torch.tensor([0, 1, 2, -100]), TOKEN, "targets"),
         (CLASS, LABELS, (torch.tensor([0, 1, 2, 3]), TOKEN), "teacher"),
         (CLASS, LABELS, (torch.tensor([0, 1, 2, -100]), TOKEN), "teacher"),
+        (
+            CLASS,
+            LABELS,
+            TeacherOutput(torch.tensor([[0], [1], [2], [3]]), TOKEN[:, None]),
+            "teacher",
+        ),
+        (CLASS, LABELS, TeacherOutput(LABELS[:, None] - 100, None), "teacher"),
         (CLASS, LABELS, TeacherOutput(LABELS[:1, None], TOKEN[:1, None]), "teacher"),
         (CLASS, LABELS, TeacherOutput(LABELS[:, None], TOKEN[:, None, :2]), "teacher"),
         (CLASS, LABELS, TeacherOutput(LABELS[:, None], TOKEN[:, None], (0.5, 0.5)), "teacher"),
