@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deit.config.arguments import checks_types
 from deit.config.command_choices import check_at_least, check_path
+from deit.config.cross_field_checks.teacher import check_teacher_view
 from deit.config.recipes import recipe
 from deit.config.schema import Config
 from deit.config.sections.data import DataConfig
@@ -51,6 +52,8 @@ def loader_of(
     Raises ConfigError and DataError as TrainLoader does.
     """
     process_index, num_processes = _process(process)
+    if problems := check_teacher_view(config):
+        raise config_error(problems)
     if teacher_size is not None:
         check_at_least("teacher_size", teacher_size, 1)
     loader = TrainLoader(

@@ -158,6 +158,13 @@ def test_teacher_with_two_classes_of_a_name_is_refused():
     assert deit.load_teacher(network, ("bee",), **PLAIN).class_indices == [2]
 
 
+@pytest.mark.parametrize("view", ["independent", "resized"])
+def test_loader_does_not_mix_beside_views_of_the_teacher(view):
+    """The teacher would see one image, and the student two."""
+    with raises(ConfigError, "views.teacher_view", view, "mixing"):
+        make_loader(views=CROP | {"teacher_view": view, "mixup_alpha": 0.8})
+
+
 def test_threads_share_a_store(tmp_path):
     loader, teacher = make_loader(), make_teacher()
     store = deit.write_targets(loader, tmp_path / "targets", teacher, epochs=2)
