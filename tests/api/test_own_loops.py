@@ -12,53 +12,16 @@ import deit
 from deit.datasets.images import InMemoryImages
 from deit.distill import target_format
 from tests.helpers.errors import raises
-
-SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2, "image_size": 8, "patch_size": 2}
-NAMES = ("ant", "bee", "cat")
-CROP = {"crop": "padded", "crop_padding": 1, "flip": 0.0}
-
-
-class MeanColor(nn.Module):
-    """A teacher that knows the three classes exactly: each is one bright channel."""
-
-    def forward(self, images):
-        return 40 * (images.mean(dim=(2, 3)) - 0.5)
-
-
-def colored_images(count=96):
-    """Return images whose brightest channel is their class, and the classes."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(count) % 3
-    images = torch.randint(0, 128, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    images[torch.arange(count), labels] += 90
-    return images, labels
-
-
-def make_loader(**options):
-    images, labels = colored_images()
-    settings = {"batch_size": 16, "class_names": NAMES, "views": CROP, "device": "cpu"}
-    return deit.TrainLoader.from_arrays(images, labels, **settings | options)
-
-
-def make_student(loader):
-    torch.manual_seed(0)
-    return deit.build_student(
-        "deit_micro", len(loader.class_names), mean=loader.mean, std=loader.std, **SMALL
-    )
-
-
-def make_teacher():
-    return deit.load_teacher(MeanColor(), NAMES, mean=(0, 0, 0), std=(1, 1, 1))
-
-
-def accuracy(student):
-    images, labels = colored_images()
-    student.eval()
-    with torch.no_grad():
-        output = student(images.float() / 255)
-    student.train()
-    fused = (output.class_logits + output.distillation_logits[:, 0]) / 2
-    return (fused.argmax(dim=1) == labels).float().mean().item()
+from tests.helpers.own_loop.parts import (
+    CROP,
+    NAMES,
+    MeanColor,
+    accuracy,
+    colored_images,
+    make_loader,
+    make_student,
+    make_teacher,
+)
 
 
 @pytest.fixture(params=["live", "stored"])

@@ -9,26 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import deit
-from tests.api.test_own_loops import accuracy, make_loader, make_student
+from tests.helpers.own_loop.parts import accuracy, make_loader, make_student, train
 from tests.helpers.processes import ROOT
-
-EPOCHS = 3
-
-
-def train(model, loader, store):
-    """Train by a plain loop; return the ids of the images of the first epoch."""
-    loss_fn = deit.DistillationLoss("hard")
-    optimizer = torch.optim.SGD(model.parameters(), 0.3)
-    ids = []
-    for epoch in range(EPOCHS):
-        for batch in loader.epoch(epoch):
-            losses = loss_fn(model(batch.images), batch.targets, store(batch))
-            losses["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            ids += [] if epoch else [batch.sample_ids]
-    return torch.stack(ids)
-
 
 SCRIPT = """
 import torch
@@ -36,8 +18,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import deit
-from tests.api.test_own_loops import make_loader, make_student, make_teacher
-from tests.api.test_own_processes import EPOCHS, train
+from tests.helpers.own_loop.parts import EPOCHS, make_loader, make_student, make_teacher, train
 
 torch.distributed.init_process_group("gloo")
 loader = make_loader()

@@ -77,7 +77,7 @@ def test_resuming_with_another_configuration_is_refused(runs):
         *(TRAIN, "digits", *QUICK, *SMALL, "--out=student", "--teacher.source=teacher"),
         *("--optim.lr=0.5", "--resume"),
     )
-    assert_refused(done, 2, "--resume", "optim.lr: ", "0.001", "0.5", "--out")
+    assert_refused(done, 2, "--resume", "optim.lr: ", "0.001", "0.5", "another folder")
     assert tree(runs) == before
 
 
