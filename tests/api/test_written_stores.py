@@ -159,7 +159,7 @@ def test_teacher_with_two_classes_of_a_name_is_refused():
 @pytest.mark.parametrize("view", ["independent", "resized"])
 def test_loader_does_not_mix_beside_views_of_the_teacher(view):
     """The teacher would see one image, and the student two."""
-    with raises(ConfigError, "views.teacher_view", view, "mixing"):
+    with raises(deit.errors.ConfigError, "views.teacher_view", view, "mixing"):
         make_loader(views=CROP | {"teacher_view": view, "mixup_alpha": 0.8})
 
 
