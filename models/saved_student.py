@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from deit.config.arguments import checks_types
 from deit.config.command_choices import check_at_least, check_channels, check_fraction, check_path
@@ -88,7 +88,7 @@ def build_student(
 
 @checks_types
 def save_student(
-    student: Student,
+    student: nn.Module,
     folder: str | PathLike,
     class_names: Sequence[str],
     *,
@@ -98,6 +98,7 @@ def save_student(
     """Write a student of `build_student` into a folder, which becomes a teacher (`load_teacher`),
     initial weights (init.weights) or a student again (`load_student`). Return the folder.
 
+    student: it may be in a wrapper of DistributedDataParallel, Lightning Fabric or torch.compile.
     class_names: in the order of the labels it was trained on. evaluation_crop: see ModelInfo.
     force: replace a student that is there; any other folder is never replaced.
     Raises ConfigError for another model or number of classes, and SystemFault if the folder exists.
@@ -108,11 +109,9 @@ def save_student(
     ('cat', 'dog')
     """
     folder = Path(check_path("folder", folder))
-    if not isinstance(student, Student) or student.config is None:
-        raise ConfigError(
-            "student: should be of build_student or load_student, without the wrapper of another "
-            f"library; got {type(student).__name__}"
-        )
+    student = _unwrapped(student)
+    if student.config is None:
+        raise ConfigError("student: should be of build_student or load_student")
     check_fraction("evaluation_crop", evaluation_crop)
     names = tuple(map(str, class_names))
     num_classes = getattr(student.network, "num_classes", len(names))
@@ -120,7 +119,9 @@ def save_student(
         raise ConfigError(
             f"class_names: {len(names)} names, but the student has {num_classes} classes"
         )
-    if folder.exists() and force and find_saved_model(folder) != folder:
+    if folder.exists() and not force:
+        raise SystemFault(f"folder = {folder}: exists already; use force=True to replace it")
+    if folder.exists() and find_saved_model(folder) != folder:
         raise SystemFault(f"folder = {folder}: is no saved student, so it is not replaced")
     mean, std = (tuple(buffer.flatten().tolist()) for buffer in (student.mean, student.std))
     model_info = ModelInfo(student.config, names, mean, std, evaluation_crop)
@@ -128,6 +129,19 @@ def save_student(
     folder.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_dir(folder, lambda new: write_student(new, weights, model_info), replace=force)
     return folder
+
+
+def _unwrapped(model: nn.Module) -> Student:
+    """Return the student in wrappers of other libraries. Raises ConfigError for other models."""
+    inner: nn.Module | None = model
+    while inner is not None and not isinstance(inner, Student):
+        inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+    if inner is None:
+        raise ConfigError(
+            "student: should be of build_student or load_student, alone or in a wrapper of "
+            f"DistributedDataParallel, Fabric or torch.compile; got {type(model).__name__}"
+        )
+    return inner
 
 
 def write_student(folder: str | Path, weights: dict[str, Tensor], model_info: ModelInfo) -> None:

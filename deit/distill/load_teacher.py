@@ -12,6 +12,7 @@ from deit.config.command_choices import check_channels, check_path
 from deit.config.sections.teacher import TeacherConfig
 from deit.config.teachers import teacher_specs
 from deit.config.validation import section_from_dict
+from deit.core.console import info
 from deit.core.errors import NO_VALUE, ConfigError, ConfigProblem
 from deit.core.rng import unchanged_generators
 from deit.core.tensors import as_device
@@ -79,6 +80,7 @@ def load_teacher(
     names, size = tuple(map(str, class_names)), image_size or _PROBE_SIZE
     if isinstance(source, nn.Module):
         loaded = _from_module(source, has_normalization=None not in (mean, std))
+        _report_assumptions(loaded, image_size=image_size, has_normalization=mean is not None)
         teacher = match_teacher(loaded, spec, names, image_size=size)
     else:
         teacher = teacher_from_spec(spec, names, image_size=size)
@@ -111,6 +113,25 @@ def _from_module(network: nn.Module, *, has_normalization: bool) -> LoadedNetwor
         tuple(std or (1.0,) * 3),
         None if names is None else tuple(names),
     )
+
+
+def _report_assumptions(
+    loaded: LoadedNetwork, *, image_size: int | None, has_normalization: bool
+) -> None:
+    """Print the input that timm's `pretrained_cfg` states: the module may be trained otherwise."""
+    if not getattr(loaded.network, "pretrained_cfg", None):
+        return
+    assumed = []
+    if image_size is None and loaded.image_size is not None:
+        assumed.append(f"images of {loaded.image_size} px")
+    if not has_normalization:
+        numbers = (", ".join(f"{x:.3g}" for x in values) for values in (loaded.mean, loaded.std))
+        assumed.append("mean ({}) and std ({})".format(*numbers))
+    if assumed:
+        info(
+            f"teacher   {loaded.description}: {', '.join(assumed)}, as its pretrained_cfg states; "
+            "give image_size, mean and std if it was trained otherwise"
+        )
 
 
 def _input_size(network: nn.Module) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from deit.config.schema import Config
 from deit.config.sections.loss import LossConfig
 from deit.config.sections.optim import OptimConfig
 from deit.core.console import (
@@ -58,6 +59,7 @@ def log_setup(run: TrainingRun, environment: dict[str, Any]) -> None:
         f"images (of {len(splits.train.labels)})"
     )
     info(f"views     {_views_text(run)}")
+    _warn_of_enlarged_images(run.config)
     info(f"schedule  {schedule_of(optim)}")
     threads = environment["threads"]
     info(
@@ -151,7 +153,22 @@ def _views_text(run: TrainingRun) -> str:
         f"{views.aug_repeats} views of an image in a batch": views.aug_repeats > 1,
     }
     parts.append(", ".join(step for step, on in steps.items() if on) or "no augmentation")
+    if views.eval_crop_pct < 1:
+        side = round(sizes.student / views.eval_crop_pct)
+        parts.append(f"evaluation resizes to {side} px and crops the center")
     return "; ".join(parts)
+
+
+def _warn_of_enlarged_images(config: Config) -> None:
+    """Warn if an evaluation enlarges images that are stored in the student's size, and crops them:
+    a recipe's crop for larger images has no use then, and takes away the border."""
+    side, crop = config.student.image_size, config.views.eval_crop_pct
+    if crop < 1 and config.data.image_size <= side:
+        warn(
+            f"views.eval_crop_pct = {crop:.3g}: an evaluation enlarges images of "
+            f"{config.data.image_size} px (data.image_size) to {round(side / crop)} px and crops "
+            f"{side} px; use 1 for whole images, or a larger data.image_size"
+        )
 
 
 _TEACHER_VIEWS = {

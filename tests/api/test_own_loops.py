@@ -15,6 +15,7 @@ from tests.helpers.errors import raises
 from tests.helpers.own_loop.parts import (
     CROP,
     NAMES,
+    PLAIN,
     MeanColor,
     accuracy,
     colored_images,
@@ -324,10 +325,41 @@ def test_saved_student_is_no_run(use, tmp_path, monkeypatch):
         use("mine")
 
 
+class Wrapper(nn.Module):
+    """As DistributedDataParallel and Fabric wrap a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_wrapped_student_is_saved(tmp_path):
+    student = make_student(make_loader())
+    plain = deit.save_student(student, tmp_path / "plain", NAMES) / "model.safetensors"
+    wrappers = {"ddp": Wrapper(student), "compiled": torch.compile(student)}
+    wrappers["both"] = torch.compile(Wrapper(student))
+    for name, model in wrappers.items():
+        folder = deit.save_student(model, tmp_path / name, NAMES)
+        assert (folder / "model.safetensors").read_bytes() == plain.read_bytes()
+    with raises(deit.errors.ConfigError, "student", "Wrapper"):
+        deit.save_student(Wrapper(MeanColor()), tmp_path / "other", NAMES)
+
+
+def test_input_that_a_teacher_of_timm_states_is_named(capsys):
+    network = timm.create_model("resnet10t", num_classes=3)
+    deit.load_teacher(network, NAMES)
+    printed = capsys.readouterr().out
+    assert "176 px" in printed
+    assert "0.485" in printed
+    assert "image_size, mean and std" in printed
+    deit.load_teacher(network, NAMES, image_size=8, **PLAIN)
+    assert capsys.readouterr().out == ""
+
+
 def test_student_is_not_saved_over_other_files(tmp_path):
     student = make_student(make_loader())
     deit.save_student(student, tmp_path / "mine", NAMES)
-    with raises(deit.errors.SystemFault, tmp_path / "mine"):
+    with raises(deit.errors.SystemFault, tmp_path / "mine", "exists already", "force=True"):
         deit.save_student(student, tmp_path / "mine", NAMES)
     deit.save_student(student, tmp_path / "mine", NAMES, force=True)
     (tmp_path / "other").mkdir()
