@@ -264,7 +264,7 @@ def _check_config(run: TrainingRun) -> None:
         advice = ["give the same one", "another folder"]
         if (run.out / run_folder.BEST).is_dir():
             advice.append(
-                f"continue with its weights by deit finetune (--from {shlex.quote(str(run.out))})"
+                f"continue with its weights by `deit finetune --from {shlex.quote(str(run.out))}`"
             )
         raise ConfigError(
             f"resume = True: the configuration differs from the run's; {', or '.join(advice)}:"
