@@ -253,7 +253,7 @@ class TrainLoader:
         for a decoding process that was killed.
         """
         check_epoch(epoch)  # now, not at the first batch
-        check_at_least("start_step", start_step, 0, integer=True)
+        check_at_least("start_step", start_step, 0)
         return self._epoch(int(epoch), int(start_step))
 
     def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:

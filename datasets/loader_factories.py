@@ -218,8 +218,8 @@ def _process(process: Process) -> tuple[int, int]:
         index = torch.distributed.get_rank() if is_distributed else 0
     if count is None:
         count = torch.distributed.get_world_size() if is_distributed else 1
-    check_at_least("num_processes", count, 1, integer=True)
-    check_at_least("process_index", index, 0, integer=True)
+    check_at_least("num_processes", count, 1)
+    check_at_least("process_index", index, 0)
     if index >= count:
         raise ConfigError(f"process_index = {index}: should be in 0 ... {count - 1}")
     return index, count

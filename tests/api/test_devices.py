@@ -62,8 +62,7 @@ def test_other_devices_raise(part, device, names):
         on_devices(device)[part]()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("part", on_devices(None))
 def test_devices_that_are_missing_raise(part):
-    with raises(deit.errors.SystemFault, "device = 'cuda:1'", "use device='cpu'"):
-        on_devices("cuda:1")[part]()
+    with raises(deit.errors.SystemFault, "device = 'cuda:64'", "use device='cpu'"):
+        on_devices("cuda:64")[part]()
